@@ -1,0 +1,122 @@
+// Threads and the choice of instruction set; the arithmetic is in engine.cpp.
+#include <omp.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+#include "engine.h"
+
+namespace fusedstep::cpu {
+
+#if FUSEDSTEP_X86
+namespace v2 {
+void run(const Call&, int64_t, int64_t);
+}
+namespace v3 {
+void run(const Call&, int64_t, int64_t);
+}
+namespace v4 {
+void run(const Call&, int64_t, int64_t);
+}
+#else
+inline namespace base {
+void run(const Call&, int64_t, int64_t);
+}
+#endif
+
+namespace {
+
+// A thread is worth waking for this many elements; below it one thread is quicker.
+constexpr int64_t kElementsPerThread = 1 << 15;
+// Threads start at multiples of this, so that no two write to one cache line in the common case.
+constexpr int64_t kSplitMultiple = 64;
+
+using Isa = std::pair<std::string, RunFunction>;
+
+std::vector<Isa> supported() {
+  std::vector<Isa> isas;
+#if FUSEDSTEP_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v2")) isas.emplace_back("v2", v2::run);
+  if (__builtin_cpu_supports("x86-64-v3")) isas.emplace_back("v3", v3::run);
+  if (__builtin_cpu_supports("x86-64-v4")) isas.emplace_back("v4", v4::run);
+  if (isas.empty()) throw std::runtime_error("fusedstep: the CPU engine needs an x86-64-v2 processor (SSE4.2)");
+#else
+  isas.emplace_back("base", base::run);
+#endif
+  return isas;
+}
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> list = supported();
+  return list;
+}
+
+std::atomic<size_t> chosen{SIZE_MAX};
+
+const Isa& current() {
+  return isas()[std::min(chosen.load(std::memory_order_relaxed), isas().size() - 1)];
+}
+
+// libgomp's threads do not survive fork(): a parallel region in the child would wait for them for ever.
+std::atomic<bool> forked{false};
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+template <class Body>
+void parallel(int threads, const Body& body) {
+  if (threads <= 1) {
+    body(0, 1);
+  } else if (forked) {
+    std::vector<std::thread> team;
+    for (int i = 1; i < threads; ++i) team.emplace_back(body, i, threads);
+    body(0, threads);
+    for (std::thread& member : team) member.join();
+  } else {
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
+  }
+}
+
+}  // namespace
+
+void step(const Call& call, int threads) {
+  const RunFunction run = current().second;
+  const int64_t useful = call.numel / kElementsPerThread;
+  const int team = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(useful, 1)));
+  parallel(team, [&](int index, int size) {
+    const auto boundary = [&](int64_t i) {
+      return i == size ? call.numel : call.numel / size * i / kSplitMultiple * kSplitMultiple;
+    };
+    const int64_t first = boundary(index), last = boundary(index + 1);
+    if (first < last) run(call, first, last);
+  });
+  for (int64_t i = 0; i < call.work_size; ++i) *call.work[i].record->step += 1.0f;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) names.push_back(isa.first);
+  return names;
+}
+
+std::string isa() {
+  return current().first;
+}
+
+void set_isa(const std::string& name) {
+  for (size_t i = 0; i < isas().size(); ++i) {
+    if (isas()[i].first == name) {
+      chosen = i;
+      return;
+    }
+  }
+  std::string names;
+  for (const Isa& isa : isas()) names += (names.empty() ? "" : ", ") + isa.first;
+  throw std::invalid_argument("instruction set '" + name + "' is not available on this processor; available: " + names);
+}
+
+}  // namespace fusedstep::cpu

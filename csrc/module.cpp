@@ -1,0 +1,121 @@
+// The Python module fusedstep._C: plans, the engines behind them, and a watch over the optimizer's own dictionaries.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/engine.h"
+#include "plan.h"
+#include "watch.h"
+#if FUSEDSTEP_WITH_CUDA
+#include "cuda/module.h"
+#endif
+
+namespace fusedstep {
+namespace {
+
+void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int threads) {
+  if (plan.device() != Device::kCpu && plan.size() != 0) throw std::invalid_argument("the plan is not on the CPU");
+  cpu::Call call{plan.rule(), {}, maximize, grad_scale, nullptr, 0, 0};
+  if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
+  for (size_t k = 0; k < hyper.size(); ++k) call.hyper[k] = to_double(PyTuple_GET_ITEM(hyper.ptr(), k));
+  std::vector<cpu::Work> work;
+  work.reserve(plan.size());
+  for (size_t i = 0; i < plan.size(); ++i) {
+    if (!plan.active(i)) continue;
+    work.push_back(cpu::Work{&plan.records()[i], plan.grad(i), call.numel});
+    call.numel += plan.records()[i].numel;
+  }
+  call.work = work.data();
+  call.work_size = static_cast<int64_t>(work.size());
+  {
+    const py::gil_scoped_release release;
+    cpu::step(call, threads);
+  }
+  plan.increment_written();
+  plan.release_grads();
+}
+
+// {rule: (hyperparameter names, state names)}: the tests compare them with the other languages'.
+py::dict rules() {
+  py::dict result;
+  for (int id = 0; id < static_cast<int>(RuleId::kCount); ++id) {
+    visit_rule(static_cast<RuleId>(id), [&](auto rule) {
+      using Rule = decltype(rule);
+      std::vector<std::string> hyper(std::begin(Rule::kHyper), std::end(Rule::kHyper));
+      std::vector<std::string> states(std::begin(Rule::kStateNames), std::end(Rule::kStateNames));
+      result[Rule::kName] = py::make_tuple(hyper, states);
+    });
+  }
+  return result;
+}
+
+py::list pointers(const Plan& plan) {
+  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  py::list rows;
+  for (const Record& record : plan.records()) {
+    py::list row;
+    row.append(address(record.param));
+    row.append(address(record.step));
+    for (const void* state : record.states) row.append(address(state));
+    rows.append(row);
+  }
+  return rows;
+}
+
+// One int64 address per tensor, 0 for those that take no part; empty tensors that do have address 16.
+py::bytes grad_pointers(const Plan& plan) {
+  std::vector<int64_t> addresses(plan.size());
+  for (size_t i = 0; i < plan.size(); ++i) {
+    const int64_t address = reinterpret_cast<int64_t>(plan.grad(i));
+    addresses[i] = !plan.active(i) ? 0 : address != 0 ? address : 16;
+  }
+  return py::bytes(reinterpret_cast<const char*>(addresses.data()), addresses.size() * sizeof(int64_t));
+}
+
+std::vector<int64_t> active(const Plan& plan) {
+  std::vector<int64_t> indices;
+  for (size_t i = 0; i < plan.size(); ++i) {
+    if (plan.active(i)) indices.push_back(static_cast<int64_t>(i));
+  }
+  return indices;
+}
+
+std::vector<int> grad_dtypes(const Plan& plan) {
+  std::vector<int> dtypes;
+  for (const Record& record : plan.records()) dtypes.push_back(static_cast<int>(record.grad_dtype));
+  return dtypes;
+}
+
+}  // namespace
+}  // namespace fusedstep
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fusedstep;
+  m.doc() = "fusedstep's compiled engines";
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<const std::string&, int, const py::list&, const py::list&, const py::list&, const py::list&>(),
+           py::arg("rule"), py::arg("n_states"), py::arg("owners"), py::arg("tensors"), py::arg("steps"),
+           py::arg("states"))
+      .def("gather", [](Plan& plan) { return plan.gather() == Gathered::kReady; })
+      .def("odd_grads", &Plan::odd_grads)
+      .def("set_grad", &Plan::set_grad)
+      .def("release_grads", &Plan::release_grads)
+      .def("increment_written", &Plan::increment_written)
+      .def("pointers", &pointers, "[param, step, states...] of each tensor, as addresses")
+      .def("grad_pointers", &grad_pointers)
+      .def("grad_dtypes", &grad_dtypes, "of each tensor in this step: 0 fp32, 1 bf16, 2 fp16, 3 fp64")
+      .def("active", &active, "indices of the tensors that take part in this step");
+  py::class_<Watch>(m, "Watch")
+      .def(py::init<const py::dict&, const py::list&>(), py::arg("state"), py::arg("param_groups"))
+      .def("unchanged", &Watch::unchanged, py::arg("state"), py::arg("param_groups"));
+  m.def("cpu_step", &cpu_step, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
+        py::arg("threads"));
+  m.def("cpu_isa", &cpu::isa);
+  m.def("cpu_isas", &cpu::available_isas);
+  m.def("set_cpu_isa", &cpu::set_isa);
+  m.def("rules", &rules);
+  m.def("has_exchange_api", &has_exchange_api);
+#if FUSEDSTEP_WITH_CUDA
+  cuda::bind(m);
+#endif
+  m.attr("with_cuda") = static_cast<bool>(FUSEDSTEP_WITH_CUDA);
+}

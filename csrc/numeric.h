@@ -1,0 +1,128 @@
+// Number formats: what is stored (fp32, bf16, fp16, fp64) against what is computed in (float, or double for fp64).
+// Conversions use integer operations only, so that every compiler and device gives the same bits and can vectorise them.
+// No optimizer and no engine belongs here.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FUSEDSTEP_FN __host__ __device__ __forceinline__
+#else
+#define FUSEDSTEP_FN inline __attribute__((always_inline))
+#endif
+
+// The CPU engine is compiled once per instruction set. Each copy lives in a namespace of its own: otherwise the linker
+// would keep one of several equally named inline functions, perhaps the one with instructions this machine lacks.
+#ifndef FUSEDSTEP_ISA
+#define FUSEDSTEP_ISA base
+#endif
+
+namespace fusedstep {
+
+enum class Dtype : uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2, kF64 = 3 };
+
+constexpr int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2;
+}
+
+inline namespace FUSEDSTEP_ISA {
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+FUSEDSTEP_FN To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+#if defined(__CUDA_ARCH__)
+FUSEDSTEP_FN float square_root(float x) {
+  return __fsqrt_rn(x);
+}
+FUSEDSTEP_FN double square_root(double x) {
+  return __dsqrt_rn(x);
+}
+#else
+FUSEDSTEP_FN float square_root(float x) {
+  return __builtin_sqrtf(x);
+}
+FUSEDSTEP_FN double square_root(double x) {
+  return __builtin_sqrt(x);
+}
+#endif
+
+FUSEDSTEP_FN float widen(float x) {
+  return x;
+}
+FUSEDSTEP_FN double widen(double x) {
+  return x;
+}
+FUSEDSTEP_FN float widen(BF16 x) {
+  return bit_cast<float>(uint32_t{x.bits} << 16);
+}
+FUSEDSTEP_FN float widen(F16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t normal = (magnitude << 13) + 0x38000000u;                      // exponent bias 15 -> 127
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;                     // infinity and NaN
+  const float tiny = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;  // subnormal: units of 2^-24
+  const uint32_t wide = magnitude < 0x400u ? bit_cast<uint32_t>(tiny) : magnitude < 0x7c00u ? normal : special;
+  return bit_cast<float>(wide | sign);
+}
+
+// narrow<S>(x): x rounded to nearest even in the stored format S.
+template <class S>
+FUSEDSTEP_FN S narrow(float x);
+
+template <>
+FUSEDSTEP_FN float narrow<float>(float x) {
+  return x;
+}
+template <>
+FUSEDSTEP_FN double narrow<double>(float x) {
+  return x;
+}
+template <>
+FUSEDSTEP_FN BF16 narrow<BF16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return BF16{static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+}
+template <>
+FUSEDSTEP_FN F16 narrow<F16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  // Below 2^-14 the spacing is 2^-24, that of a float in [0.5, 1): adding 0.5 rounds to it.
+  const uint32_t tiny = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t finite = magnitude < 0x38800000u ? tiny : magnitude < 0x47800000u ? normal : 0x7c00u;
+  const uint32_t narrowed = magnitude > 0x7f800000u ? 0x7e00u : finite;
+  return F16{static_cast<uint16_t>(narrowed | sign)};
+}
+
+template <class S>
+FUSEDSTEP_FN S narrow(double x) {
+  return narrow<S>(static_cast<float>(x));
+}
+template <>
+FUSEDSTEP_FN double narrow<double>(double x) {
+  return x;
+}
+
+// load: stored -> arithmetic type T (float or double).
+template <class T, class S>
+FUSEDSTEP_FN T load(S stored) {
+  return static_cast<T>(widen(stored));
+}
+
+}  // namespace FUSEDSTEP_ISA
+}  // namespace fusedstep

@@ -1,0 +1,172 @@
+#include "plan.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fusedstep {
+namespace {
+
+RuleId find_rule(const std::string& name, int n_states, int* n_hyper) {
+  for (int id = 0; id < static_cast<int>(RuleId::kCount); ++id) {
+    const bool found = visit_rule(static_cast<RuleId>(id), [&](auto rule) {
+      using Rule = decltype(rule);
+      *n_hyper = static_cast<int>(sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]));
+      return name == Rule::kName && n_states == Rule::kStates;
+    });
+    if (found) return static_cast<RuleId>(id);
+  }
+  throw std::invalid_argument("no rule '" + name + "' with " + std::to_string(n_states) + " states");
+}
+
+[[noreturn]] void reject(size_t i, const char* what, const char* why) {
+  throw std::invalid_argument("tensor " + std::to_string(i) + " of the plan: its " + what + " " + why);
+}
+
+}  // namespace
+
+Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const py::list& tensors,
+           const py::list& steps, const py::list& states)
+    : rule_(find_rule(rule, n_states, &n_hyper_)),
+      n_states_(n_states),
+      owners_(owners),
+      tensors_(tensors),
+      steps_(steps),
+      states_(states),
+      records_(owners.size()),
+      layouts_(owners.size()),
+      grads_(owners.size(), Grad{nullptr, nullptr}) {
+  if (tensors.size() != owners.size() || steps.size() != owners.size() || states.size() != owners.size())
+    throw std::invalid_argument("a plan needs one tensor, step and tuple of states for each parameter");
+  bool device_known = false;
+  for (size_t i = 0; i < owners.size(); ++i) {
+    Record& record = records_[i];
+    std::memset(&record, 0, sizeof(record));
+    const py::object tensor = tensors[i];
+    if (tensor.is_none()) continue;
+
+    TensorView param;
+    if (!view_tensor(tensor.ptr(), &param)) reject(i, "param", "has no memory");
+    if (!param.dtype_known) reject(i, "param", "has a dtype that no kernel knows");
+    if (!device_known) {
+      device_ = param.device;
+      device_index_ = param.device_index;
+      device_known = true;
+    }
+    const auto on_device = [&](const TensorView& view) {
+      return view.device == device_ && view.device_index == device_index_;
+    };
+    if (!on_device(param)) reject(i, "param", "is on another device than the first one");
+    record.param = param.data;
+    record.param_dtype = param.dtype;
+    record.grad_dtype = param.dtype;  // until a gradient says otherwise
+    record.numel = param.numel;
+    layouts_[i] = Layout{param.ndim, dims_.size()};
+    dims_.insert(dims_.end(), param.shape, param.shape + param.ndim);
+    dims_.insert(dims_.end(), param.strides, param.strides + param.ndim);
+    const int64_t* shape = dims_.data() + layouts_[i].begin;
+
+    TensorView step;
+    const py::object step_tensor = steps[i];
+    if (!view_tensor(step_tensor.ptr(), &step)) reject(i, "step", "has no memory");
+    if (!on_device(step) || !step.dtype_known || step.dtype != Dtype::kF32 || step.numel != 1)
+      reject(i, "step", "is not one fp32 number on the parameter's device");
+    record.step = static_cast<float*>(step.data);
+    state_memory_.emplace_back(step_tensor.ptr(), step);
+
+    const py::tuple tensor_states = states[i];
+    if (static_cast<int>(tensor_states.size()) != n_states) reject(i, "states", "are not as many as the rule needs");
+    for (int k = 0; k < n_states; ++k) {
+      TensorView state;
+      const py::object state_tensor = tensor_states[k];
+      if (!view_tensor(state_tensor.ptr(), &state)) reject(i, "state", "has no memory");
+      if (!on_device(state) || !state.dtype_known) reject(i, "state", "has another device or an unknown dtype");
+      if (!same_layout(state, param.ndim, shape, shape + param.ndim)) reject(i, "state", "is laid out differently");
+      record.states[k] = state.data;
+      record.state_dtypes[k] = state.dtype;
+      state_memory_.emplace_back(state_tensor.ptr(), state);
+      holds_.add(state_tensor.ptr());
+    }
+    holds_.add(tensor.ptr());
+    holds_.add(step_tensor.ptr());
+    // A stand-in is copied back by torch, which bumps the owner's counter itself. A wrapper's own memory is a tensor
+    // with a counter of its own.
+    all_written_.append(tensor);
+  }
+}
+
+Plan::~Plan() {
+  release_grads();
+}
+
+bool Plan::unchanged(size_t i) const {
+  const Record& record = records_[i];
+  TensorView param;
+  if (!view_tensor(PyList_GET_ITEM(tensors_.ptr(), i), &param) || param.data != record.param || !param.dtype_known ||
+      param.dtype != record.param_dtype)
+    return false;
+  const int64_t* shape = dims_.data() + layouts_[i].begin;
+  if (!same_layout(param, layouts_[i].ndim, shape, shape + layouts_[i].ndim)) return false;
+  return true;
+}
+
+Gathered Plan::gather() {
+  release_grads();
+  odd_grads_.clear();
+  for (const MemoryWatch& memory : state_memory_) {
+    if (!memory.unchanged()) return Gathered::kStale;
+  }
+  for (size_t i = 0; i < records_.size(); ++i) {
+    PyObject* grad = grad_of(PyList_GET_ITEM(owners_.ptr(), i));
+    if (grad == nullptr) throw py::error_already_set();
+    if (grad == Py_None) {
+      Py_DECREF(grad);
+      continue;
+    }
+    grads_[i].tensor = grad;
+    if (PyList_GET_ITEM(tensors_.ptr(), i) == Py_None || !unchanged(i)) return Gathered::kStale;
+    TensorView view;
+    const int64_t* shape = dims_.data() + layouts_[i].begin;
+    if (!view_tensor(grad, &view) || !view.dtype_known || view.device != device_ ||
+        view.device_index != device_index_ || !same_layout(view, layouts_[i].ndim, shape, shape + layouts_[i].ndim)) {
+      odd_grads_.push_back(static_cast<int64_t>(i));
+      continue;
+    }
+    grads_[i].data = view.data;
+    records_[i].grad_dtype = view.dtype;
+  }
+  return Gathered::kReady;
+}
+
+void Plan::set_grad(int64_t i, const py::object& grad) {
+  TensorView view;
+  const int64_t* shape = dims_.data() + layouts_.at(i).begin;
+  if (!view_tensor(grad.ptr(), &view) || !view.dtype_known || view.device != device_ ||
+      view.device_index != device_index_ || !same_layout(view, layouts_[i].ndim, shape, shape + layouts_[i].ndim))
+    reject(i, "gradient", "is not laid out as the parameter");
+  Py_INCREF(grad.ptr());
+  Py_XSETREF(grads_[i].tensor, grad.ptr());
+  grads_[i].data = view.data;
+  records_[i].grad_dtype = view.dtype;
+}
+
+void Plan::release_grads() {
+  for (Grad& grad : grads_) {
+    Py_CLEAR(grad.tensor);
+    grad.data = nullptr;
+  }
+}
+
+void Plan::increment_written() const {
+  py::list written;
+  bool all = true;
+  for (size_t i = 0; i < records_.size(); ++i) all = all && active(i);
+  if (!all) {
+    for (size_t i = 0; i < records_.size(); ++i) {
+      if (active(i)) written.append(tensors_[i]);
+    }
+  }
+  increment_versions(all ? all_written_ : written);
+}
+
+}  // namespace fusedstep

@@ -1,0 +1,72 @@
+// A plan: the tensors of one parameter group on one device, looked up once and checked at every step.
+#pragma once
+
+#include "table.h"
+#include "tensor.h"
+
+namespace fusedstep {
+
+enum class Gathered : int {
+  kReady = 0,  // every pointer is known to be right
+  kStale = 1,  // a tensor moved, changed or joined: the plan must be built anew
+};
+
+class Plan {
+ public:
+  // owners: the parameters, whose `.grad` is read. tensors: the memory to update, the owner itself or a dense stand-in
+  // for it; None where the owner has no state yet, because it had no gradient so far. steps, states: of each tensor.
+  Plan(const std::string& rule, int n_states, const py::list& owners, const py::list& tensors, const py::list& steps,
+       const py::list& states);
+  ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // Reads and checks every pointer of this step. Nothing is written. A gradient that cannot be used as it is (other
+  // layout, sparse, unknown dtype) lands in odd_grads(), for set_grad().
+  Gathered gather();
+  const std::vector<int64_t>& odd_grads() const { return odd_grads_; }
+  // Uses `grad`, laid out as tensor i, in place of the owner's gradient in this step.
+  void set_grad(int64_t i, const py::object& grad);
+
+  // Drops the references to this step's gradients.
+  void release_grads();
+  // Bumps the version counters of what a step wrote.
+  void increment_written() const;
+
+  RuleId rule() const { return rule_; }
+  int n_hyper() const { return n_hyper_; }
+  size_t size() const { return records_.size(); }
+  const std::vector<Record>& records() const { return records_; }
+  bool active(size_t i) const { return grads_[i].tensor != nullptr; }
+  const void* grad(size_t i) const { return grads_[i].data; }
+  Device device() const { return device_; }
+  int32_t device_index() const { return device_index_; }
+
+ private:
+  struct Layout {
+    int32_t ndim;
+    size_t begin;  // of shape and then strides in dims_
+  };
+  struct Grad {
+    PyObject* tensor;  // a reference of ours; null: takes no part in this step
+    const void* data;
+  };
+
+  bool unchanged(size_t i) const;
+
+  RuleId rule_;
+  int n_hyper_, n_states_;
+  Device device_ = Device::kOther;
+  int32_t device_index_ = 0;
+  py::list owners_, tensors_, steps_, states_;
+  std::vector<MemoryWatch> state_memory_;  // of the steps and states of all tensors
+  std::vector<Record> records_;
+  std::vector<Layout> layouts_;
+  std::vector<int64_t> dims_;
+  std::vector<Grad> grads_;
+  std::vector<int64_t> odd_grads_;
+  py::list all_written_;
+  Holds holds_;
+};
+
+}  // namespace fusedstep

@@ -1,0 +1,18 @@
+// The seam between Python and the engines: tensors as raw pointers, and what one call does with them.
+// Plain data only: no torch, no Python, no CUDA types.
+#pragma once
+
+#include "rules.h"
+
+namespace fusedstep {
+
+// One parameter and what belongs to it. Its memory is flat: param, grad and states share one dense layout.
+struct Record {
+  void* param;
+  void* states[kMaxStates];
+  float* step;  // updates done so far; in the engine's own memory (host or device)
+  int64_t numel;
+  Dtype param_dtype, grad_dtype, state_dtypes[kMaxStates];
+};
+
+}  // namespace fusedstep

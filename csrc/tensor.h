@@ -1,0 +1,86 @@
+// What this extension needs of torch tensors: address, dtype, device, layout, gradient, version counter.
+// It goes through the DLPack C exchange API (torch >= 2.10), or through Python attributes where that is missing;
+// libtorch is neither included nor linked, so one binary serves every torch version.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "numeric.h"
+
+namespace fusedstep {
+
+namespace py = pybind11;
+
+enum class Device : int32_t { kCpu = 1, kCuda = 2, kOther = 0 };
+
+struct TensorView {
+  void* data;
+  Device device;
+  int32_t device_index;
+  bool dtype_known;  // one of Dtype
+  Dtype dtype;
+  int32_t ndim;
+  const int64_t* shape;
+  const int64_t* strides;  // in elements; shape and strides are the tensor's own memory
+  int64_t numel;
+};
+
+// False (and no Python error) for what has no plain memory: sparse, meta, wrapper subclasses.
+bool view_tensor(PyObject* tensor, TensorView* view);
+
+// Same elements at the same offsets: strides of dimensions with one element do not count.
+bool same_layout(const TensorView& a, int32_t ndim, const int64_t* shape, const int64_t* strides);
+
+// Tells at the cost of two loads whether a tensor still has the memory that it had when this was made, as the states of
+// an optimizer nearly always do; asking torch costs 20 to 40 ns a tensor. It compares torch's own words, the tensor's
+// pointer to its storage and the storage's pointer to its data. Where these lie is found by their values when first
+// used, and proved by moving a tensor; where that fails, unchanged() asks torch. The tensor must be kept alive.
+class MemoryWatch {
+ public:
+  MemoryWatch(PyObject* tensor, const TensorView& view);
+  bool unchanged() const {
+    if (storage_slot_ != nullptr) return *storage_slot_ == storage_ && *data_slot_ == storage_data_;
+    TensorView view;
+    return view_tensor(tensor_, &view) && view.data == data_;
+  }
+
+ private:
+  PyObject* tensor_;
+  const void* data_;
+  const void* const* storage_slot_ = nullptr;
+  const void* const* data_slot_ = nullptr;
+  const void* storage_ = nullptr;
+  const void* storage_data_ = nullptr;
+};
+
+// Keeps tensors alive from C++. torch transfers ownership between Python and C++ each time the C++ count of a tensor
+// goes from one to two; holding one reference makes every later look at it two to four times cheaper.
+class Holds {
+ public:
+  Holds() = default;
+  Holds(const Holds&) = delete;
+  Holds& operator=(const Holds&) = delete;
+  ~Holds();
+  void add(PyObject* tensor);
+
+ private:
+  std::vector<void*> managed_;
+};
+
+// `.grad` as a new reference: None, or a tensor. Null with a Python error set if reading it failed.
+PyObject* grad_of(PyObject* param);
+
+// Adds one to the version counter of each tensor of a list, as an in-place operation would.
+void increment_versions(const py::list& tensors);
+
+// The stream that torch works on for a CUDA device, as an address.
+void* current_stream(int32_t device_index);
+
+// A hyperparameter from a Python number, or from a one-element CPU tensor.
+double to_double(PyObject* number);
+
+bool has_exchange_api();
+
+}  // namespace fusedstep

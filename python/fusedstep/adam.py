@@ -1,0 +1,158 @@
+"""Adam and AMSGrad."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import checks
+from .numerics import power, square_root
+from .optimizer import FusedOptimizer
+
+
+class Adam(FusedOptimizer):
+    r"""Adam, optionally with AMSGrad or decoupled weight decay, in one kernel call per group.
+
+    With gradient :math:`g`, learning rate :math:`\gamma`, weight decay :math:`\lambda`, step :math:`t`:
+
+    .. math::
+        g &\leftarrow g + \lambda \theta \quad (\text{decoupled: } \theta \leftarrow (1 - \gamma\lambda)\,\theta) \\
+        m &\leftarrow m + (1 - \beta_1)(g - m) \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \qquad v_{max} \leftarrow \max(v_{max}, v) \\
+        \theta &\leftarrow \theta - \frac{\gamma}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    with :math:`v_{max}` in place of :math:`v` in the last line if ``amsgrad``.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: learning rate, 0 or larger; a number or a one-element tensor (read on its device in every step).
+        betas: decay rates of the two running averages, each in [0, 1); typically (0.9, 0.999).
+        eps: added to the root of the second moment, 0 or larger.
+        weight_decay: 0 or larger.
+        amsgrad: divide by the largest second moment so far.
+        maximize: ascend instead of descend.
+        decoupled_weight_decay: decay the parameter itself, as AdamW does.
+        foreach, fused, capturable: accepted for compatibility; they choose nothing here. ``step`` can be captured in
+            a CUDA graph without a flag.
+        differentiable: must be False.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    State of each parameter: ``step`` (one fp32 number), ``exp_avg``, ``exp_avg_sq`` and with amsgrad
+    ``max_exp_avg_sq``, in the parameter's dtype and layout: 8 (12) bytes per fp32 parameter.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+        RuntimeError: ``backend`` cannot run for these parameters, or (from ``step``) a gradient cannot be used.
+
+    Example:
+        >>> optimizer = fusedstep.Adam(model.parameters(), lr=1e-3)
+
+    Follows ``torch.optim.Adam``, whose state_dict it shares. Papers: arXiv 1412.6980; AMSGrad: Reddi et al., ICLR 2018.
+    """
+
+    rule = "adam"
+    hyper_names = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay")
+    state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults, backend)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # checkpoints older than the options
+            group.setdefault("amsgrad", False)
+            group.setdefault("decoupled_weight_decay", False)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        checks.check_lr(group["lr"])
+        checks.check_non_negative("epsilon value", group["eps"])
+        checks.check_betas(group["betas"])
+        checks.check_non_negative("weight_decay value", group["weight_decay"])
+        for flag in ("amsgrad", "maximize", "decoupled_weight_decay"):
+            checks.check_flag(flag, group[flag])
+
+    def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.state_names if group["amsgrad"] else self.state_names[:2]
+
+    def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+        beta1, beta2 = group["betas"]
+        return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["decoupled_weight_decay"]
+
+    class Scalars(NamedTuple):
+        one_minus_beta1: float
+        beta2: float
+        one_minus_beta2: float
+        step_size: float
+        inv_bias_correction2_sqrt: float
+        eps: float
+        weight_decay: float
+        decay: float
+
+    @classmethod
+    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
+        lr, beta1, beta2, eps, weight_decay, decoupled = hyper
+        bias_correction1 = 1.0 - power(beta1, step)
+        bias_correction2 = 1.0 - power(beta2, step)
+        return cls.Scalars(
+            one_minus_beta1=1.0 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1.0 - beta2,
+            step_size=lr / bias_correction1,
+            inv_bias_correction2_sqrt=1.0 / math.sqrt(bias_correction2),
+            eps=eps,
+            weight_decay=0.0 if decoupled else weight_decay,
+            decay=1.0 - lr * weight_decay if decoupled else 1.0,
+        )
+
+    @staticmethod
+    def update(
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        max_exp_avg_sq: Tensor | None,
+        s: Scalars,
+    ) -> tuple[Tensor | None, ...]:
+        param = param * s.decay
+        if s.weight_decay != 0:
+            grad = grad + s.weight_decay * param
+        exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg)
+        exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * grad * grad
+        if max_exp_avg_sq is not None:
+            max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
+        second_moment = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
+        denom = square_root(second_moment) * s.inv_bias_correction2_sqrt + s.eps
+        return param - s.step_size * exp_avg / denom, exp_avg, exp_avg_sq, max_exp_avg_sq

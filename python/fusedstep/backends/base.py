@@ -1,0 +1,61 @@
+"""What the optimizer asks of a backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, layout
+
+if TYPE_CHECKING:
+    from ..optimizer import FusedOptimizer
+    from .plan import Plan, Slot
+
+
+class Backend:
+    """One way to run a step."""
+
+    name: str
+
+    def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
+        """Why this backend cannot update parameters on ``device`` (of ``dtype``); empty if it can."""
+        raise NotImplementedError
+
+    def bucket(self, param: Tensor) -> Any:
+        """Parameters of a group share a plan if this is equal."""
+        return None
+
+    def memory(self, param: Tensor) -> Tensor:
+        """The tensor that a step updates: the parameter's own memory, or a dense stand-in where it is not flat."""
+        raise NotImplementedError
+
+    def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor | None:
+        """``state`` as the kernel can take it beside ``tensor``, or None if it must be laid out anew."""
+        raise NotImplementedError
+
+    def plan(
+        self, optimizer: type[FusedOptimizer], group: int, states: tuple[str, ...], slots: list[Slot]
+    ) -> Plan:
+        """A plan for parameters of one group."""
+        raise NotImplementedError
+
+
+class KernelBackend(Backend):
+    """A backend whose kernels take addresses of flat memory."""
+
+    dtypes = checks.ARITHMETIC_DTYPES
+
+    def dtype_reasons(self, dtype: torch.dtype | None) -> list[str]:
+        if dtype is None or dtype in self.dtypes:
+            return []
+        return [f"no kernel for {dtype} (there are kernels for {', '.join(str(d) for d in self.dtypes)})"]
+
+    def memory(self, param: Tensor) -> Tensor:
+        tensor = layout.local(param)
+        return tensor if layout.is_dense(tensor) else layout.dense_like(tensor)
+
+    def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor | None:
+        state = layout.local(state)
+        return state if layout.same_layout(state, tensor) and state.dtype in self.dtypes else None

@@ -1,0 +1,36 @@
+"""The compiled CPU engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import KernelBackend
+from .native import extension_reasons
+from .plan import KernelPlan
+
+
+class CpuPlan(KernelPlan):
+    def launch(
+        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> int:
+        from .. import _C
+
+        if found_inf is not None and found_inf.item() != 0:
+            self.native.release_grads()
+            return 0
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        _C.cpu_step(self.native, hyper, maximize, scale, torch.get_num_threads())
+        return 1
+
+
+class CpuBackend(KernelBackend):
+    name = "cpu"
+
+    def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
+        if device.type != "cpu":
+            return [f"it runs on CPU tensors, not on {device.type}"]
+        return extension_reasons() + self.dtype_reasons(dtype)
+
+    def plan(self, *args) -> CpuPlan:
+        return CpuPlan(self, *args)

@@ -1,0 +1,90 @@
+"""Argument errors, in torch's words where torch has them: what was given, what is accepted, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARITHMETIC_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _number(label: str, value: Any, allowed: Callable[[Any], bool], rule: str) -> None:
+    """Raise unless ``value`` is a real number (or a one-element tensor) for which ``allowed`` holds."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {label} must be 1-element, got shape {tuple(value.shape)}")
+        if value.is_complex():
+            raise TypeError(f"Invalid {label}: a complex tensor; it must be {rule}")
+    elif not isinstance(value, Real):
+        raise TypeError(f"Invalid {label}: {value!r} is a {type(value).__name__}; it must be a number, {rule}")
+    if not allowed(value):
+        raise ValueError(f"Invalid {label}: {value} (it must be {rule})")
+
+
+def check_lr(lr: float | Tensor) -> None:
+    """Raise unless ``lr`` is a number >= 0 or a one-element tensor of such a number."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    _number("learning rate", lr, lambda x: 0.0 <= x, "0 or larger")
+
+
+def check_non_negative(label: str, value: float) -> None:
+    """Raise unless ``value`` is a number >= 0; ``label`` is torch's, as in "epsilon value"."""
+    _number(label, value, lambda x: 0.0 <= x, "0 or larger")
+
+
+def check_finite(label: str, value: float) -> None:
+    """Raise unless ``value`` is a finite number."""
+    _number(label, value, lambda x: float("-inf") < x < float("inf"), "a finite number")
+
+
+def check_betas(betas: tuple[float | Tensor, float | Tensor]) -> None:
+    """Raise unless ``betas`` are two numbers in [0, 1), both floats or both tensors."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r} (they must be two numbers in [0, 1))")
+    for index, beta in enumerate(betas):
+        _number(f"beta parameter at index {index}", beta, lambda x: 0.0 <= x < 1.0, "in [0, 1)")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a bool."""
+    if not isinstance(value, (bool, int)):
+        raise TypeError(f"Invalid {name} value: {value!r} (it must be True or False)")
+
+
+def check_implementation(group: dict[str, Any]) -> None:
+    """Raise for torch's implementation options that cannot be honoured or contradict each other."""
+    if group.get("differentiable"):
+        raise ValueError(
+            "differentiable=True is not supported: the kernels work in place and leave no autograd graph; "
+            "use the torch.optim class for differentiating through step()"
+        )
+    if group.get("fused") and group.get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def describe(index: int, name: str | None, tensor: Tensor) -> str:
+    """Name a parameter for an error text, like ``parameter 3 'emb.weight', shape (10, 4), torch.float32, cpu``."""
+    label = f"parameter {index}" if name is None else f"parameter {index} '{name}'"
+    return f"{label}, shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
+
+
+def check_grad(optimizer: str, param: Tensor, grad: Tensor, what: str) -> None:
+    """Raise unless ``grad`` can update ``param``; ``what`` is `describe`'s name for the parameter."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{optimizer} does not support sparse gradients ({what}); call .to_dense() on the gradient, "
+            "or create the embedding with sparse=False"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(f"{optimizer}: the gradient has shape {tuple(grad.shape)}, it must be that of {what}")
+    if grad.device != param.device:
+        raise RuntimeError(f"{optimizer}: the gradient is on {grad.device}, it must be on the device of {what}")
+    if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
+        raise RuntimeError(f"{optimizer}: the gradient has dtype {grad.dtype}, it must be floating like {what}")

@@ -1,0 +1,60 @@
+"""Memory layouts: which tensors the kernels can take as flat memory, and dense copies of those that they cannot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """True if equal indices lie at equal offsets in ``a`` and ``b`` (strides of 1-element dimensions do not count)."""
+    return a.shape == b.shape and all(
+        s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n > 1
+    )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True if the elements fill one stretch of memory without gaps or overlaps, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """True if one memory location surely stands for several elements, as in an expanded tensor."""
+    return tensor.numel() > 0 and any(
+        s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def dense_like(tensor: Tensor) -> Tensor:
+    """A new dense tensor with the layout that `torch.zeros_like` gives the states of ``tensor``."""
+    return torch.empty_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def laid_out_as(tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of ``tensor`` with the strides of the dense ``like``, in its own dtype unless ``dtype`` is given."""
+    copy = torch.empty_strided(like.shape, like.stride(), dtype=dtype or tensor.dtype, device=like.device)
+    return copy.copy_(tensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The plain memory of a wrapper such as a DTensor; any other tensor is returned as it is."""
+    if not is_wrapper(tensor):
+        return tensor
+    with torch.no_grad():
+        shard = tensor.to_local()
+    return shard.wait() if hasattr(shard, "wait") else shard
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """True for a tensor subclass that keeps its memory in another tensor, such as a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor's memory as real numbers; a real tensor as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,0 +1,354 @@
+"""The base class of all optimizers: groups, states, plans and the step. It knows no update rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from . import backends, checks, layout
+from .backends.plan import Plan, Slot
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` that updates each parameter group in one call of a compiled kernel.
+
+    A subclass declares its rule: the names below, `check_group`, `states_of`, `hyper`, `prepare` (scalars of one step,
+    in float64) and `update` (the arithmetic on whole tensors, which is the reference for the compiled engines).
+    """
+
+    rule: ClassVar[str]  # the name of the compiled rule
+    hyper_names: ClassVar[tuple[str, ...]]  # what `hyper` returns, in the order of the compiled rule
+    state_names: ClassVar[tuple[str, ...]]  # every state the rule can have, in the order of `update`
+    step_in_state: ClassVar[bool] = True  # whether the torch class keeps "step" in its state
+
+    Scalars: ClassVar[type]
+
+    _step_supports_amp_scaling = True  # GradScaler then passes grad_scale and found_inf on to the kernels
+    _plans: list[Plan] | None = None
+    _watch: Any = None
+    kernel_calls: int = 0  # calls of a compiled kernel in the last step
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
+        checks.check_implementation(defaults)
+        self.check_group(defaults)
+        self._backend = backends.check_choice(backend)
+        self._counters: dict[Tensor, Tensor] = {}
+        super().__init__(params, defaults)
+
+    # What a subclass provides.
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError for an option of a group that is out of range."""
+        raise NotImplementedError
+
+    def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The leading part of `state_names` that the options of a group need."""
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+        """The values of `hyper_names` for a group: numbers, or one-element tensors."""
+        raise NotImplementedError
+
+    @classmethod
+    def prepare(cls, hyper: tuple[float, ...], step: int) -> Any:
+        """The scalars of a parameter's step number ``step`` (from 1), computed in float64."""
+        raise NotImplementedError
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, *states_and_scalars: Any) -> tuple[Tensor | None, ...]:
+        """The new parameter and states, from tensors in the arithmetic dtype; an absent state is None."""
+        raise NotImplementedError
+
+    def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """The state ``name`` of a parameter before its first step."""
+        return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+
+    # Groups and state.
+
+    @property
+    def backends_used(self) -> set[str]:
+        """Names of the backends that the parameters' last step ran on (empty before the first)."""
+        return {plan.backend.name for plan in self._plans or ()}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does, after checking its options and that the chosen backend can take it.
+
+        Raises:
+            ValueError, TypeError: an option is out of range.
+            RuntimeError: the backend that was asked for cannot run, with its reasons.
+        """
+        if isinstance(param_group, dict):
+            group = {**self.defaults, **param_group}
+            checks.check_implementation(group)
+            self.check_group(group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            first = sum(len(g["params"]) for g in self.param_groups[:-1])
+            names = group.get("param_names") or [None] * len(group["params"])
+            for index, (name, param) in enumerate(zip(names, group["params"], strict=True), first):
+                if layout.overlaps_itself(layout.local(param.detach())):
+                    what = checks.describe(index, name, param)
+                    raise ValueError(f"{what}: several elements share one memory location; pass a .clone() of it")
+                self._select(param)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._plans = None
+
+    def _select(self, param: Tensor) -> backends.Backend:
+        return backends.select(self._backend, param.device, param.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend, "_counters": self._counters}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_backend", backends.check_choice(None))
+        self.__dict__.setdefault("_counters", {})
+        for group in self.param_groups:  # checkpoints older than the options
+            for option, value in (("maximize", False), ("foreach", None), ("differentiable", False), ("fused", None)):
+                group.setdefault(option, value)
+        self._plans = None
+
+    def state_dict(self) -> StateDict:
+        """The state as the torch class of this name would write it; tensors are not copied."""
+        state_dict = super().state_dict()
+        if not self.step_in_state:
+            # A parameter whose every step was skipped has buffers but has not started.
+            ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            for key, param in zip(ids, params, strict=True):
+                counter = self._counters.get(param)
+                if key in state_dict["state"] and counter is not None and counter.item() == 0:
+                    del state_dict["state"][key]
+        return state_dict
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state, this class's or the torch class's of the same name.
+
+        Tensors are copied, keep their own dtype (torch casts them to the parameter's) and take the parameter's device
+        and layout.
+
+        Raises:
+            ValueError: groups do not match, or a state's shape is not its parameter's; nothing is changed then.
+        """
+        loaded: dict[Tensor, dict[str, Any]] = {}
+        rest: dict[Any, Any] = {}
+
+        def take_state(_: Any, given: StateDict) -> StateDict:
+            ids = list(chain.from_iterable(group["params"] for group in given["param_groups"]))
+            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+            by_id = dict(zip(ids, params, strict=False))  # torch reports a mismatch right after this
+            for key, value in given["state"].items():
+                if key in by_id:
+                    loaded[by_id[key]] = self._adopt(key, by_id[key], value)
+                else:
+                    rest[key] = value
+            return {**given, "state": {}}
+
+        def give_state(_: Any) -> None:
+            self.state.update(loaded)
+            self.state.update(rest)
+            self._counters.clear()
+
+        # Last before torch's own work and first after it, so that hooks of the user see what torch would show them.
+        with (
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(give_state, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
+
+    def _adopt(self, key: Any, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's loaded state: our own copies, on its device."""
+        adopted = {}
+        for name, value in state.items():
+            if name in self.state_names and isinstance(value, Tensor) and value.shape != param.shape:
+                raise ValueError(
+                    f"loaded state dict: '{name}' of parameter {key} has shape {tuple(value.shape)}, "
+                    f"expected {tuple(param.shape)}"
+                )
+            if isinstance(value, Tensor):
+                value = value.detach().clone() if name == "step" else value.detach().to(param.device, copy=True)
+            adopted[name] = value
+        return adopted
+
+    # Plans.
+
+    def _build(self) -> list[Plan]:
+        """Look every tensor up, create missing states, and plan one kernel call per group, backend and device.
+
+        Raises before any state is created.
+        """
+        optimizer = type(self).__name__
+        chosen: list[list[tuple[int, str | None, Tensor, backends.Backend]]] = []
+        index = 0
+        for group in self.param_groups:
+            row = []
+            names = group.get("param_names") or [None] * len(group["params"])
+            for name, param in zip(names, group["params"], strict=True):
+                if param.grad is not None:
+                    checks.check_grad(optimizer, param, param.grad, checks.describe(index, name, param))
+                    for state in self.states_of(group):
+                        value = self.state[param].get(state) if param in self.state else None
+                        if value is not None and value.shape != param.shape:
+                            what = checks.describe(index, name, param)
+                            raise RuntimeError(
+                                f"{optimizer}: state '{state}' has shape {tuple(value.shape)}, it must be that of {what}"
+                            )
+                row.append((index, name, param, self._select(param)))
+                index += 1
+            chosen.append(row)
+
+        plans = []
+        for group_index, (group, row) in enumerate(zip(self.param_groups, chosen, strict=True)):
+            states = self.states_of(group)
+            buckets: dict[Any, list[Slot]] = {}
+            seen: Counter[Tensor] = Counter()
+            for index, name, param, backend in row:
+                # A parameter that is listed twice is updated twice, one call after the other.
+                bucket = (backend, param.device, backend.bucket(param), seen[param])
+                seen[param] += 1
+                buckets.setdefault(bucket, []).append(self._slot(index, name, param, group, states, backend))
+            for (backend, *_), slots in buckets.items():
+                plans.append(backend.plan(type(self), group_index, states, slots))
+        return plans
+
+    def _slot(
+        self,
+        index: int,
+        name: str | None,
+        param: Tensor,
+        group: dict[str, Any],
+        states: tuple[str, ...],
+        backend: backends.Backend,
+    ) -> Slot:
+        started = param in self.state or param in self._counters
+        if param.grad is None and not started:
+            return Slot(index, name, param, None, None, ())
+        tensor = backend.memory(param)
+        if states or self.step_in_state:
+            state = self.state[param]
+        else:
+            state = {}
+        step = self._step_counter(param, tensor, state, states)
+        tensors = []
+        for key in states:
+            value = state.get(key)
+            if value is None:
+                value = state[key] = self.init_state(key, param, group)
+            elif value.device != param.device:
+                value = state[key] = value.to(param.device)
+            usable = backend.state_memory(value, tensor)
+            if usable is None:
+                value = state[key] = layout.laid_out_as(value, tensor)
+                usable = value
+            tensors.append(usable)
+        return Slot(index, name, param, tensor, step, tuple(tensors))
+
+    def _step_counter(self, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]) -> Tensor:
+        """The number of updates of ``param`` so far, as one fp32 number on its device."""
+        if self.step_in_state:
+            holder, key = state, "step"
+            count = state.get("step", 0.0)
+        else:
+            holder, key = self._counters, param
+            count = self._counters.get(param, float(any(state.get(name) is not None for name in states)))
+        if not (
+            isinstance(count, Tensor)
+            and count.dtype == torch.float32
+            and count.device == tensor.device
+            and count.dim() == 0
+        ):
+            count = torch.as_tensor(count, dtype=torch.float32).reshape(()).to(tensor.device, copy=True)
+            holder[key] = count
+        return count
+
+    # The step.
+
+    @torch.no_grad()
+    def _prepare_plans(self) -> list[Plan]:
+        """Plans whose every pointer is checked; nothing has been updated when this raises."""
+        plans = self._plans
+        if (
+            plans is not None
+            and self._watch.unchanged(self.state, self.param_groups)
+            and all(plan.states == self.states_of(self.param_groups[plan.group]) for plan in plans)
+            and all(plan.gather() for plan in plans)
+        ):
+            return plans
+        self._plans = None
+        plans = self._build()
+        self._watch = backends.watch(self.state, self.param_groups)
+        for plan in plans:
+            if not plan.gather():
+                raise RuntimeError("a parameter, gradient or state changed in another thread during step()")
+        self._plans = plans
+        return plans
+
+    def _update(self) -> None:
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
+            return
+        plans = self._prepare_plans()
+        hypers = [self.hyper(group) for group in self.param_groups]
+        self.kernel_calls = 0
+        for plan in plans:
+            maximize = bool(self.param_groups[plan.group].get("maximize", False))
+            self.kernel_calls += plan.step(hypers[plan.group], maximize, grad_scale, found_inf)
+
+    def _hooked_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One step with the hooks around it, as torch's own wrapper of `step` runs them."""
+        hooks = chain(torch_optimizer._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
+        for pre_hook in hooks:
+            result = pre_hook(self, args, kwargs)
+            if result is not None:
+                if not (isinstance(result, tuple) and len(result) == 2):
+                    raise RuntimeError(
+                        f"{type(self).step} must return None or a tuple of (new_args, new_kwargs), but got {result}."
+                    )
+                args, kwargs = result
+        loss = self._plain_step(*args[1:], **kwargs)
+        hooks = chain(self._optimizer_step_post_hooks.values(), torch_optimizer._global_optimizer_post_hooks.values())
+        for post_hook in hooks:
+            post_hook(self, args, kwargs)
+        return loss
+
+    def _plain_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        All parameters are checked before the first is written: if this raises, nothing has changed.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is returned.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or of another shape, device or kind of number than its parameter; or
+                the backend that was asked for cannot run.
+        """
+        args = (self,) if closure is None else (self, closure)
+        if torch.autograd._profiler_enabled():
+            with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+                loss = self._hooked_step(args, {})
+                self._optimizer_step_code()
+                return loss
+        return self._hooked_step(args, {})
+
+    # torch would wrap `step` in a profiler range and in its hooks: ours opens the range only while profiling.
+    step.hooked = True  # type: ignore[attr-defined]

@@ -1,0 +1,122 @@
+"""Stochastic gradient descent with momentum."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import checks
+from .optimizer import FusedOptimizer
+
+
+class SGD(FusedOptimizer):
+    r"""Stochastic gradient descent, optionally with (Nesterov) momentum, in one kernel call per group.
+
+    With gradient :math:`g`, learning rate :math:`\gamma`, weight decay :math:`\lambda`, momentum :math:`\mu`,
+    dampening :math:`\tau`:
+
+    .. math::
+        g &\leftarrow g + \lambda \theta \\
+        b &\leftarrow \mu b + (1 - \tau) g \quad (b \leftarrow g \text{ in a parameter's first step}) \\
+        \theta &\leftarrow \theta - \gamma b \quad (\theta - \gamma (g + \mu b) \text{ with nesterov})
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: learning rate, 0 or larger; a number or a one-element tensor.
+        momentum: 0 or larger; 0 keeps no state.
+        dampening: for momentum.
+        weight_decay: L2 penalty, 0 or larger.
+        nesterov: look ahead by one momentum step; needs ``momentum > 0`` and ``dampening == 0``.
+        maximize: ascend instead of descend.
+        foreach, fused: accepted for compatibility; they choose nothing here.
+        differentiable: must be False.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    State of each parameter: ``momentum_buffer`` in the parameter's dtype and layout (none without momentum).
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+        RuntimeError: ``backend`` cannot run for these parameters, or (from ``step``) a gradient cannot be used.
+
+    Example:
+        >>> optimizer = fusedstep.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+
+    Follows ``torch.optim.SGD``, whose state_dict it shares. Differs: sparse gradients are refused.
+    Paper: Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
+    """
+
+    rule = "sgd"
+    hyper_names = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+    state_names = ("momentum_buffer",)
+    step_in_state = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, backend)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        checks.check_lr(group["lr"])
+        checks.check_non_negative("momentum value", group["momentum"])
+        checks.check_finite("dampening value", group["dampening"])
+        checks.check_non_negative("weight_decay value", group["weight_decay"])
+        checks.check_flag("maximize", group["maximize"])
+        checks.check_flag("nesterov", group["nesterov"])
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.state_names if group["momentum"] != 0 else ()
+
+    def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+        return tuple(group[name] for name in self.hyper_names)
+
+    class Scalars(NamedTuple):
+        lr: float
+        weight_decay: float
+        momentum: float
+        keep: float
+        take: float
+        nesterov: bool
+
+    @classmethod
+    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
+        lr, momentum, dampening, weight_decay, nesterov = hyper
+        first = step == 1
+        keep = 0.0 if first else momentum
+        take = 1.0 if first else 1.0 - dampening
+        return cls.Scalars(lr, weight_decay, momentum, keep, take, nesterov != 0)
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, s: Scalars) -> tuple[Tensor | None, ...]:
+        if s.weight_decay != 0:
+            grad = grad + s.weight_decay * param
+        if momentum_buffer is not None:
+            momentum_buffer = s.keep * momentum_buffer + s.take * grad
+            grad = grad + s.momentum * momentum_buffer if s.nesterov else momentum_buffer
+        return param - s.lr * grad, momentum_buffer
