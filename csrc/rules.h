@@ -2,7 +2,8 @@
 // update() of one element. Nothing here knows about dtypes, layouts, threads or devices: the engines load, call, store.
 //
 // A rule whose option adds a state takes that option as a template flag; an option that only changes a number is a
-// hyperparameter. update() names every state that the rule can have, in one fixed order; an absent one (the flag is
+// hyperparameter. T is the number that update() works on: float, double, or a vector of them; S holds the scalars, of
+// plain float or double. update() names every state that the rule can have, in one fixed order; an absent one (the flag is
 // off) is a dummy that the compiler removes. Operations are written one by one because all backends keep this order:
 // they agree bit for bit in fp32 (no contraction into FMA, IEEE division and square root).
 #pragma once
@@ -31,7 +32,7 @@ FUSEDSTEP_FN double power(double base, int64_t exponent) {
 
 template <class T>
 FUSEDSTEP_FN T maximum(T a, T b) {  // NaN wins, as in torch.maximum
-  return (b > a || b != b) ? b : a;
+  return (b > a) | (b != b) ? b : a;
 }
 
 // Stochastic gradient descent as torch.optim.SGD computes it: the first buffer is the gradient itself.
@@ -61,10 +62,10 @@ struct Sgd {
     return s;
   }
 
-  template <class T>
-  static FUSEDSTEP_FN void update(T& param, T grad, T& momentum_buffer, const Scalars<T>& s) {
-    if (s.weight_decay != T(0)) grad = grad + s.weight_decay * param;
-    if (kMomentum) {
+  template <class T, class S>
+  static FUSEDSTEP_FN void update(T& param, T grad, T& momentum_buffer, const S& s) {
+    if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
+    if constexpr (kMomentum) {
       momentum_buffer = s.keep * momentum_buffer + s.take * grad;
       grad = s.nesterov ? grad + s.momentum * momentum_buffer : momentum_buffer;
     }
@@ -103,14 +104,13 @@ struct Adam {
     return s;
   }
 
-  template <class T>
-  static FUSEDSTEP_FN void update(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq,
-                                  const Scalars<T>& s) {
+  template <class T, class S>
+  static FUSEDSTEP_FN void update(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, const S& s) {
     param = param * s.decay;
-    if (s.weight_decay != T(0)) grad = grad + s.weight_decay * param;
+    if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
     exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg);
     exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * grad * grad;
-    if (kAmsgrad) max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq);
+    if constexpr (kAmsgrad) max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq);
     const T second_moment = kAmsgrad ? max_exp_avg_sq : exp_avg_sq;
     const T denom = square_root(second_moment) * s.inv_bias_correction2_sqrt + s.eps;
     param = param - s.step_size * exp_avg / denom;

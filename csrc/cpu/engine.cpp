@@ -1,124 +1,151 @@
 // The loop over elements, compiled once per instruction set (FUSEDSTEP_ISA). It knows dtypes and tails, but no
 // optimizer by name and no threads.
+#include "pack.h"
+
 #include "engine.h"
+
+// The states of one element must live in registers, not in an array in memory.
+#define FUSEDSTEP_UNROLL _Pragma("GCC unroll 8")
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
 namespace {
 
-constexpr int64_t kTile = 512;  // elements converted at a time: five float tiles stay in the L1 cache
-
-template <class T>
-constexpr Dtype kDtypeOf = sizeof(T) == 8 ? Dtype::kF64 : Dtype::kF32;
-
+// Numbers stored as S, one pack or a part of one at a time.
 template <class T, class S>
-void widen_tile(const void* from, int64_t offset, int64_t n, T* __restrict to) {
-  const S* __restrict source = static_cast<const S*>(from) + offset;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) to[i] = load<T>(source[i]);
-}
+struct Stored {
+  S* data;
 
-template <class T, class S>
-void narrow_tile(void* to, int64_t offset, int64_t n, const T* __restrict from) {
-  S* __restrict target = static_cast<S*>(to) + offset;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) target[i] = narrow<S>(from[i]);
-}
-
-// Elements [offset, offset + n) in the arithmetic type: in place where they are stored so, else converted into buffer.
-template <class T>
-T* open_tile(void* data, Dtype dtype, int64_t offset, int64_t n, T* buffer) {
-  if (dtype == kDtypeOf<T>) return static_cast<T*>(data) + offset;
-  switch (dtype) {
-    case Dtype::kF32:
-      widen_tile<T, float>(data, offset, n, buffer);
-      break;
-    case Dtype::kBF16:
-      widen_tile<T, BF16>(data, offset, n, buffer);
-      break;
-    case Dtype::kF16:
-      widen_tile<T, F16>(data, offset, n, buffer);
-      break;
-    case Dtype::kF64:
-      widen_tile<T, double>(data, offset, n, buffer);
-      break;
+  FUSEDSTEP_FN Pack<T> load(int64_t i) const { return load_pack<T, S>(data + i); }
+  FUSEDSTEP_FN void store(int64_t i, Pack<T> pack) const { store_pack<T, S>(data + i, pack); }
+  FUSEDSTEP_FN Pack<T> load_part(int64_t i, int64_t n) const {
+    S part[kLanes<T>] = {};
+    for (int64_t k = 0; k < n; ++k) part[k] = data[i + k];
+    return load_pack<T, S>(part);
   }
-  return buffer;
-}
-
-template <class T>
-void close_tile(void* data, Dtype dtype, int64_t offset, int64_t n, const T* tile) {
-  if (dtype == kDtypeOf<T>) return;  // was updated in place
-  switch (dtype) {
-    case Dtype::kF32:
-      return narrow_tile<T, float>(data, offset, n, tile);
-    case Dtype::kBF16:
-      return narrow_tile<T, BF16>(data, offset, n, tile);
-    case Dtype::kF16:
-      return narrow_tile<T, F16>(data, offset, n, tile);
-    case Dtype::kF64:
-      return narrow_tile<T, double>(data, offset, n, tile);
+  FUSEDSTEP_FN void store_part(int64_t i, int64_t n, Pack<T> pack) const {
+    S part[kLanes<T>];
+    store_pack<T, S>(part, pack);
+    for (int64_t k = 0; k < n; ++k) data[i + k] = part[k];
   }
-}
+};
+
+// Numbers whose format is known only now: the switch goes the same way for all of a tensor.
+template <class T>
+struct AnyStored {
+  void* data;
+  Dtype dtype;
+
+  template <class Visit>
+  FUSEDSTEP_FN auto visit(Visit&& visit) const {
+    switch (dtype) {
+      case Dtype::kBF16:
+        return visit(Stored<T, BF16>{static_cast<BF16*>(data)});
+      case Dtype::kF16:
+        return visit(Stored<T, F16>{static_cast<F16*>(data)});
+      case Dtype::kF64:
+        return visit(Stored<T, double>{static_cast<double*>(data)});
+      default:
+        return visit(Stored<T, float>{static_cast<float*>(data)});
+    }
+  }
+  FUSEDSTEP_FN Pack<T> load(int64_t i) const {
+    return visit([&](auto stored) { return stored.load(i); });
+  }
+  FUSEDSTEP_FN void store(int64_t i, Pack<T> pack) const {
+    visit([&](auto stored) { stored.store(i, pack); });
+  }
+  FUSEDSTEP_FN Pack<T> load_part(int64_t i, int64_t n) const {
+    return visit([&](auto stored) { return stored.load_part(i, n); });
+  }
+  FUSEDSTEP_FN void store_part(int64_t i, int64_t n, Pack<T> pack) const {
+    visit([&](auto stored) { stored.store_part(i, n, pack); });
+  }
+};
+
+// What turns the stored gradient into the rule's: divided by scale, then multiplied by sign.
+template <class T>
+struct GradChange {
+  bool any;
+  T sign, scale;
+};
 
 template <class Rule, class T, class Scalars>
-void update_tile(T* __restrict param, const T* __restrict grad, T* const* states, int64_t n, const Scalars& scalars) {
-  const Scalars s = scalars;
+FUSEDSTEP_FN void update_pack(Pack<T>& param, Pack<T> grad, Pack<T>* states, const Scalars& s) {
   constexpr int kNamed = sizeof(Rule::kStateNames) / sizeof(Rule::kStateNames[0]);
   static_assert(kNamed <= 3, "add a branch for a rule with more states");
-  T* __restrict a = Rule::kStates > 0 ? states[0] : nullptr;
-  T* __restrict b = Rule::kStates > 1 ? states[1] : nullptr;
-  T* __restrict c = Rule::kStates > 2 ? states[2] : nullptr;
-  // States are named local references because an array of them would not vectorise.
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    T absent = T(0);
-    T& s0 = Rule::kStates > 0 ? a[i] : absent;
-    T& s1 = Rule::kStates > 1 ? b[i] : absent;
-    T& s2 = Rule::kStates > 2 ? c[i] : absent;
-    if constexpr (kNamed == 1) Rule::update(param[i], grad[i], s0, s);
-    if constexpr (kNamed == 2) Rule::update(param[i], grad[i], s0, s1, s);
-    if constexpr (kNamed == 3) Rule::update(param[i], grad[i], s0, s1, s2, s);
+  if constexpr (kNamed == 1) Rule::update(param, grad, states[0], s);
+  if constexpr (kNamed == 2) Rule::update(param, grad, states[0], states[1], s);
+  if constexpr (kNamed == 3) Rule::update(param, grad, states[0], states[1], states[2], s);
+}
+
+template <class Rule, class T, class Param, class Grad, class State>
+void update_loop(const Param& param, const Grad& grad, const State* states, int64_t begin, int64_t end,
+                 const GradChange<T>& change, const typename Rule::template Scalars<T>& scalars) {
+  const auto s = scalars;
+  int64_t i = begin;
+  for (; i + kLanes<T> <= end; i += kLanes<T>) {
+    Pack<T> p = param.load(i), g = grad.load(i), pack[kMaxStates] = {};
+    if (change.any) g = change.sign * (g / change.scale);
+    FUSEDSTEP_UNROLL
+    for (int k = 0; k < Rule::kStates; ++k) pack[k] = states[k].load(i);
+    update_pack<Rule, T>(p, g, pack, s);
+    param.store(i, p);
+    FUSEDSTEP_UNROLL
+    for (int k = 0; k < Rule::kStates; ++k) states[k].store(i, pack[k]);
   }
+  if (const int64_t n = end - i; n > 0) {
+    Pack<T> p = param.load_part(i, n), g = grad.load_part(i, n), pack[kMaxStates] = {};
+    if (change.any) g = change.sign * (g / change.scale);
+    FUSEDSTEP_UNROLL
+    for (int k = 0; k < Rule::kStates; ++k) pack[k] = states[k].load_part(i, n);
+    update_pack<Rule, T>(p, g, pack, s);
+    param.store_part(i, n, p);
+    FUSEDSTEP_UNROLL
+    for (int k = 0; k < Rule::kStates; ++k) states[k].store_part(i, n, pack[k]);
+  }
+}
+
+// With every operand stored as S.
+template <class Rule, class T, class S>
+void update_uniform(const Record& record, const void* grad, int64_t begin, int64_t end, const GradChange<T>& change,
+                    const typename Rule::template Scalars<T>& scalars) {
+  Stored<T, S> states[kMaxStates];
+  for (int k = 0; k < Rule::kStates; ++k) states[k].data = static_cast<S*>(record.states[k]);
+  update_loop<Rule, T>(Stored<T, S>{static_cast<S*>(record.param)},
+                       Stored<T, S>{const_cast<S*>(static_cast<const S*>(grad))}, states, begin, end, change, scalars);
 }
 
 template <class Rule, class T>
-void update_range(const Call& call, const Work& work, int64_t offset, int64_t n,
+void update_range(const Call& call, const Work& work, int64_t begin, int64_t end,
                   const typename Rule::template Scalars<T>& scalars) {
   const Record& record = *work.record;
-  alignas(64) T buffers[2 + kMaxStates][kTile];
-  const bool change_grad = call.maximize || call.grad_scale != 1.0;
-  bool in_place = record.param_dtype == kDtypeOf<T> && record.grad_dtype == kDtypeOf<T> && !change_grad;
-  for (int k = 0; k < Rule::kStates; ++k) in_place = in_place && record.state_dtypes[k] == kDtypeOf<T>;
-  const int64_t tile = in_place ? n : kTile;
-  const T sign = call.maximize ? T(-1) : T(1);
-  const T scale = static_cast<T>(call.grad_scale);
-
-  for (const int64_t end = offset + n; offset < end; offset += tile) {
-    const int64_t m = end - offset < tile ? end - offset : tile;
-    T* param = open_tile<T>(record.param, record.param_dtype, offset, m, buffers[0]);
-    T* grad = open_tile<T>(const_cast<void*>(work.grad), record.grad_dtype, offset, m, buffers[1]);
-    if (change_grad) {
-      const T* source = grad;
-      grad = buffers[1];
-#pragma GCC ivdep
-      for (int64_t i = 0; i < m; ++i) grad[i] = sign * (source[i] / scale);
-    }
-    T* states[kMaxStates];
-    for (int k = 0; k < Rule::kStates; ++k)
-      states[k] = open_tile<T>(record.states[k], record.state_dtypes[k], offset, m, buffers[2 + k]);
-    update_tile<Rule>(param, static_cast<const T*>(grad), states, m, scalars);
-    close_tile<T>(record.param, record.param_dtype, offset, m, param);
-    for (int k = 0; k < Rule::kStates; ++k)
-      close_tile<T>(record.states[k], record.state_dtypes[k], offset, m, states[k]);
+  const GradChange<T> change{call.maximize || call.grad_scale != 1.0, call.maximize ? T(-1) : T(1),
+                             static_cast<T>(call.grad_scale)};
+  bool uniform = record.grad_dtype == record.param_dtype;
+  for (int k = 0; k < Rule::kStates; ++k) uniform = uniform && record.state_dtypes[k] == record.param_dtype;
+  if (uniform) {
+    if constexpr (sizeof(T) == sizeof(double))
+      return update_uniform<Rule, T, double>(record, work.grad, begin, end, change, scalars);
+    else if (record.param_dtype == Dtype::kF32)
+      return update_uniform<Rule, T, float>(record, work.grad, begin, end, change, scalars);
+    else if (record.param_dtype == Dtype::kBF16)
+      return update_uniform<Rule, T, BF16>(record, work.grad, begin, end, change, scalars);
+    else
+      return update_uniform<Rule, T, F16>(record, work.grad, begin, end, change, scalars);
   }
+  AnyStored<T> states[kMaxStates];
+  for (int k = 0; k < Rule::kStates; ++k) states[k] = {record.states[k], record.state_dtypes[k]};
+  update_loop<Rule, T>(AnyStored<T>{record.param, record.param_dtype},
+                       AnyStored<T>{const_cast<void*>(work.grad), record.grad_dtype}, states, begin, end, change,
+                       scalars);
 }
 
 // prepare() costs more than a small tensor's update, and most tensors of a group are at the same step.
 template <class Rule, class T>
 struct Prepared {
   int64_t step = -1;
-  typename Rule::template Scalars<T> scalars;
+  typename Rule::template Scalars<T> scalars{};
 
   const auto& at(const Call& call, const Record& record) {
     const int64_t next = static_cast<int64_t>(*record.step) + 1;
@@ -138,13 +165,13 @@ void run_rule(const Call& call, int64_t first, int64_t last) {
   }
   for (int64_t i = low; i < call.work_size && call.work[i].begin < last; ++i) {
     const Work& work = call.work[i];
-    const int64_t from = first > work.begin ? first - work.begin : 0;
-    const int64_t to = last - work.begin < work.record->numel ? last - work.begin : work.record->numel;
-    if (from >= to) continue;
+    const int64_t begin = first > work.begin ? first - work.begin : 0;
+    const int64_t end = last - work.begin < work.record->numel ? last - work.begin : work.record->numel;
+    if (begin >= end) continue;
     if (work.record->param_dtype == Dtype::kF64)
-      update_range<Rule, double>(call, work, from, to - from, twice.at(call, *work.record));
+      update_range<Rule, double>(call, work, begin, end, twice.at(call, *work.record));
     else
-      update_range<Rule, float>(call, work, from, to - from, single.at(call, *work.record));
+      update_range<Rule, float>(call, work, begin, end, single.at(call, *work.record));
   }
 }
 

@@ -1,0 +1,144 @@
+// Packs of numbers that fill a vector register, and how each stored format is loaded into and stored from them.
+// Must come before rules.h: the rules then work on packs as they do on single numbers.
+#pragma once
+
+#include "../numeric.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace fusedstep::cpu {
+
+#if defined(__AVX512F__)
+constexpr int kPackBytes = 64;
+#elif defined(__AVX__)
+constexpr int kPackBytes = 32;
+#else
+constexpr int kPackBytes = 16;
+#endif
+
+}  // namespace fusedstep::cpu
+
+namespace fusedstep {
+inline namespace FUSEDSTEP_ISA {
+
+typedef float FloatPack __attribute__((vector_size(cpu::kPackBytes)));
+typedef double DoublePack __attribute__((vector_size(cpu::kPackBytes)));
+typedef uint32_t WordPack __attribute__((vector_size(cpu::kPackBytes)));
+typedef uint16_t HalfWordPack __attribute__((vector_size(cpu::kPackBytes / 2)));
+
+// The arithmetic type T, its pack and how many numbers that holds.
+template <class T>
+struct PackOf;
+template <>
+struct PackOf<float> {
+  using Pack = FloatPack;
+  static constexpr int64_t kLanes = cpu::kPackBytes / 4;
+};
+template <>
+struct PackOf<double> {
+  using Pack = DoublePack;
+  static constexpr int64_t kLanes = cpu::kPackBytes / 8;
+};
+template <class T>
+using Pack = typename PackOf<T>::Pack;
+template <class T>
+constexpr int64_t kLanes = PackOf<T>::kLanes;
+
+// Only the forms with a mask: with the plain ones g++ 12 warns about its own headers.
+FUSEDSTEP_FN FloatPack square_root(FloatPack x) {
+#if defined(__AVX512F__)
+  return (FloatPack)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(__AVX__)
+  return (FloatPack)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (FloatPack)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = square_root(x[i]);
+  return x;
+#endif
+}
+
+FUSEDSTEP_FN DoublePack square_root(DoublePack x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = square_root(x[i]);
+  return x;
+}
+
+template <class T, class S>
+FUSEDSTEP_FN Pack<T> load_pack(const S* stored) {
+  Pack<T> pack;
+  if constexpr (sizeof(T) == sizeof(S)) {
+    __builtin_memcpy(&pack, stored, sizeof(pack));
+  } else {
+    for (int i = 0; i < kLanes<T>; ++i) pack[i] = load<T>(stored[i]);
+  }
+  return pack;
+}
+
+template <class T, class S>
+FUSEDSTEP_FN void store_pack(S* stored, Pack<T> pack) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    __builtin_memcpy(stored, &pack, sizeof(pack));
+  } else {
+    for (int i = 0; i < kLanes<T>; ++i) stored[i] = narrow<S>(pack[i]);
+  }
+}
+
+// Between 16 and 32 bits. With AVX2 the compiler's own choice takes the lanes apart one by one.
+FUSEDSTEP_FN WordPack widen_words(HalfWordPack halves) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (WordPack)_mm256_cvtepu16_epi32((__m128i)halves);
+#else
+  return __builtin_convertvector(halves, WordPack);
+#endif
+}
+FUSEDSTEP_FN HalfWordPack narrow_words(WordPack words) {  // words below 2^16
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+  return (HalfWordPack)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(words, HalfWordPack);
+#endif
+}
+
+template <>
+FUSEDSTEP_FN FloatPack load_pack<float, BF16>(const BF16* stored) {
+  HalfWordPack bits;
+  __builtin_memcpy(&bits, stored, sizeof(bits));
+  return (FloatPack)(widen_words(bits) << 16);
+}
+
+template <>
+FUSEDSTEP_FN void store_pack<float, BF16>(BF16* stored, FloatPack pack) {
+  const WordPack bits = (WordPack)pack;
+  const WordPack rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const WordPack quiet_nan = rounded * 0u + 0x7fc0u;
+  const HalfWordPack narrowed = narrow_words(pack != pack ? quiet_nan : rounded);
+  __builtin_memcpy(stored, &narrowed, sizeof(narrowed));
+}
+
+#if defined(__F16C__)
+// The processor's own conversion, to the same bits as numeric.h (a NaN stays one, with another payload).
+template <>
+FUSEDSTEP_FN FloatPack load_pack<float, F16>(const F16* stored) {
+#if defined(__AVX512F__)
+  return (FloatPack)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored)));
+#else
+  return (FloatPack)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(stored)));
+#endif
+}
+
+template <>
+FUSEDSTEP_FN void store_pack<float, F16>(F16* stored, FloatPack pack) {
+  constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(stored), _mm512_maskz_cvtps_ph(0xffff, (__m512)pack, kNearestEven));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(stored), _mm256_cvtps_ph((__m256)pack, kNearestEven));
+#endif
+}
+#endif
+
+}  // namespace FUSEDSTEP_ISA
+}  // namespace fusedstep
