@@ -1,25 +1,32 @@
 #include "watch.h"
 
 namespace fusedstep {
+namespace {
 
+// Calls visit(object) for all that is watched in `state`, in a fixed order, until it returns false.
 template <class Visit>
-bool Watch::walk(const py::dict& state, const py::list& param_groups, const Visit& visit) {
+bool walk_state(const py::dict& state, const Visit& visit) {
   if (!visit(state.ptr())) return false;
   PyObject *param, *param_state, *key, *value;
   Py_ssize_t outer = 0;
   while (PyDict_Next(state.ptr(), &outer, &param, &param_state)) {
     if (!visit(param) || !visit(param_state)) return false;
-    Py_ssize_t inner = 0;
     if (!PyDict_Check(param_state)) continue;
+    Py_ssize_t inner = 0;
     while (PyDict_Next(param_state, &inner, &key, &value)) {
       if (!visit(value)) return false;
     }
   }
+  return true;
+}
+
+template <class Visit>
+bool walk_params(const py::list& param_groups, const Visit& visit) {
   const Py_ssize_t n_groups = PyList_GET_SIZE(param_groups.ptr());
   for (Py_ssize_t i = 0; i < n_groups; ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups.ptr(), i);
     PyObject* params = PyDict_Check(group) ? PyDict_GetItemString(group, "params") : nullptr;
-    if (!visit(group) || params == nullptr || !visit(params) || !PyList_Check(params)) return false;
+    if (params == nullptr || !PyList_Check(params) || !visit(group) || !visit(params)) return false;
     const Py_ssize_t n_params = PyList_GET_SIZE(params);
     for (Py_ssize_t j = 0; j < n_params; ++j) {
       if (!visit(PyList_GET_ITEM(params, j))) return false;
@@ -28,19 +35,66 @@ bool Watch::walk(const py::dict& state, const py::list& param_groups, const Visi
   return true;
 }
 
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // deprecated in 3.12, kept up to there
+uint64_t version_of(PyObject* dict) {
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+}
+#pragma GCC diagnostic pop
+constexpr bool kVersions = true;
+#else
+uint64_t version_of(PyObject*) {
+  return 0;
+}
+constexpr bool kVersions = false;
+#endif
+
+}  // namespace
+
 Watch::Watch(const py::dict& state, const py::list& param_groups) {
-  walk(state, param_groups, [&](PyObject* object) {
+  const auto keep = [&](PyObject* object) {
     objects_.push_back(py::reinterpret_borrow<py::object>(object));
+    return true;
+  };
+  walk_state(state, keep);
+  walk_params(param_groups, [&](PyObject* object) {
+    params_.push_back(object);
+    return keep(object);
+  });
+  remember_versions(state);
+}
+
+void Watch::remember_versions(const py::dict& state) {
+  versions_.clear();
+  if (!kVersions) return;
+  walk_state(state, [&](PyObject* object) {
+    if (PyDict_Check(object)) versions_.emplace_back(object, version_of(object));
     return true;
   });
 }
 
-bool Watch::unchanged(const py::dict& state, const py::list& param_groups) const {
+bool Watch::same_versions(const py::dict& state) const {
+  if (versions_.empty() || versions_[0].first != state.ptr()) return false;
+  for (const auto& [dict, version] : versions_) {
+    if (version_of(dict) != version) return false;
+  }
+  return true;
+}
+
+bool Watch::unchanged(const py::dict& state, const py::list& param_groups) {
   size_t next = 0;
-  const bool same = walk(state, param_groups, [&](PyObject* object) {
-    return next < objects_.size() && objects_[next++].ptr() == object;
-  });
-  return same && next == objects_.size();
+  const bool same_params = walk_params(
+      param_groups, [&](PyObject* object) { return next < params_.size() && params_[next++] == object; });
+  if (!same_params || next != params_.size()) return false;
+  if (same_versions(state)) return true;
+  next = 0;
+  const size_t n_state = objects_.size() - params_.size();
+  const bool same_state =
+      walk_state(state, [&](PyObject* object) { return next < n_state && objects_[next++].ptr() == object; });
+  if (!same_state || next != n_state) return false;
+  remember_versions(state);  // something else in a dict changed
+  return true;
 }
 
 }  // namespace fusedstep

@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace fusedstep {
@@ -14,14 +16,17 @@ namespace py = pybind11;
 class Watch {
  public:
   Watch(const py::dict& state, const py::list& param_groups);
-  bool unchanged(const py::dict& state, const py::list& param_groups) const;
+  bool unchanged(const py::dict& state, const py::list& param_groups);
 
  private:
-  // Calls visit(object) for everything watched, in a fixed order, until it returns false.
-  template <class Visit>
-  static bool walk(const py::dict& state, const py::list& param_groups, const Visit& visit);
+  bool same_versions(const py::dict& state) const;
+  void remember_versions(const py::dict& state);
 
   std::vector<py::object> objects_;  // references, so that no address can be used anew
+  std::vector<PyObject*> params_;    // of all groups, with the lists that hold them: among objects_
+  // Every dict in `state` with the interpreter's own version number of it, which is one load to compare. Empty where
+  // the interpreter keeps none (CPython 3.13 and later).
+  std::vector<std::pair<PyObject*, uint64_t>> versions_;
 };
 
 }  // namespace fusedstep

@@ -19,14 +19,14 @@ struct Stored {
   FUSEDSTEP_FN Pack<T> load(int64_t i) const { return load_pack<T, S>(data + i); }
   FUSEDSTEP_FN void store(int64_t i, Pack<T> pack) const { store_pack<T, S>(data + i, pack); }
   FUSEDSTEP_FN Pack<T> load_part(int64_t i, int64_t n) const {
-    S part[kLanes<T>] = {};
-    for (int64_t k = 0; k < n; ++k) part[k] = data[i + k];
+    alignas(64) S part[kLanes<T>];
+    load_part_of<kLanes<T>>(part, data + i, n);
     return load_pack<T, S>(part);
   }
   FUSEDSTEP_FN void store_part(int64_t i, int64_t n, Pack<T> pack) const {
-    S part[kLanes<T>];
+    alignas(64) S part[kLanes<T>];
     store_pack<T, S>(part, pack);
-    for (int64_t k = 0; k < n; ++k) data[i + k] = part[k];
+    store_part_of<kLanes<T>>(data + i, part, n);
   }
 };
 

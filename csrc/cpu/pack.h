@@ -140,5 +140,33 @@ FUSEDSTEP_FN void store_pack<float, F16>(F16* stored, FloatPack pack) {
 }
 #endif
 
+// The last n numbers of a tensor, fewer than a pack: into a whole pack with zeros behind them, and back. With many small
+// tensors this is most of the work, so it is worth a masked instruction where there is one.
+template <int64_t lanes, class S>
+FUSEDSTEP_FN void load_part_of(S* part, const S* stored, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  [[maybe_unused]] const uint32_t mask = (uint32_t{1} << n) - 1;
+  if constexpr (sizeof(S) == 4 && lanes == 16)
+    return _mm512_store_si512(part, _mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), stored));
+  if constexpr (sizeof(S) == 2 && lanes == 16)
+    return _mm256_store_si256(reinterpret_cast<__m256i*>(part),
+                              _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), stored));
+#endif
+  for (int64_t k = 0; k < lanes; ++k) part[k] = k < n ? stored[k] : S{};
+}
+
+template <int64_t lanes, class S>
+FUSEDSTEP_FN void store_part_of(S* stored, const S* part, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  [[maybe_unused]] const uint32_t mask = (uint32_t{1} << n) - 1;
+  if constexpr (sizeof(S) == 4 && lanes == 16)
+    return _mm512_mask_storeu_epi32(stored, static_cast<__mmask16>(mask), _mm512_load_si512(part));
+  if constexpr (sizeof(S) == 2 && lanes == 16)
+    return _mm256_mask_storeu_epi16(stored, static_cast<__mmask16>(mask),
+                                    _mm256_load_si256(reinterpret_cast<const __m256i*>(part)));
+#endif
+  for (int64_t k = 0; k < n; ++k) stored[k] = part[k];
+}
+
 }  // namespace FUSEDSTEP_ISA
 }  // namespace fusedstep

@@ -273,7 +273,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step.
 
-    @torch.no_grad()
     def _prepare_plans(self) -> list[Plan]:
         """Plans whose every pointer is checked; nothing has been updated when this raises."""
         plans = self._plans
@@ -285,7 +284,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         ):
             return plans
         self._plans = None
-        plans = self._build()
+        with torch.no_grad():
+            plans = self._build()
         self._watch = backends.watch(self.state, self.param_groups)
         for plan in plans:
             if not plan.gather():
@@ -299,11 +299,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return
         plans = self._prepare_plans()
-        hypers = [self.hyper(group) for group in self.param_groups]
         self.kernel_calls = 0
         for plan in plans:
-            maximize = bool(self.param_groups[plan.group].get("maximize", False))
-            self.kernel_calls += plan.step(hypers[plan.group], maximize, grad_scale, found_inf)
+            group = self.param_groups[plan.group]
+            self.kernel_calls += plan.step(self.hyper(group), bool(group["maximize"]), grad_scale, found_inf)
 
     def _hooked_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step with the hooks around it, as torch's own wrapper of `step` runs them."""
@@ -342,6 +341,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse, or of another shape, device or kind of number than its parameter; or
                 the backend that was asked for cannot run.
         """
+        if not (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        ):
+            return self._plain_step(closure)
         args = (self,) if closure is None else (self, closure)
         if torch.autograd._profiler_enabled():
             with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):

@@ -80,7 +80,7 @@ class KernelPlan(Plan):
             for i, slot in enumerate(slots)
             if slot.tensor is not None and slot.tensor is not layout.local(slot.param)
         ]
-        self.wrappers = [slot.param for slot in slots if layout.is_wrapper(slot.param)]
+        self.wrappers = [(i, slot.param) for i, slot in enumerate(slots) if layout.is_wrapper(slot.param)]
 
     def gather(self) -> bool:
         if not self.native.gather():
@@ -102,17 +102,17 @@ class KernelPlan(Plan):
     def step(
         self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> int:
-        active = set(self.native.active()) if self.stand_ins else ()
+        if not self.stand_ins and not self.wrappers:
+            return self.launch(hyper, maximize, grad_scale, found_inf)
+        active = set(self.native.active())
         staged = [slot for i, slot in self.stand_ins if i in active]
         with torch.no_grad():
             for slot in staged:
                 slot.tensor.copy_(layout.local(slot.param))
-        calls = self.launch(hyper, maximize, grad_scale, found_inf)
-        with torch.no_grad():
+            calls = self.launch(hyper, maximize, grad_scale, found_inf)
             for slot in staged:
                 layout.local(slot.param).copy_(slot.tensor)
-        if self.wrappers:
-            torch.autograd.graph.increment_version(self.wrappers)
+        torch.autograd.graph.increment_version([param for i, param in self.wrappers if i in active])
         return calls
 
     def launch(
