@@ -5,6 +5,7 @@ from .adamw import AdamW
 from .backends import use_backend
 from .optimizer import FusedOptimizer
 from .sgd import SGD
+from .verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "use_backend"]
+__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "use_backend", "verify"]

@@ -1,0 +1,99 @@
+# Everything runs in .venv, which is made on first use. PYTHON=... names the interpreter to make it from.
+PYTHON ?= python3
+OPTIMIZER ?= AdamW
+WORKERS ?= 2
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+PY := $(VENV)/bin/python
+ENV := $(VENV)/.env-stamp
+DEPS := $(VENV)/.deps-stamp
+BUILT := $(VENV)/.built-stamp
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install -q --no-build-isolation --no-deps -e .
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test gpu build lint clean
+
+help:
+	@echo "make demo    train a small GPT with torch.optim.AdamW and with fusedstep.AdamW (OPTIMIZER=$(OPTIMIZER))"
+	@echo "make test    run the tests that need no GPU"
+	@echo "make gpu     on a GPU machine, without network: build, tests, compute-sanitizer, benchmark"
+	@echo "make build   compile what changed and install into $(VENV)"
+	@echo "make lint    ruff and clang-format"
+	@echo "make clean   remove $(VENV) and everything built"
+
+demo: $(DEPS) $(BUILT)
+	$(PY) -m fusedstep.bench.train_gpt --optimizer $(OPTIMIZER)
+
+test: $(DEPS) $(BUILT)
+	$(PY) -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)
+
+build: $(DEPS)
+	$(INSTALL)
+	@touch $(BUILT)
+
+lint: $(DEPS)
+	@$(PY) -m ruff --version >/dev/null 2>&1 && $(PY) -m clang_format --version >/dev/null 2>&1 || \
+	  { $(call requirements,p["optional-dependencies"]["lint"]) && $(PIP) install -q -r $(VENV)/requirements.txt; }
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m clang_format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info python/fusedstep/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A torch that PYTHON already has is used through the new environment, and so is all that lies beside it: even where
+# PYTHON is itself a virtual environment (which --system-site-packages would pass over), is read-only, or lacks
+# ensurepip. Nothing is installed into it. Its pip is used too: ensurepip would put an old setuptools before its own.
+# This checkout comes before whatever it may have of this package.
+$(ENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fusedstep needs Python 3.11 or newer: make PYTHON=... names one")'
+	@if $(PYTHON) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)' 2>/dev/null; then \
+	  echo "making $(VENV) with the torch of $(PYTHON)"; \
+	  $(PYTHON) -c 'import pip' 2>/dev/null && without=--without-pip || without=; \
+	  $(PYTHON) -m venv $$without $(VENV) && \
+	  $(PYTHON) -c 'import sys; print("$(CURDIR)/python"); [print("import site; site.addsitedir(%r)" % p) for p in sys.path if p.endswith("-packages")]' \
+	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer_packages.pth"; \
+	else \
+	  echo "making $(VENV)"; \
+	  $(PYTHON) -m venv $(VENV); \
+	fi
+	@touch $@
+
+# $(call requirements,EXPRESSION): writes what the expression over pyproject's [project] lists, one a line.
+requirements = $(PY) -c 'import tomllib; t = tomllib.load(open("pyproject.toml", "rb")); p = t["project"]; print(*($1), sep="\n")' > $(VENV)/requirements.txt
+
+# torch first and by version: a plain "torch" would fetch the newest, with gigabytes of CUDA libraries.
+$(DEPS): pyproject.toml | $(ENV)
+	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
+	@$(call requirements,t["build-system"]["requires"] + p["dependencies"] + p["optional-dependencies"]["test"])
+	$(PIP) install -q -r $(VENV)/requirements.txt
+	@touch $@
+
+$(BUILT): $(SOURCES) | $(ENV)
+	$(INSTALL)
+	@touch $@
+
+# Each stage runs even if one before it failed; the exit status says whether any did. The memory checker sees every
+# tensor's bounds only if each tensor is an allocation of its own, hence no caching.
+gpu: export FUSEDSTEP_CUDA = 1
+gpu: $(BUILT)
+	@failed=; \
+	stage() { name=$$1; shift; echo; echo "=== $$name"; "$$@" || failed="$$failed; $$name"; }; \
+	$(PY) -c 'import xdist' 2>/dev/null && parallel="-n $$((($$(nproc) + 1) / 2))" || parallel=; \
+	stage "what can run" $(PY) -m fusedstep.cli info; \
+	stage "tests on the GPU" $(PY) -m pytest -m gpu $(ARGS); \
+	stage "the other tests" env OMP_NUM_THREADS=2 $(PY) -m pytest -m "not gpu and not slow" $$parallel $(ARGS); \
+	sanitizer=$$(command -v compute-sanitizer || ls "$${CUDA_HOME:-none}/bin/compute-sanitizer" 2>/dev/null); \
+	if [ -n "$$sanitizer" ]; then \
+	  for tool in memcheck racecheck; do \
+	    stage "compute-sanitizer $$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$$sanitizer" --tool $$tool \
+	      --error-exitcode 1 $(PY) -m pytest -m "gpu and sanitizer"; \
+	  done; \
+	else echo "=== compute-sanitizer is not installed: left out"; fi; \
+	stage "benchmark" $(PY) -m fusedstep.cli bench --output bench/results/; \
+	echo; if [ -n "$$failed" ]; then echo "FAILED$$failed"; exit 1; else echo "all stages passed"; fi

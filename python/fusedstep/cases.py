@@ -1,0 +1,86 @@
+"""One row for each optimizer and set of options: what the tests, `fusedstep verify` and the benchmark go through.
+
+Options are those that the class of the same name in torch.optim takes too, and none is left at a value that would hide
+an error: weight decay is not zero, betas are not the defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer class by its name in fusedstep, and options for it."""
+
+    optimizer: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [key if value is True else f"{key}={value}" for key, value in self.options.items() if key != "lr"]
+        return "-".join([self.optimizer, *parts]).replace(" ", "")
+
+
+CASES: tuple[Case, ...] = (
+    Case("SGD", {"lr": 0.1}),
+    Case("SGD", {"lr": 0.1, "weight_decay": 0.05, "maximize": True}),
+    Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05}),
+    Case("SGD", {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05, "nesterov": True}),
+    Case("Adam", {"lr": 0.01}),
+    Case("Adam", {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-3, "weight_decay": 0.05}),
+    Case("Adam", {"lr": 0.01, "weight_decay": 0.05, "amsgrad": True, "maximize": True}),
+    Case("Adam", {"lr": 0.01, "weight_decay": 0.05, "decoupled_weight_decay": True}),
+    Case("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+    Case("AdamW", {"lr": 0.01, "betas": (0.0, 0.95), "eps": 1e-6, "weight_decay": 0.1, "maximize": True}),
+    Case("AdamW", {"lr": 0.01, "betas": (0.85, 0.9), "weight_decay": 0.1, "amsgrad": True}),
+)
+
+
+def layouts(dtype: torch.dtype, device: torch.device | str, generator: torch.Generator) -> dict[str, Tensor]:
+    """Parameters of every memory layout, by name, filled with normal numbers in ``dtype``."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return {
+        "scalar": normal(),
+        "empty": normal(0, 3),
+        "one": normal(1),
+        "odd": normal(1025),
+        "matrix": normal(33, 17),
+        "transposed": normal(17, 9).t(),
+        "channels_last": normal(2, 3, 5, 7).to(memory_format=torch.channels_last),
+        "permuted": normal(3, 4, 5).permute(2, 0, 1),
+        "offset_1": normal(70)[1:],
+        "offset_3": normal(70)[3:],
+        "rows_of_a_larger": normal(12, 10)[::2, 1:8],
+        "column": normal(40, 3)[:, 1],
+    }
+
+
+def gradient(param: Tensor, dtype: torch.dtype, generator: torch.Generator, other_layout: bool = False) -> Tensor:
+    """A gradient for ``param`` in ``dtype``, in its layout or (``other_layout``) with dimensions in reverse order."""
+    values = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.device, dtype)
+    if other_layout:
+        reverse = tuple(reversed(range(values.dim())))
+        return values.permute(reverse).contiguous().permute(reverse)
+    grad = torch.empty_like(param, dtype=dtype)
+    return grad.copy_(values)
+
+
+def select_cases(optimizers: Sequence[str] | None = None) -> list[Case]:
+    """The rows of the optimizers named, all if None.
+
+    Raises:
+        ValueError: there is no row of that name.
+    """
+    names = {case.optimizer for case in CASES}
+    for name in optimizers or ():
+        if name not in names:
+            raise ValueError(f"Invalid optimizer: {name!r} (it must be one of {', '.join(sorted(names))})")
+    return [case for case in CASES if not optimizers or case.optimizer in optimizers]

@@ -1,0 +1,201 @@
+"""Builds the extension fusedstep._C: the CPU engine always, the CUDA engine where nvcc is found.
+
+Needs setuptools, pybind11, ninja and a C++17 compiler; torch is not involved. Everything else about the package is in
+pyproject.toml. Environment variables:
+
+  FUSEDSTEP_CUDA        0 leaves the CUDA engine out, 1 makes a missing nvcc an error; unset: built where nvcc is found
+  FUSEDSTEP_CUDA_ARCHS  for example "90", "80;90", "9.0+PTX"; unset: sm_80, sm_90, sm_100 and PTX of the newest
+  CUDA_HOME, CUDACXX    where nvcc is (asked in this order, then PATH)
+  CXX                   the C++ compiler (default: g++ or c++)
+  MAX_JOBS              how many compilers run at a time
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CUDA_ARCHS = "80;90;100+PTX"
+
+# No contraction into FMA, neither here nor in nvcc's flags: all backends give the same bits. sqrtf() is vectorised only
+# without errno and traps.
+CXX_FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Werror"),
+]
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Werror", "all-warnings"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+]
+# The CPU engine is compiled once for each of these and chooses at run time. GCC 12 warns of its own header
+# avx512fintrin.h, which means to leave a value undefined (GCC bug 105593).
+X86_ISAS = {
+    "v2": ["-march=x86-64-v2"],
+    "v3": ["-march=x86-64-v3"],
+    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+}
+
+
+def is_x86(machine: str | None = None) -> bool:
+    return (machine or platform.machine()).lower() in ("x86_64", "amd64")
+
+
+def find_nvcc(environ) -> str | None:
+    """The nvcc to build with, or None if the CUDA engine is left out."""
+    wanted = environ.get("FUSEDSTEP_CUDA", "").strip()
+    if wanted not in ("", "0", "1"):
+        raise SetupError(f"FUSEDSTEP_CUDA={wanted} is not understood; accepted are 0, 1 and nothing")
+    if wanted == "0":
+        return None
+    candidates = []
+    if environ.get("CUDA_HOME"):
+        candidates.append(os.path.join(environ["CUDA_HOME"], "bin", "nvcc"))
+    candidates += [environ.get("CUDACXX"), "nvcc"]
+    for candidate in filter(None, candidates):
+        nvcc = shutil.which(candidate, path=environ.get("PATH", ""))
+        if nvcc:
+            return nvcc
+    if wanted == "1":
+        raise SetupError(
+            "FUSEDSTEP_CUDA=1 asks for the CUDA engine, but nvcc is neither in CUDA_HOME/bin, nor named by CUDACXX, "
+            "nor on PATH; install the CUDA toolkit, set one of these, or leave the engine out with FUSEDSTEP_CUDA=0"
+        )
+    return None
+
+
+def gencode_flags(archs: str, supported: set[str] | None = None) -> list[str]:
+    """nvcc's flags for a list such as "80;90;10.0+PTX"; of the default list only what `supported` has is taken."""
+    flags = []
+    entries = [entry for entry in re.split(r"[;,\s]+", archs) if entry]
+    if archs == DEFAULT_CUDA_ARCHS and supported is not None:
+        names = [entry.removesuffix("+PTX") for entry in entries]
+        entries = [name for name in names if f"sm_{name}" in supported]
+        entries[-1:] = [f"{name}+PTX" for name in entries[-1:]]
+    for entry in entries:
+        match = re.fullmatch(r"(\d{1,2})\.?(\d[af]?)(\+PTX)?", entry, re.IGNORECASE)
+        if not match:
+            raise SetupError(
+                f"FUSEDSTEP_CUDA_ARCHS={archs}: '{entry}' is no CUDA architecture; "
+                'write for example "90", "80;90" or "9.0+PTX"'
+            )
+        number = match[1] + match[2].lower()
+        if supported is not None and f"sm_{number}" not in supported and number.isdigit():
+            raise SetupError(
+                f"FUSEDSTEP_CUDA_ARCHS={archs}: this nvcc has no sm_{number}; it has {', '.join(sorted(supported))}"
+            )
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not flags:
+        raise SetupError(f"FUSEDSTEP_CUDA_ARCHS={archs!r} names no architecture that this nvcc can compile for")
+    return flags
+
+
+def find_cxx(environ) -> list[str]:
+    """The C++ compiler's command, after a look at whether it can build this package."""
+    if not sys.platform.startswith("linux"):
+        raise SetupError(f"fusedstep builds on Linux with GCC; this is {sys.platform}")
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        raise SetupError("Python.h is missing: install Python's development files (python3-dev or python3-devel)")
+    cxx = shlex.split(environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "c++")), "g++")]
+    probe = "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"
+    if is_x86():
+        probe += 'int v4() { return __builtin_cpu_supports("x86-64-v4"); }\n'
+    command = [*cxx, *CXX_FLAGS, "-x", "c++", "-fsyntax-only", "-"]
+    try:
+        result = subprocess.run(command, input=probe, capture_output=True, text=True)
+        error = result.stderr.strip() if result.returncode else None
+    except OSError as failure:
+        error = str(failure)
+    if error is not None:
+        raise SetupError(
+            f"{shlex.join(cxx)} cannot build fusedstep, which needs GCC 12 or newer with "
+            f"OpenMP; name another compiler by CXX. It says:\n{error}"
+        )
+    return cxx
+
+
+def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path, str, list[str]]]:
+    """(source, object, command) of every translation unit, in the order in which they are linked."""
+    import pybind11
+
+    defines = [f"-DFUSEDSTEP_X86={int(is_x86())}", f"-DFUSEDSTEP_WITH_CUDA={int(nvcc is not None)}"]
+    includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    csrc = ROOT / "csrc"
+    units = [(source, f"{source.stem}.o", [*cxx, *CXX_FLAGS, *includes]) for source in sorted(csrc.glob("*.cpp"))]
+    units.append((csrc / "cpu" / "dispatch.cpp", "cpu.dispatch.o", [*cxx, *CXX_FLAGS]))
+    # The oldest instruction set comes first: of an inline function that several objects carry, the linker keeps the
+    # first copy, and that one must run everywhere.
+    for isa, flags in (X86_ISAS if is_x86() else {"base": []}).items():
+        units.append(
+            (csrc / "cpu" / "engine.cpp", f"cpu.engine.{isa}.o", [*cxx, *CXX_FLAGS, *flags, f"-DFUSEDSTEP_ISA={isa}"])
+        )
+    if nvcc:
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+        supported = set(listed.stdout.split()) or None  # before CUDA 11.5 there was no such list
+        archs = gencode_flags(environ.get("FUSEDSTEP_CUDA_ARCHS", "").strip() or DEFAULT_CUDA_ARCHS, supported)
+        threads = f"--threads={environ.get('MAX_JOBS') or 0}"
+        command = [nvcc, "-ccbin", cxx[-1], *NVCC_FLAGS, *archs, threads]
+        units += [(source, f"cuda.{source.stem}.o", command) for source in sorted((csrc / "cuda").glob("*.cu"))]
+    return [
+        (source, name, [*command, *defines, "-MMD", "-MF", f"{name}.d", "-c", str(source), "-o", name])
+        for source, name, command in units
+    ]
+
+
+def ninja_file(steps: list[tuple[Path, str, list[str]]], link: list[str]) -> str:
+    """The text of build.ninja, which makes _C.so from the steps' objects."""
+    quote = lambda words: shlex.join(words).replace("$", "$$")  # noqa: E731
+    path = lambda p: re.sub(r"([$: ])", r"$\1", str(p))  # noqa: E731
+    lines = [
+        *("rule compile", "  command = $words", "  deps = gcc", "  depfile = $out.d", "  description = compile $out"),
+        *("rule link", "  command = $words", "  description = link $out"),
+    ]
+    for source, name, command in steps:
+        lines += [f"build {name}: compile {path(source)}", f"  words = {quote(command)}"]
+    objects = [name for _, name, _ in steps]
+    lines += [f"build _C.so: link {' '.join(objects)}", f"  words = {quote([*link, *objects, '-o', '_C.so'])}"]
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuildExt(build_ext):
+    """Compiles with ninja, in a folder that stays, so that a second build compiles only what changed."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        # An editable install would give a new temporary folder each time.
+        self.build_temp = str(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+
+    def build_extension(self, ext):
+        import ninja
+
+        cxx, nvcc = find_cxx(os.environ), find_nvcc(os.environ)
+        steps = compile_steps(cxx, nvcc, os.environ)
+        if nvcc:  # it knows where its static libcudart is
+            link = [nvcc, "-ccbin", cxx[-1], "-shared", "-cudart=static", "-nodlink", "-Xcompiler", "-fopenmp"]
+        else:
+            link = [*cxx, "-shared", "-fopenmp"]
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        Path(self.build_temp, "build.ninja").write_text(ninja_file(steps, link))
+        print(f"fusedstep: C++ by {shlex.join(cxx)}, CUDA {f'by {nvcc}' if nvcc else 'left out'}", flush=True)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", self.build_temp, *jobs]).returncode:
+            raise SetupError("the compiler's messages above say why fusedstep._C was not built")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(os.path.join(self.build_temp, "_C.so"), str(target))
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("fusedstep._C", sources=[])], cmdclass={"build_ext": NinjaBuildExt})
