@@ -1,0 +1,188 @@
+"""The bit contract: the compiled CPU engine gives the reference's bits, whatever the layout, dtype, size or threads."""
+
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+import fusedstep
+from fusedstep import _C
+from fusedstep.cases import CASES, gradient, layouts
+from fusedstep.verification import same_bits
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Every length below twice the widest pack, around powers of two, and enough for several threads.
+SIZES = [*range(34), 255, 256, 257, 1023, 1024, 1025, 70_001]
+
+by_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def isa(request):
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+def tensors_of(optimizer):
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            yield param.detach()
+            yield from optimizer.state.get(param, {}).values()
+
+
+def assert_same(a, b):
+    for i, (x, y) in enumerate(zip(tensors_of(a), tensors_of(b), strict=True)):
+        assert same_bits(x, y), f"tensor {i}: {(x != y).sum().item()} of {x.numel()} differ"
+
+
+def pair(case, values, dtype):
+    """The case's optimizer on both backends, on equal parameters."""
+    return tuple(
+        getattr(fusedstep, case.optimizer)(
+            [torch.nn.Parameter(v.to(dtype).clone()) for v in values], backend=backend, **case.options
+        )
+        for backend in ("cpu", "reference")
+    )
+
+
+def step(optimizers, grads):
+    for optimizer in optimizers:
+        for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+            param.grad = None if grad is None else grad.clone()
+        optimizer.step()
+
+
+@by_case
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_size_has_the_references_bits(case, dtype, isa):
+    generator = torch.Generator().manual_seed(5)
+    values = [torch.randn(n, generator=generator) for n in SIZES]
+    optimizers = pair(case, values, dtype)
+    for _ in range(4):
+        step(optimizers, [torch.randn(n, generator=generator).to(dtype) for n in SIZES])
+    assert_same(*optimizers)
+
+
+@by_case
+def test_many_steps_have_the_references_bits(case):
+    generator = torch.Generator().manual_seed(6)
+    optimizers = pair(case, [torch.randn(97, generator=generator)], torch.float32)
+    for _ in range(150):
+        step(optimizers, [torch.randn(97, generator=generator)])
+    assert_same(*optimizers)
+
+
+@by_case
+@pytest.mark.parametrize("other_layout", [False, True], ids=["same", "other"])
+def test_every_layout_has_the_references_bits(case, other_layout):
+    generator = torch.Generator().manual_seed(7)
+    optimizers = []
+    for backend in ("cpu", "reference"):
+        values = layouts(torch.float32, "cpu", torch.Generator().manual_seed(8))
+        params = [torch.nn.Parameter(v.detach()) for v in values.values()]
+        optimizers.append(getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options))
+    for _ in range(3):
+        params = optimizers[0].param_groups[0]["params"]
+        grads = [gradient(p, torch.float32, generator, other_layout) for p in params]
+        for optimizer in optimizers:
+            for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+                param.grad = grad.detach()
+            optimizer.step()
+    assert_same(*optimizers)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.optimizer == "AdamW" or "momentum" in c.options], ids=str)
+@pytest.mark.parametrize(("param", "grad", "state"), list(itertools.product(FLOATS, repeat=3)), ids=str)
+def test_every_mixture_of_dtypes_has_the_references_bits(case, param, grad, state):
+    generator = torch.Generator().manual_seed(9)
+    sizes = [1, 15, 16, 33, 700]
+    optimizers = pair(case, [torch.randn(n, generator=generator) for n in sizes], param)
+    for number in range(3):
+        grads = [torch.randn(n, generator=generator).to(grad) for n in sizes]
+        for optimizer in optimizers:
+            for p, g in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+                p.grad_dtype = None
+                p.grad = g.clone()
+            optimizer.step()
+            if number == 0:
+                for p in optimizer.param_groups[0]["params"]:
+                    for name in optimizer.states_of(optimizer.param_groups[0]):
+                        optimizer.state[p][name] = optimizer.state[p][name].to(state)
+    assert_same(*optimizers)
+    for p in optimizers[0].param_groups[0]["params"]:
+        assert p.dtype == param
+        assert all(optimizers[0].state[p][n].dtype == state for n in optimizers[0].states_of(optimizers[0].param_groups[0]))
+
+
+@by_case
+def test_a_group_of_mixed_dtypes_is_one_call(case):
+    generator = torch.Generator().manual_seed(10)
+    optimizers = []
+    values = [torch.randn(50 + i, generator=generator).to(dtype) for i, dtype in enumerate(FLOATS * 2)]
+    for backend in ("cpu", "reference"):
+        params = [torch.nn.Parameter(v.clone()) for v in values]
+        optimizers.append(getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options))
+    for _ in range(3):
+        step(optimizers, [torch.randn(v.shape, generator=generator).to(v.dtype) for v in values])
+    assert_same(*optimizers)
+    assert optimizers[0].kernel_calls == 1
+
+
+@by_case
+def test_tensors_at_different_steps_have_the_references_bits(case):
+    generator = torch.Generator().manual_seed(11)
+    values = [torch.randn(40, generator=generator) for _ in range(4)]
+    optimizers = pair(case, values, torch.float32)
+    for number in range(6):
+        step(optimizers, [torch.randn(40, generator=generator) if number >= i else None for i in range(4)])
+    assert_same(*optimizers)
+
+
+@by_case
+def test_threads_do_not_change_the_bits(case):
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            generator = torch.Generator().manual_seed(12)
+            sizes = [200_003, 17, 65_536 * 3 + 5, 1]
+            values = [torch.randn(n, generator=generator) for n in sizes]
+            optimizer, _ = pair(case, values, torch.float32)
+            for _ in range(2):
+                step([optimizer], [torch.randn(n, generator=generator) for n in sizes])
+            results.append(optimizer)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
+@by_case
+def test_extreme_numbers_have_the_references_bits(case):
+    """Zeros of both signs, subnormals, infinities, NaN, largest and smallest: in gradients and parameters."""
+    info = torch.finfo(torch.float32)
+    edges = [0.0, -0.0, info.tiny, -info.tiny / 8, info.max, -info.max, float("inf"), float("nan"), 1e-20, 1e20, 1.0]
+    left, right = torch.tensor(list(itertools.product(edges, edges))).unbind(1)
+    optimizers = pair(case, [left], torch.float32)
+    for grad in (right, right.flip(0), left):
+        step(optimizers, [grad])
+    assert_same(*optimizers)
+
+
+@hypothesis.given(
+    numbers=st.lists(st.tuples(*[st.floats(width=32)] * 2), min_size=1, max_size=40),
+    case=st.sampled_from(CASES),
+    dtype=st.sampled_from(FLOATS),
+)
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_any_numbers_have_the_references_bits(numbers, case, dtype):
+    param, grad = torch.tensor(numbers, dtype=torch.float32).unbind(1)
+    optimizers = pair(case, [param], dtype)
+    for _ in range(2):
+        step(optimizers, [grad.to(dtype)])
+    assert_same(*optimizers)

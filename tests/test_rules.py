@@ -1,0 +1,63 @@
+"""One rule, one place per language: the names agree, and nothing generic knows an optimizer by name."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import fusedstep
+from fusedstep import _C
+from fusedstep.cases import CASES
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIMIZERS = sorted({case.optimizer for case in CASES})
+CLASSES = [getattr(fusedstep, name) for name in OPTIMIZERS]
+
+
+def test_every_exported_optimizer_has_cases():
+    exported = {
+        name
+        for name in fusedstep.__all__
+        if isinstance(getattr(fusedstep, name), type) and name != "FusedOptimizer"
+    }
+    assert exported == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=OPTIMIZERS)
+def test_names_are_those_of_the_compiled_rule(cls):
+    hyper, states = _C.rules()[cls.rule]
+    assert tuple(hyper) == cls.hyper_names
+    assert tuple(states) == cls.state_names
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=OPTIMIZERS)
+def test_update_names_its_arguments_as_the_compiled_rule_does(cls):
+    arguments = list(inspect.signature(cls.update).parameters)
+    assert arguments == ["param", "grad", *cls.state_names, "s"]
+    source = (ROOT / "csrc" / "rules.h").read_text()
+    struct = source[source.index(f'kName = "{cls.rule}"') :]
+    signature = re.search(r"void update\((.*?)\)", struct, re.DOTALL).group(1)
+    assert [argument.split()[-1].strip("&") for argument in signature.split(",")] == arguments
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=OPTIMIZERS)
+def test_scalars_are_those_of_the_compiled_rule(cls):
+    source = (ROOT / "csrc" / "rules.h").read_text()
+    struct = source[source.index(f'kName = "{cls.rule}"') :]
+    body = re.search(r"struct Scalars \{(.*?)\};", struct, re.DOTALL).group(1)
+    names = [name.strip() for line in re.findall(r"(?:T|bool) ([^;]+);", body) for name in line.split(",")]
+    assert tuple(names) == cls.Scalars._fields
+
+
+GENERIC = [
+    *(ROOT / "csrc").rglob("*.[ch]*"),
+    *(ROOT / "python").rglob("*.py"),
+    *(ROOT / "triton_kernels").glob("*.py"),
+]
+OWN = {"rules.h", "rules.py", "cases.py", "__init__.py", "sgd.py", "adam.py", "adamw.py"}
+
+
+@pytest.mark.parametrize("path", [p for p in GENERIC if p.name not in OWN], ids=lambda p: str(p.relative_to(ROOT)))
+def test_generic_code_knows_no_optimizer_by_name(path):
+    assert not re.search(r"\b(AdamW?|SGD|Sgd)\b", path.read_text())
