@@ -13,7 +13,7 @@ namespace fusedstep {
 namespace {
 
 void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int threads) {
-  if (plan.device() != Device::kCpu && plan.size() != 0) throw std::invalid_argument("the plan is not on the CPU");
+  if (plan.device() != Device::kCpu && plan.has_memory()) throw std::invalid_argument("the plan is not on the CPU");
   cpu::Call call{plan.rule(), {}, maximize, grad_scale, nullptr, 0, 0};
   if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
   for (size_t k = 0; k < hyper.size(); ++k) call.hyper[k] = to_double(PyTuple_GET_ITEM(hyper.ptr(), k));
@@ -90,6 +90,7 @@ std::vector<int> grad_dtypes(const Plan& plan) {
 
 PYBIND11_MODULE(_C, m) {
   using namespace fusedstep;
+  look_up_torch();
   m.doc() = "fusedstep's compiled engines";
   py::class_<Plan>(m, "Plan")
       .def(py::init<const std::string&, int, const py::list&, const py::list&, const py::list&, const py::list&>(),

@@ -60,7 +60,7 @@ Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const 
     record.param = param.data;
     record.param_dtype = param.dtype;
     record.grad_dtype = param.dtype;  // until a gradient says otherwise
-    record.numel = param.numel;
+    record.numel = param.numel();
     layouts_[i] = Layout{param.ndim, dims_.size()};
     dims_.insert(dims_.end(), param.shape, param.shape + param.ndim);
     dims_.insert(dims_.end(), param.strides, param.strides + param.ndim);
@@ -69,7 +69,7 @@ Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const 
     TensorView step;
     const py::object step_tensor = steps[i];
     if (!view_tensor(step_tensor.ptr(), &step)) reject(i, "step", "has no memory");
-    if (!on_device(step) || !step.dtype_known || step.dtype != Dtype::kF32 || step.numel != 1)
+    if (!on_device(step) || !step.dtype_known || step.dtype != Dtype::kF32 || step.numel() != 1)
       reject(i, "step", "is not one fp32 number on the parameter's device");
     record.step = static_cast<float*>(step.data);
     state_memory_.emplace_back(step_tensor.ptr(), step);

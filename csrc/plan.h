@@ -37,6 +37,7 @@ class Plan {
   int n_hyper() const { return n_hyper_; }
   size_t size() const { return records_.size(); }
   const std::vector<Record>& records() const { return records_; }
+  bool has_memory() const { return !state_memory_.empty(); }  // false: no parameter has had a gradient yet
   bool active(size_t i) const { return grads_[i].tensor != nullptr; }
   const void* grad(size_t i) const { return grads_[i].data; }
   Device device() const { return device_; }

@@ -40,59 +40,47 @@ constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
 
 // torch's entry points, looked up once. Never freed: they live as long as the interpreter.
 struct Torch {
-  PyObject* tensor_type = nullptr;
   const DLExchangeApi* api = nullptr;
   getter grad = nullptr;
   void* grad_closure = nullptr;
   PyObject* increment_version = nullptr;
 };
 
+Torch find_torch() {
+  Torch t;
+  const py::module_ module = py::module_::import("torch");
+  const py::object tensor_type = module.attr("Tensor");
+  if (py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) {
+    const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+    const auto* api = static_cast<const DLExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api == nullptr) throw py::error_already_set();
+    if (api->version.major == 1) t.api = api;
+  }
+  // A direct call of the C getter skips the attribute lookup along Tensor's classes.
+  const py::object base = module.attr("_C").attr("TensorBase");
+  PyObject* descriptor = PyDict_GetItemString(reinterpret_cast<PyTypeObject*>(base.ptr())->tp_dict, "grad");
+  if (descriptor != nullptr && Py_TYPE(descriptor) == &PyGetSetDescr_Type) {
+    const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(descriptor)->d_getset;
+    t.grad = getset->get;
+    t.grad_closure = getset->closure;
+  }
+  t.increment_version =
+      py::object(module.attr("autograd").attr("graph").attr("increment_version")).release().ptr();
+  return t;
+}
+
 const Torch& torch() {
-  static const Torch found = [] {
-    Torch t;
-    const py::module_ module = py::module_::import("torch");
-    py::object tensor_type = module.attr("Tensor");
-    t.tensor_type = py::object(tensor_type).release().ptr();
-    if (py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) {
-      const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
-      const auto* api = static_cast<const DLExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-      if (api == nullptr) throw py::error_already_set();
-      if (api->version.major == 1) t.api = api;
-    }
-    // A direct call of the C getter skips the attribute lookup along Tensor's classes.
-    const py::object base = module.attr("_C").attr("TensorBase");
-    PyObject* descriptor = PyDict_GetItemString(reinterpret_cast<PyTypeObject*>(base.ptr())->tp_dict, "grad");
-    if (descriptor != nullptr && Py_TYPE(descriptor) == &PyGetSetDescr_Type) {
-      const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(descriptor)->d_getset;
-      t.grad = getset->get;
-      t.grad_closure = getset->closure;
-    }
-    t.increment_version =
-        py::object(module.attr("autograd").attr("graph").attr("increment_version")).release().ptr();
-    return t;
-  }();
+  static const Torch found = find_torch();
   return found;
 }
 
 bool set_dtype(uint8_t code, uint8_t bits, TensorView* view) {
-  if (code == kDLFloat && bits == 32) {
-    view->dtype = Dtype::kF32;
-  } else if (code == kDLBfloat && bits == 16) {
-    view->dtype = Dtype::kBF16;
-  } else if (code == kDLFloat && bits == 16) {
-    view->dtype = Dtype::kF16;
-  } else if (code == kDLFloat && bits == 64) {
-    view->dtype = Dtype::kF64;
-  } else {
-    view->dtype = Dtype::kF32;
-    return false;
-  }
-  return true;
-}
-
-void set_numel(TensorView* view) {
-  view->numel = 1;
-  for (int32_t i = 0; i < view->ndim; ++i) view->numel *= view->shape[i];
+  const int kind = code << 8 | bits;
+  view->dtype = kind == (kDLBfloat << 8 | 16)  ? Dtype::kBF16
+                : kind == (kDLFloat << 8 | 16) ? Dtype::kF16
+                : kind == (kDLFloat << 8 | 64) ? Dtype::kF64
+                                               : Dtype::kF32;
+  return view->dtype != Dtype::kF32 || kind == (kDLFloat << 8 | 32);
 }
 
 bool view_by_exchange_api(const DLExchangeApi& api, PyObject* tensor, TensorView* view) {
@@ -108,7 +96,6 @@ bool view_by_exchange_api(const DLExchangeApi& api, PyObject* tensor, TensorView
   view->ndim = t.ndim;
   view->shape = t.shape;
   view->strides = t.strides;
-  set_numel(view);
   return true;
 }
 
@@ -136,13 +123,13 @@ bool view_by_attributes(PyObject* tensor, TensorView* view) {
   view->ndim = static_cast<int32_t>(shape.size());
   view->shape = shape.data();
   view->strides = strides.data();
-  set_numel(view);
   return true;
 }
 
-// Where a tensor's C++ object (its `_cdata`) and its storage's keep their pointers, in words; -1: not known.
+// Where a tensor's C++ object (its `_cdata`) keeps the pointer to its storage and the offset in it, and the storage the
+// pointer to its data, in words; -1: not known.
 struct Slots {
-  int storage = -1, data = -1;
+  int storage = -1, data = -1, offset = -1;
 };
 
 struct Addresses {
@@ -164,8 +151,13 @@ int find_word(const void* const* object, int words, const void* value) {
   return -1;
 }
 
-// Searched: the first 48 bytes. Both classes are larger in every torch that has these attributes.
-constexpr int kSearchedWords = 6;
+// How far is searched for pointers, in a tensor for all else, and in a Python object for the pointer to its tensor. The
+// classes are at least as large in every torch that has these attributes.
+constexpr int kSearchedWords = 6, kTensorWords = 24, kObjectWords = 4;
+
+const void* as_word(uint64_t number) {
+  return reinterpret_cast<const void*>(static_cast<uintptr_t>(number));
+}
 
 Slots find_slots() {
   Slots slots;
@@ -180,7 +172,13 @@ Slots find_slots() {
     const Addresses resized(tensor);
     tensor.attr("data") = empty(5);
     const Addresses moved(tensor);
-    const bool proved = slots.storage >= 0 && slots.data >= 0 && resized.data != before.data &&
+    const py::object part = tensor.attr("new_empty")(90001).attr("narrow")(0, 60013, 3);
+    const Addresses first(part);
+    slots.offset = find_word(first.impl, kTensorWords, as_word(60013));
+    part.attr("data") = part.attr("new_empty")(90001).attr("narrow")(0, 50021, 3);
+    const Addresses second(part);
+    const bool proved = slots.storage >= 0 && slots.data >= 0 && slots.offset >= 0 && first.impl == second.impl &&
+                        second.impl[slots.offset] == as_word(50021) && resized.data != before.data &&
                         resized.storage == before.storage && resized.storage[slots.data] == resized.data &&
                         moved.impl == before.impl && moved.storage != before.storage &&
                         moved.impl[slots.storage] == moved.storage && moved.storage[slots.data] == moved.data;
@@ -191,17 +189,72 @@ Slots find_slots() {
   return slots;
 }
 
+// Tells whether a tensor's numbers are those in memory with the sign turned around, as in the imaginary part of a
+// conjugate. DLPack does not tell; torch keeps it in one bit of the tensor, found like the slots above.
+class Negation {
+ public:
+  Negation() {
+    try {
+      const py::module_ torch = py::module_::import("torch");
+      const py::object plain = torch.attr("empty")(3), negated = torch.attr("_neg_view")(plain);
+      const auto keys = [&](const py::object& tensor) {
+        return torch.attr("_C").attr("_dispatch_keys")(tensor).attr("raw_repr")().cast<uint64_t>();
+      };
+      const auto words = [](const py::object& object) { return reinterpret_cast<const void* const*>(object.ptr()); };
+      const Addresses a(plain), b(negated);
+      object_slot_ = find_word(words(plain), kObjectWords, a.impl);
+      keys_slot_ = find_word(a.impl, kTensorWords, as_word(keys(plain)));
+      mask_ = keys(plain) ^ keys(negated);
+      known_ = object_slot_ >= 0 && keys_slot_ >= 0 && (mask_ & keys(negated)) != 0 && (mask_ & (mask_ - 1)) == 0 &&
+               words(negated)[object_slot_] == b.impl && b.impl[keys_slot_] == as_word(keys(negated));
+    } catch (py::error_already_set&) {
+      known_ = false;
+    }
+  }
+  bool of(PyObject* tensor) const {
+    if (!known_) {
+      const py::object result = py::handle(tensor).attr("is_neg")();
+      return result.cast<bool>();
+    }
+    const void* impl = reinterpret_cast<const void* const*>(tensor)[object_slot_];
+    return (reinterpret_cast<uintptr_t>(static_cast<const void* const*>(impl)[keys_slot_]) & mask_) != 0;
+  }
+
+ private:
+  int object_slot_ = -1, keys_slot_ = -1;
+  uint64_t mask_ = 0;
+  bool known_ = false;
+};
+
+const Negation& negation() {
+  static const Negation found;
+  return found;
+}
+
+const Slots& slots() {
+  static const Slots found = find_slots();
+  return found;
+}
+
 }  // namespace
 
+void look_up_torch() {
+  torch();
+  slots();
+  negation();
+}
+
 MemoryWatch::MemoryWatch(PyObject* tensor, const TensorView& view) : tensor_(tensor), data_(view.data) {
-  static const Slots slots = find_slots();
-  if (slots.storage < 0) return;
+  const Slots& at_word = slots();
+  if (at_word.storage < 0) return;
   try {
     const Addresses at{py::handle(tensor)};
-    if (at.impl[slots.storage] != at.storage || at.storage[slots.data] != at.data) return;
-    storage_slot_ = at.impl + slots.storage;
+    if (at.impl[at_word.storage] != at.storage || at.storage[at_word.data] != at.data) return;
+    storage_slot_ = at.impl + at_word.storage;
     storage_ = at.storage;
-    data_slot_ = at.storage + slots.data;
+    offset_slot_ = at.impl + at_word.offset;
+    offset_ = *offset_slot_;
+    data_slot_ = at.storage + at_word.data;
     storage_data_ = at.data;
   } catch (py::error_already_set&) {
     return;  // a tensor without a storage is asked through torch
@@ -210,15 +263,8 @@ MemoryWatch::MemoryWatch(PyObject* tensor, const TensorView& view) : tensor_(ten
 
 bool view_tensor(PyObject* tensor, TensorView* view) {
   const Torch& t = torch();
-  return t.api != nullptr ? view_by_exchange_api(*t.api, tensor, view) : view_by_attributes(tensor, view);
-}
-
-bool same_layout(const TensorView& a, int32_t ndim, const int64_t* shape, const int64_t* strides) {
-  if (a.ndim != ndim) return false;
-  for (int32_t i = 0; i < ndim; ++i) {
-    if (a.shape[i] != shape[i] || (shape[i] > 1 && a.strides[i] != strides[i])) return false;
-  }
-  return true;
+  const bool found = t.api != nullptr ? view_by_exchange_api(*t.api, tensor, view) : view_by_attributes(tensor, view);
+  return found && (view->data != nullptr || view->numel == 0) && !negation().of(tensor);
 }
 
 Holds::~Holds() {

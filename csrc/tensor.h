@@ -24,24 +24,42 @@ struct TensorView {
   int32_t ndim;
   const int64_t* shape;
   const int64_t* strides;  // in elements; shape and strides are the tensor's own memory
-  int64_t numel;
+
+  int64_t numel() const {
+    int64_t product = 1;
+    for (int32_t i = 0; i < ndim; ++i) product *= shape[i];
+    return product;
+  }
 };
 
-// False (and no Python error) for what has no plain memory: sparse, meta, wrapper subclasses.
+// Learns what the functions below need of torch. To be called once, when the module is imported: the interpreter may
+// switch threads in it, and the lock around a static variable's first use would then never be released.
+void look_up_torch();
+
+// False (and no Python error) for what has no plain memory: sparse, meta, wrapper subclasses, lazily negated tensors
+// and lazy zeros.
 bool view_tensor(PyObject* tensor, TensorView* view);
 
 // Same elements at the same offsets: strides of dimensions with one element do not count.
-bool same_layout(const TensorView& a, int32_t ndim, const int64_t* shape, const int64_t* strides);
+inline bool same_layout(const TensorView& a, int32_t ndim, const int64_t* shape, const int64_t* strides) {
+  if (a.ndim != ndim) return false;
+  for (int32_t i = 0; i < ndim; ++i) {
+    if (a.shape[i] != shape[i] || (shape[i] > 1 && a.strides[i] != strides[i])) return false;
+  }
+  return true;
+}
 
-// Tells at the cost of two loads whether a tensor still has the memory that it had when this was made, as the states of
+// Tells at the cost of three loads whether a tensor still has the memory that it had when this was made, as the states of
 // an optimizer nearly always do; asking torch costs 20 to 40 ns a tensor. It compares torch's own words, the tensor's
-// pointer to its storage and the storage's pointer to its data. Where these lie is found by their values when first
+// pointer to its storage, its offset in it, and the storage's pointer to its data. Where these lie is found by their values when first
 // used, and proved by moving a tensor; where that fails, unchanged() asks torch. The tensor must be kept alive.
 class MemoryWatch {
  public:
   MemoryWatch(PyObject* tensor, const TensorView& view);
   bool unchanged() const {
-    if (storage_slot_ != nullptr) return *storage_slot_ == storage_ && *data_slot_ == storage_data_;
+    if (storage_slot_ != nullptr) {
+      return *storage_slot_ == storage_ && *offset_slot_ == offset_ && *data_slot_ == storage_data_;
+    }
     TensorView view;
     return view_tensor(tensor_, &view) && view.data == data_;
   }
@@ -50,8 +68,10 @@ class MemoryWatch {
   PyObject* tensor_;
   const void* data_;
   const void* const* storage_slot_ = nullptr;
+  const void* const* offset_slot_ = nullptr;
   const void* const* data_slot_ = nullptr;
   const void* storage_ = nullptr;
+  const void* offset_ = nullptr;
   const void* storage_data_ = nullptr;
 };
 
