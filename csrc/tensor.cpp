@@ -264,7 +264,7 @@ MemoryWatch::MemoryWatch(PyObject* tensor, const TensorView& view) : tensor_(ten
 bool view_tensor(PyObject* tensor, TensorView* view) {
   const Torch& t = torch();
   const bool found = t.api != nullptr ? view_by_exchange_api(*t.api, tensor, view) : view_by_attributes(tensor, view);
-  return found && (view->data != nullptr || view->numel == 0) && !negation().of(tensor);
+  return found && (view->data != nullptr || view->numel() == 0) && !negation().of(tensor);
 }
 
 Holds::~Holds() {

@@ -93,12 +93,17 @@ FUSEDSTEP_FN WordPack widen_words(HalfWordPack halves) {
   return __builtin_convertvector(halves, WordPack);
 #endif
 }
-FUSEDSTEP_FN HalfWordPack narrow_words(WordPack words) {  // words below 2^16
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+FUSEDSTEP_FN HalfWordPack upper_halves(WordPack words) {
+#if defined(__AVX512BW__)
+  const __m512i odd = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25, 23, 21,
+                                       19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return (HalfWordPack)_mm512_castsi512_si256(_mm512_maskz_permutexvar_epi16(0xffffffff, odd, (__m512i)words));
+#elif defined(__AVX2__)
+  const __m256i halves = _mm256_srli_epi32((__m256i)words, 16);
+  const __m256i packed = _mm256_packus_epi32(halves, halves);
   return (HalfWordPack)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else
-  return __builtin_convertvector(words, HalfWordPack);
+  return __builtin_convertvector(words >> 16, HalfWordPack);
 #endif
 }
 
@@ -112,9 +117,9 @@ FUSEDSTEP_FN FloatPack load_pack<float, BF16>(const BF16* stored) {
 template <>
 FUSEDSTEP_FN void store_pack<float, BF16>(BF16* stored, FloatPack pack) {
   const WordPack bits = (WordPack)pack;
-  const WordPack rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const WordPack quiet_nan = rounded * 0u + 0x7fc0u;
-  const HalfWordPack narrowed = narrow_words(pack != pack ? quiet_nan : rounded);
+  const WordPack rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const WordPack quiet_nan = WordPack{} + 0x7fc00000u;
+  const HalfWordPack narrowed = upper_halves(pack != pack ? quiet_nan : rounded);
   __builtin_memcpy(stored, &narrowed, sizeof(narrowed));
 }
 
