@@ -3,11 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "cpu/engine.h"
+#include "cuda_bindings.h"
 #include "plan.h"
 #include "watch.h"
-#if FUSEDSTEP_WITH_CUDA
-#include "cuda/module.h"
-#endif
 
 namespace fusedstep {
 namespace {
@@ -115,8 +113,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &cpu::set_isa);
   m.def("rules", &rules);
   m.def("has_exchange_api", &has_exchange_api);
-#if FUSEDSTEP_WITH_CUDA
-  cuda::bind(m);
-#endif
+  bind_cuda(m);
   m.attr("with_cuda") = static_cast<bool>(FUSEDSTEP_WITH_CUDA);
 }

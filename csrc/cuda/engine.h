@@ -1,0 +1,63 @@
+// The CUDA engine: what Python's side calls. No CUDA types, so that plain C++ can include it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../table.h"
+
+namespace fusedstep::cuda {
+
+// A slice of one tensor: the work of one block, or of one warp where the whole tensor is small.
+struct Chunk {
+  int32_t record;  // among those of its launch
+  int32_t n;
+  int64_t offset;
+};
+
+// What one launch covers. Gradient addresses travel as a kernel argument, so their number is limited.
+constexpr int64_t kMaxTensorsPerLaunch = 4000;
+struct Segment {
+  int64_t first_record, n_records;
+  int64_t first_chunk, n_block_chunks, n_small_chunks;
+};
+
+// The part of a plan that does not change from step to step, to be copied to the device as it is.
+struct Table {
+  std::vector<Record> records;
+  std::vector<Chunk> chunks;
+  std::vector<Segment> segments;
+
+  std::vector<char> bytes() const;  // records, chunks, and one zeroed counter for each segment
+};
+Table build_table(const std::vector<Record>& records, int multiprocessors);
+
+// A number, or a one-element tensor on the device that the kernel reads when it runs.
+struct Scalar {
+  double value;
+  const void* tensor;  // null: value holds
+  Dtype dtype;
+};
+
+struct Call {
+  RuleId rule;
+  Scalar hyper[kMaxHyper];
+  bool maximize;
+  const float* grad_scale;  // on the device; null: gradients are not scaled
+  const float* found_inf;   // on the device; null: there is no check
+  const Table* table;
+  char* device_table;        // a copy of table->bytes(), 16-byte aligned
+  const void* const* grads;  // one for each record; null: takes no part
+  int device;
+  void* stream;
+};
+
+// Queues the update; returns the number of launches. Throws std::runtime_error with CUDA's own words.
+int step(const Call& call);
+
+int device_count(std::string* why_none);  // 0 without a GPU or a driver, with CUDA's words for it
+int multiprocessors(int device);
+std::string why_not(int device);    // why the kernel cannot run there; empty if it can
+std::vector<int> compiled_archs();  // as in {80, 90, 100}
+
+}  // namespace fusedstep::cuda

@@ -1,0 +1,321 @@
+// The one kernel, generic over rules: a persistent grid over chunks of all tensors of a group.
+//
+// Compiled for sm_80, sm_90 and sm_100 and run thread by thread on the host in the tests; it has never run on a GPU.
+// It uses little of CUDA, so that the host can stand in for it: thread and block indices, shared memory, barriers,
+// one atomic counter.
+#pragma once
+
+#include "engine.h"
+
+namespace fusedstep::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kMinBlocks = 3;  // for each multiprocessor: at most 64 registers a thread
+
+template <int kCapacity>
+struct Arguments {
+  const Record* records;
+  const Chunk* chunks;
+  uint32_t* done;  // blocks that have finished; the last one sets it back to zero
+  int32_t n_records, n_block_chunks, n_small_chunks;
+  bool maximize;
+  const float* grad_scale;
+  const float* found_inf;
+  Scalar hyper[kMaxHyper];
+  const void* grads[kCapacity];
+};
+
+// Pointers that come from a table are generic to the compiler; knowing better gives it the global memory instructions.
+template <class S>
+__device__ __forceinline__ S* global(S* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+template <class T>
+__device__ __forceinline__ T load_any(const void* data, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::kBF16:
+      return load<T>(global(static_cast<const BF16*>(data))[i]);
+    case Dtype::kF16:
+      return load<T>(global(static_cast<const F16*>(data))[i]);
+    case Dtype::kF64:
+      return load<T>(global(static_cast<const double*>(data))[i]);
+    default:
+      return load<T>(global(static_cast<const float*>(data))[i]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, T value) {
+  switch (dtype) {
+    case Dtype::kBF16:
+      global(static_cast<BF16*>(data))[i] = narrow<BF16>(value);
+      break;
+    case Dtype::kF16:
+      global(static_cast<F16*>(data))[i] = narrow<F16>(value);
+      break;
+    case Dtype::kF64:
+      global(static_cast<double*>(data))[i] = narrow<double>(value);
+      break;
+    default:
+      global(static_cast<float*>(data))[i] = narrow<float>(value);
+      break;
+  }
+}
+
+// What turns the stored gradient into the rule's: divided by scale, then multiplied by sign.
+template <class T>
+struct GradChange {
+  bool any;
+  T sign, scale;
+
+  __device__ __forceinline__ T operator()(T grad) const { return any ? sign * (grad / scale) : grad; }
+};
+
+template <class Rule, class T>
+__device__ __forceinline__ void update_one(T& param, T grad, T* states, const typename Rule::template Scalars<T>& s) {
+  constexpr int kNamed = sizeof(Rule::kStateNames) / sizeof(Rule::kStateNames[0]);
+  static_assert(kNamed <= 3, "add a branch for a rule with more states");
+  if constexpr (kNamed == 1) Rule::update(param, grad, states[0], s);
+  if constexpr (kNamed == 2) Rule::update(param, grad, states[0], states[1], s);
+  if constexpr (kNamed == 3) Rule::update(param, grad, states[0], states[1], states[2], s);
+}
+
+// Where this thread stands among those that share a chunk.
+struct Team {
+  int index, size;
+};
+
+// The ways through a chunk other than fp32's are functions that are called, not inlined: inlined they would take
+// registers from it, and a call is little beside a chunk.
+
+// Any dtypes, any alignment: one element at a time, from element `begin` of the chunk.
+template <class Rule, class T>
+__device__ __noinline__ void update_any(const Record& record, const void* grad, const Chunk& chunk, int begin, Team team,
+                                        GradChange<T> change, const typename Rule::template Scalars<T>& scalars) {
+  const auto s = scalars;
+  for (int n = begin + team.index; n < chunk.n; n += team.size) {
+    const int64_t i = chunk.offset + n;
+    T param = load_any<T>(record.param, record.param_dtype, i);
+    const T g = change(load_any<T>(grad, record.grad_dtype, i));
+    T states[kMaxStates] = {};
+#pragma unroll
+    for (int k = 0; k < Rule::kStates; ++k) states[k] = load_any<T>(record.states[k], record.state_dtypes[k], i);
+    update_one<Rule, T>(param, g, states, s);
+    store_any(record.param, record.param_dtype, i, param);
+#pragma unroll
+    for (int k = 0; k < Rule::kStates; ++k) store_any(record.states[k], record.state_dtypes[k], i, states[k]);
+  }
+}
+
+struct alignas(16) Vector {
+  uint32_t words[4];
+};
+
+// kN numbers stored as S, by 16-byte accesses.
+template <int kN, class S>
+struct Pack {
+  static constexpr int kVectors = kN * static_cast<int>(sizeof(S)) / 16;
+  static_assert(kVectors * 16 == kN * static_cast<int>(sizeof(S)), "a pack is made of whole vectors");
+  union {
+    Vector vectors[kVectors];
+    S numbers[kN];
+  };
+
+  __device__ __forceinline__ void load(const S* from) {
+    const Vector* source = global(reinterpret_cast<const Vector*>(from));
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) vectors[v] = source[v];
+  }
+  __device__ __forceinline__ void store(S* to) const {
+    Vector* target = global(reinterpret_cast<Vector*>(to));
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) target[v] = vectors[v];
+  }
+};
+
+// Param and grad stored as P, states as S, all 16-byte aligned: kPacks packs of kN numbers are read before the first is
+// written, to keep enough loads in flight. What is left of the last pack is update_any's.
+template <class Rule, class P, class S, int kN, int kPacks>
+__device__ __forceinline__ void update_packs(const Record& record, const void* grad, const Chunk& chunk, Team team,
+                                          GradChange<float> change,
+                                          const typename Rule::template Scalars<float>& scalars) {
+  const auto s = scalars;
+  P* const params = static_cast<P*>(record.param) + chunk.offset;
+  const P* const grads = static_cast<const P*>(grad) + chunk.offset;
+  S* states[Rule::kStates > 0 ? Rule::kStates : 1];
+#pragma unroll
+  for (int k = 0; k < Rule::kStates; ++k) states[k] = static_cast<S*>(record.states[k]) + chunk.offset;
+  const int whole = chunk.n / kN * kN;
+  for (int first = team.index * kN; first < whole; first += team.size * kN * kPacks) {
+    Pack<kN, P> param[kPacks], g[kPacks];
+    Pack<kN, S> state[Rule::kStates > 0 ? Rule::kStates : 1][kPacks];
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+      const int at = first + team.size * kN * u;
+      if (at >= whole) continue;
+      param[u].load(params + at);
+      g[u].load(grads + at);
+#pragma unroll
+      for (int k = 0; k < Rule::kStates; ++k) state[k][u].load(states[k] + at);
+    }
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+      const int at = first + team.size * kN * u;
+      if (at >= whole) continue;
+#pragma unroll
+      for (int i = 0; i < kN; ++i) {
+        float p = load<float>(param[u].numbers[i]);
+        float values[kMaxStates] = {};
+#pragma unroll
+        for (int k = 0; k < Rule::kStates; ++k) values[k] = load<float>(state[k][u].numbers[i]);
+        update_one<Rule, float>(p, change(load<float>(g[u].numbers[i])), values, s);
+        param[u].numbers[i] = narrow<P>(p);
+#pragma unroll
+        for (int k = 0; k < Rule::kStates; ++k) state[k][u].numbers[i] = narrow<S>(values[k]);
+      }
+      param[u].store(params + at);
+#pragma unroll
+      for (int k = 0; k < Rule::kStates; ++k) state[k][u].store(states[k] + at);
+    }
+  }
+}
+
+template <class Rule>
+__device__ __forceinline__ bool is_aligned(const Record& record, const void* grad) {
+  // Chunks begin at multiples of 16 elements, so that the tensors' own addresses decide.
+  uint64_t bits = reinterpret_cast<uint64_t>(record.param) | reinterpret_cast<uint64_t>(grad);
+#pragma unroll
+  for (int k = 0; k < Rule::kStates; ++k) bits |= reinterpret_cast<uint64_t>(record.states[k]);
+  return (bits & 15) == 0;
+}
+
+template <class Rule>
+__device__ __forceinline__ bool states_are(const Record& record, Dtype dtype) {
+  bool all = true;
+#pragma unroll
+  for (int k = 0; k < Rule::kStates; ++k) all = all && record.state_dtypes[k] == dtype;
+  return all;
+}
+
+// Param and grad in 16 bits, aligned, the states like them or in fp32.
+template <class Rule>
+__device__ __noinline__ void update_16_bit(const Record& record, const void* grad, const Chunk& chunk, Team team,
+                                           GradChange<float> change,
+                                           const typename Rule::template Scalars<float>& s) {
+  const bool bf16 = record.param_dtype == Dtype::kBF16;
+  if (states_are<Rule>(record, Dtype::kF32) && bf16)
+    update_packs<Rule, BF16, float, 8, 1>(record, grad, chunk, team, change, s);
+  else if (states_are<Rule>(record, Dtype::kF32))
+    update_packs<Rule, F16, float, 8, 1>(record, grad, chunk, team, change, s);
+  else if (bf16)
+    update_packs<Rule, BF16, BF16, 8, 1>(record, grad, chunk, team, change, s);
+  else
+    update_packs<Rule, F16, F16, 8, 1>(record, grad, chunk, team, change, s);
+}
+
+// A chunk in fp32 arithmetic.
+template <class Rule>
+__device__ __forceinline__ void update_single(const Record& record, const void* grad, const Chunk& chunk, Team team,
+                                              GradChange<float> change,
+                                              const typename Rule::template Scalars<float>& s) {
+  const Dtype dtype = record.param_dtype;
+  int rest = 0;
+  if (record.grad_dtype == dtype && is_aligned<Rule>(record, grad)) {
+    if (dtype == Dtype::kF32 && states_are<Rule>(record, Dtype::kF32)) {
+      constexpr int kPacks = Rule::kStates <= 2 ? 2 : 1;  // as many as the registers hold
+      update_packs<Rule, float, float, 4, kPacks>(record, grad, chunk, team, change, s);
+      rest = chunk.n / 4 * 4;
+    } else if (dtype != Dtype::kF32 && (states_are<Rule>(record, Dtype::kF32) || states_are<Rule>(record, dtype))) {
+      update_16_bit<Rule>(record, grad, chunk, team, change, s);
+      rest = chunk.n / 8 * 8;
+    }
+  }
+  if (rest < chunk.n) update_any<Rule, float>(record, grad, chunk, rest, team, change, s);
+}
+
+// What the threads that share a chunk need, computed once by one of them.
+template <class Rule>
+union Prepared {
+  typename Rule::template Scalars<float> single;
+  typename Rule::template Scalars<double> twice;
+};
+
+template <class Rule>
+__device__ __forceinline__ void prepare(const Record& record, const double* hyper, Prepared<Rule>* prepared) {
+  const int64_t step = static_cast<int64_t>(*global(record.step)) + 1;
+  if (record.param_dtype == Dtype::kF64)
+    prepared->twice = Rule::template prepare<double>(hyper, step);
+  else
+    prepared->single = Rule::template prepare<float>(hyper, step);
+}
+
+template <class Rule>
+__device__ __forceinline__ void update(const Record& record, const void* grad, const Chunk& chunk, Team team, float sign,
+                                       const float* grad_scale, bool change, const Prepared<Rule>& prepared) {
+  const float scale = grad_scale != nullptr ? *global(grad_scale) : 1.0f;
+  if (record.param_dtype == Dtype::kF64)
+    update_any<Rule, double>(record, grad, chunk, 0, team, GradChange<double>{change, sign, scale}, prepared.twice);
+  else
+    update_single<Rule>(record, grad, chunk, team, GradChange<float>{change, sign, scale}, prepared.single);
+}
+
+template <class Rule, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    step_kernel(const __grid_constant__ Arguments<kCapacity> arguments) {
+  __shared__ double hyper[kMaxHyper];
+  __shared__ Prepared<Rule> prepared[kThreads / kWarp];
+  __shared__ bool is_last;
+  const auto& a = arguments;
+  // The same for all blocks: none counts itself as done, and no step counter moves.
+  if (a.found_inf != nullptr && *global(a.found_inf) != 0.0f) return;
+
+  const int thread = threadIdx.x, warp = thread / kWarp, warps = blockDim.x / kWarp;
+  constexpr int kHyper = sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]);
+  if (thread < kHyper) {
+    const Scalar& scalar = a.hyper[thread];
+    hyper[thread] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
+  }
+  const float sign = a.maximize ? -1.0f : 1.0f;
+  const bool change = a.maximize || a.grad_scale != nullptr;
+  const int items = a.n_block_chunks + (a.n_small_chunks + warps - 1) / warps;
+
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    __syncthreads();  // hyper is there, and nobody needs the last item's `prepared` any more
+    if (item < a.n_block_chunks) {
+      const Chunk chunk = a.chunks[item];
+      const void* grad = a.grads[chunk.record];
+      const Record& record = a.records[chunk.record];
+      if (thread == 0 && grad != nullptr) prepare<Rule>(record, hyper, &prepared[0]);
+      __syncthreads();
+      if (grad != nullptr)
+        update<Rule>(record, grad, chunk, Team{thread, static_cast<int>(blockDim.x)}, sign, a.grad_scale, change,
+                     prepared[0]);
+    } else {
+      const int small = (item - a.n_block_chunks) * warps + warp;
+      if (small >= a.n_small_chunks) continue;  // of the whole warp; it meets the others at the next barrier
+      const Chunk chunk = a.chunks[a.n_block_chunks + small];
+      const void* grad = a.grads[chunk.record];
+      const Record& record = a.records[chunk.record];
+      if (grad == nullptr) continue;
+      if (thread % kWarp == 0) prepare<Rule>(record, hyper, &prepared[warp]);
+      __syncwarp();
+      update<Rule>(record, grad, chunk, Team{thread % kWarp, kWarp}, sign, a.grad_scale, change, prepared[warp]);
+    }
+  }
+
+  // The last block to come here advances the counters: by then every block has read those that it needed.
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) is_last = atomicInc(a.done, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  for (int i = thread; i < a.n_records; i += blockDim.x) {
+    if (a.grads[i] != nullptr) *global(a.records[i].step) += 1.0f;
+  }
+}
+
+}  // namespace fusedstep::cuda

@@ -1,0 +1,94 @@
+#include "cuda_bindings.h"
+
+#include <pybind11/stl.h>
+
+#include "cuda/engine.h"
+#include "plan.h"
+
+namespace fusedstep {
+
+#if FUSEDSTEP_WITH_CUDA
+namespace {
+
+// A table as it was uploaded. It no longer fits when a gradient has changed its dtype.
+bool fits(const cuda::Table& table, const Plan& plan) {
+  for (size_t i = 0; i < plan.size(); ++i) {
+    if (plan.active(i) && plan.records()[i].grad_dtype != table.records[i].grad_dtype) return false;
+  }
+  return true;
+}
+
+cuda::Scalar to_scalar(PyObject* value, const Plan& plan) {
+  if (PyFloat_Check(value) || PyLong_Check(value)) return cuda::Scalar{to_double(value), nullptr, Dtype::kF64};
+  TensorView view;
+  const bool readable = view_tensor(value, &view) && view.dtype_known && view.numel() == 1 &&
+                        view.device == Device::kCuda && view.device_index == plan.device_index();
+  if (readable) return cuda::Scalar{0.0, view.data, view.dtype};
+  return cuda::Scalar{to_double(value), nullptr, Dtype::kF64};
+}
+
+const float* to_flag(const py::object& tensor, const Plan& plan, const char* name) {
+  if (tensor.is_none()) return nullptr;
+  TensorView view;
+  if (!view_tensor(tensor.ptr(), &view) || !view.dtype_known || view.dtype != Dtype::kF32 || view.numel() != 1 ||
+      view.device != Device::kCuda || view.device_index != plan.device_index())
+    throw std::invalid_argument(std::string(name) + " must be one fp32 number on the parameters' device");
+  return static_cast<const float*>(view.data);
+}
+
+int cuda_step(Plan& plan, const cuda::Table& table, uintptr_t device_table, const py::tuple& hyper, bool maximize,
+              const py::object& grad_scale, const py::object& found_inf) {
+  if (plan.size() != 0 && plan.device() != Device::kCuda) throw std::invalid_argument("the plan is not on a GPU");
+  if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
+  cuda::Call call{};
+  call.rule = plan.rule();
+  for (size_t k = 0; k < hyper.size(); ++k) call.hyper[k] = to_scalar(PyTuple_GET_ITEM(hyper.ptr(), k), plan);
+  call.maximize = maximize;
+  call.grad_scale = to_flag(grad_scale, plan, "grad_scale");
+  call.found_inf = to_flag(found_inf, plan, "found_inf");
+  call.table = &table;
+  call.device_table = reinterpret_cast<char*>(device_table);
+  call.device = plan.device_index();
+  call.stream = current_stream(plan.device_index());
+  // An empty tensor has no address, and takes part all the same: its step counts.
+  static const char kNowhere = 0;
+  std::vector<const void*> grads(plan.size(), nullptr);
+  for (size_t i = 0; i < plan.size(); ++i) {
+    if (plan.active(i)) grads[i] = plan.grad(i) != nullptr ? plan.grad(i) : &kNowhere;
+  }
+  call.grads = grads.data();
+  const int launches = cuda::step(call);
+  plan.increment_written();
+  plan.release_grads();
+  return launches;
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  py::class_<cuda::Table>(m, "CudaTable")
+      .def(py::init([](const Plan& plan, int multiprocessors) {
+             return cuda::build_table(plan.records(), multiprocessors);
+           }),
+           py::arg("plan"), py::arg("multiprocessors"))
+      .def("bytes",
+           [](const cuda::Table& table) {
+             const std::vector<char> bytes = table.bytes();
+             return py::bytearray(bytes.data(), bytes.size());
+           })
+      .def("fits", &fits);
+  m.def("cuda_step", &cuda_step);
+  m.def("cuda_multiprocessors", &cuda::multiprocessors);
+  m.def("cuda_why_not", &cuda::why_not);
+  m.def("cuda_device_count", [] {
+    std::string why;
+    const int count = cuda::device_count(&why);
+    return py::make_tuple(count, why);
+  });
+  m.attr("cuda_archs") = cuda::compiled_archs();
+}
+#else
+void bind_cuda(py::module_&) {}
+#endif
+
+}  // namespace fusedstep

@@ -1,0 +1,79 @@
+"""The compiled CUDA engine. It compiles for sm_80, sm_90 and sm_100; it has never run on a GPU yet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import KernelBackend
+from .native import extension_reasons
+from .plan import KernelPlan
+
+
+class CudaPlan(KernelPlan):
+    """A plan whose table of addresses lies in device memory; only gradient addresses travel with a launch."""
+
+    table = None
+
+    def launch(
+        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> int:
+        from .. import _C
+
+        device = self.device
+        if self.table is None or not self.table.fits(self.native):
+            self._upload(device)
+        hyper = tuple(
+            value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.is_cuda else value
+            for value in hyper
+        )
+        return _C.cuda_step(
+            self.native,
+            self.table,
+            self.memory.data_ptr(),
+            hyper,
+            maximize,
+            None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True),
+            None if found_inf is None else found_inf.to(device, torch.float32, non_blocking=True),
+        )
+
+    def _upload(self, device: torch.device) -> None:
+        from .. import _C
+
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "fusedstep: step() met new or changed tensors while a CUDA graph is captured; "
+                "run one step() with these parameters and gradients before capturing"
+            )
+        table = _C.CudaTable(self.native, _C.cuda_multiprocessors(device.index))
+        self.memory = torch.frombuffer(table.bytes(), dtype=torch.uint8).to(device)
+        self.table = table
+
+    @property
+    def device(self) -> torch.device:
+        return next(slot.tensor.device for slot in self.slots if slot.tensor is not None)
+
+
+class CudaBackend(KernelBackend):
+    name = "cuda"
+
+    def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
+        if device.type != "cuda":
+            return [f"it runs on CUDA tensors, not on {device.type}"]
+        if torch.version.hip is not None:
+            return ["this torch is built for ROCm"]
+        missing = extension_reasons()
+        if missing:
+            return missing
+        from .. import _C
+
+        if not _C.with_cuda:
+            return ["fusedstep was built without CUDA; reinstall it with nvcc on PATH (FUSEDSTEP_CUDA=1 insists on it)"]
+        count, why = _C.cuda_device_count()
+        if count == 0:
+            return [f"there is no GPU to be seen ({why or 'no device'})"]
+        why = _C.cuda_why_not(torch.cuda.current_device() if device.index is None else device.index)
+        return ([why] if why else []) + self.dtype_reasons(dtype)
+
+    def plan(self, *args) -> CudaPlan:
+        return CudaPlan(self, *args)
