@@ -1,0 +1,72 @@
+// The CUDA kernel's own source, run on the host for the tests.
+#include "cuda_on_host.h"
+
+#include "../../csrc/cuda/kernel.cuh"
+
+using namespace fusedstep;
+using namespace fusedstep::cuda;
+
+extern "C" {
+
+int record_size() {
+  return sizeof(Record);
+}
+
+// One step over records; grads[i] null: takes no part. Returns the number of launches.
+int host_step(int rule, const Scalar* hyper, bool maximize, const float* grad_scale, const float* found_inf,
+              const Record* records, int64_t n_records, const void* const* grads, int multiprocessors, unsigned blocks,
+              unsigned threads) {
+  const Table table = build_table(std::vector<Record>(records, records + n_records), multiprocessors);
+  std::vector<char> bytes = table.bytes();
+  const char* chunks = bytes.data() + table.records.size() * sizeof(Record);
+  auto* counters = reinterpret_cast<uint32_t*>(bytes.data() + bytes.size() - table.segments.size() * sizeof(uint32_t));
+  int launches = 0;
+  for (size_t i = 0; i < table.segments.size(); ++i) {
+    const Segment& segment = table.segments[i];
+    static Arguments<kMaxTensorsPerLaunch> a;
+    a = {};
+    a.records = reinterpret_cast<const Record*>(bytes.data()) + segment.first_record;
+    a.chunks = reinterpret_cast<const Chunk*>(chunks) + segment.first_chunk;
+    a.done = counters + i;
+    a.n_records = static_cast<int32_t>(segment.n_records);
+    a.n_block_chunks = static_cast<int32_t>(segment.n_block_chunks);
+    a.n_small_chunks = static_cast<int32_t>(segment.n_small_chunks);
+    a.maximize = maximize;
+    a.grad_scale = grad_scale;
+    a.found_inf = found_inf;
+    for (int k = 0; k < kMaxHyper; ++k) a.hyper[k] = hyper[k];
+    for (int64_t k = 0; k < segment.n_records; ++k) a.grads[k] = grads[segment.first_record + k];
+    visit_rule(static_cast<RuleId>(rule), [&](auto r) {
+      launch_on_host(blocks, threads, [&] { step_kernel<decltype(r), kMaxTensorsPerLaunch>(a); });
+    });
+    if (*a.done != 0) return -1;  // the counter must be ready for the next launch
+    ++launches;
+  }
+  return launches;
+}
+
+// Deals out tensors of the given sizes; returns the number of chunks, or -1 if an element is dealt out twice or not at
+// all. No memory is touched.
+int64_t check_chunks(const int64_t* numels, int64_t n, int multiprocessors) {
+  std::vector<Record> records(n);
+  for (int64_t i = 0; i < n; ++i) records[i].numel = numels[i];
+  const Table table = build_table(records, multiprocessors);
+  std::vector<int64_t> reached(n, 0);
+  int64_t n_segment_records = 0, n_segment_chunks = 0;
+  for (const Segment& segment : table.segments) {
+    if (segment.first_record != n_segment_records || segment.first_chunk != n_segment_chunks) return -1;
+    n_segment_records += segment.n_records;
+    n_segment_chunks += segment.n_block_chunks + segment.n_small_chunks;
+    for (int64_t c = segment.first_chunk; c < n_segment_chunks; ++c) {
+      const Chunk& chunk = table.chunks[c];
+      int64_t& at = reached[segment.first_record + chunk.record];
+      if (chunk.offset != at || chunk.n <= 0 || chunk.offset % 16 != 0) return -1;
+      at += chunk.n;
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    if (reached[i] != numels[i]) return -1;
+  }
+  return n_segment_records == n ? static_cast<int64_t>(table.chunks.size()) : -1;
+}
+}

@@ -1,0 +1,222 @@
+"""The CUDA kernel's source, compiled by the C++ compiler and run thread by thread on the host, against the reference.
+
+This proves the kernel's own logic: chunks, dtypes, tails, skipped tensors, step counters. It proves nothing about a GPU.
+"""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedstep
+from fusedstep import _C
+from fusedstep.cases import CASES
+from fusedstep.verification import same_bits
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TAG = {dtype: tag for tag, dtype in enumerate(FLOATS)}
+RULES = {("sgd", 0): 0, ("sgd", 1): 1, ("adam", 2): 2, ("adam", 3): 3}  # csrc/rules.h, RuleId
+MAX_STATES, MAX_HYPER = 4, 8
+
+
+class Record(ctypes.Structure):
+    _fields_ = [
+        ("param", ctypes.c_void_p),
+        ("states", ctypes.c_void_p * MAX_STATES),
+        ("step", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
+    ]
+
+
+class Scalar(ctypes.Structure):
+    _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
+
+
+@pytest.fixture(scope="session", params=["plain", "sanitized"])
+def library(request, tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    target = tmp_path_factory.mktemp("cuda_host") / f"{request.param}.so"
+    # The undefined-behaviour checks trap, which needs no runtime library inside this Python.
+    flags = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"] if request.param == "sanitized" else []
+    sources = [ROOT / "tests/cuda_host/library.cpp", ROOT / "csrc/cuda_table.cpp"]
+    subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", *flags]
+        + ["-DFUSEDSTEP_ISA=host", "-o", str(target), *map(str, sources)],
+        check=True,
+    )
+    loaded = ctypes.CDLL(str(target))
+    loaded.check_chunks.restype = ctypes.c_int64
+    assert loaded.record_size() == ctypes.sizeof(Record)
+    return loaded
+
+
+def inside(values, offset):
+    """The values in a larger buffer full of sentinels, ``offset`` elements from its 64-byte aligned start."""
+    buffer = torch.full((values.numel() + 64,), 7.0, dtype=values.dtype)
+    start = (-buffer.data_ptr() // buffer.element_size()) % (64 // buffer.element_size()) + offset
+    view = buffer[start : start + values.numel()]
+    view.copy_(values)
+    return buffer, view
+
+
+def run_on_host(library, optimizer, grads, *, grad_scale=None, found_inf=None, tensor_hyper=False, blocks=3, threads=64):
+    """One step of ``optimizer`` by the kernel; ``grads`` has None where a parameter takes no part."""
+    group = optimizer.param_groups[0]
+    states = optimizer.states_of(group)
+    records, keep = [], []
+    for param, grad in zip(group["params"], grads, strict=True):
+        state = [optimizer.state[param][name] for name in states]
+        step = optimizer.state[param]["step"] if optimizer.step_in_state else optimizer._counters[param]
+        dtypes = [param.dtype, param.dtype if grad is None else grad.dtype, *[s.dtype for s in state]]
+        tags = [TAG[dtype] for dtype in dtypes] + [0] * (2 + MAX_STATES - len(dtypes))
+        pointers = (ctypes.c_void_p * MAX_STATES)(*[s.data_ptr() for s in state])
+        records.append(
+            Record(param.data_ptr(), pointers, step.data_ptr(), param.numel(), (ctypes.c_uint8 * len(tags))(*tags))
+        )
+    hyper = (Scalar * MAX_HYPER)()
+    for scalar, value in zip(hyper, optimizer.hyper(group), strict=False):
+        if tensor_hyper:
+            keep.append(torch.tensor(float(value), dtype=torch.float64))
+            scalar.tensor, scalar.dtype = keep[-1].data_ptr(), TAG[torch.float64]
+        else:
+            scalar.value = float(value)
+    addresses = [None if g is None else (g.data_ptr() or 64) for g in grads]
+    flags = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf)]
+    return library.host_step(
+        RULES[optimizer.rule, len(states)],
+        hyper,
+        ctypes.c_bool(group["maximize"]),
+        *flags,
+        (Record * len(records))(*records),
+        ctypes.c_int64(len(records)),
+        (ctypes.c_void_p * len(addresses))(*addresses),
+        2,
+        blocks,
+        threads,
+    )
+
+
+class Pair:
+    """The same case twice: one for the kernel, in sentinel-filled buffers, and one for the reference."""
+
+    def __init__(self, case, sizes, param=torch.float32, state=None, offset=0):
+        generator = torch.Generator().manual_seed(1)
+        values = [torch.randn(n, generator=generator).to(param) for n in sizes]
+        self.buffers, views = zip(*[inside(v, offset) for v in values], strict=True)
+        self.kernel = getattr(fusedstep, case.optimizer)([torch.nn.Parameter(v) for v in views], **case.options)
+        self.reference = getattr(fusedstep, case.optimizer)(
+            [torch.nn.Parameter(v.clone()) for v in values], backend="reference", **case.options
+        )
+        for optimizer in (self.kernel, self.reference):
+            group = optimizer.param_groups[0]
+            for p in group["params"]:
+                p.grad_dtype = None
+                if optimizer.step_in_state:
+                    optimizer.state[p]["step"] = torch.tensor(0.0)
+                else:
+                    optimizer._counters[p] = torch.tensor(0.0)
+                for name in optimizer.states_of(group):
+                    _, optimizer.state[p][name] = inside(torch.zeros(p.numel(), dtype=state or param), offset)
+
+    def step(self, library, grads, offset=0, grad_scale=None, found_inf=None, **options):
+        for p, g in zip(self.reference.param_groups[0]["params"], grads, strict=True):
+            p.grad = None if g is None else g.clone()
+        self.reference.grad_scale, self.reference.found_inf = grad_scale, found_inf
+        self.reference.step()
+        grads = [None if g is None else inside(g, offset)[1] for g in grads]
+        options.update(grad_scale=grad_scale, found_inf=found_inf)
+        return run_on_host(library, self.kernel, grads, **options)
+
+    def assert_same(self):
+        for i, (a, b) in enumerate(
+            zip(self.kernel.param_groups[0]["params"], self.reference.param_groups[0]["params"], strict=True)
+        ):
+            assert same_bits(a.detach(), b.detach()), f"parameter {i} of {a.numel()} elements"
+            for name in self.kernel.state.get(a, {}):
+                assert same_bits(self.kernel.state[a][name], self.reference.state[b][name]), (name, i)
+        for buffer, param in zip(self.buffers, self.kernel.param_groups[0]["params"], strict=True):
+            assert (buffer == 7.0).sum() >= buffer.numel() - param.numel()
+
+
+SIZES = [0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049, 5000]
+
+
+def random_grads(sizes, generator, dtype=torch.float32):
+    return [torch.randn(n, generator=generator).to(dtype) for n in sizes]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_every_size_and_offset_has_the_references_bits(library, case, offset):
+    generator = torch.Generator().manual_seed(2)
+    pair = Pair(case, SIZES, offset=offset)
+    for _ in range(3):
+        assert pair.step(library, random_grads(SIZES, generator), offset) == 1
+    pair.assert_same()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.options.get("amsgrad") or "dampening" in c.options], ids=str)
+@pytest.mark.parametrize(("param", "grad", "state"), list(itertools.product(FLOATS, repeat=3)), ids=str)
+def test_every_mixture_of_dtypes_has_the_references_bits(library, case, param, grad, state):
+    generator = torch.Generator().manual_seed(3)
+    sizes = [1, 15, 16, 33, 1500]
+    pair = Pair(case, sizes, param, state)
+    for _ in range(2):
+        pair.step(library, random_grads(sizes, generator, grad))
+    pair.assert_same()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("tensor_hyper", [False, True])
+def test_scaled_gradients_missing_ones_and_skips_have_the_references_bits(library, case, tensor_hyper):
+    generator = torch.Generator().manual_seed(4)
+    sizes = [5, 0, 1200, 40, 3000]
+    pair = Pair(case, sizes)
+    for number in range(6):
+        grads = random_grads(sizes, generator)
+        grads = [None if number < i else g for i, g in enumerate(grads)]  # each joins one step later
+        skip = torch.tensor(1.0 if number in (0, 3) else 0.0)
+        pair.step(library, grads, grad_scale=torch.tensor(3.0), found_inf=skip, tensor_hyper=tensor_hyper)
+    pair.assert_same()
+
+
+@pytest.mark.parametrize("n", [65, 513, 4001, 9000])
+def test_many_tensors_take_few_launches(library, n):
+    case = next(c for c in CASES if "momentum" in c.options)
+    generator = torch.Generator().manual_seed(5)
+    pair = Pair(case, [3] * n)
+    assert pair.step(library, random_grads([3] * n, generator)) == -(-n // 4000)
+    pair.assert_same()
+
+
+@pytest.mark.parametrize(("blocks", "threads"), [(1, 32), (1, 256), (7, 96), (40, 32)])
+def test_any_grid_has_the_references_bits(library, blocks, threads):
+    case = next(c for c in CASES if c.options.get("amsgrad"))
+    generator = torch.Generator().manual_seed(6)
+    sizes = [300, 9000, 1, 20_000]
+    pair = Pair(case, sizes)
+    for _ in range(2):
+        pair.step(library, random_grads(sizes, generator), blocks=blocks, threads=threads)
+    pair.assert_same()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize(
+    "sizes", [[0], [5_000_000_000], [2**31 - 1, 2**31, 2**31 + 17, 3, 0, 1023, 1024], [1] * 10_001], ids=str
+)
+def test_every_element_is_dealt_out_once_beyond_32_bits(library, sizes, multiprocessors):
+    numels = (ctypes.c_int64 * len(sizes))(*sizes)
+    chunks = library.check_chunks(numels, ctypes.c_int64(len(sizes)), multiprocessors)
+    assert chunks >= sum(-(-n // 65_536) for n in sizes)
+
+
+def test_rules_are_numbered_as_here():
+    assert sorted(_C.rules()) == sorted({name for name, _ in RULES})
