@@ -1,0 +1,172 @@
+"""The Triton backend: run under Triton's interpreter and compiled for sm_90; it has never run on a GPU yet."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import KernelBackend
+from .native import extension_reasons
+from .plan import KernelPlan
+
+NAMES = ("fp32", "bf16", "fp16", "fp64")  # by the tags of csrc/numeric.h
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+OLDEST = (3, 6)
+MAX_CHUNK = 65_536  # elements of one program
+
+
+class Launch:
+    """The tensors of a plan that have the same dtypes: what one launch updates."""
+
+    def __init__(self, dtypes: tuple[str, ...], indices: list[int], plan: TritonPlan) -> None:
+        from ..triton_kernels.step import ROW
+
+        self.dtypes = dtypes
+        self.indices = np.array(indices)
+        rows = np.zeros((len(indices), ROW), dtype=np.int64)
+        pointers = plan.native.pointers()
+        chunks = []
+        for row, index in enumerate(indices):
+            addresses = pointers[index]
+            rows[row, : len(addresses)] = addresses
+            numel = plan.slots[index].tensor.numel()
+            chunks += [(row, min(MAX_CHUNK, numel - at), at) for at in range(0, numel, MAX_CHUNK)]
+        # A program for nothing, so that the counters of a group of empty tensors advance too.
+        chunks = chunks or [(0, 0, 0)]
+        self.table = plan.upload(torch.from_numpy(rows))
+        self.chunks = plan.upload(torch.tensor(chunks, dtype=torch.int64))
+        self.done = torch.zeros(1, dtype=torch.int32, device=plan.device)
+        self.addresses: np.ndarray | None = None
+        self.grads: Tensor | None = None
+
+    def set_grads(self, addresses: np.ndarray, plan: TritonPlan) -> bool:
+        """Upload the gradients' addresses if they are new; False if no tensor takes part."""
+        mine = addresses[self.indices]
+        if self.addresses is None or not np.array_equal(mine, self.addresses):
+            self.addresses = mine
+            self.grads = plan.upload(torch.from_numpy(mine))
+        return bool(mine.any())
+
+
+class TritonPlan(KernelPlan):
+    launches: list[Launch] | None = None
+    grad_dtypes: list[int] | None = None
+    hyper_values: tuple[float, ...] | None = None
+    hyper: Tensor | None = None
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.captured: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        return next(slot.tensor.device for slot in self.slots if slot.tensor is not None)
+
+    def upload(self, host: Tensor) -> Tensor:
+        """A copy on the plan's device, without waiting for it."""
+        if self.device.type == "cpu":
+            return host.clone()
+        pinned = host.pin_memory()
+        copy = pinned.to(self.device, non_blocking=True)
+        if torch.cuda.is_current_stream_capturing():
+            self.captured += [pinned, copy]  # each replay of the graph reads and writes them again
+        return copy
+
+    def launch(
+        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> int:
+        from ..triton_kernels import step
+
+        grad_dtypes = self.native.grad_dtypes()
+        if self.launches is None or grad_dtypes != self.grad_dtypes:
+            self.launches = self._launches(grad_dtypes)
+            self.grad_dtypes = grad_dtypes
+        self._set_hyper(hyper)
+        flags = [None if t is None else t.to(self.device, torch.float32) for t in (grad_scale, found_inf)]
+        addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64)
+        calls = 0
+        for group in self.launches:
+            if group.set_grads(addresses, self):
+                step.launch(
+                    self.optimizer.rule,
+                    group.dtypes,
+                    maximize,
+                    group.table,
+                    group.chunks,
+                    group.grads,
+                    self.hyper,
+                    group.done,
+                    *flags,
+                    step.block_size(self.device),
+                )
+                calls += 1
+        self.native.increment_written()
+        self.native.release_grads()
+        return calls
+
+    def _launches(self, grad_dtypes: list[int]) -> list[Launch]:
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for index, slot in enumerate(self.slots):
+            if slot.tensor is not None:
+                states = [DTYPES[state.dtype] for state in slot.states]
+                dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *states)
+                groups.setdefault(dtypes, []).append(index)
+        return [Launch(dtypes, indices, self) for dtypes, indices in groups.items()]
+
+    def _set_hyper(self, hyper: tuple[float | Tensor, ...]) -> None:
+        """Put the hyperparameters into device memory in float64, the numbers only if one has changed."""
+        values = tuple(0.0 if isinstance(v, Tensor) and v.is_cuda else float(v) for v in hyper)
+        if values != self.hyper_values:
+            self.hyper_values = values
+            self.hyper = self.upload(torch.tensor(values, dtype=torch.float64))
+        for k, value in enumerate(hyper):
+            if isinstance(value, Tensor) and value.is_cuda:
+                self.hyper[k].copy_(value.reshape(()), non_blocking=True)
+
+
+class TritonBackend(KernelBackend):
+    name = "triton"
+
+    def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
+        missing = package_reasons() or extension_reasons()
+        if missing:
+            return missing
+        if device.type == "cpu":
+            # Asked before the kernels are imported: they are made for the interpreter or not once and for all.
+            if os.environ.get("TRITON_INTERPRET") != "1" or not interpreted():
+                return ["CPU tensors need TRITON_INTERPRET=1 in the environment from the start (and are slow)"]
+        elif device.type != "cuda":
+            return [f"it runs on CUDA tensors, not on {device.type}"]
+        elif interpreted():
+            return ["TRITON_INTERPRET=1 is set, which runs kernels on the CPU"]
+        elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return ["it needs a GPU of compute capability 8.0 or newer"]
+        return self.dtype_reasons(dtype)
+
+    def plan(self, *args) -> TritonPlan:
+        return TritonPlan(self, *args)
+
+
+@functools.cache
+def package_reasons() -> list[str]:
+    """Why Triton cannot be used at all; empty if it can."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ["triton is not installed; pip install fusedstep[triton]"]
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return [f"triton {version} is too old; {'.'.join(map(str, OLDEST))} or newer is needed"]
+    return []
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on CPU tensors."""
+    from ..triton_kernels.step import is_interpreted
+
+    return is_interpreted()

@@ -1,0 +1,60 @@
+"""Number formats and correctly rounded arithmetic: csrc/numeric.h in Triton."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def square_root(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)  # IEEE in float64
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def divide(a, b):
+    if b.dtype == tl.float64:
+        return a / b  # IEEE in float64
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def maximum(a, b):  # NaN wins, as in torch.maximum
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def power(base, exponent):
+    """base^exponent by squaring: only IEEE multiplications, hence the same bits wherever it runs."""
+    result = base * 0.0 + 1.0
+    while exponent > 0:
+        result = tl.where(exponent % 2 == 1, result * base, result)
+        base = base * base
+        exponent = exponent // 2
+    return result
+
+
+@triton.jit
+def widen(stored, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """Stored numbers in the arithmetic dtype. bf16 is stored as its bits, which need only be shifted."""
+    if DTYPE == "bf16":
+        return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(ARITHMETIC)
+    else:
+        return stored.to(ARITHMETIC)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Numbers as they are stored, rounded to nearest even: bf16 by integer operations, as every backend does it."""
+    if DTYPE == "bf16":
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
+    elif DTYPE == "fp16":
+        return x.to(tl.float32).to(tl.float16)
+    elif DTYPE == "fp64":
+        return x.to(tl.float64)
+    else:
+        return x.to(tl.float32)

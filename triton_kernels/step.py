@@ -1,0 +1,225 @@
+"""The one kernel, generic over rules: each program takes a chunk of one tensor, found through a table of addresses.
+
+It has run under Triton's interpreter and compiles for sm_90; it has never run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .numeric import divide, narrow, widen
+from .rules import RULES
+
+ROW = 8  # int64 numbers of a tensor in the table: param, step, up to four states
+CHUNK_ROW = 3  # of a chunk: tensor, elements, offset
+
+
+@triton.jit
+def pointer(address, DTYPE: tl.constexpr):
+    if DTYPE == "bf16":
+        return address.to(tl.pointer_type(tl.uint16))  # as bits: the interpreter would truncate when it rounds
+    elif DTYPE == "fp16":
+        return address.to(tl.pointer_type(tl.float16))
+    elif DTYPE == "fp64":
+        return address.to(tl.pointer_type(tl.float64))
+    else:
+        return address.to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def load(address, index, mask, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr):
+    ptr = pointer(address, DTYPE)
+    if WHOLE:
+        stored = tl.load(tl.multiple_of(ptr, 16) + index)
+    else:
+        stored = tl.load(ptr + index, mask=mask)
+    return widen(stored, DTYPE, ARITHMETIC)
+
+
+@triton.jit
+def store(address, index, mask, x, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    ptr = pointer(address, DTYPE)
+    if WHOLE:
+        tl.store(tl.multiple_of(ptr, 16) + index, narrow(x, DTYPE))
+    else:
+        tl.store(ptr + index, narrow(x, DTYPE), mask=mask)
+
+
+@triton.jit
+def update_block(
+    row_ptr,
+    grad,
+    index,
+    mask,
+    grad_scale_ptr,
+    s,
+    UPDATE: tl.constexpr,
+    N_NAMED: tl.constexpr,
+    DTYPES: tl.constexpr,
+    N_STATES: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """BLOCK elements of one tensor; WHOLE: all of them exist and every address is a multiple of 16."""
+    param = tl.load(row_ptr)
+    p = load(param, index, mask, DTYPES[0], ARITHMETIC, WHOLE)
+    g = load(grad, index, mask, DTYPES[1], ARITHMETIC, WHOLE)
+    if grad_scale_ptr is not None:
+        g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
+    if MAXIMIZE:
+        g = -g
+    s0, s1, s2 = None, None, None
+    if N_STATES > 0:
+        s0 = load(tl.load(row_ptr + 2), index, mask, DTYPES[2], ARITHMETIC, WHOLE)
+    if N_STATES > 1:
+        s1 = load(tl.load(row_ptr + 3), index, mask, DTYPES[3], ARITHMETIC, WHOLE)
+    if N_STATES > 2:
+        s2 = load(tl.load(row_ptr + 4), index, mask, DTYPES[4], ARITHMETIC, WHOLE)
+    tl.static_assert(N_NAMED == 1 or N_NAMED == 3, "add a branch for a rule with another number of states")
+    if N_NAMED == 1:
+        p, s0 = UPDATE(p, g, s0, s)
+    else:
+        p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s)
+    store(param, index, mask, p, DTYPES[0], WHOLE)
+    if N_STATES > 0:
+        store(tl.load(row_ptr + 2), index, mask, s0, DTYPES[2], WHOLE)
+    if N_STATES > 1:
+        store(tl.load(row_ptr + 3), index, mask, s1, DTYPES[3], WHOLE)
+    if N_STATES > 2:
+        store(tl.load(row_ptr + 4), index, mask, s2, DTYPES[4], WHOLE)
+
+
+@triton.jit
+def step_kernel(
+    table_ptr,
+    chunks_ptr,
+    grads_ptr,
+    hyper_ptr,
+    done_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    n_tensors,
+    PREPARE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    N_NAMED: tl.constexpr,
+    DTYPES: tl.constexpr,
+    N_STATES: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW: tl.constexpr,
+    CHUNK_ROW: tl.constexpr,
+):
+    if found_inf_ptr is not None:  # the same for all programs: nothing is written, nothing is counted
+        if tl.load(found_inf_ptr) != 0:
+            return
+    chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * CHUNK_ROW
+    tensor = tl.load(chunk_ptr)
+    n = tl.load(chunk_ptr + 1).to(tl.int32)
+    offset = tl.load(chunk_ptr + 2)
+    grad = tl.load(grads_ptr + tensor)
+    row_ptr = table_ptr + tensor * ROW
+    if (grad != 0) & (n > 0):
+        step_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(tl.float32))
+        s = PREPARE(hyper_ptr, tl.load(step_ptr).to(tl.int64) + 1, ARITHMETIC)
+        addresses = tl.load(row_ptr) | grad
+        for k in tl.static_range(N_STATES):
+            addresses = addresses | tl.load(row_ptr + 2 + k)
+        whole = 0
+        if addresses % 16 == 0:
+            whole = n // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            index = offset + start + tl.arange(0, BLOCK)
+            update_block(
+                row_ptr, grad, index, None, grad_scale_ptr, s,
+                UPDATE, N_NAMED, DTYPES, N_STATES, ARITHMETIC, MAXIMIZE, True,
+            )  # fmt: skip
+        for start in range(whole, n, BLOCK):
+            within = start + tl.arange(0, BLOCK)
+            update_block(
+                row_ptr, grad, offset + within, within < n, grad_scale_ptr, s,
+                UPDATE, N_NAMED, DTYPES, N_STATES, ARITHMETIC, MAXIMIZE, False,
+            )  # fmt: skip
+
+    # The last program to come here advances the counters. The barrier: no thread of this one still has to read a step.
+    tl.debug_barrier()
+    if tl.atomic_add(done_ptr, 1) == tl.num_programs(0) - 1:
+        for start in range(0, n_tensors, 256):
+            index = start + tl.arange(0, 256)
+            active = tl.load(grads_ptr + index, mask=index < n_tensors, other=0) != 0
+            address = tl.load(table_ptr + index.to(tl.int64) * ROW + 1, mask=active, other=0)
+            step_ptr = address.to(tl.pointer_type(tl.float32))
+            tl.store(step_ptr, tl.load(step_ptr, mask=active, other=0.0) + 1.0, mask=active)
+        tl.store(done_ptr, 0)
+
+
+def constants(rule: str, n_states: int, dtypes: tuple[str, ...], maximize: bool, block: int) -> dict:
+    """The compile-time arguments of `step_kernel`; ``dtypes`` of param, grad and states as "fp32", "bf16" and so on."""
+    return {
+        "PREPARE": RULES[rule].prepare,
+        "UPDATE": RULES[rule].update,
+        "N_NAMED": RULES[rule].n_named,
+        "DTYPES": dtypes,
+        "N_STATES": n_states,
+        "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
+        "MAXIMIZE": maximize,
+        "BLOCK": block,
+        "ROW": ROW,
+        "CHUNK_ROW": CHUNK_ROW,
+    }
+
+
+def launch(
+    rule: str,
+    dtypes: tuple[str, ...],
+    maximize: bool,
+    table: Tensor,
+    chunks: Tensor,
+    grads: Tensor,
+    hyper: Tensor,
+    done: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    block: int,
+) -> None:
+    """Queue one update of the tensors of ``table``, all of which have the same dtypes.
+
+    Args:
+        rule: its name in `RULES`.
+        dtypes: of param, grad and each state: "fp32", "bf16", "fp16" or "fp64".
+        maximize: whether gradients are negated.
+        table: int64, (tensors, ROW): addresses.
+        chunks: int64, (programs, CHUNK_ROW): which elements each program updates.
+        grads: int64, (tensors,): addresses of the gradients, 0 for tensors that take no part.
+        hyper: float64: the rule's hyperparameters.
+        done: int32, one zero; it is zero again afterwards.
+        grad_scale, found_inf: one fp32 number each, or None.
+        block: elements that a program updates at a time.
+    """
+    step_kernel[(chunks.shape[0],)](
+        table,
+        chunks,
+        grads,
+        hyper,
+        done,
+        grad_scale,
+        found_inf,
+        table.shape[0],
+        **constants(rule, len(dtypes) - 2, dtypes, maximize, block),
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+
+
+def is_interpreted() -> bool:
+    """True if TRITON_INTERPRET was set when the kernels were defined: they run on CPU tensors then."""
+    return not isinstance(step_kernel, triton.JITFunction)
+
+
+def block_size(device: torch.device) -> int:
+    """Elements that a program updates at a time: two 16-byte accesses of fp32 a thread, or few iterations on the CPU."""
+    return 16384 if device.type == "cpu" else 2048
