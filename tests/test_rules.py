@@ -50,6 +50,20 @@ def test_scalars_are_those_of_the_compiled_rule(cls):
     assert tuple(names) == cls.Scalars._fields
 
 
+@pytest.mark.parametrize("cls", CLASSES, ids=OPTIMIZERS)
+def test_triton_rules_have_the_same_names(cls):
+    pytest.importorskip("triton")
+    from fusedstep.triton_kernels import rules
+
+    rule = rules.RULES[cls.rule]
+    assert list(inspect.signature(rule.update.fn).parameters) == ["param", "grad", *cls.state_names, "s", "N_STATES"]
+    assert rule.n_named == len(cls.state_names)
+    hyper = re.findall(r"(\w+) = tl.load\(hyper_ptr(?: \+ (\d+))?\)", inspect.getsource(rule.prepare.fn))
+    assert [int(index or 0) for _, index in hyper] == list(range(len(cls.hyper_names)))
+    for (name, _), expected in zip(hyper, cls.hyper_names, strict=True):
+        assert expected.startswith(name)
+
+
 GENERIC = [
     *(ROOT / "csrc").rglob("*.[ch]*"),
     *(ROOT / "python").rglob("*.py"),

@@ -1,7 +1,7 @@
 """Every elementwise update rule: csrc/rules.h in Triton, with the same names in the same order.
 
 `prepare` computes the scalars of one step in float64 from the hyperparameters; `update` is the arithmetic of one block of
-elements. An absent state (its option is off) is None.
+elements; N_STATES says how many of the states it names there are (an option that adds one may be off).
 """
 
 from typing import NamedTuple
@@ -41,10 +41,10 @@ def sgd_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def sgd_update(param, grad, momentum_buffer, s):
+def sgd_update(param, grad, momentum_buffer, s, N_STATES: tl.constexpr):
     if s.weight_decay != 0:
         grad = grad + s.weight_decay * param
-    if momentum_buffer is not None:
+    if N_STATES > 0:
         momentum_buffer = s.keep * momentum_buffer + s.take * grad
         grad = tl.where(s.nesterov, grad + s.momentum * momentum_buffer, momentum_buffer)
     return param - s.lr * grad, momentum_buffer
@@ -85,13 +85,13 @@ def adam_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def adam_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, s):
+def adam_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, s, N_STATES: tl.constexpr):
     param = param * s.decay
     if s.weight_decay != 0:
         grad = grad + s.weight_decay * param
     exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg)
     exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * grad * grad
-    if max_exp_avg_sq is not None:
+    if N_STATES > 2:
         max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
         second_moment = max_exp_avg_sq
     else:

@@ -30,67 +30,75 @@ def pointer(address, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load(address, index, mask, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr):
-    ptr = pointer(address, DTYPE)
+def load(address, begin, lanes, mask, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr):
+    ptr = pointer(address, DTYPE) + begin
     if WHOLE:
-        stored = tl.load(tl.multiple_of(ptr, 16) + index)
+        stored = tl.load(tl.multiple_of(ptr, 16) + lanes)
     else:
-        stored = tl.load(ptr + index, mask=mask)
+        stored = tl.load(ptr + lanes, mask=mask)
     return widen(stored, DTYPE, ARITHMETIC)
 
 
 @triton.jit
-def store(address, index, mask, x, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
-    ptr = pointer(address, DTYPE)
+def store(address, begin, lanes, mask, x, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    ptr = pointer(address, DTYPE) + begin
     if WHOLE:
-        tl.store(tl.multiple_of(ptr, 16) + index, narrow(x, DTYPE))
+        tl.store(tl.multiple_of(ptr, 16) + lanes, narrow(x, DTYPE))
     else:
-        tl.store(ptr + index, narrow(x, DTYPE), mask=mask)
+        tl.store(ptr + lanes, narrow(x, DTYPE), mask=mask)
 
 
 @triton.jit
 def update_block(
     row_ptr,
     grad,
-    index,
+    begin,
+    lanes,
     mask,
     grad_scale_ptr,
     s,
     UPDATE: tl.constexpr,
     N_NAMED: tl.constexpr,
-    DTYPES: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE0: tl.constexpr,
+    STATE1: tl.constexpr,
+    STATE2: tl.constexpr,
     N_STATES: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """BLOCK elements of one tensor; WHOLE: all of them exist and every address is a multiple of 16."""
+    """Elements ``begin + lanes`` of one tensor; WHOLE: all of them exist, and ``begin`` lies at a multiple of 16 bytes.
+
+    Only with that promise are the accesses 16 bytes wide.
+    """
     param = tl.load(row_ptr)
-    p = load(param, index, mask, DTYPES[0], ARITHMETIC, WHOLE)
-    g = load(grad, index, mask, DTYPES[1], ARITHMETIC, WHOLE)
+    p = load(param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
+    g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
     if grad_scale_ptr is not None:
         g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
     if MAXIMIZE:
         g = -g
-    s0, s1, s2 = None, None, None
+    s0, s1, s2 = p, p, p  # stand in for absent states, which the rule hands back
     if N_STATES > 0:
-        s0 = load(tl.load(row_ptr + 2), index, mask, DTYPES[2], ARITHMETIC, WHOLE)
+        s0 = load(tl.load(row_ptr + 2), begin, lanes, mask, STATE0, ARITHMETIC, WHOLE)
     if N_STATES > 1:
-        s1 = load(tl.load(row_ptr + 3), index, mask, DTYPES[3], ARITHMETIC, WHOLE)
+        s1 = load(tl.load(row_ptr + 3), begin, lanes, mask, STATE1, ARITHMETIC, WHOLE)
     if N_STATES > 2:
-        s2 = load(tl.load(row_ptr + 4), index, mask, DTYPES[4], ARITHMETIC, WHOLE)
+        s2 = load(tl.load(row_ptr + 4), begin, lanes, mask, STATE2, ARITHMETIC, WHOLE)
     tl.static_assert(N_NAMED == 1 or N_NAMED == 3, "add a branch for a rule with another number of states")
     if N_NAMED == 1:
-        p, s0 = UPDATE(p, g, s0, s)
+        p, s0 = UPDATE(p, g, s0, s, N_STATES)
     else:
-        p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s)
-    store(param, index, mask, p, DTYPES[0], WHOLE)
+        p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s, N_STATES)
+    store(param, begin, lanes, mask, p, PARAM, WHOLE)
     if N_STATES > 0:
-        store(tl.load(row_ptr + 2), index, mask, s0, DTYPES[2], WHOLE)
+        store(tl.load(row_ptr + 2), begin, lanes, mask, s0, STATE0, WHOLE)
     if N_STATES > 1:
-        store(tl.load(row_ptr + 3), index, mask, s1, DTYPES[3], WHOLE)
+        store(tl.load(row_ptr + 3), begin, lanes, mask, s1, STATE1, WHOLE)
     if N_STATES > 2:
-        store(tl.load(row_ptr + 4), index, mask, s2, DTYPES[4], WHOLE)
+        store(tl.load(row_ptr + 4), begin, lanes, mask, s2, STATE2, WHOLE)
 
 
 @triton.jit
@@ -106,7 +114,11 @@ def step_kernel(
     PREPARE: tl.constexpr,
     UPDATE: tl.constexpr,
     N_NAMED: tl.constexpr,
-    DTYPES: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE0: tl.constexpr,
+    STATE1: tl.constexpr,
+    STATE2: tl.constexpr,
     N_STATES: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -129,31 +141,35 @@ def step_kernel(
         addresses = tl.load(row_ptr) | grad
         for k in tl.static_range(N_STATES):
             addresses = addresses | tl.load(row_ptr + 2 + k)
-        whole = 0
+        whole = 0 * n
         if addresses % 16 == 0:
             whole = n // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
-            index = offset + start + tl.arange(0, BLOCK)
+        start = 0 * n
+        lanes = tl.arange(0, BLOCK)
+        while start < whole:
             update_block(
-                row_ptr, grad, index, None, grad_scale_ptr, s,
-                UPDATE, N_NAMED, DTYPES, N_STATES, ARITHMETIC, MAXIMIZE, True,
+                row_ptr, grad, offset + start, lanes, None, grad_scale_ptr, s,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, N_STATES, ARITHMETIC, MAXIMIZE, True,
             )  # fmt: skip
-        for start in range(whole, n, BLOCK):
-            within = start + tl.arange(0, BLOCK)
+            start += BLOCK
+        while start < n:
             update_block(
-                row_ptr, grad, offset + within, within < n, grad_scale_ptr, s,
-                UPDATE, N_NAMED, DTYPES, N_STATES, ARITHMETIC, MAXIMIZE, False,
+                row_ptr, grad, offset + start, lanes, start + lanes < n, grad_scale_ptr, s,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, N_STATES, ARITHMETIC, MAXIMIZE, False,
             )  # fmt: skip
+            start += BLOCK
 
     # The last program to come here advances the counters. The barrier: no thread of this one still has to read a step.
     tl.debug_barrier()
     if tl.atomic_add(done_ptr, 1) == tl.num_programs(0) - 1:
-        for start in range(0, n_tensors, 256):
-            index = start + tl.arange(0, 256)
+        first = 0 * n_tensors
+        while first < n_tensors:
+            index = first + tl.arange(0, 256)
             active = tl.load(grads_ptr + index, mask=index < n_tensors, other=0) != 0
             address = tl.load(table_ptr + index.to(tl.int64) * ROW + 1, mask=active, other=0)
             step_ptr = address.to(tl.pointer_type(tl.float32))
             tl.store(step_ptr, tl.load(step_ptr, mask=active, other=0.0) + 1.0, mask=active)
+            first += 256
         tl.store(done_ptr, 0)
 
 
@@ -163,7 +179,7 @@ def constants(rule: str, n_states: int, dtypes: tuple[str, ...], maximize: bool,
         "PREPARE": RULES[rule].prepare,
         "UPDATE": RULES[rule].update,
         "N_NAMED": RULES[rule].n_named,
-        "DTYPES": dtypes,
+        **dict(zip(("PARAM", "GRAD", "STATE0", "STATE1", "STATE2"), dtypes + ("",) * 3, strict=False)),
         "N_STATES": n_states,
         "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
         "MAXIMIZE": maximize,

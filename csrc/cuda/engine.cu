@@ -96,7 +96,9 @@ std::string why_not(int device) {
   cudaFuncAttributes attributes;
   try {
     const OnDevice on_device(device);
-    check(cudaFuncGetAttributes(&attributes, step_kernel<Sgd<false>, 64>), "loading the step kernel");
+    visit_rule(RuleId{}, [&](auto rule) {  // any of them: they are compiled together
+      check(cudaFuncGetAttributes(&attributes, step_kernel<decltype(rule), 64>), "loading the step kernel");
+    });
   } catch (const std::runtime_error& error) {
     cudaGetLastError();  // clears it
     return error.what();

@@ -1,0 +1,182 @@
+"""The Triton backend: its bits under the interpreter, its code for sm_90. Neither needs a GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fusedstep
+from fusedstep.backends import BACKENDS
+from fusedstep.cases import CASES
+from fusedstep.verification import same_bits, verify
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STATES = {("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3)}
+by_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture
+def interpreted():
+    reasons = BACKENDS["triton"].reasons(torch.device("cpu"))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+def pair(case, values, backend="triton"):
+    return [
+        getattr(fusedstep, case.optimizer)([torch.nn.Parameter(v.clone()) for v in values], backend=name, **case.options)
+        for name in (backend, "reference")
+    ]
+
+
+def step(optimizers, grads, **attributes):
+    for optimizer in optimizers:
+        for name, value in attributes.items():
+            setattr(optimizer, name, value)
+        for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+            param.grad_dtype = None
+            param.grad = None if grad is None else grad.clone()
+        optimizer.step()
+
+
+def assert_same(optimizers):
+    for a, b in zip(*[o.param_groups[0]["params"] for o in optimizers], strict=True):
+        assert same_bits(a.detach(), b.detach())
+        states = [o.state.get(p, {}) for o, p in zip(optimizers, (a, b), strict=True)]
+        assert states[0].keys() == states[1].keys()
+        for name in states[0]:
+            assert same_bits(states[0][name], states[1][name]), name
+
+
+def random(sizes, generator, dtypes=(torch.float32,)):
+    return [torch.randn(n, generator=generator).to(dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)]
+
+
+@by_case
+def test_every_layout_and_dtype_has_the_references_bits(interpreted, case):
+    report = verify([case.optimizer], backend="triton", steps=2)
+    rows = [row for row in report.rows if row.case == str(case)]
+    assert len(rows) == len(FLOATS)
+    assert all(row.ok for row in rows)
+
+
+@by_case
+def test_sizes_around_a_block_have_the_references_bits(interpreted, case):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [0, 1, 15, 16, 17, 16_383, 16_384, 16_385, 70_001]
+    optimizers = pair(case, random(sizes, generator))
+    for _ in range(2):
+        step(optimizers, random(sizes, generator))
+    assert_same(optimizers)
+    assert optimizers[0].kernel_calls == 1
+
+
+@by_case
+def test_mixed_dtypes_have_the_references_bits_and_one_launch_for_each_mixture(interpreted, case):
+    generator = torch.Generator().manual_seed(2)
+    sizes = list(range(20, 28))
+    optimizers = pair(case, random(sizes, generator, FLOATS))
+    for _ in range(2):
+        step(optimizers, random(sizes, generator, FLOATS))
+    assert optimizers[0].kernel_calls == len(FLOATS)
+    # A gradient that changes its dtype joins another mixture.
+    step(optimizers, random(sizes, generator, FLOATS[1:]))
+    assert_same(optimizers)
+
+
+@by_case
+def test_missing_gradients_scales_and_skips_have_the_references_bits(interpreted, case):
+    generator = torch.Generator().manual_seed(3)
+    sizes = [5, 0, 40, 3000]
+    optimizers = pair(case, random(sizes, generator))
+    for number in range(6):
+        grads = [g if number >= i else None for i, g in enumerate(random(sizes, generator))]
+        # On the CPU the optimizer itself reads found_inf; the kernel's own look is in the next test.
+        skip = torch.tensor(float(number in (0, 3)))
+        step(optimizers, grads, grad_scale=torch.tensor(3.0), found_inf=skip)
+    assert_same(optimizers)
+
+
+def test_the_kernel_itself_skips_and_counts_nothing(interpreted):
+    optimizer, _ = pair(CASES[-1], [torch.ones(10)])
+    param = optimizer.param_groups[0]["params"][0]
+    param.grad = torch.ones(10)
+    optimizer.step()
+    before = [param.detach().clone(), *[t.clone() for t in optimizer.state[param].values()]]
+    (plan,) = optimizer._prepare_plans()
+    hyper = optimizer.hyper(optimizer.param_groups[0])
+    plan.launch(hyper, False, None, torch.tensor(1.0))
+    assert all(torch.equal(a, b) for a, b in zip(before, [param, *optimizer.state[param].values()], strict=True))
+    assert plan.gather()
+    plan.launch(hyper, False, None, torch.tensor(0.0))
+    assert optimizer.state[param]["step"] == 2
+
+
+def test_a_tensor_lr_is_read_in_every_step(interpreted):
+    case = next(c for c in CASES if c.optimizer == "AdamW")
+    generator = torch.Generator().manual_seed(4)
+    optimizers = pair(case, random([33], generator))
+    rates = [torch.tensor(0.01) for _ in optimizers]
+    for optimizer, lr in zip(optimizers, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+    for value in (0.01, 0.3, 0.002):
+        for lr in rates:
+            lr.fill_(value)
+        step(optimizers, random([33], generator))
+    assert_same(optimizers)
+
+
+def test_infinite_and_missing_numbers_have_the_references_bits(interpreted):
+    edges = torch.tensor([0.0, -0.0, 1e-45, -1e-39, 3e38, float("inf"), -float("inf"), float("nan"), 1.0])
+    for case in CASES:
+        optimizers = pair(case, [edges])
+        with np.errstate(all="ignore"):  # the interpreter computes with numpy, which warns
+            for grad in (edges.flip(0), edges):
+                step(optimizers, [grad])
+        assert_same(optimizers)
+
+
+def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in BACKENDS["triton"].reasons(torch.device("cpu"))[0]
+
+
+@pytest.fixture(scope="module")
+def code():
+    """For each rule, number of states and dtype: what its code for sm_90 holds."""
+    variants = [(r, n, d, s) for r, n in sorted(STATES) for d in ("fp32", "bf16") for s in ("plain", "scaled")]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    arguments = [",".join(map(str, variant)) for variant in variants]
+    script = Path(__file__).with_name("triton_compile.py")
+    run = subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return dict(zip(variants, json.loads(run.stdout.splitlines()[-1]), strict=True))
+
+
+def test_memory_is_accessed_16_bytes_at_a_time(code):
+    for (_, n_states, dtype, _), found in code.items():
+        packs = 2 if dtype == "fp32" else 1  # of 2,048 elements by 256 threads
+        assert found["wide_loads"] >= (2 + n_states) * packs
+        assert found["wide_stores"] >= (1 + n_states) * packs
+
+
+def test_arithmetic_is_rounded_after_every_operation(code):
+    for (rule, _, _, scaled), found in code.items():
+        assert found["fma"] == 0
+        assert found["approximate"] == 0
+        assert (found["rounded_roots"] > 0) == (rule == "adam")
+        assert (found["rounded_divisions"] > 0) == (rule == "adam" or scaled == "scaled")
+
+
+def test_nothing_is_spilled_to_local_memory(code):
+    assert all(found["local"] == 0 for found in code.values())

@@ -1,0 +1,52 @@
+"""Compiles the Triton kernel for sm_90 without a GPU; prints what is in the code as JSON. Run without TRITON_INTERPRET."""
+
+import json
+import re
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedstep.triton_kernels.step import constants, step_kernel
+
+POINTERS = {
+    **{"table_ptr": "*i64", "chunks_ptr": "*i64", "grads_ptr": "*i64", "hyper_ptr": "*fp64", "done_ptr": "*i32"},
+    **{"grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32"},
+}
+
+
+def compile_ptx(rule: str, n_states: int, dtype: str, scaled: bool) -> str:
+    """The kernel's PTX for tensors that are all stored in ``dtype``."""
+    fixed = constants(rule, n_states, (dtype,) * (2 + n_states), False, 2048)
+    if not scaled:
+        fixed |= {"grad_scale_ptr": None, "found_inf_ptr": None}
+    signature = {**POINTERS, "n_tensors": "i32", **dict.fromkeys(fixed, "constexpr")}
+    names = step_kernel.arg_names
+    source = ASTSource(
+        fn=step_kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in fixed.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS if name not in fixed},
+    )
+    options = {"num_warps": 8, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def count(ptx: str) -> dict[str, int]:
+    """How often what matters occurs."""
+    patterns = {
+        "wide_loads": r"\bld\.global[.\w:]*\.v(4\.b32|2\.b64)",
+        "wide_stores": r"\bst\.global[.\w:]*\.v(4\.b32|2\.b64)",
+        "fma": r"\bfma\.",
+        "local": r"\.local\b",
+        "approximate": r"\b(div|sqrt|rcp|rsqrt)\.(full|approx)",
+        "rounded_roots": r"\bsqrt\.rn\.f",
+        "rounded_divisions": r"\bdiv\.rn\.f",
+    }
+    return {name: len(re.findall(pattern, ptx)) for name, pattern in patterns.items()}
+
+
+if __name__ == "__main__":
+    variants = [tuple(variant.split(",")) for variant in sys.argv[1:]]
+    print(json.dumps([count(compile_ptx(r, int(n), d, s == "scaled")) for r, n, d, s in variants]))
