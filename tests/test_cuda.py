@@ -1,0 +1,232 @@
+"""On a GPU: the CUDA and Triton kernels against the reference, bit for bit, and what only a GPU can show."""
+
+import pytest
+import torch
+
+import fusedstep
+from fusedstep.backends import BACKENDS
+from fusedstep.cases import CASES
+from fusedstep.verification import same_bits, verify
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+by_case = pytest.mark.parametrize("case", CASES, ids=str)
+adamw = next(case for case in CASES if case.optimizer == "AdamW")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernel(request):
+    reasons = BACKENDS[request.param].reasons(torch.device(DEVICE))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    return request.param
+
+
+def make(case, values, backend):
+    return getattr(fusedstep, case.optimizer)(
+        [torch.nn.Parameter(v.clone()) for v in values], backend=backend, **case.options
+    )
+
+
+def random(sizes, generator, dtypes=(torch.float32,)):
+    values = [torch.randn(n, generator=generator) for n in sizes]
+    return [v.to(DEVICE, dtypes[i % len(dtypes)]) for i, v in enumerate(values)]
+
+
+def step(optimizers, grads, **attributes):
+    for optimizer in optimizers:
+        for name, value in attributes.items():
+            setattr(optimizer, name, value)
+        for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+            param.grad = None if grad is None else grad.clone()
+        optimizer.step()
+
+
+def assert_same(optimizers):
+    for a, b in zip(*[o.param_groups[0]["params"] for o in optimizers], strict=True):
+        assert same_bits(a.detach(), b.detach())
+        states = [o.state.get(p, {}) for o, p in zip(optimizers, (a, b), strict=True)]
+        for name in states[0]:
+            assert same_bits(states[0][name].to(DEVICE), states[1][name].to(DEVICE)), name
+
+
+@pytest.mark.sanitizer
+@by_case
+def test_sizes_around_every_boundary_have_the_references_bits(kernel, case):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 255, 257, 1023, 1024, 1025, 2047, 2049, 70_001]
+    optimizers = [make(case, random(sizes, generator), kernel)]
+    optimizers.append(make(case, optimizers[0].param_groups[0]["params"], "reference"))
+    for _ in range(3):
+        step(optimizers, random(sizes, generator))
+    assert_same(optimizers)
+
+
+def test_every_layout_and_dtype_has_the_references_bits(kernel):
+    report = verify(backend=kernel, device=DEVICE)
+    assert report.ok, [row for row in report.rows if not row.ok]
+
+
+@pytest.mark.sanitizer
+@by_case
+def test_a_group_of_mixed_dtypes_has_the_references_bits(kernel, case):
+    generator = torch.Generator().manual_seed(2)
+    sizes = [50, 3000, 17, 5000] * 2
+    values = random(sizes, generator, FLOATS)
+    optimizers = [make(case, values, name) for name in (kernel, "reference")]
+    for _ in range(3):
+        step(optimizers, random(sizes, generator, FLOATS))
+    assert_same(optimizers)
+    if kernel == "cuda":
+        assert optimizers[0].kernel_calls == 1
+
+
+@by_case
+def test_gradients_come_and_go_and_steps_are_skipped(kernel, case):
+    generator = torch.Generator().manual_seed(3)
+    sizes = [5, 0, 40, 30_000]
+    values = random(sizes, generator)
+    optimizers = [make(case, values, name) for name in (kernel, "reference")]
+    for number in range(7):
+        grads = [g if number >= i else None for i, g in enumerate(random(sizes, generator))]
+        skip = torch.tensor(float(number in (0, 4)), device=DEVICE)
+        step(optimizers, grads, grad_scale=torch.tensor(3.0, device=DEVICE), found_inf=skip)
+    assert_same(optimizers)
+
+
+@pytest.mark.parametrize("n", [65, 513, 4001, 9000])
+def test_many_tensors_take_few_launches(n):
+    generator = torch.Generator().manual_seed(4)
+    values = random([n], generator)[0].unbind()
+    optimizers = [make(adamw, values, name) for name in ("cuda", "reference")]
+    step(optimizers, random([n], generator)[0].unbind())
+    assert optimizers[0].kernel_calls == -(-n // 4000)
+    assert_same(optimizers)
+
+
+def test_a_step_is_one_launch_in_the_profiler(kernel):
+    generator = torch.Generator().manual_seed(5)
+    values = random([1000, 10, 70_000], generator)
+    optimizer = make(adamw, values, kernel)
+    step([optimizer], values)
+    step([optimizer], values)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if "mem" not in event.name.lower()]
+    assert len([name for name in kernels if "step_kernel" in name]) == 1
+    assert len(kernels) == 1, kernels
+
+
+def test_more_than_2_31_elements(kernel):
+    n = 2**31 + 1000
+    param = torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16, device=DEVICE))
+    param.grad = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
+    places = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**31 + 7, n - 1], device=DEVICE)
+    param.grad[places] = 1.0
+    fusedstep.SGD([param], lr=1.0, backend=kernel).step()
+    assert torch.equal(param.detach()[places].float(), -torch.ones(len(places), device=DEVICE))
+    assert torch.count_nonzero(param.detach()).item() == len(places)
+
+
+def test_a_captured_graph_follows_lr_scale_and_skips(kernel):
+    generator = torch.Generator().manual_seed(6)
+    sizes = [1000, 3, 70_001]
+    values = random(sizes, generator)
+    lrs = [torch.tensor(0.01, device=DEVICE) for _ in range(2)]
+    optimizers = [make(adamw, values, name) for name in (kernel, "reference")]
+    for optimizer, lr in zip(optimizers, lrs, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+    scale, skip = torch.tensor(2.0, device=DEVICE), torch.tensor(0.0, device=DEVICE)
+    grads = [torch.zeros_like(v) for v in values]
+    captured, eager = optimizers
+    captured.grad_scale, captured.found_inf = scale, skip
+    for param, grad in zip(captured.param_groups[0]["params"], grads, strict=True):
+        param.grad = grad
+
+    def both(replay):
+        for grad, new in zip(grads, random(sizes, generator), strict=True):
+            grad.copy_(new)
+        replay()
+        step([eager], grads, grad_scale=scale, found_inf=skip)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both(captured.step)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for number in range(100):
+        for lr in lrs:
+            lr.fill_(0.01 / (1 + number))
+        scale.fill_(float(2 ** (number % 5)))
+        skip.fill_(float(number % 7 == 3))
+        both(graph.replay)
+    assert_same(optimizers)
+
+
+def test_capturing_the_first_step_says_what_to_do():
+    param = torch.nn.Parameter(torch.ones(10, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    optimizer = fusedstep.SGD([param], lr=0.1, backend="cuda")
+    with pytest.raises(RuntimeError, match="before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+def test_training_with_a_grad_scaler_is_torchs(kernel):
+    results = []
+    for build in (lambda p: torch.optim.AdamW(p, fused=True), lambda p: fusedstep.AdamW(p, backend=kernel)):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)).to(DEVICE)
+        optimizer = build(model.parameters())
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**24)  # overflows at first
+        for _ in range(20):
+            optimizer.zero_grad()
+            with torch.autocast(DEVICE, torch.float16):
+                loss = model(torch.randn(32, 64, device=DEVICE)).square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append([p.detach() for p in model.parameters()])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_steps(kernel):
+    values = random([100_000] * 10, torch.Generator().manual_seed(7))
+    optimizer = make(adamw, values, kernel)
+    step([optimizer], values)
+    step([optimizer], values)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(50):
+        step([optimizer], values)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_step_on_another_stream_uses_that_stream(kernel):
+    values = random([1_000_000], torch.Generator().manual_seed(8))
+    optimizers = [make(adamw, values, name) for name in (kernel, "reference")]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for number in range(5):
+            step(optimizers, [values[0] * (number + 1)])
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same(optimizers)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_one_optimizer_on_several_devices(kernel):
+    params = [torch.nn.Parameter(torch.ones(100, device=f"cuda:{i % 2}")) for i in range(4)]
+    optimizer = fusedstep.AdamW([*params, torch.nn.Parameter(torch.ones(100))], lr=0.1)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.full_like(param, 0.5)
+    optimizer.step()
+    assert all(torch.equal(p.detach().cpu(), params[0].detach().cpu()) for p in optimizer.param_groups[0]["params"])
+    assert torch.cuda.current_device() == 0
