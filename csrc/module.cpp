@@ -102,6 +102,7 @@ PYBIND11_MODULE(_C, m) {
       .def("pointers", &pointers, "[param, step, states...] of each tensor, as addresses")
       .def("grad_pointers", &grad_pointers)
       .def("grad_dtypes", &grad_dtypes, "of each tensor in this step: 0 fp32, 1 bf16, 2 fp16, 3 fp64")
+      .def("any_active", &Plan::any_active, "whether a tensor takes part in this step")
       .def("active", &active, "indices of the tensors that take part in this step");
   py::class_<Watch>(m, "Watch")
       .def(py::init<const py::dict&, const py::list&>(), py::arg("state"), py::arg("param_groups"))

@@ -1,6 +1,6 @@
 // Number formats: what is stored (fp32, bf16, fp16, fp64) against what is computed in (float, or double for fp64).
-// Conversions use integer operations only, so that every compiler and device gives the same bits and can vectorise them.
-// No optimizer and no engine belongs here.
+// Conversions use integer operations only, so that every compiler and device gives the same bits and can vectorise
+// them. No optimizer and no engine belongs here.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +70,8 @@ FUSEDSTEP_FN float widen(BF16 x) {
 FUSEDSTEP_FN float widen(F16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
-  const uint32_t normal = (magnitude << 13) + 0x38000000u;                      // exponent bias 15 -> 127
-  const uint32_t special = (magnitude << 13) | 0x7f800000u;                     // infinity and NaN
+  const uint32_t normal = (magnitude << 13) + 0x38000000u;                            // exponent bias 15 -> 127
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;                           // infinity and NaN
   const float tiny = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;  // subnormal: units of 2^-24
   const uint32_t wide = magnitude < 0x400u ? bit_cast<uint32_t>(tiny) : magnitude < 0x7c00u ? normal : special;
   return bit_cast<float>(wide | sign);

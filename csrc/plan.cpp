@@ -113,6 +113,7 @@ bool Plan::unchanged(size_t i) const {
 Gathered Plan::gather() {
   release_grads();
   odd_grads_.clear();
+  any_active_ = false;
   for (const MemoryWatch& memory : state_memory_) {
     if (!memory.unchanged()) return Gathered::kStale;
   }
@@ -124,6 +125,7 @@ Gathered Plan::gather() {
       continue;
     }
     grads_[i].tensor = grad;
+    any_active_ = true;
     if (PyList_GET_ITEM(tensors_.ptr(), i) == Py_None || !unchanged(i)) return Gathered::kStale;
     TensorView view;
     const int64_t* shape = dims_.data() + layouts_[i].begin;

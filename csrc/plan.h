@@ -38,6 +38,7 @@ class Plan {
   size_t size() const { return records_.size(); }
   const std::vector<Record>& records() const { return records_; }
   bool has_memory() const { return !state_memory_.empty(); }  // false: no parameter has had a gradient yet
+  bool any_active() const { return any_active_; }
   bool active(size_t i) const { return grads_[i].tensor != nullptr; }
   const void* grad(size_t i) const { return grads_[i].data; }
   Device device() const { return device_; }
@@ -66,6 +67,7 @@ class Plan {
   std::vector<int64_t> dims_;
   std::vector<Grad> grads_;
   std::vector<int64_t> odd_grads_;
+  bool any_active_ = false;
   py::list all_written_;
   Holds holds_;
 };

@@ -64,8 +64,7 @@ Torch find_torch() {
     t.grad = getset->get;
     t.grad_closure = getset->closure;
   }
-  t.increment_version =
-      py::object(module.attr("autograd").attr("graph").attr("increment_version")).release().ptr();
+  t.increment_version = py::object(module.attr("autograd").attr("graph").attr("increment_version")).release().ptr();
   return t;
 }
 

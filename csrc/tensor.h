@@ -49,10 +49,11 @@ inline bool same_layout(const TensorView& a, int32_t ndim, const int64_t* shape,
   return true;
 }
 
-// Tells at the cost of three loads whether a tensor still has the memory that it had when this was made, as the states of
-// an optimizer nearly always do; asking torch costs 20 to 40 ns a tensor. It compares torch's own words, the tensor's
-// pointer to its storage, its offset in it, and the storage's pointer to its data. Where these lie is found by their values when first
-// used, and proved by moving a tensor; where that fails, unchanged() asks torch. The tensor must be kept alive.
+// Tells at the cost of three loads whether a tensor still has the memory that it had when this was made, as the states
+// of an optimizer nearly always do; asking torch costs 20 to 40 ns a tensor. It compares torch's own words, the
+// tensor's pointer to its storage, its offset in it, and the storage's pointer to its data. Where these lie is found by
+// their values when first used, and proved by moving a tensor; where that fails, unchanged() asks torch. The tensor
+// must be kept alive.
 class MemoryWatch {
  public:
   MemoryWatch(PyObject* tensor, const TensorView& view);

@@ -84,8 +84,8 @@ bool Watch::same_versions(const py::dict& state) const {
 
 bool Watch::unchanged(const py::dict& state, const py::list& param_groups) {
   size_t next = 0;
-  const bool same_params = walk_params(
-      param_groups, [&](PyObject* object) { return next < params_.size() && params_[next++] == object; });
+  const bool same_params =
+      walk_params(param_groups, [&](PyObject* object) { return next < params_.size() && params_[next++] == object; });
   if (!same_params || next != params_.size()) return false;
   if (same_versions(state)) return true;
   next = 0;

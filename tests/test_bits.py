@@ -115,7 +115,9 @@ def test_every_mixture_of_dtypes_has_the_references_bits(case, param, grad, stat
     assert_same(*optimizers)
     for p in optimizers[0].param_groups[0]["params"]:
         assert p.dtype == param
-        assert all(optimizers[0].state[p][n].dtype == state for n in optimizers[0].states_of(optimizers[0].param_groups[0]))
+        assert all(
+            optimizers[0].state[p][n].dtype == state for n in optimizers[0].states_of(optimizers[0].param_groups[0])
+        )
 
 
 @by_case

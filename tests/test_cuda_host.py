@@ -1,6 +1,6 @@
 """The CUDA kernel's source, compiled by the C++ compiler and run thread by thread on the host, against the reference.
 
-This proves the kernel's own logic: chunks, dtypes, tails, skipped tensors, step counters. It proves nothing about a GPU.
+This proves the kernel's own logic: chunks, dtypes, tails, skipped tensors, step counters. It proves nothing of a GPU.
 """
 
 import ctypes
@@ -47,11 +47,8 @@ def library(request, tmp_path_factory):
     # The undefined-behaviour checks trap, which needs no runtime library inside this Python.
     flags = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"] if request.param == "sanitized" else []
     sources = [ROOT / "tests/cuda_host/library.cpp", ROOT / "csrc/cuda_table.cpp"]
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", *flags]
-        + ["-DFUSEDSTEP_ISA=host", "-o", str(target), *map(str, sources)],
-        check=True,
-    )
+    flags += ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"]
+    subprocess.run([compiler, *flags, "-o", str(target), *map(str, sources)], check=True)
     loaded = ctypes.CDLL(str(target))
     loaded.check_chunks.restype = ctypes.c_int64
     assert loaded.record_size() == ctypes.sizeof(Record)
@@ -67,7 +64,9 @@ def inside(values, offset):
     return buffer, view
 
 
-def run_on_host(library, optimizer, grads, *, grad_scale=None, found_inf=None, tensor_hyper=False, blocks=3, threads=64):
+def run_on_host(
+    library, optimizer, grads, *, grad_scale=None, found_inf=None, tensor_hyper=False, blocks=3, threads=64
+):
     """One step of ``optimizer`` by the kernel; ``grads`` has None where a parameter takes no part."""
     group = optimizer.param_groups[0]
     states = optimizer.states_of(group)

@@ -17,9 +17,7 @@ CLASSES = [getattr(fusedstep, name) for name in OPTIMIZERS]
 
 def test_every_exported_optimizer_has_cases():
     exported = {
-        name
-        for name in fusedstep.__all__
-        if isinstance(getattr(fusedstep, name), type) and name != "FusedOptimizer"
+        name for name in fusedstep.__all__ if isinstance(getattr(fusedstep, name), type) and name != "FusedOptimizer"
     }
     assert exported == set(OPTIMIZERS)
 

@@ -8,9 +8,9 @@ import torch
 import fusedstep
 from fusedstep.cases import CASES, gradient, layouts
 
-# Relative to the size of the numbers. Below fp32 the comparison is with torch's fp32 step, rounded: its own low-precision
-# loop rounds after each operation, and in fp16 it divides by an eps that has become zero. Two results that differ in
-# fp32's last place may round to neighbours.
+# Relative to the size of the numbers. Below fp32 the comparison is with torch's fp32 step, rounded: its own loop in
+# bf16 and fp16 rounds after each operation, and in fp16 it divides by an eps that has become zero. Two results that
+# differ in fp32's last place may round to neighbours.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -32,7 +32,9 @@ def interpreted():
 
 def pair(case, values, backend="triton"):
     return [
-        getattr(fusedstep, case.optimizer)([torch.nn.Parameter(v.clone()) for v in values], backend=name, **case.options)
+        getattr(fusedstep, case.optimizer)(
+            [torch.nn.Parameter(v.clone()) for v in values], backend=name, **case.options
+        )
         for name in (backend, "reference")
     ]
 

@@ -1,14 +1,16 @@
-"""Compiles the Triton kernel for sm_90 without a GPU; prints what is in the code as JSON. Run without TRITON_INTERPRET."""
+"""Compiles the Triton kernel for sm_90 without a GPU and prints what its code holds, as JSON.
+
+Must run without TRITON_INTERPRET.
+"""
 
 import json
 import re
 import sys
 
 import triton
+from fusedstep.triton_kernels.step import constants, step_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from fusedstep.triton_kernels.step import constants, step_kernel
 
 POINTERS = {
     **{"table_ptr": "*i64", "chunks_ptr": "*i64", "grads_ptr": "*i64", "hyper_ptr": "*fp64", "done_ptr": "*i32"},

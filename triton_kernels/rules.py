@@ -1,7 +1,7 @@
 """Every elementwise update rule: csrc/rules.h in Triton, with the same names in the same order.
 
-`prepare` computes the scalars of one step in float64 from the hyperparameters; `update` is the arithmetic of one block of
-elements; N_STATES says how many of the states it names there are (an option that adds one may be off).
+`prepare` computes the scalars of one step in float64 from the hyperparameters; `update` is the arithmetic of a block of
+elements; N_STATES says how many of the states that it names there are (an option that adds one may be off).
 """
 
 from typing import NamedTuple

@@ -237,5 +237,5 @@ def is_interpreted() -> bool:
 
 
 def block_size(device: torch.device) -> int:
-    """Elements that a program updates at a time: two 16-byte accesses of fp32 a thread, or few iterations on the CPU."""
+    """Elements that a program updates at a time: two 16-byte accesses of fp32 a thread; on the CPU few iterations."""
     return 16384 if device.type == "cpu" else 2048

@@ -1,8 +1,8 @@
 // The loop over elements, compiled once per instruction set (FUSEDSTEP_ISA). It knows dtypes and tails, but no
 // optimizer by name and no threads.
-#include "pack.h"
-
 #include "engine.h"
+
+#include "pack.h"
 
 // The states of one element must live in registers, not in an array in memory.
 #define FUSEDSTEP_UNROLL _Pragma("GCC unroll 8")

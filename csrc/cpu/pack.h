@@ -95,8 +95,8 @@ FUSEDSTEP_FN WordPack widen_words(HalfWordPack halves) {
 }
 FUSEDSTEP_FN HalfWordPack upper_halves(WordPack words) {
 #if defined(__AVX512BW__)
-  const __m512i odd = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25, 23, 21,
-                                       19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i odd = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25, 23,
+                                       21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return (HalfWordPack)_mm512_castsi512_si256(_mm512_maskz_permutexvar_epi16(0xffffffff, odd, (__m512i)words));
 #elif defined(__AVX2__)
   const __m256i halves = _mm256_srli_epi32((__m256i)words, 16);
@@ -145,8 +145,8 @@ FUSEDSTEP_FN void store_pack<float, F16>(F16* stored, FloatPack pack) {
 }
 #endif
 
-// The last n numbers of a tensor, fewer than a pack: into a whole pack with zeros behind them, and back. With many small
-// tensors this is most of the work, so it is worth a masked instruction where there is one.
+// The last n numbers of a tensor, fewer than a pack: into a whole pack with zeros behind them, and back. With many
+// small tensors this is most of the work, so it is worth a masked instruction where there is one.
 template <int64_t lanes, class S>
 FUSEDSTEP_FN void load_part_of(S* part, const S* stored, int64_t n) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)

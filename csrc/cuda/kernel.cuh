@@ -93,8 +93,9 @@ struct Team {
 
 // Any dtypes, any alignment: one element at a time, from element `begin` of the chunk.
 template <class Rule, class T>
-__device__ __noinline__ void update_any(const Record& record, const void* grad, const Chunk& chunk, int begin, Team team,
-                                        GradChange<T> change, const typename Rule::template Scalars<T>& scalars) {
+__device__ __noinline__ void update_any(const Record& record, const void* grad, const Chunk& chunk, int begin,
+                                        Team team, GradChange<T> change,
+                                        const typename Rule::template Scalars<T>& scalars) {
   const auto s = scalars;
   for (int n = begin + team.index; n < chunk.n; n += team.size) {
     const int64_t i = chunk.offset + n;
@@ -140,8 +141,8 @@ struct Pack {
 // written, to keep enough loads in flight. What is left of the last pack is update_any's.
 template <class Rule, class P, class S, int kN, int kPacks>
 __device__ __forceinline__ void update_packs(const Record& record, const void* grad, const Chunk& chunk, Team team,
-                                          GradChange<float> change,
-                                          const typename Rule::template Scalars<float>& scalars) {
+                                             GradChange<float> change,
+                                             const typename Rule::template Scalars<float>& scalars) {
   const auto s = scalars;
   P* const params = static_cast<P*>(record.param) + chunk.offset;
   const P* const grads = static_cast<const P*>(grad) + chunk.offset;
@@ -203,8 +204,7 @@ __device__ __forceinline__ bool states_are(const Record& record, Dtype dtype) {
 // Param and grad in 16 bits, aligned, the states like them or in fp32.
 template <class Rule>
 __device__ __noinline__ void update_16_bit(const Record& record, const void* grad, const Chunk& chunk, Team team,
-                                           GradChange<float> change,
-                                           const typename Rule::template Scalars<float>& s) {
+                                           GradChange<float> change, const typename Rule::template Scalars<float>& s) {
   const bool bf16 = record.param_dtype == Dtype::kBF16;
   if (states_are<Rule>(record, Dtype::kF32) && bf16)
     update_packs<Rule, BF16, float, 8, 1>(record, grad, chunk, team, change, s);
@@ -253,8 +253,9 @@ __device__ __forceinline__ void prepare(const Record& record, const double* hype
 }
 
 template <class Rule>
-__device__ __forceinline__ void update(const Record& record, const void* grad, const Chunk& chunk, Team team, float sign,
-                                       const float* grad_scale, bool change, const Prepared<Rule>& prepared) {
+__device__ __forceinline__ void update(const Record& record, const void* grad, const Chunk& chunk, Team team,
+                                       float sign, const float* grad_scale, bool change,
+                                       const Prepared<Rule>& prepared) {
   const float scale = grad_scale != nullptr ? *global(grad_scale) : 1.0f;
   if (record.param_dtype == Dtype::kF64)
     update_any<Rule, double>(record, grad, chunk, 0, team, GradChange<double>{change, sign, scale}, prepared.twice);

@@ -1,4 +1,5 @@
-// As much of CUDA as the step kernel uses, on host threads: a block is a group of threads, blocks run one after another.
+// As much of CUDA as the step kernel uses, on host threads: a block is a group of threads, blocks run one after
+// another.
 #pragma once
 
 #include <pthread.h>

@@ -1,7 +1,6 @@
 // The CUDA kernel's own source, run on the host for the tests.
-#include "cuda_on_host.h"
-
 #include "../../csrc/cuda/kernel.cuh"
+#include "cuda_on_host.h"
 
 using namespace fusedstep;
 using namespace fusedstep::cuda;

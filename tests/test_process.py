@@ -1,0 +1,230 @@
+"""Threads and processes: the team of the CPU engine, fork, spawn, several Python threads at once."""
+
+import io
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from support import ADAMW, MOMENTUM, by_case, by_kind, copies, ours, parameters, parameters_of, step
+
+import fusedstep
+
+# Several threads' worth together, and each too small for torch to use threads of its own, which hang in a forked child.
+LARGE = ((20_001,),) * 20 + ((5,),)
+SECONDS = 60
+
+
+def large(case, backend="cpu"):
+    return ours(case, parameters(LARGE, torch.float32), backend)
+
+
+def set_grads(optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for param in parameters_of(optimizer):
+        param.grad = torch.randn(param.shape, generator=generator)
+
+
+def train(optimizer, seeds):
+    for seed in seeds:
+        set_grads(optimizer, seed)
+        optimizer.step()
+    return [param.detach().clone() for param in parameters_of(optimizer)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def team_size(number):
+    """How many threads a fresh process has after a large step, more than it had before."""
+    code = f"""
+import os, torch, fusedstep
+torch.set_num_threads({number})
+param = torch.nn.Parameter(torch.zeros(1 << 20))
+optimizer = fusedstep.AdamW([param], backend="cpu")
+param.grad = torch.zeros(1 << 20)
+before = len(os.listdir("/proc/self/task"))
+optimizer.step()
+optimizer.step()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, check=True)
+    return int(result.stdout)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_torchs_number_of_threads_is_used(number):
+    assert team_size(number) == number - 1
+
+
+@by_kind
+def test_the_number_of_threads_may_change_between_steps(case, threads):
+    expected = large(case)
+    mine = ours(case, copies(parameters_of(expected)), "cpu")
+    results = train(expected, range(6))
+    for seed, number in enumerate((1, 3, 2, 7, 1, 2)):
+        threads(number)
+        got = train(mine, [seed])
+    assert same(got, results)
+
+
+# Processes.
+
+
+def run_in(context, target, *args):
+    """The child's answer; fails if it hangs or dies."""
+    context = multiprocessing.get_context(context)
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(send, *args))
+    process.start()
+    send.close()
+    try:
+        assert receive.poll(SECONDS), f"the child hangs (exit code {process.exitcode})"
+        return receive.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def child_trains(pipe, optimizer, seeds):
+    pipe.send([t.numpy() for t in train(optimizer, seeds)])
+
+
+def child_makes_and_trains(pipe, case, seeds):
+    torch.manual_seed(0)
+    pipe.send([t.numpy() for t in train(large(case), seeds)])
+
+
+def child_loads_and_trains(pipe, data, seeds):
+    optimizer = torch.load(io.BytesIO(data), weights_only=False)
+    pipe.send([t.numpy() for t in train(optimizer, seeds)])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@by_kind
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_forked_child_goes_on_after_the_parent_used_its_threads(case, threads, number):
+    threads(number)
+    mine = large(case)
+    train(mine, range(3))
+    got = run_in("fork", child_trains, mine, range(3, 6))
+    parent = train(mine, range(3, 6))
+    assert same([torch.from_numpy(t) for t in got], parent)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_makes_its_own_optimizer(threads):
+    threads(2)
+    train(large(ADAMW), range(2))
+    got = run_in("fork", child_makes_and_trains, ADAMW, range(3))
+    torch.manual_seed(0)
+    assert same([torch.from_numpy(t) for t in got], train(large(ADAMW), range(3)))
+
+
+@pytest.mark.parametrize("case", [ADAMW, MOMENTUM], ids=str)
+def test_a_spawned_child_takes_over_through_a_file(case):
+    mine = large(case)
+    train(mine, range(2))
+    file = io.BytesIO()
+    torch.save(mine, file)
+    got = run_in("spawn", child_loads_and_trains, file.getvalue(), range(2, 4))
+    assert same([torch.from_numpy(t) for t in got], train(mine, range(2, 4)))
+
+
+# Python threads.
+
+
+def in_threads(works):
+    """Run the functions at the same time; raises the first error of any."""
+    errors = []
+    barrier = threading.Barrier(len(works))
+
+    def run(work):
+        try:
+            barrier.wait(SECONDS)
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    team = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
+    for thread in team:
+        thread.start()
+    end = time.monotonic() + SECONDS
+    for thread in team:
+        thread.join(max(0.0, end - time.monotonic()))
+        assert not thread.is_alive(), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+@by_case
+def test_different_optimizers_step_in_several_threads(case):
+    optimizers = [large(case) for _ in range(4)]
+    expected = [train(ours(case, copies(parameters_of(o)), "cpu"), range(8)) for o in optimizers]
+    in_threads([lambda o=o: train(o, range(8)) for o in optimizers])
+    for optimizer, params in zip(optimizers, expected, strict=True):
+        assert same(parameters_of(optimizer), params)
+
+
+def test_the_very_first_steps_of_a_process_in_several_threads():
+    """What is looked up once per process must not be guarded by a lock that waits for the interpreter's."""
+    code = """
+import sys, threading
+sys.setswitchinterval(1e-6)
+import torch, fusedstep
+def work():
+    params = [torch.nn.Parameter(torch.zeros(40)) for _ in range(30)]
+    optimizer = fusedstep.AdamW(params)
+    for _ in range(20):
+        for param in params:
+            param.grad = torch.ones(40)
+        optimizer.step()
+team = [threading.Thread(target=work) for _ in range(8)]
+[thread.start() for thread in team]
+[thread.join() for thread in team]
+print("done")
+"""
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS)
+        assert result.stdout == "done\n", result.stderr
+
+
+def test_a_backend_chosen_in_one_thread_is_not_another_threads():
+    entered, left = threading.Event(), threading.Event()
+    seen = []
+
+    def one():
+        with fusedstep.use_backend("reference"):
+            entered.set()
+            left.wait(SECONDS)
+            seen.append(fusedstep.backends.check_choice(None))
+
+    def other():
+        entered.wait(SECONDS)
+        seen.append(fusedstep.backends.check_choice(None))
+        with fusedstep.use_backend("cpu"):
+            seen.append(fusedstep.backends.check_choice(None))
+        left.set()
+
+    in_threads([one, other])
+    assert seen == ["auto", "cpu", "reference"]
+
+
+def test_steps_in_a_thread_that_is_not_the_main_one():
+    mine = ours(ADAMW, parameters(), "cpu")
+    other = ours(ADAMW, copies(parameters_of(mine)), "cpu")
+    in_threads([lambda: [step(mine, other) for _ in range(3)]])
+    assert same(parameters_of(mine), parameters_of(other))
