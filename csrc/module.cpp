@@ -10,26 +10,41 @@
 namespace fusedstep {
 namespace {
 
-void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int threads) {
+// What the CPU engine needs to know of a plan's step; `work` is the memory behind it.
+cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale,
+                   std::vector<cpu::Work>* work) {
   if (plan.device() != Device::kCpu && plan.has_memory()) throw std::invalid_argument("the plan is not on the CPU");
   cpu::Call call{plan.rule(), {}, maximize, grad_scale, nullptr, 0, 0};
   if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
   for (size_t k = 0; k < hyper.size(); ++k) call.hyper[k] = to_double(PyTuple_GET_ITEM(hyper.ptr(), k));
-  std::vector<cpu::Work> work;
-  work.reserve(plan.size());
+  work->reserve(plan.size());
   for (size_t i = 0; i < plan.size(); ++i) {
     if (!plan.active(i)) continue;
-    work.push_back(cpu::Work{&plan.records()[i], plan.grad(i), call.numel});
+    work->push_back(cpu::Work{&plan.records()[i], plan.grad(i), call.numel});
     call.numel += plan.records()[i].numel;
   }
-  call.work = work.data();
-  call.work_size = static_cast<int64_t>(work.size());
+  call.work = work->data();
+  call.work_size = static_cast<int64_t>(work->size());
+  return call;
+}
+
+void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int threads) {
+  std::vector<cpu::Work> work;
+  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, &work);
   {
     const py::gil_scoped_release release;
     cpu::step(call, threads);
   }
   plan.increment_written();
   plan.release_grads();
+}
+
+void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int64_t first,
+                   int64_t last) {
+  std::vector<cpu::Work> work;
+  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, &work);
+  if (first < 0 || first > last || last > call.numel) throw std::invalid_argument("the range is not one of the plan");
+  cpu::run_range(call, first, last);
 }
 
 // {rule: (hyperparameter names, state names)}: the tests compare them with the other languages'.
@@ -109,6 +124,9 @@ PYBIND11_MODULE(_C, m) {
       .def("unchanged", &Watch::unchanged, py::arg("state"), py::arg("param_groups"));
   m.def("cpu_step", &cpu_step, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
         py::arg("threads"));
+  m.def("cpu_run_range", &cpu_run_range, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
+        py::arg("first"), py::arg("last"),
+        "update some of the elements, counted through all tensors, without counting it as a step: for tests");
   m.def("cpu_isa", &cpu::isa);
   m.def("cpu_isas", &cpu::available_isas);
   m.def("set_cpu_isa", &cpu::set_isa);

@@ -209,7 +209,9 @@ def test_any_grid_has_the_references_bits(library, blocks, threads):
 
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 @pytest.mark.parametrize(
-    "sizes", [[0], [5_000_000_000], [2**31 - 1, 2**31, 2**31 + 17, 3, 0, 1023, 1024], [1] * 10_001], ids=str
+    "sizes",
+    [[0], [5_000_000_000], [2**31 - 1, 2**31, 2**31 + 17, 3, 0, 1023, 1024], [1] * 10_001],
+    ids=["empty", "one", "several", "many"],
 )
 def test_every_element_is_dealt_out_once_beyond_32_bits(library, sizes, multiprocessors):
     numels = (ctypes.c_int64 * len(sizes))(*sizes)

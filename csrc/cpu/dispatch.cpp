@@ -97,6 +97,10 @@ void step(const Call& call, int threads) {
   for (int64_t i = 0; i < call.work_size; ++i) *call.work[i].record->step += 1.0f;
 }
 
+void run_range(const Call& call, int64_t first, int64_t last) {
+  current().second(call, first, last);
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Isa& isa : isas()) names.push_back(isa.first);

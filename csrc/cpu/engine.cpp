@@ -1,8 +1,9 @@
 // The loop over elements, compiled once per instruction set (FUSEDSTEP_ISA). It knows dtypes and tails, but no
 // optimizer by name and no threads.
+// clang-format off
+#include "pack.h"  // first: the rules that engine.h brings in then find packs' square root
 #include "engine.h"
-
-#include "pack.h"
+// clang-format on
 
 // The states of one element must live in registers, not in an array in memory.
 #define FUSEDSTEP_UNROLL _Pragma("GCC unroll 8")

@@ -31,6 +31,9 @@ using RunFunction = void (*)(const Call& call, int64_t first, int64_t last);
 // Updates everything on up to `threads` threads and then advances the step counters.
 void step(const Call& call, int threads);
 
+// Updates elements [first, last) on this thread and leaves the step counters alone.
+void run_range(const Call& call, int64_t first, int64_t last);
+
 std::vector<std::string> available_isas();  // that this processor can run, best last
 std::string isa();                          // the one in use
 void set_isa(const std::string& name);      // throws std::invalid_argument for one that is not available

@@ -1,6 +1,8 @@
 // The CUDA kernel's own source, run on the host for the tests.
-#include "../../csrc/cuda/kernel.cuh"
+// clang-format off
 #include "cuda_on_host.h"
+#include "../../csrc/cuda/kernel.cuh"
+// clang-format on
 
 using namespace fusedstep;
 using namespace fusedstep::cuda;
