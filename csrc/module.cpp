@@ -103,7 +103,6 @@ std::vector<int> grad_dtypes(const Plan& plan) {
 
 PYBIND11_MODULE(_C, m) {
   using namespace fusedstep;
-  look_up_torch();
   m.doc() = "fusedstep's compiled engines";
   py::class_<Plan>(m, "Plan")
       .def(py::init<const std::string&, int, const py::list&, const py::list&, const py::list&, const py::list&>(),
@@ -131,6 +130,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu::available_isas);
   m.def("set_cpu_isa", &cpu::set_isa);
   m.def("rules", &rules);
+  m.def("look_up_torch", &look_up_torch, "to be called once, before anything else that takes a tensor");
   m.def("has_exchange_api", &has_exchange_api);
   bind_cuda(m);
   m.attr("with_cuda") = static_cast<bool>(FUSEDSTEP_WITH_CUDA);

@@ -32,7 +32,7 @@ struct TensorView {
   }
 };
 
-// Learns what the functions below need of torch. To be called once, when the module is imported: the interpreter may
+// Learns what the functions below need of torch. To be called once, while the package is imported: the interpreter may
 // switch threads in it, and the lock around a static variable's first use would then never be released.
 void look_up_torch();
 

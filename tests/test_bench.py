@@ -265,6 +265,13 @@ class ForgetsDecay(fusedstep.AdamW):
         super().__init__(params, weight_decay=0.0, **options)
 
 
+class ReachesInfinity(fusedstep.AdamW):
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            self.param_groups[0]["params"][-1].fill_(math.inf)
+
+
 class WritesGradients(fusedstep.AdamW):
     def step(self, closure=None):
         super().step(closure)
@@ -278,7 +285,8 @@ class Raises(fusedstep.AdamW):
 
 
 @pytest.mark.parametrize(
-    ("broken", "status"), [(ForgetsDecay, "wrong"), (WritesGradients, "wrong"), (Raises, "failed")]
+    ("broken", "status"),
+    [(ForgetsDecay, "wrong"), (WritesGradients, "wrong"), (ReachesInfinity, "wrong"), (Raises, "failed")],
 )
 def test_a_wrong_optimizer_is_not_timed_and_makes_the_exit_code_1(broken, status, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(fusedstep, "AdamW", broken)

@@ -52,9 +52,10 @@ def team_size(number):
     code = f"""
 import os, torch, fusedstep
 torch.set_num_threads({number})
-param = torch.nn.Parameter(torch.zeros(1 << 20))
-optimizer = fusedstep.AdamW([param], backend="cpu")
-param.grad = torch.zeros(1 << 20)
+params = [torch.nn.Parameter(torch.zeros(10_000)) for _ in range(100)]  # too small for threads of torch's own
+optimizer = fusedstep.AdamW(params, backend="cpu")
+for param in params:
+    param.grad = torch.zeros(10_000)
 before = len(os.listdir("/proc/self/task"))
 optimizer.step()
 optimizer.step()

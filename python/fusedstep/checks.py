@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import layout
+
 ARITHMETIC_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,6 +27,14 @@ def _number(label: str, value: Any, allowed: Callable[[Any], bool], rule: str) -
         raise ValueError(f"Invalid {label}: {value} (it must be {rule})")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a number or a one-element tensor."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+    if not isinstance(value, (Real, Tensor)):
+        raise TypeError(f"Invalid {name}: {value!r} is a {type(value).__name__}; it must be a number")
+
+
 def check_lr(lr: float | Tensor) -> None:
     """Raise unless ``lr`` is a number >= 0 or a one-element tensor of such a number."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -39,12 +49,14 @@ def check_non_negative(label: str, value: float) -> None:
 
 def check_finite(label: str, value: float) -> None:
     """Raise unless ``value`` is a finite number."""
-    _number(label, value, lambda x: float("-inf") < x < float("inf"), "a finite number")
+    _number(label, value, lambda x: float("-inf") < x < float("inf"), "finite")
 
 
 def check_betas(betas: tuple[float | Tensor, float | Tensor]) -> None:
     """Raise unless ``betas`` are two numbers in [0, 1), both floats or both tensors."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+    if isinstance(betas, str) or not hasattr(betas, "__getitem__"):
+        raise TypeError(f"Invalid betas: {betas!r} is a {type(betas).__name__}; they must be two numbers in [0, 1)")
+    if len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r} (they must be two numbers in [0, 1))")
     for index, beta in enumerate(betas):
         _number(f"beta parameter at index {index}", beta, lambda x: 0.0 <= x < 1.0, "in [0, 1)")
@@ -73,6 +85,26 @@ def describe(index: int, name: str | None, tensor: Tensor) -> str:
     """Name a parameter for an error text, like ``parameter 3 'emb.weight', shape (10, 4), torch.float32, cpu``."""
     label = f"parameter {index}" if name is None else f"parameter {index} '{name}'"
     return f"{label}, shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
+
+
+def check_param(param: Tensor, memory: Tensor, what: str) -> None:
+    """Raise unless ``param``, which is stored in ``memory``, can be updated in place; ``what`` is its `describe`."""
+    if param.layout != torch.strided:
+        raise ValueError(f"{what}: a {param.layout} parameter cannot be updated; pass a dense one")
+    if layout.overlaps_itself(memory):
+        raise ValueError(f"{what}: several elements share one memory location; pass a .clone() of it")
+
+
+def check_state(
+    optimizer: str, name: str, state: Tensor, param: Tensor, dtypes: tuple[torch.dtype, ...] | None, what: str
+) -> None:
+    """Raise unless ``state``, found or loaded under ``name``, can go with ``param``; None allows every float dtype."""
+    if state.shape != param.shape:
+        raise RuntimeError(f"{optimizer}: state '{name}' has shape {tuple(state.shape)}, it must be that of {what}")
+    if state.is_complex() != param.is_complex():
+        raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
+    if state.dtype not in dtypes if dtypes else not (state.is_floating_point() or state.is_complex()):
+        raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
 
 
 def check_grad(optimizer: str, param: Tensor, grad: Tensor, what: str) -> None:

@@ -8,9 +8,7 @@ from torch import Tensor
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """True if equal indices lie at equal offsets in ``a`` and ``b`` (strides of 1-element dimensions do not count)."""
-    return a.shape == b.shape and all(
-        s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n > 1
-    )
+    return a.shape == b.shape and all(s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n > 1)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -25,14 +23,22 @@ def is_dense(tensor: Tensor) -> bool:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """True if one memory location surely stands for several elements, as in an expanded tensor."""
-    return tensor.numel() > 0 and any(
-        s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    return tensor.numel() > 0 and any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def dense_like(tensor: Tensor) -> Tensor:
+def is_lazy(tensor: Tensor) -> bool:
+    """True if the numbers are not those in memory: negated, or zeros without memory."""
+    return tensor.is_neg() or tensor._is_zerotensor()
+
+
+def place(tensor: Tensor) -> tuple:
+    """Equal for two tensors that are the same stretch of memory, read in the same way."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, is_lazy(tensor)
+
+
+def dense_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A new dense tensor with the layout that `torch.zeros_like` gives the states of ``tensor``."""
-    return torch.empty_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def laid_out_as(tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,26 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from . import backends, checks, layout
 from .backends.plan import Plan, Slot
+
+
+def _named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
+    """The parameters of a group with their names, None where there is none."""
+    params = group["params"]
+    names = group.get("param_names") or ()
+    return zip(chain(names, repeat(None)), params, strict=False)  # the user may have edited the list
+
+
+def _keep_from_compiler(function: Callable) -> None:
+    """Let torch.compile break its graph at ``function`` and leave alone all that it calls.
+
+    The same as `torch.compiler.disable`, which would cost 2 us in every call and import the compiler.
+    """
+    function._torchdynamo_disable = True
+    function._torchdynamo_disable_msg = "fusedstep calls its own kernels"
+    with contextlib.suppress(ImportError, AttributeError, TypeError):  # a torch that has other names for these
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -92,11 +113,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             first = sum(len(g["params"]) for g in self.param_groups[:-1])
-            names = group.get("param_names") or [None] * len(group["params"])
-            for index, (name, param) in enumerate(zip(names, group["params"], strict=True), first):
-                if layout.overlaps_itself(layout.local(param.detach())):
-                    what = checks.describe(index, name, param)
-                    raise ValueError(f"{what}: several elements share one memory location; pass a .clone() of it")
+            for index, (name, param) in enumerate(_named(group), first):
+                checks.check_param(param, layout.local(param.detach()), checks.describe(index, name, param))
                 self._select(param)
         except BaseException:
             self.param_groups.pop()
@@ -104,7 +122,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plans = None
 
     def _select(self, param: Tensor) -> backends.Backend:
-        return backends.select(self._backend, param.device, param.dtype)
+        # Frozen weights of a dtype that nothing can update are carried along, as torch does.
+        trained = param.requires_grad or param.grad is not None or param in self.state or param in self._counters
+        return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._backend, "_counters": self._counters}
@@ -144,9 +164,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         rest: dict[Any, Any] = {}
 
         def take_state(_: Any, given: StateDict) -> StateDict:
-            ids = list(chain.from_iterable(group["params"] for group in given["param_groups"]))
-            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-            by_id = dict(zip(ids, params, strict=False))  # torch reports a mismatch right after this
+            ids = [group["params"] for group in given["param_groups"]]
+            params = [group["params"] for group in self.param_groups]
+            if [len(group) for group in ids] != [len(group) for group in params]:
+                return given  # torch reports the mismatch right after this
+            by_id = dict(zip(chain.from_iterable(ids), chain.from_iterable(params), strict=True))
             for key, value in given["state"].items():
                 if key in by_id:
                     loaded[by_id[key]] = self._adopt(key, by_id[key], value)
@@ -176,7 +198,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"expected {tuple(param.shape)}"
                 )
             if isinstance(value, Tensor):
-                value = value.detach().clone() if name == "step" else value.detach().to(param.device, copy=True)
+                value = value.detach()
+                if name == "step":
+                    value = value.clone()
+                elif name in self.state_names and not layout.is_wrapper(value) and not layout.is_wrapper(param):
+                    value = layout.dense_like(param, value.dtype).copy_(value)
+                else:
+                    value = value.to(param.device, copy=True)
             adopted[name] = value
         return adopted
 
@@ -192,18 +220,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         index = 0
         for group in self.param_groups:
             row = []
-            names = group.get("param_names") or [None] * len(group["params"])
-            for name, param in zip(names, group["params"], strict=True):
+            for name, param in _named(group):
+                backend = self._select(param)
                 if param.grad is not None:
-                    checks.check_grad(optimizer, param, param.grad, checks.describe(index, name, param))
+                    what = checks.describe(index, name, param)
+                    checks.check_param(param, layout.local(param.detach()), what)
+                    checks.check_grad(optimizer, param, param.grad, what)
                     for state in self.states_of(group):
                         value = self.state[param].get(state) if param in self.state else None
-                        if value is not None and value.shape != param.shape:
-                            what = checks.describe(index, name, param)
-                            raise RuntimeError(
-                                f"{optimizer}: state '{state}' has shape {tuple(value.shape)}, it must be that of {what}"
-                            )
-                row.append((index, name, param, self._select(param)))
+                        if value is not None:
+                            checks.check_state(optimizer, state, value, param, backend.dtypes, what)
+                row.append((index, name, param, backend))
                 index += 1
             chosen.append(row)
 
@@ -260,14 +287,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             count = state.get("step", 0.0)
         else:
             holder, key = self._counters, param
-            count = self._counters.get(param, float(any(state.get(name) is not None for name in states)))
+            missing = all(state.get(name) is None for name in states)
+            # Whoever has no buffer, because momentum was 0 so far or the state was cleared, is at its first step.
+            count = 0.0 if missing else self._counters.get(param, 1.0)
         if not (
             isinstance(count, Tensor)
             and count.dtype == torch.float32
             and count.device == tensor.device
             and count.dim() == 0
         ):
-            count = torch.as_tensor(count, dtype=torch.float32).reshape(()).to(tensor.device, copy=True)
+            if isinstance(count, Tensor):
+                count = count.detach().reshape(()).to(tensor.device, torch.float32, copy=True)
+            else:
+                count = torch.tensor(float(count), dtype=torch.float32, device=tensor.device)
             holder[key] = count
         return count
 
@@ -280,9 +312,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             plans is not None
             and self._watch.unchanged(self.state, self.param_groups)
             and all(plan.states == self.states_of(self.param_groups[plan.group]) for plan in plans)
-            and all(plan.gather() for plan in plans)
         ):
-            return plans
+            try:
+                if all(plan.gather() for plan in plans):
+                    return plans
+            except BaseException:
+                self._plans = None  # and with the plans their references to the gradients
+                raise
         self._plans = None
         with torch.no_grad():
             plans = self._build()
@@ -296,13 +332,25 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _update(self) -> None:
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
+        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
+            found_inf = None
+        elif found_inf.device.type == "cpu" and found_inf.item() != 0:
             return
+        options = [(self._hyper_of(group), bool(group["maximize"])) for group in self.param_groups]
         plans = self._prepare_plans()
         self.kernel_calls = 0
         for plan in plans:
-            group = self.param_groups[plan.group]
-            self.kernel_calls += plan.step(self.hyper(group), bool(group["maximize"]), grad_scale, found_inf)
+            self.kernel_calls += plan.step(*options[plan.group], grad_scale, found_inf)
+
+    def _hyper_of(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+        """`hyper`, after a look at what the user may have put into the group since."""
+        hyper = self.hyper(group)
+        for name, value in zip(self.hyper_names, hyper, strict=True):
+            if type(value) not in (float, int, bool):
+                checks.check_number(name, value)
+        if any(isinstance(value, Tensor) and value.requires_grad for value in hyper):
+            hyper = tuple(value.detach() if isinstance(value, Tensor) else value for value in hyper)
+        return hyper
 
     def _hooked_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step with the hooks around it, as torch's own wrapper of `step` runs them."""
@@ -316,6 +364,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     )
                 args, kwargs = result
         loss = self._plain_step(*args[1:], **kwargs)
+        self._optimizer_step_code()  # where torch.profiler looks in
         hooks = chain(self._optimizer_step_post_hooks.values(), torch_optimizer._global_optimizer_post_hooks.values())
         for post_hook in hooks:
             post_hook(self, args, kwargs)
@@ -352,10 +401,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         args = (self,) if closure is None else (self, closure)
         if torch.autograd._profiler_enabled():
             with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
-                loss = self._hooked_step(args, {})
-                self._optimizer_step_code()
-                return loss
+                return self._hooked_step(args, {})
         return self._hooked_step(args, {})
 
     # torch would wrap `step` in a profiler range and in its hooks: ours opens the range only while profiling.
     step.hooked = True  # type: ignore[attr-defined]
+    _keep_from_compiler(step)

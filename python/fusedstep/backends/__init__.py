@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,17 +15,19 @@ from torch import Tensor
 
 from .base import Backend
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .native import extension_reasons
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 __all__ = ["BACKENDS", "Backend", "check_choice", "select", "use_backend", "watch"]
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (CpuBackend(), ReferenceBackend())
+    backend.name: backend for backend in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 }
 CHOICES = ("auto", *BACKENDS)
 
-_default: list[str] = []  # the innermost `use_backend` is last
+_default: ContextVar[str | None] = ContextVar("fusedstep_backend", default=None)  # of `use_backend`
 
 
 def check_choice(name: str | None) -> str:
@@ -33,9 +37,9 @@ def check_choice(name: str | None) -> str:
         ValueError: there is no backend of that name.
     """
     source = "backend"
-    if name is None and _default:
-        name = _default[-1]
-    elif name is None:
+    if name is None:
+        name = _default.get()
+    if name is None:
         source = "FUSEDSTEP_BACKEND"
         name = os.environ.get("FUSEDSTEP_BACKEND") or "auto"
     if name not in CHOICES:
@@ -53,11 +57,11 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: there is no backend of that name.
     """
-    _default.append(check_choice(name))
+    token = _default.set(check_choice(name))
     try:
         yield
     finally:
-        _default.pop()
+        _default.reset(token)
 
 
 _selected: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
@@ -102,9 +106,17 @@ def _select(choice: str, device: torch.device, dtype: torch.dtype) -> Backend:
     why = " | ".join(refused) or f"there are no kernels for {device.type}"
     warnings.warn(
         f"fusedstep updates {dtype} parameters on {device} with its slow reference implementation ({why})",
-        stacklevel=6,
+        stacklevel=_level_of_the_user(),
     )
     return BACKENDS["reference"]
+
+
+def _level_of_the_user() -> int:
+    """The ``stacklevel`` at which a warning of the calling function points outside of this package and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fusedstep", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class _AlwaysChanged:

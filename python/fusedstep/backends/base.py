@@ -18,6 +18,7 @@ class Backend:
     """One way to run a step."""
 
     name: str
+    dtypes: tuple[torch.dtype, ...] | None = None  # of states; None: every floating one
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         """Why this backend cannot update parameters on ``device`` (of ``dtype``); empty if it can."""
@@ -35,9 +36,7 @@ class Backend:
         """``state`` as the kernel can take it beside ``tensor``, or None if it must be laid out anew."""
         raise NotImplementedError
 
-    def plan(
-        self, optimizer: type[FusedOptimizer], group: int, states: tuple[str, ...], slots: list[Slot]
-    ) -> Plan:
+    def plan(self, optimizer: type[FusedOptimizer], group: int, states: tuple[str, ...], slots: list[Slot]) -> Plan:
         """A plan for parameters of one group."""
         raise NotImplementedError
 
@@ -54,8 +53,8 @@ class KernelBackend(Backend):
 
     def memory(self, param: Tensor) -> Tensor:
         tensor = layout.local(param)
-        return tensor if layout.is_dense(tensor) else layout.dense_like(tensor)
+        return tensor if layout.is_dense(tensor) and not layout.is_lazy(tensor) else layout.dense_like(tensor)
 
     def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor | None:
         state = layout.local(state)
-        return state if layout.same_layout(state, tensor) and state.dtype in self.dtypes else None
+        return state if layout.same_layout(state, tensor) and not layout.is_lazy(state) else None

@@ -81,17 +81,21 @@ class KernelPlan(Plan):
             if slot.tensor is not None and slot.tensor is not layout.local(slot.param)
         ]
         self.wrappers = [(i, slot.param) for i, slot in enumerate(slots) if layout.is_wrapper(slot.param)]
+        # The compiled plan sees the memory that it updates; whether that still stands for the parameter is seen here.
+        apart = [slot.param for _, slot in self.stand_ins] + [param for _, param in self.wrappers]
+        self.places = [(param, layout.place(layout.local(param))) for param in apart]
 
     def gather(self) -> bool:
-        if not self.native.gather():
+        moved = any(layout.place(layout.local(param)) != place for param, place in self.places)
+        if moved or not self.native.gather():
             self.native.release_grads()
             return False
         for i in self.native.odd_grads():
             slot = self.slots[i]
             try:
                 grad = layout.local(self._grad_of(slot))
-                if not layout.same_layout(grad, slot.tensor) or grad.dtype not in checks.ARITHMETIC_DTYPES:
-                    known = grad.dtype in checks.ARITHMETIC_DTYPES
+                known = grad.dtype in checks.ARITHMETIC_DTYPES
+                if not known or layout.is_lazy(grad) or not layout.same_layout(grad, slot.tensor):
                     grad = layout.laid_out_as(grad, slot.tensor, None if known else torch.float32)
                 self.native.set_grad(i, grad)
             except BaseException:
@@ -102,6 +106,8 @@ class KernelPlan(Plan):
     def step(
         self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> int:
+        if not self.native.any_active():
+            return 0
         if not self.stand_ins and not self.wrappers:
             return self.launch(hyper, maximize, grad_scale, found_inf)
         active = set(self.native.active())

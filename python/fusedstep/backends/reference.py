@@ -15,10 +15,14 @@ class ReferencePlan(Plan):
         self.grads = []
         for slot in self.slots:
             grad = self._grad_of(slot)
-            if grad is not None and slot.tensor is None:
+            if grad is not None and (
+                slot.tensor is None
+                or layout.overlaps_itself(layout.local(slot.param))
+                or any(state.shape != slot.param.shape for state in slot.states)
+            ):
                 return False
             self.grads.append(grad)
-        return all(slot.tensor is None or same_memory(slot) for slot in self.slots)
+        return True
 
     @torch.no_grad()
     def step(
@@ -39,7 +43,8 @@ class ReferencePlan(Plan):
         grad = layout.local(grad)
         if grad.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
-        arithmetic = torch.float64 if slot.tensor.dtype == torch.float64 else torch.float32
+        memory = real_memory(slot.param)
+        arithmetic = torch.float64 if memory.dtype == torch.float64 else torch.float32
         grad = grad.to(arithmetic)
         if grad_scale is not None:
             grad = grad / grad_scale.to(grad.device, arithmetic)
@@ -47,17 +52,20 @@ class ReferencePlan(Plan):
             grad = -grad
         slot.step.add_(1)
         scalars = self.optimizer.prepare(hyper, int(slot.step.item()))
-        states = [state.to(arithmetic) for state in slot.states]
+        targets = [real_memory(state) for state in slot.states]
+        states = [target.to(arithmetic) for target in targets]
         absent = [None] * (len(self.optimizer.state_names) - len(states))
-        param, *states = self.optimizer.update(slot.tensor.to(arithmetic), grad, *states, *absent, scalars)
-        slot.tensor.copy_(param)
-        for target, state in zip(slot.states, states, strict=False):
+        param, *states = self.optimizer.update(memory.to(arithmetic), grad, *states, *absent, scalars)
+        memory.copy_(param)
+        if layout.is_wrapper(slot.param):  # the copy was counted by the tensor inside
+            torch.autograd.graph.increment_version(slot.param)
+        for target, state in zip(targets, states, strict=False):
             target.copy_(state)
 
 
-def same_memory(slot: Slot) -> bool:
-    """True if the parameter still lies where it did when the slot was made."""
-    return layout.as_real(layout.local(slot.param.detach())).data_ptr() == slot.tensor.data_ptr()
+def real_memory(tensor: Tensor) -> Tensor:
+    """A parameter's or state's memory as real numbers."""
+    return layout.as_real(layout.local(tensor))
 
 
 class ReferenceBackend(Backend):
@@ -69,10 +77,10 @@ class ReferenceBackend(Backend):
         return []
 
     def memory(self, param: Tensor) -> Tensor:
-        return layout.as_real(layout.local(param.detach()))
+        return param
 
     def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor:
-        return layout.as_real(layout.local(state))
+        return state
 
     def plan(self, *args) -> ReferencePlan:
         return ReferencePlan(self, *args)

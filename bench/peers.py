@@ -1,0 +1,253 @@
+"""Who takes part: the optimizers, and for each of them the implementations to compare."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedstep
+
+from .. import backends
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+OURS = "fusedstep"  # how the names of our own contenders start
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer with the options it is measured with.
+
+    ``states`` is the number of states of the parameter's shape and ``grad_reads`` how often the gradient must be read;
+    both count the bytes that a step has to move. ``elementwise``: no element's update depends on another element.
+    ``every_case``: by default it is measured on every case, not only on those with `models.Case.every_optimizer`.
+    """
+
+    name: str
+    class_name: str  # in fusedstep and in torch.optim
+    options: dict[str, Any]
+    states: int
+    grad_reads: int = 1
+    elementwise: bool = True
+    every_case: bool = False
+
+    @property
+    def torch_class(self) -> type[torch.optim.Optimizer] | None:
+        return getattr(torch.optim, self.class_name, None)
+
+    @property
+    def our_class(self) -> type[torch.optim.Optimizer] | None:
+        return getattr(fusedstep, self.class_name, None)
+
+    def bytes_per_parameter(self, dtype: torch.dtype) -> int:
+        """What one step must at least read and write, if parameter, gradient and states are all of ``dtype``."""
+        return dtype.itemsize * (2 + self.grad_reads + 2 * self.states)
+
+
+# Learning rate and decay are large, so that an update without its decay, or by a wrong factor, is far from the right
+# one even in bfloat16. They cost no time: the same arithmetic runs for any value.
+_ADAM = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.5}
+_SGD = {"lr": 0.1, "weight_decay": 0.5}
+
+OPTIMIZERS: tuple[Optimizer, ...] = (
+    Optimizer("AdamW", "AdamW", _ADAM, states=2, every_case=True),
+    Optimizer("AdamW-amsgrad", "AdamW", {**_ADAM, "amsgrad": True}, states=3),
+    Optimizer("Adam", "Adam", _ADAM, states=2),
+    Optimizer("SGD", "SGD", _SGD, states=0),
+    Optimizer("SGD-momentum", "SGD", {**_SGD, "momentum": 0.9}, states=1),
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An implementation of one optimizer.
+
+    ``build(params)`` makes it. ``reasons`` says why it cannot take part. ``tolerance`` is given where it is not meant
+    to agree with the others to rounding error (see `check.error`).
+    """
+
+    name: str
+    build: Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+    reasons: tuple[str, ...] = ()
+    tolerance: float | None = None
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith(OURS)
+
+
+# torch.optim
+
+TORCH_VARIANTS: dict[str, dict[str, bool]] = {
+    "torch for-loop": {"foreach": False, "fused": False},
+    "torch foreach": {"foreach": True},
+    "torch fused": {"fused": True},
+}
+BASELINES = ("torch fused", "torch foreach", "torch for-loop")  # speed-ups refer to the first of these that was timed
+
+
+def torch_contenders(optimizer: Optimizer) -> list[Contender]:
+    """The implementations inside torch.optim, as far as the class has them."""
+    made = optimizer.torch_class
+    if made is None:
+        return []
+    accepted = inspect.signature(made).parameters
+    contenders = []
+    for name, wanted in TORCH_VARIANTS.items():
+        variant = {option: value for option, value in wanted.items() if value or option in accepted}
+        missing = [option for option in variant if option not in accepted]
+        reasons = tuple(f"torch.optim.{optimizer.class_name} has no option '{option}'" for option in missing)
+        contenders.append(Contender(name, functools.partial(made, **optimizer.options, **variant), reasons))
+    return contenders
+
+
+# fusedstep
+
+
+def backend_reasons(name: str, device: torch.device, dtype: torch.dtype | None = None) -> tuple[str, ...]:
+    """Why a backend of fusedstep cannot take part on ``device``; empty if it can."""
+    if name == "triton" and device.type == "cpu":
+        return ("on a CPU it runs in Triton's interpreter, whose speed says nothing",)
+    if name not in backends.BACKENDS:
+        return ("this build of fusedstep has no such backend",)
+    return tuple(backends.BACKENDS[name].reasons(device, dtype))
+
+
+def our_contenders(
+    optimizer: Optimizer, device: torch.device, dtype: torch.dtype, names: Sequence[str]
+) -> list[Contender]:
+    """fusedstep on each of the backends ``names``."""
+    made = optimizer.our_class
+    contenders = []
+    for name in names:
+        if made is None:
+            reasons: tuple[str, ...] = (f"fusedstep has no {optimizer.class_name}",)
+            contenders.append(Contender(f"{OURS} {name}", _cannot_build, reasons))
+        else:
+            build = functools.partial(made, **optimizer.options, backend=name)
+            contenders.append(Contender(f"{OURS} {name}", build, backend_reasons(name, device, dtype)))
+    return contenders
+
+
+def _cannot_build(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    raise NotImplementedError
+
+
+# Other packages
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another package's optimizers, compared where it is installed.
+
+    ``classes`` maps our class names to (attribute of ``module``, options beside the optimizer's own).
+    """
+
+    name: str
+    distribution: str
+    module: str
+    devices: tuple[str, ...]
+    classes: dict[str, tuple[str, dict[str, Any]]]
+    tolerance: float | None = None
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+    @property
+    def version(self) -> str | None:
+        """Of the installed package; None if it is not installed."""
+        if importlib.util.find_spec(self.module.partition(".")[0]) is None:
+            return None
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
+LOW_PRECISION = 0.1  # tolerance for optimizers that keep states in 8 bits
+
+PEERS: tuple[Peer, ...] = (
+    Peer(
+        *("apex", "apex", "apex.optimizers", ("cuda",)),
+        {
+            "SGD": ("FusedSGD", {}),
+            "Adam": ("FusedAdam", {"adam_w_mode": False}),
+            "AdamW": ("FusedAdam", {"adam_w_mode": True}),
+        },
+    ),
+    # Its 32-bit Adam decays the parameter like AdamW, hence no row for Adam.
+    Peer(
+        *("bitsandbytes 32-bit", "bitsandbytes", "bitsandbytes.optim", ("cpu", "cuda")),
+        {"AdamW": ("AdamW32bit", {})},
+        tolerance=0.05,  # on a GPU the decay comes after the update instead of before it
+    ),
+    Peer(
+        *("bitsandbytes 8-bit", "bitsandbytes", "bitsandbytes.optim", ("cuda",)),
+        {"AdamW": ("AdamW8bit", {})},
+        tolerance=LOW_PRECISION,
+    ),
+    Peer(
+        *("torchao 8-bit", "torchao", "torchao.optim", ("cuda",)),
+        {"Adam": ("Adam8bit", {}), "AdamW": ("AdamW8bit", {})},
+        tolerance=LOW_PRECISION,
+    ),
+    # With L2 decay or Kahan summation it writes into the gradients, which here serve for many steps.
+    Peer(
+        *("optimi", "torch-optimi", "optimi", ("cpu", "cuda")),
+        {"AdamW": ("AdamW", {"kahan_sum": False})},
+    ),
+    Peer(
+        *("flashoptim 8-bit", "flashoptim", "flashoptim", ("cuda",)),
+        {"SGD": ("FlashSGD", {}), "Adam": ("FlashAdam", {}), "AdamW": ("FlashAdamW", {})},
+        tolerance=LOW_PRECISION,
+    ),
+)
+
+
+def peer_contenders(optimizer: Optimizer, device: torch.device, dtype: torch.dtype) -> list[Contender]:
+    """Installed packages that have this optimizer with its options."""
+    contenders = []
+    for peer in PEERS:
+        if optimizer.class_name not in peer.classes or peer.version is None:
+            continue
+        attribute, extra = peer.classes[optimizer.class_name]
+        options = {**optimizer.options, **extra}
+        build: Callable[..., torch.optim.Optimizer] = _cannot_build
+        reasons = []
+        if device.type not in peer.devices:
+            reasons.append(f"compared on {', '.join(peer.devices)} only")
+        elif dtype not in peer.dtypes:
+            reasons.append(f"does not take {dtype}")
+        else:
+            try:
+                made = getattr(importlib.import_module(peer.module), attribute)
+            except Exception as error:  # a package that is broken here must not end the benchmark
+                reasons.append(f"cannot be imported ({error})")
+            else:
+                lacks = [option for option in options if option not in inspect.signature(made).parameters]
+                reasons += [f"has no option '{option}'" for option in lacks]
+                build = functools.partial(made, **options)
+        contenders.append(Contender(peer.name, build, tuple(reasons), peer.tolerance))
+    return contenders
+
+
+def contenders(
+    optimizer: Optimizer, device: torch.device, dtype: torch.dtype, backend_names: Sequence[str]
+) -> list[Contender]:
+    """Everybody who has this optimizer; those with `reasons` cannot run."""
+    return [
+        *torch_contenders(optimizer),
+        *our_contenders(optimizer, device, dtype, backend_names),
+        *peer_contenders(optimizer, device, dtype),
+    ]
+
+
+def peer_versions() -> dict[str, str | None]:
+    """The version of every package that could be compared; None for those that are not installed."""
+    return {peer.distribution: peer.version for peer in PEERS}

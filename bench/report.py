@@ -1,0 +1,146 @@
+"""The markdown table of a results file: `python -m fusedstep.bench.report FILE.json [OPTIMIZER ...]`."""
+
+from __future__ import annotations
+
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from . import results
+
+TORCH = ("torch for-loop", "torch foreach", "torch fused")  # the columns that fusedstep is compared with
+
+NOTABLE_LOAD = 0.2  # cores used by other processes, above which the times are doubtful
+
+Block = dict[str, dict[str, Any]]  # rows of one case, by contender
+
+
+def blocks(found: dict[str, Any], optimizers: list[str] | None = None) -> list[tuple[str, list[Block]]]:
+    """The rows of a results file by optimizer and case.
+
+    Raises:
+        ValueError: one of ``optimizers`` is not in the file.
+    """
+    present = list(dict.fromkeys(row["optimizer"] for row in found["rows"]))
+    for name in optimizers or ():
+        if name not in present:
+            raise ValueError(f"there is no {name!r} in the results; there are {', '.join(present)}")
+    grouped = []
+    for optimizer in present:
+        if not optimizers or optimizer in optimizers:
+            rows = [row for row in found["rows"] if row["optimizer"] == optimizer]
+            cases = groupby(rows, lambda row: (row["case"], row["dtype"], row["threads"]))
+            grouped.append((optimizer, [{row["contender"]: row for row in case} for _, case in cases]))
+    return grouped
+
+
+def best_of_ours(block: Block) -> dict[str, Any] | None:
+    """The fastest row of fusedstep that was timed."""
+    ours = [row for row in block.values() if row["ours"] and row["step_ms"]]
+    return min(ours, key=lambda row: row["step_ms"]["median"], default=None)
+
+
+def case_label(row: dict[str, Any], cases: list[Block]) -> str:
+    """The case and its dtype, and the number of threads where the case was measured with several."""
+    label = f"{row['title']}, {row['dtype']}"
+    first_rows = [next(iter(block.values())) for block in cases]
+    if len({r["threads"] for r in first_rows if (r["case"], r["dtype"]) == (row["case"], row["dtype"])}) > 1:
+        label += f", {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    return label
+
+
+def number(value: float) -> str:
+    """About three significant digits, without an exponent."""
+    for digits, limit in ((4, 0.1), (3, 1), (2, 10), (1, 100)):
+        if abs(value) < limit:
+            return f"{value:.{digits}f}"
+    return f"{value:,.0f}"
+
+
+def of_memory(row: dict[str, Any], device: str) -> float:
+    """The speed of a row as a share of the memory's.
+
+    On a GPU that is the speed of a copy. A CPU also reads the lines that a copy is about to overwrite, unlike those of
+    an optimizer, which has read them already; there it is that of a pass in place, if that is faster.
+    """
+    return row["copy_share"] if device == "cuda" else row["memory_share"]
+
+
+def ratio(value: float) -> str:
+    """A speed-up, like "1.25x" or "24.8x"."""
+    return f"{value:.2f}x" if value < 10 else f"{number(value)}x"
+
+
+def markdown(found: dict[str, Any], optimizers: list[str] | None = None) -> str:
+    """Tables of median step times, one per optimizer, and a line about the machine.
+
+    Args:
+        found: the content of a results file.
+        optimizers: which ones; None: all.
+    """
+    device = found["device"]["type"]
+    heads = [f"{name}, ms" for name in TORCH] + ["fusedstep, ms", "speed-up"]
+    heads += ["warm caches"] if device == "cpu" else []
+    heads += ["GB/s (share)", "host, us", "calls"]
+    lines = []
+    for optimizer, cases in blocks(found, optimizers):
+        lines += ["", f"| {optimizer} | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+        lines += [_line(block, cases, device) for block in cases]
+    memory = "a copy" if device == "cuda" else "reading and writing memory in place"
+    notes = [
+        "Medians of whole `step()` calls in interleaved rounds, caches flushed before each; speed-up over torch fused"
+    ]
+    notes += ["warm caches: the same after a few steps in a row"] if device == "cpu" else []
+    notes += [f"share: of the speed of {memory} in the same run. {results.describe(found)}"]
+    load = max((row["other_load"] or 0.0 for row in found["rows"]), default=0.0)
+    notes += [f"other processes used up to {load:.1f} cores meanwhile"] if load > NOTABLE_LOAD else []
+    lines += ["", f"{'; '.join(notes)}. Written by `{found['command']}`."]
+    return "\n".join(lines).lstrip("\n")
+
+
+def _line(block: Block, cases: list[Block], device: str) -> str:
+    ours = best_of_ours(block)
+    cells = [_milliseconds(block.get(name)) for name in TORCH]
+    if ours is None:
+        cells.append(next((row["status"] for row in block.values() if row["ours"]), "not measured"))
+        cells += [""] * (5 if device == "cpu" else 4)
+    else:
+        fused = block.get(TORCH[-1])
+        cells += [f"**{_milliseconds(ours)}**", f"**{_ratio(fused, ours, 'step_ms')}**"]
+        cells += [_ratio(fused, ours, "warm_ms")] if device == "cpu" else []
+        cells += [
+            f"{number(ours['gb_per_s'])} ({of_memory(ours, device):.0%})",
+            number(ours["host_us"]["median"]) if ours["host_us"] else "",
+            "" if ours["calls"] is None else str(ours["calls"]),
+        ]
+    return f"| {case_label(next(iter(block.values())), cases)} | {' | '.join(cells)} |"
+
+
+def _ratio(base: dict[str, Any] | None, ours: dict[str, Any], key: str) -> str:
+    if base is None or not base[key] or not ours[key]:
+        return "-"
+    return ratio(base[key]["median"] / ours[key]["median"])
+
+
+def _milliseconds(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return number(row["step_ms"]["median"]) if row["step_ms"] else row["status"]
+
+
+def main(argv: list[str]) -> int:
+    """Print the table of a results file; returns an exit code."""
+    if not argv:
+        print("usage: python -m fusedstep.bench.report FILE.json [OPTIMIZER ...]", file=sys.stderr)
+        return 2
+    try:
+        print(markdown(results.load(Path(argv[0])), argv[1:] or None))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

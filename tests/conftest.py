@@ -1,0 +1,41 @@
+"""Every test starts from the same seed, and uninitialised memory is full of NaN."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products need it to be deterministic
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_and_no_lucky_zeros():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_from_outside(monkeypatch):
+    monkeypatch.delenv("FUSEDSTEP_BACKEND", raising=False)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    """Backends that run everywhere and work on CPU tensors."""
+    return request.param
+
+
+def pytest_collection_modifyitems(items):
+    from fusedstep.backends import BACKENDS
+
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    reasons = BACKENDS["cuda"].reasons(torch.device("cuda")) if "cuda" in BACKENDS else ["there is no cuda backend"]
+    for item in marked if reasons else ():
+        item.add_marker(pytest.mark.skip(reason="; ".join(reasons)))

@@ -1,0 +1,96 @@
+"""What several test modules share: the table of cases as parameters, and an optimizer beside torch's own."""
+
+import pytest
+import torch
+
+import fusedstep
+from fusedstep.cases import CASES
+
+by_case = pytest.mark.parametrize("case", CASES, ids=str)
+# One row of each kind, where the options do not matter: no state, state without "step", two states, three states.
+FEW_CASES = [CASES[0], CASES[2], CASES[4], CASES[10]]
+by_kind = pytest.mark.parametrize("case", FEW_CASES, ids=str)
+
+CHECKPOINT_CASES = [CASES[2], CASES[4], CASES[10]]  # with states
+ADAMW = next(case for case in CASES if case.optimizer == "AdamW")
+MOMENTUM = next(case for case in CASES if "dampening" in case.options)
+
+SHAPES = ((3, 5), (7,), (), (2, 3, 4))
+EXACT = {"rtol": 1e-12, "atol": 1e-13}  # for float64
+
+
+def normal(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def parameters(shapes=SHAPES, dtype=torch.float64):
+    return [torch.nn.Parameter(normal(*shape, dtype=dtype)) for shape in shapes]
+
+
+def copies(params):
+    return [torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in params]
+
+
+def ours(case, params, backend="auto", **options):
+    return getattr(fusedstep, case.optimizer)(params, foreach=False, backend=backend, **{**case.options, **options})
+
+
+def theirs(case, params, **options):
+    return getattr(torch.optim, case.optimizer)(params, foreach=False, **{**case.options, **options})
+
+
+def parameters_of(optimizer):
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def give_grads(*optimizers, skip=()):
+    """The same new gradients for the parameters of each optimizer; none for the indices in ``skip``."""
+    for index, params in enumerate(zip(*map(parameters_of, optimizers), strict=True)):
+        grad = torch.randn(params[0].shape, dtype=torch.float64)
+        for param in params:
+            param.grad = None if index in skip else grad.to(param.dtype, copy=True)
+
+
+def step(*optimizers, skip=()):
+    give_grads(*optimizers, skip=skip)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def pair(case, backend, params=None, **options):
+    """fusedstep's optimizer and torch's, on equal parameters."""
+    params = params or parameters()
+    return ours(case, params, backend, **options), theirs(case, copies(params), **options)
+
+
+def assert_same(mine, expected, **tolerance):
+    """Parameters, and states with their keys, of two optimizers."""
+    for a, b in zip(parameters_of(mine), parameters_of(expected), strict=True):
+        torch.testing.assert_close(a, b, **(tolerance or EXACT))
+    a, b = mine.state_dict()["state"], expected.state_dict()["state"]
+    assert list(a) == list(b)
+    for key in a:
+        assert list(a[key]) == list(b[key])
+        torch.testing.assert_close(a[key], b[key], **(tolerance or EXACT))
+
+
+def snapshot(*optimizers):
+    """Everything that a step could change, to compare with `assert_untouched`."""
+    return [
+        (
+            [p.detach().clone() for p in parameters_of(o)],
+            {p: {k: v.clone() for k, v in state.items()} for p, state in o.state.items()},
+        )
+        for o in optimizers
+    ]
+
+
+def assert_untouched(before, *optimizers):
+    for (params, states), optimizer in zip(before, optimizers, strict=True):
+        for old, new in zip(params, parameters_of(optimizer), strict=True):
+            assert torch.equal(old, new)
+        assert states.keys() == optimizer.state.keys()
+        for param, state in states.items():
+            assert state.keys() == optimizer.state[param].keys()
+            for name, old in state.items():
+                assert torch.equal(old, optimizer.state[param][name]), name

@@ -1,0 +1,124 @@
+"""DTensor parameters, and the state_dict functions of torch.distributed.checkpoint, in one process."""
+
+import copy
+
+import pytest
+import torch
+from support import ADAMW, CHECKPOINT_CASES, EXACT, by_kind, copies, ours, parameters, parameters_of, step, theirs
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def distributed(values, mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placements = [Shard(0) if i % 2 == 0 and v.dim() else Replicate() for i, v in enumerate(values)]
+    return [
+        torch.nn.Parameter(distribute_tensor(v.clone(), mesh, [placement]))
+        for v, placement in zip(values, placements, strict=True)
+    ]
+
+
+def give(optimizer, plain, skip=()):
+    """The same gradients as DTensors and as plain tensors."""
+    for index, (param, other) in enumerate(zip(*map(parameters_of, (optimizer, plain)), strict=True)):
+        grad = torch.randn(other.shape, dtype=torch.float64)
+        other.grad = None if index in skip else grad
+        param.grad = None
+        if index not in skip:
+            (
+                param * torch.distributed.tensor.distribute_tensor(grad, param.device_mesh, param.placements)
+            ).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@by_kind
+def test_dtensor_parameters(case, backend, mesh):
+    from torch.distributed.tensor import DTensor
+
+    values = [p.detach() for p in parameters([(4, 3), (5,), (2, 2), ()])]
+    mine = ours(case, distributed(values, mesh), backend)
+    expected = theirs(case, [torch.nn.Parameter(v.clone()) for v in values])
+    versions = [p._version for p in parameters_of(mine)]
+    for number in range(4):
+        give(mine, expected, skip=(number,))
+        mine.step()
+        expected.step()
+        if number == 1:  # the memory under a parameter is exchanged
+            for param in parameters_of(mine):
+                param._local_tensor = param._local_tensor.clone()
+    for a, b, version in zip(*map(parameters_of, (mine, expected)), versions, strict=True):
+        torch.testing.assert_close(a.full_tensor(), b.detach(), **EXACT)
+        assert a._version > version
+        for name, state in expected.state.get(b, {}).items():
+            value = mine.state[a][name]
+            assert isinstance(value, DTensor) == (name != "step")
+            torch.testing.assert_close(value.full_tensor() if name != "step" else value, state, **EXACT)
+    again = ours(case, distributed(values, mesh), backend)
+    again.load_state_dict(mine.state_dict())
+    for a, b in zip(*map(parameters_of, (again, mine)), strict=True):
+        a.data.copy_(b.data)
+    give(mine, expected)
+    for a, b in zip(*map(parameters_of, (again, mine)), strict=True):
+        a.grad = b.grad.clone()
+    for optimizer in (mine, again, expected):
+        optimizer.step()
+    for a, b, c in zip(*map(parameters_of, (mine, again, expected)), strict=True):
+        torch.testing.assert_close(a.full_tensor(), c.detach(), **EXACT)
+        assert torch.equal(a.full_tensor(), b.full_tensor())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("case", CHECKPOINT_CASES, ids=str)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_distributed_checkpoint_state_dicts(case, backend, flatten):
+    """They name states by parameter; setting them makes a step with lr 0 to create missing states."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).double()
+    models = [model, copy.deepcopy(model), copy.deepcopy(model)]
+    mine, expected, new = (
+        make(case, m.parameters())
+        for make, m in zip(
+            (lambda c, p: ours(c, p, backend), theirs, lambda c, p: ours(c, p, backend)), models, strict=True
+        )
+    )
+    for _ in range(3):
+        step(mine, expected)
+    saved, torchs = (
+        dcp.get_optimizer_state_dict(m, o, options=options) for m, o in zip(models[:2], (mine, expected), strict=True)
+    )
+    assert saved.keys() == torchs.keys()
+    models[2].load_state_dict(models[0].state_dict())
+    dcp.set_optimizer_state_dict(models[2], new, saved, options=options)
+    for _ in range(2):
+        step(mine, expected, new)
+    for a, b, c in zip(*map(parameters_of, (mine, expected, new)), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_zero_redundancy_optimizer(backend, mesh):
+    """It wraps an optimizer class and hands its options on."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    import fusedstep
+
+    params = parameters()
+    expected = theirs(ADAMW, copies(params))
+    mine = ZeroRedundancyOptimizer(params, fusedstep.AdamW, backend=backend, **ADAMW.options)
+    for _ in range(3):
+        step(mine, expected)
+    for a, b in zip(*map(parameters_of, (mine, expected)), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
