@@ -32,6 +32,7 @@ import fusedstep
 
 from .. import backends
 from . import results, text
+from .timing import OtherLoad
 
 # With these the model learns well; a class that is not listed trains with its own defaults. The decay is for matrices.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -46,6 +47,7 @@ FINAL_LR = 0.1  # of the largest learning rate, where the cosine ends
 MAX_NORM = 1.0  # gradients are clipped to this norm
 VALIDATIONS = 20  # in a run, beside the one at the end
 LAST_STEPS = 20  # the train loss "at the end" is the mean of so many
+QUIET = 0.2  # cores: if others use more, the times are disturbed
 THROWAWAY_STEPS = 3  # before the clocks start: both optimizers find libraries loaded and kernels compiled
 
 
@@ -325,8 +327,10 @@ def compare(other: Run, mine: Run) -> dict[str, Any]:
     }
 
 
-def findings(training: Training, options: dict[str, Any], runs: tuple[Run, Run], command: str) -> dict[str, Any]:
-    """Everything that goes into the JSON file."""
+def findings(
+    training: Training, options: dict[str, Any], runs: tuple[Run, Run], command: str, other_load: float | None
+) -> dict[str, Any]:
+    """Everything that goes into the JSON file; ``other_load`` in cores."""
     model, corpus = training.model(), training.corpus
     settings = {"optimizer": training.optimizer, "options": options, "seed": training.seed, "bf16": training.bf16}
     return {
@@ -350,6 +354,7 @@ def findings(training: Training, options: dict[str, Any], runs: tuple[Run, Run],
             for run in runs
         ],
         "comparison": compare(*runs),
+        "other_load": other_load,
     }
 
 
@@ -410,6 +415,9 @@ def show(found: dict[str, Any]) -> None:
         f"{', bf16 autocast' if found['settings']['bf16'] else ''}; losses in nats per character"
     )
     console.print(f"measured on: {results.describe(found)}", markup=False)
+    load = found["other_load"]
+    if load is not None and load > QUIET:
+        console.print(f"[yellow]other programs used {load:.1f} cores meanwhile: the times are disturbed[/]")
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -490,7 +498,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, help="largest learning rate (default: one that suits the optimizer)")
     add("--backend", choices=backends.CHOICES, help="of fusedstep (default: auto)")
     add("--device", metavar="DEVICE", type=_device, help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    add("--bf16", action="store_true", help="run the model under bfloat16 autocast")
+    add(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="run the model under bfloat16 autocast (default: only on a GPU)",
+    )
     add("--seed", metavar="N", type=int, default=0, help="(default: %(default)s)")
     for item in dataclasses.fields(Size):
         defaults = ", ".join(f"{getattr(size, item.name)} on {name}" for name, size in SIZES.items())
@@ -556,7 +568,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     options = {**OPTIONS.get(args.optimizer, {}), **({} if args.lr is None else {"lr": args.lr})}
-    training = Training(corpus, size, args.optimizer, device, args.seed, args.bf16)
+    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
+    training = Training(corpus, size, args.optimizer, device, args.seed, bf16)
     both = contenders(args.optimizer, options, device, args.backend)
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -565,10 +578,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.json:
             names = " and ".join(contender.name for contender in both)
             print(f"training a GPT for {size.steps} steps each with {names} on {device}", flush=True)
+        others = OtherLoad()
         with _progress([contender.name for contender in both], size.steps, not args.json) as report:
             runs = [
                 train(training, c, size.steps, lambda step, loss, name=c.name: report(name, step, loss)) for c in both
             ]
+        load = others.cores()
     except Diverged as error:
         print(f"{error}; a smaller --lr may help", file=sys.stderr)
         return 1
@@ -576,7 +591,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
 
-    found = findings(training, options, (runs[0], runs[1]), shlex.join(["python", "-m", __spec__.name, *words]))
+    command = shlex.join(["python", "-m", __spec__.name, *words])
+    found = findings(training, options, (runs[0], runs[1]), command, load)
     data = args.output / f"train_gpt-{args.optimizer}.json"
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
