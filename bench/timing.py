@@ -27,7 +27,8 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes) or DEFAULT_CACHE_BYTES
 
 
-WARM_STEPS = 3  # calls after a cold one until the caches hold what the next one needs
+WARM_STEPS = 8  # calls after a cold one until the next ones take no less time
+WARM_SAMPLES = 3
 
 
 class Stopwatch:
@@ -53,7 +54,8 @@ class Stopwatch:
             times = {"step": wall(call)}
             if warm:
                 for _ in range(WARM_STEPS):
-                    times["warm"] = wall(call)
+                    call()
+                times["warm"] = statistics.median(wall(call) for _ in range(WARM_SAMPLES))
             return times
         torch.cuda.synchronize(self.device)
         start = time.perf_counter()
@@ -92,7 +94,8 @@ def host_sample(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     leaves after ``zero_grad()``.
     """
     for _ in range(WARM_STEPS):
-        host = wall(optimizer.step)
+        optimizer.step()
+    host = statistics.median(wall(optimizer.step) for _ in range(WARM_SAMPLES))
     for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = param.grad.clone()

@@ -50,6 +50,7 @@ int cuda_step(Plan& plan, const cuda::Table& table, uintptr_t device_table, cons
   call.device_table = reinterpret_cast<char*>(device_table);
   call.device = plan.device_index();
   call.stream = current_stream(plan.device_index());
+  plan.check_borrowed();
   // An empty tensor has no address, and takes part all the same: its step counts.
   static const char kNowhere = 0;
   std::vector<const void*> grads(plan.size(), nullptr);

@@ -31,7 +31,10 @@ cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, doub
 void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int threads) {
   std::vector<cpu::Work> work;
   const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, &work);
-  {
+  plan.check_borrowed();
+  if (plan.borrowed()) {
+    cpu::step(call, threads);
+  } else {
     const py::gil_scoped_release release;
     cpu::step(call, threads);
   }
@@ -108,7 +111,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&, int, const py::list&, const py::list&, const py::list&, const py::list&>(),
            py::arg("rule"), py::arg("n_states"), py::arg("owners"), py::arg("tensors"), py::arg("steps"),
            py::arg("states"))
-      .def("gather", [](Plan& plan) { return plan.gather() == Gathered::kReady; })
+      .def(
+          "gather", [](Plan& plan, bool borrow) { return plan.gather(borrow) == Gathered::kReady; }, py::arg("borrow"))
+      .def("borrowed", &Plan::borrowed, "whether gather() found gradients that it does not hold")
       .def("odd_grads", &Plan::odd_grads)
       .def("set_grad", &Plan::set_grad)
       .def("release_grads", &Plan::release_grads)

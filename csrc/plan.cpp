@@ -19,6 +19,9 @@ RuleId find_rule(const std::string& name, int n_states, int* n_hyper) {
   throw std::invalid_argument("no rule '" + name + "' with " + std::to_string(n_states) + " states");
 }
 
+// A step over so few elements keeps the interpreter lock, for a millisecond at most.
+constexpr int64_t kBriefElements = 1 << 22;
+
 [[noreturn]] void reject(size_t i, const char* what, const char* why) {
   throw std::invalid_argument("tensor " + std::to_string(i) + " of the plan: its " + what + " " + why);
 }
@@ -33,12 +36,14 @@ Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const 
       tensors_(tensors),
       steps_(steps),
       states_(states),
+      grad_watches_(owners.size()),
       records_(owners.size()),
       layouts_(owners.size()),
-      grads_(owners.size(), Grad{nullptr, nullptr}) {
+      grads_(owners.size(), Grad{nullptr, nullptr, false}) {
   if (tensors.size() != owners.size() || steps.size() != owners.size() || states.size() != owners.size())
     throw std::invalid_argument("a plan needs one tensor, step and tuple of states for each parameter");
   bool device_known = false;
+  int64_t numel = 0;
   for (size_t i = 0; i < owners.size(); ++i) {
     Record& record = records_[i];
     std::memset(&record, 0, sizeof(record));
@@ -61,6 +66,8 @@ Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const 
     record.param_dtype = param.dtype;
     record.grad_dtype = param.dtype;  // until a gradient says otherwise
     record.numel = param.numel();
+    numel += record.numel;
+    param_memory_.emplace_back(tensor.ptr(), param, true);
     layouts_[i] = Layout{param.ndim, dims_.size()};
     dims_.insert(dims_.end(), param.shape, param.shape + param.ndim);
     dims_.insert(dims_.end(), param.strides, param.strides + param.ndim);
@@ -72,7 +79,7 @@ Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const 
     if (!on_device(step) || !step.dtype_known || step.dtype != Dtype::kF32 || step.numel() != 1)
       reject(i, "step", "is not one fp32 number on the parameter's device");
     record.step = static_cast<float*>(step.data);
-    state_memory_.emplace_back(step_tensor.ptr(), step);
+    state_memory_.emplace_back(step_tensor.ptr(), step, false);
 
     const py::tuple tensor_states = states[i];
     if (static_cast<int>(tensor_states.size()) != n_states) reject(i, "states", "are not as many as the rule needs");
@@ -84,7 +91,7 @@ Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const 
       if (!same_layout(state, param.ndim, shape, shape + param.ndim)) reject(i, "state", "is laid out differently");
       record.states[k] = state.data;
       record.state_dtypes[k] = state.dtype;
-      state_memory_.emplace_back(state_tensor.ptr(), state);
+      state_memory_.emplace_back(state_tensor.ptr(), state, false);
       holds_.add(state_tensor.ptr());
     }
     holds_.add(tensor.ptr());
@@ -93,51 +100,66 @@ Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const 
     // with a counter of its own.
     all_written_.append(tensor);
   }
+  brief_ = device_ == Device::kCuda || numel <= kBriefElements;
 }
 
 Plan::~Plan() {
   release_grads();
 }
 
-bool Plan::unchanged(size_t i) const {
-  const Record& record = records_[i];
-  TensorView param;
-  if (!view_tensor(PyList_GET_ITEM(tensors_.ptr(), i), &param) || param.data != record.param || !param.dtype_known ||
-      param.dtype != record.param_dtype)
-    return false;
-  const int64_t* shape = dims_.data() + layouts_[i].begin;
-  if (!same_layout(param, layouts_[i].ndim, shape, shape + layouts_[i].ndim)) return false;
-  return true;
-}
-
-Gathered Plan::gather() {
+Gathered Plan::gather(bool borrow) {
   release_grads();
   odd_grads_.clear();
-  any_active_ = false;
+  any_active_ = borrowed_ = false;
   for (const MemoryWatch& memory : state_memory_) {
     if (!memory.unchanged()) return Gathered::kStale;
   }
+  size_t next = 0;  // of param_memory_
   for (size_t i = 0; i < records_.size(); ++i) {
-    PyObject* grad = grad_of(PyList_GET_ITEM(owners_.ptr(), i));
-    if (grad == nullptr) throw py::error_already_set();
-    if (grad == Py_None) {
-      Py_DECREF(grad);
+    PyObject* const owner = PyList_GET_ITEM(owners_.ptr(), i);
+    const bool started = PyList_GET_ITEM(tensors_.ptr(), i) != Py_None;
+    const MemoryWatch* const memory = started ? &param_memory_[next++] : nullptr;
+    Grad& grad = grads_[i];
+    if (borrow && brief_) {
+      const GradWatch::Seen seen = grad_watches_[i].look(owner, &grad.data);
+      if (seen == GradWatch::Seen::kNone) continue;
+      if (seen == GradWatch::Seen::kLikeBefore) {
+        if (memory == nullptr || !memory->unchanged()) return Gathered::kStale;
+        grad.active = any_active_ = borrowed_ = true;
+        records_[i].grad_dtype = grad_watches_[i].dtype();
+        continue;
+      }
+    }
+    grad.tensor = grad_of(owner);
+    if (grad.tensor == nullptr) throw py::error_already_set();
+    if (grad.tensor == Py_None) {
+      Py_CLEAR(grad.tensor);
       continue;
     }
-    grads_[i].tensor = grad;
-    any_active_ = true;
-    if (PyList_GET_ITEM(tensors_.ptr(), i) == Py_None || !unchanged(i)) return Gathered::kStale;
+    grad.active = any_active_ = true;
+    if (memory == nullptr || !memory->unchanged()) return Gathered::kStale;
     TensorView view;
     const int64_t* shape = dims_.data() + layouts_[i].begin;
-    if (!view_tensor(grad, &view) || !view.dtype_known || view.device != device_ ||
+    if (!view_tensor(grad.tensor, &view) || !view.dtype_known || view.device != device_ ||
         view.device_index != device_index_ || !same_layout(view, layouts_[i].ndim, shape, shape + layouts_[i].ndim)) {
       odd_grads_.push_back(static_cast<int64_t>(i));
       continue;
     }
-    grads_[i].data = view.data;
+    grad.data = view.data;
     records_[i].grad_dtype = view.dtype;
+    if (borrow && brief_) grad_watches_[i].remember(grad.tensor, view);
   }
   return Gathered::kReady;
+}
+
+void Plan::check_borrowed() const {
+  for (size_t i = 0; borrowed_ && i < grads_.size(); ++i) {
+    if (!grads_[i].active || grads_[i].tensor != nullptr) continue;
+    const void* data = nullptr;
+    const bool same = grad_watches_[i].look(PyList_GET_ITEM(owners_.ptr(), i), &data) == GradWatch::Seen::kLikeBefore &&
+                      data == grads_[i].data;
+    if (!same) throw std::runtime_error("a gradient was replaced in another thread during step()");
+  }
 }
 
 void Plan::set_grad(int64_t i, const py::object& grad) {
@@ -149,13 +171,14 @@ void Plan::set_grad(int64_t i, const py::object& grad) {
   Py_INCREF(grad.ptr());
   Py_XSETREF(grads_[i].tensor, grad.ptr());
   grads_[i].data = view.data;
+  grads_[i].active = true;
   records_[i].grad_dtype = view.dtype;
 }
 
 void Plan::release_grads() {
   for (Grad& grad : grads_) {
     Py_CLEAR(grad.tensor);
-    grad.data = nullptr;
+    grad = Grad{nullptr, nullptr, false};
   }
 }
 

@@ -23,7 +23,12 @@ class Plan {
 
   // Reads and checks every pointer of this step. Nothing is written. A gradient that cannot be used as it is (other
   // layout, sparse, unknown dtype) lands in odd_grads(), for set_grad().
-  Gathered gather();
+  // borrow: gradients may be read without holding them. Whoever asks for that keeps the interpreter lock from
+  // check_borrowed() to the end of the step's work on the host; a plan with much work holds them all the same.
+  Gathered gather(bool borrow);
+  bool borrowed() const { return borrowed_; }
+  // Throws if a borrowed gradient was replaced since gather().
+  void check_borrowed() const;
   const std::vector<int64_t>& odd_grads() const { return odd_grads_; }
   // Uses `grad`, laid out as tensor i, in place of the owner's gradient in this step.
   void set_grad(int64_t i, const py::object& grad);
@@ -39,7 +44,7 @@ class Plan {
   const std::vector<Record>& records() const { return records_; }
   bool has_memory() const { return !state_memory_.empty(); }  // false: no parameter has had a gradient yet
   bool any_active() const { return any_active_; }
-  bool active(size_t i) const { return grads_[i].tensor != nullptr; }
+  bool active(size_t i) const { return grads_[i].active; }
   const void* grad(size_t i) const { return grads_[i].data; }
   Device device() const { return device_; }
   int32_t device_index() const { return device_index_; }
@@ -50,11 +55,10 @@ class Plan {
     size_t begin;  // of shape and then strides in dims_
   };
   struct Grad {
-    PyObject* tensor;  // a reference of ours; null: takes no part in this step
+    PyObject* tensor;  // a reference of ours; null: none, or borrowed
     const void* data;
+    bool active;  // takes part in this step
   };
-
-  bool unchanged(size_t i) const;
 
   RuleId rule_;
   int n_hyper_, n_states_;
@@ -62,12 +66,14 @@ class Plan {
   int32_t device_index_ = 0;
   py::list owners_, tensors_, steps_, states_;
   std::vector<MemoryWatch> state_memory_;  // of the steps and states of all tensors
+  std::vector<MemoryWatch> param_memory_;  // of the tensors that have states, in their order
+  std::vector<GradWatch> grad_watches_;
   std::vector<Record> records_;
   std::vector<Layout> layouts_;
   std::vector<int64_t> dims_;
   std::vector<Grad> grads_;
   std::vector<int64_t> odd_grads_;
-  bool any_active_ = false;
+  bool any_active_ = false, borrowed_ = false, brief_ = true;
   py::list all_written_;
   Holds holds_;
 };

@@ -125,10 +125,18 @@ bool view_by_attributes(PyObject* tensor, TensorView* view) {
   return true;
 }
 
-// Where a tensor's C++ object (its `_cdata`) keeps the pointer to its storage and the offset in it, and the storage the
-// pointer to its data, in words; -1: not known.
+// Where a tensor's C++ object (its `_cdata`) keeps the pointer to its storage, the offset in it, its layout and dtype
+// (sizes, strides, number of elements, dtype, device and dispatch keys: all words from `layout` to `layout_end`) and
+// the pointer to what autograd knows of it; where that has the gradient; and where a storage has the pointer to its
+// data. In words; -1: not known.
 struct Slots {
   int storage = -1, data = -1, offset = -1;
+  int layout = -1, layout_end = -1;
+  int autograd = -1, grad = -1;
+  const void* no_grad = nullptr;  // what stands for "no gradient"
+
+  bool layout_known() const { return storage >= 0 && layout >= 0; }
+  bool grad_known() const { return layout_known() && grad >= 0; }
 };
 
 struct Addresses {
@@ -152,14 +160,14 @@ int find_word(const void* const* object, int words, const void* value) {
 
 // How far is searched for pointers, in a tensor for all else, and in a Python object for the pointer to its tensor. The
 // classes are at least as large in every torch that has these attributes.
-constexpr int kSearchedWords = 6, kTensorWords = 24, kObjectWords = 4;
+constexpr int kSearchedWords = 6, kTensorWords = 24, kObjectWords = 4, kAutogradWords = 8;
 
 const void* as_word(uint64_t number) {
   return reinterpret_cast<const void*>(static_cast<uintptr_t>(number));
 }
 
-Slots find_slots() {
-  Slots slots;
+void find_memory(Slots* found) {
+  Slots& slots = *found;
   try {
     const py::object empty = py::module_::import("torch").attr("empty");
     py::object tensor = empty(3);
@@ -185,7 +193,6 @@ Slots find_slots() {
   } catch (py::error_already_set&) {
     slots = Slots{};
   }
-  return slots;
 }
 
 // Tells whether a tensor's numbers are those in memory with the sign turned around, as in the imaginary part of a
@@ -215,8 +222,13 @@ class Negation {
       const py::object result = py::handle(tensor).attr("is_neg")();
       return result.cast<bool>();
     }
-    const void* impl = reinterpret_cast<const void* const*>(tensor)[object_slot_];
-    return (reinterpret_cast<uintptr_t>(static_cast<const void* const*>(impl)[keys_slot_]) & mask_) != 0;
+    return (reinterpret_cast<uintptr_t>(impl_of(tensor)[keys_slot_]) & mask_) != 0;
+  }
+  bool known() const { return known_; }
+  int keys_slot() const { return keys_slot_; }
+  // The C++ object behind a Python tensor; only if known().
+  const void* const* impl_of(PyObject* tensor) const {
+    return static_cast<const void* const*>(reinterpret_cast<const void* const*>(tensor)[object_slot_]);
   }
 
  private:
@@ -230,25 +242,128 @@ const Negation& negation() {
   return found;
 }
 
+bool same_words(const void* const* a, const void* const* b, int from, int to) {
+  return std::equal(a + from, a + to, b + from);
+}
+
+// The dispatch keys are the last of the words that describe a tensor.
+void find_layout(Slots* slots) {
+  if (slots->storage < 0 || !negation().known()) return;
+  try {
+    const py::object torch = py::module_::import("torch"), empty = torch.attr("empty");
+    py::object tensor = empty(50021, 3);
+    const auto words = [](const py::object& t) { return Addresses(t).impl; };
+    const void* const* impl = words(tensor);
+    const int end = negation().keys_slot() + 1;
+    int begin = find_word(impl, end, as_word(50021)) - 1;  // the number of dimensions comes before the sizes
+    if (begin <= slots->storage || slots->offset < begin || slots->offset >= end || impl[begin] != as_word(2)) return;
+    const std::vector<const void*> before(impl + begin, impl + end);
+    const auto differs = [&](const py::object& other) {
+      return !std::equal(before.begin(), before.end(), words(other) + begin);
+    };
+    using namespace py::literals;
+    bool proved = same_words(impl, words(empty(50021, 3)), begin, end);
+    proved = proved && differs(empty(3, 50021).attr("t")()) && differs(empty(50021, 4).attr("narrow")(1, 0, 3));
+    for (const char* dtype : {"bfloat16", "int32", "float64"})
+      proved = proved && differs(empty(50021, 3, "dtype"_a = torch.attr(dtype)));
+    proved = proved && differs(empty(50021, 3, "device"_a = "meta")) && differs(torch.attr("_neg_view")(tensor));
+    tensor.attr("t_")();
+    proved = proved && words(tensor) == impl && differs(tensor);
+    if (!proved) return;
+    slots->layout = begin;
+    slots->layout_end = end;
+  } catch (py::error_already_set&) {
+    return;
+  }
+}
+
+void find_grad(Slots* slots) {
+  if (!slots->layout_known()) return;
+  try {
+    const py::object empty = py::module_::import("torch").attr("empty");
+    py::object tensor = empty(3), other = empty(3);
+    const void* const* impl = Addresses(tensor).impl;
+    const std::vector<const void*> before(impl, impl + kSearchedWords);
+    tensor.attr("requires_grad_")();
+    other.attr("requires_grad_")();
+    int autograd = -1;
+    for (int i = 0; i < kSearchedWords; ++i) {
+      if (impl[i] == before[i]) continue;
+      if (before[i] != nullptr || autograd >= 0) return;
+      autograd = i;
+    }
+    if (autograd < 0) return;
+    const auto known_of = [&](const py::object& t) {
+      return static_cast<const void* const*>(Addresses(t).impl[autograd]);
+    };
+    const py::object first = empty(3), second = empty(3);
+    tensor.attr("grad") = first;
+    const int grad = find_word(known_of(tensor), kAutogradWords, Addresses(first).impl);
+    if (grad < 0) return;
+    tensor.attr("grad") = second;
+    bool proved = known_of(tensor)[grad] == Addresses(second).impl;
+    tensor.attr("grad") = py::none();
+    const void* no_grad = known_of(tensor)[grad];
+    proved = proved && no_grad == known_of(other)[grad] && no_grad != Addresses(second).impl;
+    if (!proved) return;
+    slots->autograd = autograd;
+    slots->grad = grad;
+    slots->no_grad = no_grad;
+  } catch (py::error_already_set&) {
+    return;
+  }
+}
+
+Slots find_slots() {
+  Slots slots;
+  find_memory(&slots);
+  find_layout(&slots);
+  find_grad(&slots);
+  return slots;
+}
+
 const Slots& slots() {
   static const Slots found = find_slots();
   return found;
+}
+
+// Whether torch's words of a tensor hold its sizes and strides themselves, which tensors of many dimensions keep
+// elsewhere.
+bool describes(const void* const* impl, const TensorView& view) {
+  const Slots& at = slots();
+  if (!at.layout_known() || !view.dtype_known) return false;
+  const auto inside = [&](const int64_t* dims) {
+    const auto address = reinterpret_cast<uintptr_t>(dims);
+    return address >= reinterpret_cast<uintptr_t>(impl + at.layout) &&
+           address + view.ndim * sizeof(int64_t) <= reinterpret_cast<uintptr_t>(impl + at.layout_end);
+  };
+  return view.ndim == 0 || (inside(view.shape) && inside(view.strides));
 }
 
 }  // namespace
 
 void look_up_torch() {
   torch();
-  slots();
   negation();
+  slots();
 }
 
-MemoryWatch::MemoryWatch(PyObject* tensor, const TensorView& view) : tensor_(tensor), data_(view.data) {
+MemoryWatch::MemoryWatch(PyObject* tensor, const TensorView& view, bool with_layout)
+    : tensor_(tensor), data_(view.data), dtype_(view.dtype) {
+  if (with_layout) {
+    dims_.assign(view.shape, view.shape + view.ndim);
+    dims_.insert(dims_.end(), view.strides, view.strides + view.ndim);
+  }
   const Slots& at_word = slots();
   if (at_word.storage < 0) return;
   try {
     const Addresses at{py::handle(tensor)};
     if (at.impl[at_word.storage] != at.storage || at.storage[at_word.data] != at.data) return;
+    if (with_layout) {
+      if (!describes(at.impl, view)) return;
+      layout_slots_ = at.impl + at_word.layout;
+      layout_.assign(layout_slots_, at.impl + at_word.layout_end);
+    }
     storage_slot_ = at.impl + at_word.storage;
     storage_ = at.storage;
     offset_slot_ = at.impl + at_word.offset;
@@ -258,6 +373,43 @@ MemoryWatch::MemoryWatch(PyObject* tensor, const TensorView& view) : tensor_(ten
   } catch (py::error_already_set&) {
     return;  // a tensor without a storage is asked through torch
   }
+}
+
+bool MemoryWatch::unchanged_by_view() const {
+  TensorView view;
+  if (!view_tensor(tensor_, &view) || view.data != data_ || !view.dtype_known || view.dtype != dtype_) return false;
+  const size_t ndim = dims_.size() / 2;
+  return dims_.empty() || same_layout(view, static_cast<int32_t>(ndim), dims_.data(), dims_.data() + ndim);
+}
+
+void GradWatch::remember(PyObject* grad, const TensorView& view) {
+  layout_.clear();
+  const Slots& at = slots();
+  if (!at.grad_known()) return;
+  const void* const* impl = negation().impl_of(grad);
+  const auto* storage = static_cast<const void* const*>(impl[at.storage]);
+  if (!describes(impl, view) || storage == nullptr) return;
+  const auto* base = static_cast<const char*>(storage[at.data]);
+  offset_ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(impl[at.offset])) * size_of(view.dtype);
+  empty_ = view.numel() == 0;
+  if (!empty_ && (base == nullptr || base + offset_ != view.data)) return;
+  dtype_ = view.dtype;
+  layout_.assign(impl + at.layout, impl + at.layout_end);
+}
+
+GradWatch::Seen GradWatch::look(PyObject* param, const void** data) const {
+  if (layout_.empty()) return Seen::kUnknown;
+  const Slots& at = slots();
+  const auto* autograd = static_cast<const void* const*>(negation().impl_of(param)[at.autograd]);
+  if (autograd == nullptr) return Seen::kNone;
+  const auto* grad = static_cast<const void* const*>(autograd[at.grad]);
+  if (grad == at.no_grad) return Seen::kNone;
+  if (!std::equal(layout_.begin(), layout_.end(), grad + at.layout)) return Seen::kUnknown;
+  const auto* storage = static_cast<const void* const*>(grad[at.storage]);
+  const auto* base = static_cast<const char*>(storage[at.data]);
+  if (base == nullptr && !empty_) return Seen::kUnknown;
+  *data = empty_ ? nullptr : base + offset_;
+  return Seen::kLikeBefore;
 }
 
 bool view_tensor(PyObject* tensor, TensorView* view) {

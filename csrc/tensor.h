@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "numeric.h"
@@ -49,31 +50,57 @@ inline bool same_layout(const TensorView& a, int32_t ndim, const int64_t* shape,
   return true;
 }
 
-// Tells at the cost of three loads whether a tensor still has the memory that it had when this was made, as the states
-// of an optimizer nearly always do; asking torch costs 20 to 40 ns a tensor. It compares torch's own words, the
-// tensor's pointer to its storage, its offset in it, and the storage's pointer to its data. Where these lie is found by
-// their values when first used, and proved by moving a tensor; where that fails, unchanged() asks torch. The tensor
-// must be kept alive.
+// The three classes below read torch's own words - a tensor's pointer to its storage, its offset in it, its sizes,
+// dtype and so on, and the storage's pointer to its data - because asking torch costs 20 to 100 ns a tensor. Where
+// these words lie is found by their values when the package is imported, and proved by changing tensors; where that
+// fails, torch is asked.
+
+// Tells at the cost of some loads whether a tensor still has the memory, and if asked the layout and dtype, that it had
+// when this was made, as parameters and states nearly always do. The tensor must be kept alive.
 class MemoryWatch {
  public:
-  MemoryWatch(PyObject* tensor, const TensorView& view);
+  MemoryWatch(PyObject* tensor, const TensorView& view, bool with_layout);
   bool unchanged() const {
-    if (storage_slot_ != nullptr) {
-      return *storage_slot_ == storage_ && *offset_slot_ == offset_ && *data_slot_ == storage_data_;
-    }
-    TensorView view;
-    return view_tensor(tensor_, &view) && view.data == data_;
+    if (storage_slot_ == nullptr) return unchanged_by_view();
+    return *storage_slot_ == storage_ && *offset_slot_ == offset_ && *data_slot_ == storage_data_ &&
+           std::equal(layout_.begin(), layout_.end(), layout_slots_);
   }
 
  private:
+  bool unchanged_by_view() const;
+
   PyObject* tensor_;
   const void* data_;
   const void* const* storage_slot_ = nullptr;
   const void* const* offset_slot_ = nullptr;
   const void* const* data_slot_ = nullptr;
+  const void* const* layout_slots_ = nullptr;
   const void* storage_ = nullptr;
   const void* offset_ = nullptr;
   const void* storage_data_ = nullptr;
+  std::vector<const void*> layout_;  // torch's words for it
+  Dtype dtype_;
+  std::vector<int64_t> dims_;  // shape and strides, where torch's words are not known
+};
+
+// Finds the gradient of a parameter without making the Python object for it that `.grad` makes, if it has the layout
+// and dtype of one seen before.
+class GradWatch {
+ public:
+  enum class Seen { kNone, kLikeBefore, kUnknown };
+
+  // Remembers how a gradient looks, if torch's words for that are known.
+  void remember(PyObject* grad, const TensorView& view);
+  // What `.grad` is now; `data` is set if it looks as the remembered one. The gradient is not held: whoever keeps the
+  // address must keep the interpreter lock too.
+  Seen look(PyObject* param, const void** data) const;
+  Dtype dtype() const { return dtype_; }
+
+ private:
+  std::vector<const void*> layout_;
+  int64_t offset_ = 0;  // of the first number from the storage's data, in bytes
+  bool empty_ = false;
+  Dtype dtype_ = Dtype::kF32;
 };
 
 // Keeps tensors alive from C++. torch transfers ownership between Python and C++ each time the C++ count of a tensor

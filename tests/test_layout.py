@@ -125,7 +125,7 @@ def test_more_than_2_to_the_31_elements(tmp_path):
     param = torch.nn.Parameter(param)
     plan = _C.Plan("sgd", 0, [ahead, param], [ahead, param], [torch.zeros(()), torch.zeros(())], [(), ()])
     ahead.grad, param.grad = torch.ones(17, dtype=torch.bfloat16), grad
-    assert plan.gather()
+    assert plan.gather(False)
     hyper = (1.0, 0.0, 0.0, 0.0, 0.0)
     for edge in edges:
         _C.cpu_run_range(plan, hyper, False, 1.0, 17 + edge + 10, 17 + edge + 60)

@@ -11,6 +11,8 @@ from .plan import KernelPlan
 
 
 class CpuPlan(KernelPlan):
+    borrows_grads = True
+
     def launch(
         self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> int:

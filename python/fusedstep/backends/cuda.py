@@ -13,6 +13,7 @@ from .plan import KernelPlan
 class CudaPlan(KernelPlan):
     """A plan whose table of addresses lies in device memory; only gradient addresses travel with a launch."""
 
+    borrows_grads = True
     table = None
 
     def launch(

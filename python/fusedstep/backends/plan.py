@@ -63,6 +63,8 @@ class Plan:
 class KernelPlan(Plan):
     """A plan for a kernel that takes addresses of flat memory; what is not flat is staged through dense copies."""
 
+    borrows_grads = False  # whether `launch` keeps the interpreter lock while the kernel is called
+
     def __init__(self, backend: Backend, optimizer: type[FusedOptimizer], group: int, states: Any, slots: Any) -> None:
         super().__init__(backend, optimizer, group, states, slots)
         from .. import _C
@@ -87,7 +89,7 @@ class KernelPlan(Plan):
 
     def gather(self) -> bool:
         moved = any(layout.place(layout.local(param)) != place for param, place in self.places)
-        if moved or not self.native.gather():
+        if moved or not self.native.gather(self.borrows_grads):
             self.native.release_grads()
             return False
         for i in self.native.odd_grads():
