@@ -101,7 +101,7 @@ CASES: tuple[Case, ...] = (
     Case("1000x16", "1,000 x 16", ((16,),) * 1000, quick=True, every_optimizer=True),
     Case("1000x1024", "1,000 x 1,024", ((1024,),) * 1000, quick=True, every_optimizer=True),
     Case("10000x64", "10,000 x 64", ((64,),) * 10_000),
-    Case("50M", "one tensor, 50 M", ((50_000_000,),), one_thread=True),
+    Case("50M", "one tensor, 50 M", ((50_000_000,),), every_optimizer=True, one_thread=True),
     Case("1000M", "one tensor, 10^9", ((10**9,),), devices=("cuda",)),
     Case("resnet50", "ResNet-50", tuple(resnet50()), quick=True, every_optimizer=True),
     Case("gpt2", "GPT-2 124M", tuple(gpt2())),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from .. import backends
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 OURS = "fusedstep"  # how the names of our own contenders start
+EAGER = f"{OURS} reference"  # an eager implementation, which stands in where nobody else has the optimizer
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,17 @@ OPTIMIZERS: tuple[Optimizer, ...] = (
     Optimizer("Adam", "Adam", _ADAM, states=2),
     Optimizer("SGD", "SGD", _SGD, states=0),
     Optimizer("SGD-momentum", "SGD", {**_SGD, "momentum": 0.9}, states=1),
+    Optimizer("RMSprop", "RMSprop", {"lr": 0.1, "alpha": 0.9, "weight_decay": 0.5}, states=1),
+    Optimizer(
+        "RMSprop-centered",
+        "RMSprop",
+        {"lr": 0.1, "alpha": 0.9, "momentum": 0.9, "centered": True} | {"weight_decay": 0.5},
+        states=3,
+    ),
+    Optimizer("Adagrad", "Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.5}, states=1),
+    Optimizer("Lion", "Lion", {"lr": 0.1, "betas": (0.9, 0.8), "weight_decay": 0.5}, states=1),
+    Optimizer("Amos", "Amos", {"lr": 0.1, "beta": 0.9, "extra_l2": 0.1}, states=2),
+    Optimizer("AdamWeightDecay", "AdamWeightDecay", {"learning_rate": 0.1, "weight_decay_rate": 0.5}, states=2),
 )
 
 
@@ -91,7 +105,7 @@ TORCH_VARIANTS: dict[str, dict[str, bool]] = {
     "torch foreach": {"foreach": True},
     "torch fused": {"fused": True},
 }
-BASELINES = ("torch fused", "torch foreach", "torch for-loop")  # speed-ups refer to the first of these that was timed
+FUSED = "torch fused"  # speed-ups refer to it, or where it does not exist to the fastest of the others
 
 
 def torch_contenders(optimizer: Optimizer) -> list[Contender]:
@@ -174,6 +188,14 @@ LOW_PRECISION = 0.1  # tolerance for optimizers that keep states in 8 bits
 
 PEERS: tuple[Peer, ...] = (
     Peer(
+        *("lion-pytorch", "lion-pytorch", "lion_pytorch", ("cpu", "cuda")),
+        {"Lion": ("Lion", {})},
+    ),
+    Peer(
+        *("lion-pytorch foreach", "lion-pytorch", "lion_pytorch.foreach", ("cpu", "cuda")),
+        {"Lion": ("Lion", {})},
+    ),
+    Peer(
         *("apex", "apex", "apex.optimizers", ("cuda",)),
         {
             "SGD": ("FusedSGD", {}),
@@ -232,20 +254,27 @@ def peer_contenders(optimizer: Optimizer, device: torch.device, dtype: torch.dty
             else:
                 lacks = [option for option in options if option not in inspect.signature(made).parameters]
                 reasons += [f"has no option '{option}'" for option in lacks]
-                build = functools.partial(made, **options)
+                build = functools.partial(_quietly, made, options)
         contenders.append(Contender(peer.name, build, tuple(reasons), peer.tolerance))
     return contenders
+
+
+def _quietly(
+    made: type[torch.optim.Optimizer], options: dict[str, Any], params: Sequence[Tensor]
+) -> torch.optim.Optimizer:
+    """Some packages print when an optimizer is made."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return made(params, **options)
 
 
 def contenders(
     optimizer: Optimizer, device: torch.device, dtype: torch.dtype, backend_names: Sequence[str]
 ) -> list[Contender]:
     """Everybody who has this optimizer; those with `reasons` cannot run."""
-    return [
-        *torch_contenders(optimizer),
-        *our_contenders(optimizer, device, dtype, backend_names),
-        *peer_contenders(optimizer, device, dtype),
-    ]
+    in_torch, in_others = torch_contenders(optimizer), peer_contenders(optimizer, device, dtype)
+    if not in_torch and not in_others and "reference" not in backend_names:
+        backend_names = (*backend_names, "reference")  # an eager implementation to compare with
+    return [*in_torch, *our_contenders(optimizer, device, dtype, backend_names), *in_others]
 
 
 def peer_versions() -> dict[str, str | None]:

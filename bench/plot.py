@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from . import results
-from .report import TORCH, best_of_ours, blocks, case_label
+from .report import TORCH, best_of_ours, blocks, case_label, others
 
 COLOURS = dict(zip(TORCH, ("#9aa5b1", "#5b7f95", "#c8553d"), strict=True))
+OTHER_COLOURS = ("#7d8f69", "#b08bbb", "#d9a441")  # of contenders outside of torch
 
 
 def draw(found: dict[str, Any], path: Path, optimizers: list[str] | None = None) -> Path:
-    """Draw, for every case, how many times as fast as torch.optim's implementations fusedstep is.
+    """Draw, for every case, how many times as fast as the others fusedstep is.
 
     Args:
         found: the content of a results file.
@@ -34,8 +35,11 @@ def draw(found: dict[str, Any], path: Path, optimizers: list[str] | None = None)
     figure = Figure(figsize=(9, 1.2 + 0.42 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(chosen), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axis, (optimizer, cases) in zip(axes, chosen, strict=True):
-        width = 0.8 / len(TORCH)
-        for place, name in enumerate(TORCH):
+        names = others(cases)
+        colours = iter(OTHER_COLOURS * len(names))
+        width = 0.8 / max(len(names), 1)
+        for place, name in enumerate(names):
+            colour = COLOURS.get(name) or next(colours)
             positions, ratios = [], []
             for index, block in enumerate(cases):
                 if name in block and block[name]["step_ms"]:
@@ -43,7 +47,7 @@ def draw(found: dict[str, Any], path: Path, optimizers: list[str] | None = None)
                     positions.append(index - 0.4 + (place + 0.5) * width)
                     ratios.append(block[name]["step_ms"]["median"] / ours)
             lengths = [ratio - 1.0 for ratio in ratios]  # bars start at 1: what is slower points to the left
-            bars = axis.barh(positions, lengths, width, left=1.0, color=COLOURS[name], label=f"against {name}")
+            bars = axis.barh(positions, lengths, width, left=1.0, color=colour, label=f"against {name}")
             axis.bar_label(bars, [f"{ratio:.3g}x" for ratio in ratios], padding=2, fontsize=7)
         labels = [case_label(next(iter(block.values())), cases) for block in cases]
         axis.set_yticks(range(len(cases)), labels, fontsize=8)
@@ -54,8 +58,9 @@ def draw(found: dict[str, Any], path: Path, optimizers: list[str] | None = None)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axis.set_title(optimizer, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("step time of torch.optim / step time of fusedstep; right of the line fusedstep is faster")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(TORCH), fontsize=8)
+    axes[-1].set_xlabel("their step time / step time of fusedstep; right of the line fusedstep is faster")
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(TORCH), fontsize=8)
     figure.suptitle(results.describe(found), x=0.01, ha="left", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -7,9 +7,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from . import results
+from . import peers, results
 
-TORCH = ("torch for-loop", "torch foreach", "torch fused")  # the columns that fusedstep is compared with
+TORCH = ("torch for-loop", "torch foreach", "torch fused")
 
 NOTABLE_LOAD = 0.2  # cores used by other processes, above which the times are doubtful
 
@@ -37,8 +37,16 @@ def blocks(found: dict[str, Any], optimizers: list[str] | None = None) -> list[t
 
 def best_of_ours(block: Block) -> dict[str, Any] | None:
     """The fastest row of fusedstep that was timed."""
-    ours = [row for row in block.values() if row["ours"] and row["step_ms"]]
+    ours = [row for name, row in block.items() if row["ours"] and name != peers.EAGER and row["step_ms"]]
     return min(ours, key=lambda row: row["step_ms"]["median"], default=None)
+
+
+def others(cases: list[Block]) -> list[str]:
+    """The contenders that fusedstep's kernels are compared with in a table: those that were timed."""
+    names = dict.fromkeys(
+        name for block in cases for name, row in block.items() if name == peers.EAGER or not row["ours"]
+    )
+    return [name for name in names if any(name in block and block[name]["step_ms"] for block in cases)]
 
 
 def case_label(row: dict[str, Any], cases: list[Block]) -> str:
@@ -80,16 +88,18 @@ def markdown(found: dict[str, Any], optimizers: list[str] | None = None) -> str:
         optimizers: which ones; None: all.
     """
     device = found["device"]["type"]
-    heads = [f"{name}, ms" for name in TORCH] + ["fusedstep, ms", "speed-up"]
-    heads += ["warm caches"] if device == "cpu" else []
-    heads += ["GB/s (share)", "host, us", "calls"]
     lines = []
     for optimizer, cases in blocks(found, optimizers):
+        columns = others(cases)
+        heads = [f"{name}, ms" for name in columns] + ["fusedstep, ms", "speed-up"]
+        heads += ["warm caches"] if device == "cpu" else []
+        heads += ["GB/s (share)", "host, us", "calls"]
         lines += ["", f"| {optimizer} | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-        lines += [_line(block, cases, device) for block in cases]
+        lines += [_line(block, cases, columns, device) for block in cases]
     memory = "a copy" if device == "cuda" else "reading and writing memory in place"
     notes = [
-        "Medians of whole `step()` calls in interleaved rounds, caches flushed before each; speed-up over torch fused"
+        "Medians of whole `step()` calls in interleaved rounds, caches flushed before each; speed-up over torch "
+        "fused, or where torch has no fused one over the fastest of the others"
     ]
     notes += ["warm caches: the same after a few steps in a row"] if device == "cpu" else []
     notes += [f"share: of the speed of {memory} in the same run. {results.describe(found)}"]
@@ -99,16 +109,15 @@ def markdown(found: dict[str, Any], optimizers: list[str] | None = None) -> str:
     return "\n".join(lines).lstrip("\n")
 
 
-def _line(block: Block, cases: list[Block], device: str) -> str:
+def _line(block: Block, cases: list[Block], columns: list[str], device: str) -> str:
     ours = best_of_ours(block)
-    cells = [_milliseconds(block.get(name)) for name in TORCH]
+    cells = [_milliseconds(block.get(name)) for name in columns]
     if ours is None:
         cells.append(next((row["status"] for row in block.values() if row["ours"]), "not measured"))
         cells += [""] * (5 if device == "cpu" else 4)
     else:
-        fused = block.get(TORCH[-1])
-        cells += [f"**{_milliseconds(ours)}**", f"**{_ratio(fused, ours, 'step_ms')}**"]
-        cells += [_ratio(fused, ours, "warm_ms")] if device == "cpu" else []
+        cells += [f"**{_milliseconds(ours)}**", f"**{_ratio(ours['speedup'])}**"]
+        cells += [_ratio(ours["warm_speedup"])] if device == "cpu" else []
         cells += [
             f"{number(ours['gb_per_s'])} ({of_memory(ours, device):.0%})",
             number(ours["host_us"]["median"]) if ours["host_us"] else "",
@@ -117,10 +126,8 @@ def _line(block: Block, cases: list[Block], device: str) -> str:
     return f"| {case_label(next(iter(block.values())), cases)} | {' | '.join(cells)} |"
 
 
-def _ratio(base: dict[str, Any] | None, ours: dict[str, Any], key: str) -> str:
-    if base is None or not base[key] or not ours[key]:
-        return "-"
-    return ratio(base[key]["median"] / ours[key]["median"])
+def _ratio(value: float | None) -> str:
+    return ratio(value) if value else "-"
 
 
 def _milliseconds(row: dict[str, Any] | None) -> str:

@@ -226,7 +226,10 @@ class Bench:
                 "memory_share": speed / memory,
                 "other_load": load,
             }
-        baseline = next((rows[name] for name in peers.BASELINES if name in samples), None)
+        others = [rows[name] for name in samples if not rows[name]["ours"] or name == peers.EAGER]
+        baseline = min(
+            others, key=lambda row: (row["contender"] != peers.FUSED, row["step_ms"]["median"]), default=None
+        )
         for row in (rows[name] for name in samples) if baseline is not None else ():
             row["baseline"] = baseline["contender"]
             row["speedup"] = baseline["step_ms"]["median"] / row["step_ms"]["median"]

@@ -108,13 +108,15 @@ PYBIND11_MODULE(_C, m) {
   using namespace fusedstep;
   m.doc() = "fusedstep's compiled engines";
   py::class_<Plan>(m, "Plan")
-      .def(py::init<const std::string&, int, const py::list&, const py::list&, const py::list&, const py::list&>(),
-           py::arg("rule"), py::arg("n_states"), py::arg("owners"), py::arg("tensors"), py::arg("steps"),
+      .def(py::init<const std::string&, const std::vector<std::string>&, const py::list&, const py::list&,
+                    const py::list&, const py::list&>(),
+           py::arg("rule"), py::arg("state_names"), py::arg("owners"), py::arg("tensors"), py::arg("steps"),
            py::arg("states"))
       .def(
           "gather", [](Plan& plan, bool borrow) { return plan.gather(borrow) == Gathered::kReady; }, py::arg("borrow"))
       .def("borrowed", &Plan::borrowed, "whether gather() found gradients that it does not hold")
       .def("odd_grads", &Plan::odd_grads)
+      .def("drop_grad", &Plan::drop_grad)
       .def("set_grad", &Plan::set_grad)
       .def("release_grads", &Plan::release_grads)
       .def("increment_written", &Plan::increment_written)
@@ -135,6 +137,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu::available_isas);
   m.def("set_cpu_isa", &cpu::set_isa);
   m.def("rules", &rules);
+  m.def("rule_id", [](const std::string& name, const std::vector<std::string>& state_names) {
+    return static_cast<int>(find_rule(name, state_names));
+  });
   m.def("look_up_torch", &look_up_torch, "to be called once, before anything else that takes a tensor");
   m.def("has_exchange_api", &has_exchange_api);
   bind_cuda(m);

@@ -1,22 +1,38 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
 namespace fusedstep {
 namespace {
 
-RuleId find_rule(const std::string& name, int n_states, int* n_hyper) {
+struct Variant {
+  RuleId rule;
+  int n_hyper;
+  std::vector<int> places;
+};
+
+Variant find_variant(const std::string& name, const std::vector<std::string>& state_names) {
   for (int id = 0; id < static_cast<int>(RuleId::kCount); ++id) {
-    const bool found = visit_rule(static_cast<RuleId>(id), [&](auto rule) {
+    Variant variant{static_cast<RuleId>(id), 0, {}};
+    const bool found = visit_rule(variant.rule, [&](auto rule) {
       using Rule = decltype(rule);
-      *n_hyper = static_cast<int>(sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]));
-      return name == Rule::kName && n_states == Rule::kStates;
+      if (name != Rule::kName) return false;
+      variant.n_hyper = static_cast<int>(std::size(Rule::kHyper));
+      for (int k = 0; k < kNamed<Rule>; ++k) {
+        if (has_state<Rule>(k)) variant.places.push_back(k);
+      }
+      return std::equal(state_names.begin(), state_names.end(), variant.places.begin(), variant.places.end(),
+                        [](const std::string& given, int k) { return given == Rule::kStateNames[k]; });
     });
-    if (found) return static_cast<RuleId>(id);
+    if (found) return variant;
   }
-  throw std::invalid_argument("no rule '" + name + "' with " + std::to_string(n_states) + " states");
+  std::string states;
+  for (const std::string& state : state_names) states += " " + state;
+  throw std::invalid_argument("no rule '" + name + "' with these states:" + states);
 }
 
 // A step over so few elements keeps the interpreter lock, for a millisecond at most.
@@ -28,11 +44,13 @@ constexpr int64_t kBriefElements = 1 << 22;
 
 }  // namespace
 
-Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const py::list& tensors,
-           const py::list& steps, const py::list& states)
-    : rule_(find_rule(rule, n_states, &n_hyper_)),
-      n_states_(n_states),
-      owners_(owners),
+RuleId find_rule(const std::string& name, const std::vector<std::string>& state_names) {
+  return find_variant(name, state_names).rule;
+}
+
+Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& owners,
+           const py::list& tensors, const py::list& steps, const py::list& states)
+    : owners_(owners),
       tensors_(tensors),
       steps_(steps),
       states_(states),
@@ -40,6 +58,10 @@ Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const 
       records_(owners.size()),
       layouts_(owners.size()),
       grads_(owners.size(), Grad{nullptr, nullptr, false}) {
+  const Variant variant = find_variant(rule, state_names);
+  rule_ = variant.rule;
+  n_hyper_ = variant.n_hyper;
+  places_ = variant.places;
   if (tensors.size() != owners.size() || steps.size() != owners.size() || states.size() != owners.size())
     throw std::invalid_argument("a plan needs one tensor, step and tuple of states for each parameter");
   bool device_known = false;
@@ -82,10 +104,11 @@ Plan::Plan(const std::string& rule, int n_states, const py::list& owners, const 
     state_memory_.emplace_back(step_tensor.ptr(), step, false);
 
     const py::tuple tensor_states = states[i];
-    if (static_cast<int>(tensor_states.size()) != n_states) reject(i, "states", "are not as many as the rule needs");
-    for (int k = 0; k < n_states; ++k) {
+    if (tensor_states.size() != places_.size()) reject(i, "states", "are not as many as the rule needs");
+    for (size_t n = 0; n < places_.size(); ++n) {
       TensorView state;
-      const py::object state_tensor = tensor_states[k];
+      const int k = places_[n];
+      const py::object state_tensor = tensor_states[n];
       if (!view_tensor(state_tensor.ptr(), &state)) reject(i, "state", "has no memory");
       if (!on_device(state) || !state.dtype_known) reject(i, "state", "has another device or an unknown dtype");
       if (!same_layout(state, param.ndim, shape, shape + param.ndim)) reject(i, "state", "is laid out differently");
@@ -162,6 +185,12 @@ void Plan::check_borrowed() const {
   }
 }
 
+void Plan::drop_grad(int64_t i) {
+  Py_CLEAR(grads_.at(i).tensor);
+  grads_[i] = Grad{nullptr, nullptr, false};
+  any_active_ = std::any_of(grads_.begin(), grads_.end(), [](const Grad& grad) { return grad.active; });
+}
+
 void Plan::set_grad(int64_t i, const py::object& grad) {
   TensorView view;
   const int64_t* shape = dims_.data() + layouts_.at(i).begin;
@@ -171,7 +200,7 @@ void Plan::set_grad(int64_t i, const py::object& grad) {
   Py_INCREF(grad.ptr());
   Py_XSETREF(grads_[i].tensor, grad.ptr());
   grads_[i].data = view.data;
-  grads_[i].active = true;
+  grads_[i].active = any_active_ = true;
   records_[i].grad_dtype = view.dtype;
 }
 

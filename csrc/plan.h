@@ -11,12 +11,16 @@ enum class Gathered : int {
   kStale = 1,  // a tensor moved, changed or joined: the plan must be built anew
 };
 
+// The rule of that name with these states. Throws std::invalid_argument if there is none.
+RuleId find_rule(const std::string& name, const std::vector<std::string>& state_names);
+
 class Plan {
  public:
   // owners: the parameters, whose `.grad` is read. tensors: the memory to update, the owner itself or a dense stand-in
   // for it; None where the owner has no state yet, because it had no gradient so far. steps, states: of each tensor.
-  Plan(const std::string& rule, int n_states, const py::list& owners, const py::list& tensors, const py::list& steps,
-       const py::list& states);
+  // state_names: which of the rule's states there are, in the order of each tuple of `states`.
+  Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& owners,
+       const py::list& tensors, const py::list& steps, const py::list& states);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -30,6 +34,8 @@ class Plan {
   // Throws if a borrowed gradient was replaced since gather().
   void check_borrowed() const;
   const std::vector<int64_t>& odd_grads() const { return odd_grads_; }
+  // Leaves tensor i out of this step.
+  void drop_grad(int64_t i);
   // Uses `grad`, laid out as tensor i, in place of the owner's gradient in this step.
   void set_grad(int64_t i, const py::object& grad);
 
@@ -61,7 +67,8 @@ class Plan {
   };
 
   RuleId rule_;
-  int n_hyper_, n_states_;
+  int n_hyper_;
+  std::vector<int> places_;  // of each state among those that the rule names
   Device device_ = Device::kOther;
   int32_t device_index_ = 0;
   py::list owners_, tensors_, steps_, states_;

@@ -3,20 +3,35 @@
 //
 // A rule whose option adds a state takes that option as a template flag; an option that only changes a number is a
 // hyperparameter. T is the number that update() works on: float, double, or a vector of them; S holds the scalars, of
-// plain float or double. update() names every state that the rule can have, in one fixed order; an absent one (the flag
-// is off) is a dummy that the compiler removes. Operations are written one by one because all backends keep this order:
-// they agree bit for bit in fp32 (no contraction into FMA, IEEE division and square root).
+// plain float or double. update() names every state that the rule can have, in one fixed order; kPresent says which
+// there are, and an absent one (its flag is off) is a dummy that the compiler removes. Operations are written one by
+// one because all backends keep this order: they agree bit for bit in fp32 (no contraction into FMA, IEEE division and
+// square root).
 #pragma once
 
 #include "numeric.h"
 
 namespace fusedstep {
 
-constexpr int kMaxHyper = 8;
+constexpr int kMaxHyper = 10;
 constexpr int kMaxStates = 4;
 
 // The list of all rules; visit_rule below gives each its type.
-enum class RuleId : int { kSgd, kSgdMomentum, kAdam, kAdamAmsgrad, kCount };
+enum class RuleId : int {
+  kSgd,
+  kSgdMomentum,
+  kAdam,
+  kAdamAmsgrad,
+  kRmsprop,
+  kRmspropMomentum,
+  kRmspropCentered,
+  kRmspropCenteredMomentum,
+  kAdagrad,
+  kLion,
+  kAmos,
+  kAmosMomentum,
+  kCount
+};
 
 inline namespace FUSEDSTEP_ISA {
 
@@ -35,13 +50,18 @@ FUSEDSTEP_FN T maximum(T a, T b) {  // NaN wins, as in torch.maximum
   return (b > a) | (b != b) ? b : a;
 }
 
+template <class T>
+FUSEDSTEP_FN T minimum(T a, T b) {
+  return (b < a) | (b != b) ? b : a;
+}
+
 // Stochastic gradient descent as torch.optim.SGD computes it: the first buffer is the gradient itself.
 template <bool kMomentum>
 struct Sgd {
   static constexpr const char* kName = "sgd";
   static constexpr const char* kHyper[] = {"lr", "momentum", "dampening", "weight_decay", "nesterov"};
   static constexpr const char* kStateNames[] = {"momentum_buffer"};
-  static constexpr int kStates = kMomentum ? 1 : 0;
+  static constexpr bool kPresent[] = {kMomentum};
 
   template <class T>
   struct Scalars {
@@ -73,13 +93,15 @@ struct Sgd {
   }
 };
 
-// Adam (arXiv 1412.6980), AMSGrad, and with decoupled decay AdamW (arXiv 1711.05101).
+// Adam (arXiv 1412.6980), AMSGrad, and with decoupled decay AdamW (arXiv 1711.05101). epsilon_hat: eps is added to the
+// root of the second moment before its bias is corrected, which is the form before section 2.1 of the paper.
 template <bool kAmsgrad>
 struct Adam {
   static constexpr const char* kName = "adam";
-  static constexpr const char* kHyper[] = {"lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay"};
+  static constexpr const char* kHyper[] = {
+      "lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "epsilon_hat", "lr_decay"};
   static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-  static constexpr int kStates = kAmsgrad ? 3 : 2;
+  static constexpr bool kPresent[] = {true, true, kAmsgrad};
 
   template <class T>
   struct Scalars {
@@ -88,17 +110,18 @@ struct Adam {
 
   template <class T>
   static FUSEDSTEP_FN Scalars<T> prepare(const double* hyper, int64_t step) {
-    const double lr = hyper[0], beta1 = hyper[1], beta2 = hyper[2], eps = hyper[3], weight_decay = hyper[4];
-    const bool decoupled = hyper[5] != 0.0;
+    const double beta1 = hyper[1], beta2 = hyper[2], eps = hyper[3], weight_decay = hyper[4], lr_decay = hyper[7];
+    const bool decoupled = hyper[5] != 0.0, epsilon_hat = hyper[6] != 0.0;
+    const double lr = hyper[0] / (1.0 + static_cast<double>(step - 1) * lr_decay);
     const double bias_correction1 = 1.0 - power(beta1, step);
-    const double bias_correction2 = 1.0 - power(beta2, step);
+    const double inv_bias_correction2_sqrt = 1.0 / square_root(1.0 - power(beta2, step));
     Scalars<T> s;
     s.one_minus_beta1 = static_cast<T>(1.0 - beta1);
     s.beta2 = static_cast<T>(beta2);
     s.one_minus_beta2 = static_cast<T>(1.0 - beta2);
     s.step_size = static_cast<T>(lr / bias_correction1);
-    s.inv_bias_correction2_sqrt = static_cast<T>(1.0 / square_root(bias_correction2));
-    s.eps = static_cast<T>(eps);
+    s.inv_bias_correction2_sqrt = static_cast<T>(inv_bias_correction2_sqrt);
+    s.eps = static_cast<T>(epsilon_hat ? eps * inv_bias_correction2_sqrt : eps);
     s.weight_decay = static_cast<T>(decoupled ? 0.0 : weight_decay);
     s.decay = static_cast<T>(decoupled ? 1.0 - lr * weight_decay : 1.0);
     return s;
@@ -117,6 +140,172 @@ struct Adam {
   }
 };
 
+// RMSprop as torch.optim.RMSprop computes it; a centered variance that rounding has made negative counts as zero.
+template <bool kMomentum, bool kCentered>
+struct Rmsprop {
+  static constexpr const char* kName = "rmsprop";
+  static constexpr const char* kHyper[] = {"lr", "alpha", "eps", "weight_decay", "momentum", "momentum_decay"};
+  static constexpr const char* kStateNames[] = {"square_avg", "momentum_buffer", "grad_avg"};
+  static constexpr bool kPresent[] = {true, kMomentum, kCentered};
+
+  template <class T>
+  struct Scalars {
+    T lr, alpha, one_minus_alpha, eps, weight_decay, momentum;
+  };
+
+  template <class T>
+  static FUSEDSTEP_FN Scalars<T> prepare(const double* hyper, int64_t step) {
+    const double lr = hyper[0], alpha = hyper[1], eps = hyper[2], weight_decay = hyper[3], momentum = hyper[4];
+    const double momentum_decay = hyper[5];
+    Scalars<T> s;
+    s.lr = static_cast<T>(lr);
+    s.alpha = static_cast<T>(alpha);
+    s.one_minus_alpha = static_cast<T>(1.0 - alpha);
+    s.eps = static_cast<T>(eps);
+    s.weight_decay = static_cast<T>(weight_decay);
+    s.momentum = static_cast<T>(momentum * power(1.0 - momentum_decay, step - 1));
+    return s;
+  }
+
+  template <class T, class S>
+  static FUSEDSTEP_FN void update(T& param, T grad, T& square_avg, T& momentum_buffer, T& grad_avg, const S& s) {
+    if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
+    square_avg = s.alpha * square_avg + s.one_minus_alpha * grad * grad;
+    T variance = square_avg;
+    if constexpr (kCentered) {
+      grad_avg = grad_avg + s.one_minus_alpha * (grad - grad_avg);
+      variance = maximum(square_avg - grad_avg * grad_avg, T{});
+    }
+    const T denom = square_root(variance) + s.eps;
+    if constexpr (kMomentum) {
+      momentum_buffer = s.momentum * momentum_buffer + grad / denom;
+      param = param - s.lr * momentum_buffer;
+    } else {
+      param = param - s.lr * grad / denom;
+    }
+  }
+};
+
+// Adagrad (Duchi, Hazan and Singer, JMLR 12, 2011) as torch.optim.Adagrad computes it.
+struct Adagrad {
+  static constexpr const char* kName = "adagrad";
+  static constexpr const char* kHyper[] = {"lr", "lr_decay", "weight_decay", "eps"};
+  static constexpr const char* kStateNames[] = {"sum"};
+  static constexpr bool kPresent[] = {true};
+
+  template <class T>
+  struct Scalars {
+    T step_size, weight_decay, eps;
+  };
+
+  template <class T>
+  static FUSEDSTEP_FN Scalars<T> prepare(const double* hyper, int64_t step) {
+    const double lr = hyper[0], lr_decay = hyper[1], weight_decay = hyper[2], eps = hyper[3];
+    Scalars<T> s;
+    s.step_size = static_cast<T>(lr / (1.0 + static_cast<double>(step - 1) * lr_decay));
+    s.weight_decay = static_cast<T>(weight_decay);
+    s.eps = static_cast<T>(eps);
+    return s;
+  }
+
+  template <class T, class S>
+  static FUSEDSTEP_FN void update(T& param, T grad, T& sum, const S& s) {
+    if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
+    sum = sum + grad * grad;
+    param = param - s.step_size * grad / (square_root(sum) + s.eps);
+  }
+};
+
+// Lion (arXiv 2302.06675): the sign of an interpolation, which is zero where that is exactly zero.
+struct Lion {
+  static constexpr const char* kName = "lion";
+  static constexpr const char* kHyper[] = {"lr", "beta1", "beta2", "weight_decay"};
+  static constexpr const char* kStateNames[] = {"exp_avg"};
+  static constexpr bool kPresent[] = {true};
+
+  template <class T>
+  struct Scalars {
+    T lr, beta1, one_minus_beta1, beta2, one_minus_beta2, decay;
+  };
+
+  template <class T>
+  static FUSEDSTEP_FN Scalars<T> prepare(const double* hyper, int64_t) {
+    const double lr = hyper[0], beta1 = hyper[1], beta2 = hyper[2], weight_decay = hyper[3];
+    Scalars<T> s;
+    s.lr = static_cast<T>(lr);
+    s.beta1 = static_cast<T>(beta1);
+    s.one_minus_beta1 = static_cast<T>(1.0 - beta1);
+    s.beta2 = static_cast<T>(beta2);
+    s.one_minus_beta2 = static_cast<T>(1.0 - beta2);
+    s.decay = static_cast<T>(1.0 - lr * weight_decay);
+    return s;
+  }
+
+  template <class T, class S>
+  static FUSEDSTEP_FN void update(T& param, T grad, T& exp_avg, const S& s) {
+    const T zero{}, direction = s.beta1 * exp_avg + s.one_minus_beta1 * grad;
+    const T down = zero - s.lr, up = zero + s.lr;
+    const T step = direction > zero ? down : direction < zero ? up : direction;
+    param = param * s.decay + step;
+    exp_avg = s.beta2 * exp_avg + s.one_minus_beta2 * grad;
+  }
+};
+
+// Amos (arXiv 2210.11693, algorithm 1) with statistics for each element: exp_avg_sq is v, decay is b.
+template <bool kMomentum>
+struct Amos {
+  static constexpr const char* kName = "amos";
+  static constexpr const char* kHyper[] = {"lr",       "eta",    "beta",   "momentum", "clip_value",
+                                           "extra_l2", "c_coef", "d_coef", "eps"};
+  static constexpr const char* kStateNames[] = {"exp_avg_sq", "decay", "exp_avg"};
+  static constexpr bool kPresent[] = {true, true, kMomentum};
+
+  template <class T>
+  struct Scalars {
+    T beta, one_minus_beta, bias_correction, lr_squared, init_lr, c, d, extra_l2, eps, momentum, one_minus_momentum;
+    T clip_value;
+  };
+
+  template <class T>
+  static FUSEDSTEP_FN Scalars<T> prepare(const double* hyper, int64_t step) {
+    const double lr = hyper[0], eta = hyper[1], beta = hyper[2], momentum = hyper[3], clip_value = hyper[4];
+    const double extra_l2 = hyper[5], c_coef = hyper[6], d_coef = hyper[7], eps = hyper[8];
+    const double init_lr = lr * eta;
+    Scalars<T> s;
+    s.beta = static_cast<T>(beta);
+    s.one_minus_beta = static_cast<T>(1.0 - beta);
+    s.bias_correction = static_cast<T>(1.0 - power(beta, step));
+    s.lr_squared = static_cast<T>(lr * lr);
+    s.init_lr = static_cast<T>(init_lr);
+    s.c = static_cast<T>(c_coef * square_root(lr));
+    s.d = static_cast<T>(d_coef * square_root(init_lr));
+    s.extra_l2 = static_cast<T>(extra_l2);
+    s.eps = static_cast<T>(eps);
+    s.momentum = static_cast<T>(momentum);
+    s.one_minus_momentum = static_cast<T>(1.0 - momentum);
+    s.clip_value = static_cast<T>(clip_value);
+    return s;
+  }
+
+  template <class T, class S>
+  static FUSEDSTEP_FN void update(T& param, T grad, T& exp_avg_sq, T& decay, T& exp_avg, const S& s) {
+    const T zero{}, one = zero + 1.0f, half = zero + 0.5f;
+    if (s.clip_value != 0) grad = maximum(minimum(grad, zero + s.clip_value), zero - s.clip_value);
+    const T grad_sq = grad * grad;
+    exp_avg_sq = s.beta * exp_avg_sq + s.one_minus_beta * grad_sq;
+    const T reciprocal = s.bias_correction / maximum(exp_avg_sq, zero + s.eps);
+    const T gamma = s.lr_squared * (reciprocal * grad_sq) / square_root(one + s.c * decay);
+    T delta = s.init_lr * (square_root(reciprocal) * grad) + (half * gamma + s.extra_l2) * param;
+    delta = delta / (one + s.d * decay);
+    decay = decay + gamma * (one + decay);
+    if constexpr (kMomentum) {
+      exp_avg = s.momentum * exp_avg + s.one_minus_momentum * delta;
+      delta = exp_avg;
+    }
+    param = param - delta;
+  }
+};
+
 // An engine compiles itself once for each rule, through visit_rule.
 template <class Visitor>
 auto visit_rule(RuleId rule, Visitor&& visitor) {
@@ -127,9 +316,52 @@ auto visit_rule(RuleId rule, Visitor&& visitor) {
       return visitor(Sgd<true>{});
     case RuleId::kAdam:
       return visitor(Adam<false>{});
-    default:
+    case RuleId::kAdamAmsgrad:
       return visitor(Adam<true>{});
+    case RuleId::kRmsprop:
+      return visitor(Rmsprop<false, false>{});
+    case RuleId::kRmspropMomentum:
+      return visitor(Rmsprop<true, false>{});
+    case RuleId::kRmspropCentered:
+      return visitor(Rmsprop<false, true>{});
+    case RuleId::kRmspropCenteredMomentum:
+      return visitor(Rmsprop<true, true>{});
+    case RuleId::kAdagrad:
+      return visitor(Adagrad{});
+    case RuleId::kLion:
+      return visitor(Lion{});
+    case RuleId::kAmos:
+      return visitor(Amos<false>{});
+    default:
+      return visitor(Amos<true>{});
   }
+}
+
+// How many states a rule names, how many of them it has, and which: as bits, because device code reads no arrays of the
+// host's.
+template <class Rule>
+constexpr int kNamed = static_cast<int>(sizeof(Rule::kPresent));
+template <class Rule>
+constexpr uint32_t kPresentBits = [] {
+  uint32_t bits = 0;
+  for (int k = 0; k < kNamed<Rule>; ++k) bits |= Rule::kPresent[k] ? 1u << k : 0u;
+  return bits;
+}();
+template <class Rule>
+constexpr int kHeld = __builtin_popcount(kPresentBits<Rule>);
+template <class Rule>
+FUSEDSTEP_FN constexpr bool has_state(int k) {
+  return (kPresentBits<Rule> >> k & 1u) != 0;
+}
+
+// Rule::update with its states in an array.
+template <class Rule, class T, class S>
+FUSEDSTEP_FN void update_with(T& param, T grad, T* states, const S& s) {
+  static_assert(kNamed<Rule> == 1 || kNamed<Rule> == 3, "add a branch for a rule that names another number of states");
+  if constexpr (kNamed<Rule> == 1)
+    Rule::update(param, grad, states[0], s);
+  else
+    Rule::update(param, grad, states[0], states[1], states[2], s);
 }
 
 }  // namespace FUSEDSTEP_ISA

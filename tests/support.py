@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from parents import parent
 
 import fusedstep
 from fusedstep.cases import CASES
@@ -36,7 +37,7 @@ def ours(case, params, backend="auto", **options):
 
 
 def theirs(case, params, **options):
-    return getattr(torch.optim, case.optimizer)(params, foreach=False, **{**case.options, **options})
+    return parent(case, params, **options)
 
 
 def parameters_of(optimizer):

@@ -20,8 +20,7 @@ from fusedstep.verification import same_bits
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TAG = {dtype: tag for tag, dtype in enumerate(FLOATS)}
-RULES = {("sgd", 0): 0, ("sgd", 1): 1, ("adam", 2): 2, ("adam", 3): 3}  # csrc/rules.h, RuleId
-MAX_STATES, MAX_HYPER = 4, 8
+MAX_STATES, MAX_HYPER = 4, 10
 
 
 class Record(ctypes.Structure):
@@ -72,16 +71,17 @@ def run_on_host(
     states = optimizer.states_of(group)
     records, keep = [], []
     for param, grad in zip(group["params"], grads, strict=True):
-        state = [optimizer.state[param][name] for name in states]
-        step = optimizer.state[param]["step"] if optimizer.step_in_state else optimizer._counters[param]
-        dtypes = [param.dtype, param.dtype if grad is None else grad.dtype, *[s.dtype for s in state]]
+        state = [optimizer.state[param].get(name) for name in optimizer.state_names]
+        step = optimizer.state[param]["step"] if optimizer.step_form != "absent" else optimizer._counters[param]
+        dtypes = [param.dtype, param.dtype if grad is None else grad.dtype]
+        dtypes += [param.dtype if s is None else s.dtype for s in state]
         tags = [TAG[dtype] for dtype in dtypes] + [0] * (2 + MAX_STATES - len(dtypes))
-        pointers = (ctypes.c_void_p * MAX_STATES)(*[s.data_ptr() for s in state])
+        pointers = (ctypes.c_void_p * MAX_STATES)(*[None if s is None else s.data_ptr() for s in state])
         records.append(
             Record(param.data_ptr(), pointers, step.data_ptr(), param.numel(), (ctypes.c_uint8 * len(tags))(*tags))
         )
     hyper = (Scalar * MAX_HYPER)()
-    for scalar, value in zip(hyper, optimizer.hyper(group), strict=False):
+    for scalar, value in zip(hyper, optimizer.hyper(group, optimizer.variant_of(group, None, None)), strict=False):
         if tensor_hyper:
             keep.append(torch.tensor(float(value), dtype=torch.float64))
             scalar.tensor, scalar.dtype = keep[-1].data_ptr(), TAG[torch.float64]
@@ -90,7 +90,7 @@ def run_on_host(
     addresses = [None if g is None else (g.data_ptr() or 64) for g in grads]
     flags = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf)]
     return library.host_step(
-        RULES[optimizer.rule, len(states)],
+        _C.rule_id(optimizer.rule, states),
         hyper,
         ctypes.c_bool(group["maximize"]),
         *flags,
@@ -118,7 +118,7 @@ class Pair:
             group = optimizer.param_groups[0]
             for p in group["params"]:
                 p.grad_dtype = None
-                if optimizer.step_in_state:
+                if optimizer.step_form != "absent":
                     optimizer.state[p]["step"] = torch.tensor(0.0)
                 else:
                     optimizer._counters[p] = torch.tensor(0.0)
@@ -217,7 +217,3 @@ def test_every_element_is_dealt_out_once_beyond_32_bits(library, sizes, multipro
     numels = (ctypes.c_int64 * len(sizes))(*sizes)
     chunks = library.check_chunks(numels, ctypes.c_int64(len(sizes)), multiprocessors)
     assert chunks >= sum(-(-n // 65_536) for n in sizes)
-
-
-def test_rules_are_numbered_as_here():
-    assert sorted(_C.rules()) == sorted({name for name, _ in RULES})

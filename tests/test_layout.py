@@ -123,7 +123,7 @@ def test_more_than_2_to_the_31_elements(tmp_path):
         torch.zeros(17, dtype=torch.bfloat16)
     )  # offsets within the call differ from the tensor's
     param = torch.nn.Parameter(param)
-    plan = _C.Plan("sgd", 0, [ahead, param], [ahead, param], [torch.zeros(()), torch.zeros(())], [(), ()])
+    plan = _C.Plan("sgd", [], [ahead, param], [ahead, param], [torch.zeros(()), torch.zeros(())], [(), ()])
     ahead.grad, param.grad = torch.ones(17, dtype=torch.bfloat16), grad
     assert plan.gather(False)
     hyper = (1.0, 0.0, 0.0, 0.0, 0.0)

@@ -24,14 +24,14 @@ def test_verify_finds_a_wrong_rule(monkeypatch, mutation):
     """The reference itself is checked against float64 only by its own formula, so mutate the engine's input."""
     right = fusedstep.AdamW.hyper
 
-    def wrong(self, group):
-        lr, beta1, beta2, eps, weight_decay, decoupled = right(self, group)
+    def wrong(self, group, variant):
+        lr, beta1, beta2, eps, weight_decay, *rest = right(self, group, variant)
         if self._backend == "reference":
-            return lr, beta1, beta2, eps, weight_decay, decoupled
+            return lr, beta1, beta2, eps, weight_decay, *rest
         return {
-            "no_decay": (lr, beta1, beta2, eps, 0.0, decoupled),
-            "fp32_correction": (lr, beta1, torch.tensor(beta2).item(), eps, weight_decay, decoupled),
-            "swapped": (lr, beta2, beta1, eps, weight_decay, decoupled),
+            "no_decay": (lr, beta1, beta2, eps, 0.0, *rest),
+            "fp32_correction": (lr, beta1, torch.tensor(beta2).item(), eps, weight_decay, *rest),
+            "swapped": (lr, beta2, beta1, eps, weight_decay, *rest),
         }[mutation]
 
     monkeypatch.setattr(fusedstep.AdamW, "hyper", wrong)

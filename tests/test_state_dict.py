@@ -42,14 +42,21 @@ def test_it_is_the_one_torch_would_write(case, backend, steps):
         step(*optimizers, skip=(1,) if number == 0 else ())
     mine, expected = (o.state_dict() for o in optimizers)
     assert list(mine) == list(expected)
-    assert mine["param_groups"] == expected["param_groups"]
-    assert [list(group) for group in mine["param_groups"]] == [list(group) for group in expected["param_groups"]]
+    for group, right in zip(mine["param_groups"], expected["param_groups"], strict=True):
+        shared = [option for option in right if option != "buffer"]  # in which AdaBelief keeps what it computed
+        assert {option: group[option] for option in shared} == {option: right[option] for option in shared}
+        if case.optimizer in torch.optim.__dict__:  # our own options come last
+            assert [option for option in group if option in right] == list(right)
     # torch lists states in the order in which the parameters got their first gradient, as this package does.
     assert list(mine["state"]) == list(expected["state"])
     for key, state in expected["state"].items():
         assert list(mine["state"][key]) == list(state)
         for name, value in state.items():
             ours_ = mine["state"][key][name]
+            assert type(ours_) is type(value)
+            if not isinstance(value, torch.Tensor):
+                assert ours_ == value
+                continue
             assert (ours_.shape, ours_.dtype, ours_.stride(), ours_.device) == (
                 value.shape,
                 value.dtype,
@@ -168,7 +175,7 @@ def test_loaded_tensors_are_copies(case, backend):
     step(other)
     for key, state in kept["state"].items():
         for name, value in state.items():
-            assert torch.equal(saved["state"][key][name], value)
+            torch.testing.assert_close(saved["state"][key][name], value, rtol=0, atol=0)
     assert saved["param_groups"] == kept["param_groups"]
 
 

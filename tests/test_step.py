@@ -391,7 +391,7 @@ def test_empty_and_0_dimensional(case, backend):
     assert_same(*optimizers)
 
 
-@by_case
+@pytest.mark.parametrize("case", [case for case in CASES if case.optimizer in torch.optim.__dict__], ids=str)
 def test_complex_parameters_take_the_reference_and_say_so(case):
     values = [torch.randn(3, 4, dtype=torch.complex128), torch.randn((), dtype=torch.complex128)]
     mine = [torch.nn.Parameter(v.clone()) for v in values]

@@ -8,6 +8,7 @@ import re
 import sys
 
 import triton
+from fusedstep.triton_kernels.rules import RULES
 from fusedstep.triton_kernels.step import constants, step_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -18,9 +19,10 @@ POINTERS = {
 }
 
 
-def compile_ptx(rule: str, n_states: int, dtype: str, scaled: bool) -> str:
-    """The kernel's PTX for tensors that are all stored in ``dtype``."""
-    fixed = constants(rule, n_states, (dtype,) * (2 + n_states), False, 2048)
+def compile_ptx(rule: str, present: int, dtype: str, scaled: bool) -> str:
+    """The kernel's PTX for tensors that are all stored in ``dtype``; bit k of ``present``: whether there is state k."""
+    states = tuple(dtype if present >> k & 1 else "" for k in range(RULES[rule].n_named))
+    fixed = constants(rule, (dtype, dtype, *states), False, 2048)
     if not scaled:
         fixed |= {"grad_scale_ptr": None, "found_inf_ptr": None}
     signature = {**POINTERS, "n_tensors": "i32", **dict.fromkeys(fixed, "constexpr")}

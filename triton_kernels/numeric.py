@@ -22,7 +22,12 @@ def divide(a, b):
 
 @triton.jit
 def maximum(a, b):  # NaN wins, as in torch.maximum
-    return tl.where((b > a) | (b != b), b, a)
+    return tl.where(b > a, b, tl.where(b != b, b, a))
+
+
+@triton.jit
+def minimum(a, b):
+    return tl.where(b < a, b, tl.where(b != b, b, a))
 
 
 @triton.jit

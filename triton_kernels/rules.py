@@ -1,7 +1,7 @@
 """Every elementwise update rule: csrc/rules.h in Triton, with the same names in the same order.
 
 `prepare` computes the scalars of one step in float64 from the hyperparameters; `update` is the arithmetic of a block of
-elements; N_STATES says how many of the states that it names there are (an option that adds one may be off).
+elements; bit k of PRESENT says whether the k-th of the states that it names is there (its option may be off).
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .numeric import divide, maximum, power, square_root
+from .numeric import divide, maximum, minimum, power, square_root
 
 
 class SgdScalars(NamedTuple):
@@ -41,10 +41,10 @@ def sgd_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def sgd_update(param, grad, momentum_buffer, s, N_STATES: tl.constexpr):
+def sgd_update(param, grad, momentum_buffer, s, PRESENT: tl.constexpr):
     if s.weight_decay != 0:
         grad = grad + s.weight_decay * param
-    if N_STATES > 0:
+    if PRESENT & 1:
         momentum_buffer = s.keep * momentum_buffer + s.take * grad
         grad = tl.where(s.nesterov, grad + s.momentum * momentum_buffer, momentum_buffer)
     return param - s.lr * grad, momentum_buffer
@@ -69,35 +69,202 @@ def adam_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
     eps = tl.load(hyper_ptr + 3)
     weight_decay = tl.load(hyper_ptr + 4)
     decoupled = tl.load(hyper_ptr + 5) != 0
+    epsilon_hat = tl.load(hyper_ptr + 6) != 0
+    lr_decay = tl.load(hyper_ptr + 7)
+    one = lr_decay * 0.0 + 1.0  # in float64: a plain number would be narrowed
+    lr = divide(lr, one + (step - 1).to(tl.float64) * lr_decay)
     bias_correction1 = 1.0 - power(beta1, step)
-    bias_correction2 = 1.0 - power(beta2, step)
-    one = lr * 0.0 + 1.0  # in float64: a plain number would be narrowed
+    inv_bias_correction2_sqrt = divide(one, square_root(1.0 - power(beta2, step)))
     return AdamScalars(
         (1.0 - beta1).to(ARITHMETIC),
         beta2.to(ARITHMETIC),
         (1.0 - beta2).to(ARITHMETIC),
         divide(lr, bias_correction1).to(ARITHMETIC),
-        divide(one, square_root(bias_correction2)).to(ARITHMETIC),
-        eps.to(ARITHMETIC),
+        inv_bias_correction2_sqrt.to(ARITHMETIC),
+        tl.where(epsilon_hat, eps * inv_bias_correction2_sqrt, eps).to(ARITHMETIC),
         tl.where(decoupled, 0.0, weight_decay).to(ARITHMETIC),
         tl.where(decoupled, 1.0 - lr * weight_decay, one).to(ARITHMETIC),
     )
 
 
 @triton.jit
-def adam_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, s, N_STATES: tl.constexpr):
+def adam_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, s, PRESENT: tl.constexpr):
     param = param * s.decay
     if s.weight_decay != 0:
         grad = grad + s.weight_decay * param
     exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg)
     exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * grad * grad
-    if N_STATES > 2:
+    if PRESENT & 4:
         max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
         second_moment = max_exp_avg_sq
     else:
         second_moment = exp_avg_sq
     denom = square_root(second_moment) * s.inv_bias_correction2_sqrt + s.eps
     return param - divide(s.step_size * exp_avg, denom), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+class RmspropScalars(NamedTuple):
+    lr: tl.tensor
+    alpha: tl.tensor
+    one_minus_alpha: tl.tensor
+    eps: tl.tensor
+    weight_decay: tl.tensor
+    momentum: tl.tensor
+
+
+@triton.jit
+def rmsprop_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
+    lr = tl.load(hyper_ptr)
+    alpha = tl.load(hyper_ptr + 1)
+    eps = tl.load(hyper_ptr + 2)
+    weight_decay = tl.load(hyper_ptr + 3)
+    momentum = tl.load(hyper_ptr + 4)
+    momentum_decay = tl.load(hyper_ptr + 5)
+    return RmspropScalars(
+        lr.to(ARITHMETIC),
+        alpha.to(ARITHMETIC),
+        (1.0 - alpha).to(ARITHMETIC),
+        eps.to(ARITHMETIC),
+        weight_decay.to(ARITHMETIC),
+        (momentum * power(1.0 - momentum_decay, step - 1)).to(ARITHMETIC),
+    )
+
+
+@triton.jit
+def rmsprop_update(param, grad, square_avg, momentum_buffer, grad_avg, s, PRESENT: tl.constexpr):
+    if s.weight_decay != 0:
+        grad = grad + s.weight_decay * param
+    square_avg = s.alpha * square_avg + s.one_minus_alpha * grad * grad
+    variance = square_avg
+    if PRESENT & 4:
+        grad_avg = grad_avg + s.one_minus_alpha * (grad - grad_avg)
+        variance = maximum(square_avg - grad_avg * grad_avg, 0.0)
+    denom = square_root(variance) + s.eps
+    if PRESENT & 2:
+        momentum_buffer = s.momentum * momentum_buffer + divide(grad, denom)
+        param = param - s.lr * momentum_buffer
+    else:
+        param = param - divide(s.lr * grad, denom)
+    return param, square_avg, momentum_buffer, grad_avg
+
+
+class AdagradScalars(NamedTuple):
+    step_size: tl.tensor
+    weight_decay: tl.tensor
+    eps: tl.tensor
+
+
+@triton.jit
+def adagrad_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
+    lr = tl.load(hyper_ptr)
+    lr_decay = tl.load(hyper_ptr + 1)
+    weight_decay = tl.load(hyper_ptr + 2)
+    eps = tl.load(hyper_ptr + 3)
+    return AdagradScalars(
+        divide(lr, 1.0 + (step - 1).to(tl.float64) * lr_decay).to(ARITHMETIC),
+        weight_decay.to(ARITHMETIC),
+        eps.to(ARITHMETIC),
+    )
+
+
+@triton.jit
+def adagrad_update(param, grad, sum, s, PRESENT: tl.constexpr):
+    if s.weight_decay != 0:
+        grad = grad + s.weight_decay * param
+    sum = sum + grad * grad
+    return param - divide(s.step_size * grad, square_root(sum) + s.eps), sum
+
+
+class LionScalars(NamedTuple):
+    lr: tl.tensor
+    beta1: tl.tensor
+    one_minus_beta1: tl.tensor
+    beta2: tl.tensor
+    one_minus_beta2: tl.tensor
+    decay: tl.tensor
+
+
+@triton.jit
+def lion_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
+    lr = tl.load(hyper_ptr)
+    beta1 = tl.load(hyper_ptr + 1)
+    beta2 = tl.load(hyper_ptr + 2)
+    weight_decay = tl.load(hyper_ptr + 3)
+    return LionScalars(
+        lr.to(ARITHMETIC),
+        beta1.to(ARITHMETIC),
+        (1.0 - beta1).to(ARITHMETIC),
+        beta2.to(ARITHMETIC),
+        (1.0 - beta2).to(ARITHMETIC),
+        (1.0 - lr * weight_decay).to(ARITHMETIC),
+    )
+
+
+@triton.jit
+def lion_update(param, grad, exp_avg, s, PRESENT: tl.constexpr):
+    direction = s.beta1 * exp_avg + s.one_minus_beta1 * grad
+    step = tl.where(direction > 0, -s.lr, tl.where(direction < 0, s.lr, direction))
+    return param * s.decay + step, s.beta2 * exp_avg + s.one_minus_beta2 * grad
+
+
+class AmosScalars(NamedTuple):
+    beta: tl.tensor
+    one_minus_beta: tl.tensor
+    bias_correction: tl.tensor
+    lr_squared: tl.tensor
+    init_lr: tl.tensor
+    c: tl.tensor
+    d: tl.tensor
+    extra_l2: tl.tensor
+    eps: tl.tensor
+    momentum: tl.tensor
+    one_minus_momentum: tl.tensor
+    clip_value: tl.tensor
+
+
+@triton.jit
+def amos_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
+    lr = tl.load(hyper_ptr)
+    eta = tl.load(hyper_ptr + 1)
+    beta = tl.load(hyper_ptr + 2)
+    momentum = tl.load(hyper_ptr + 3)
+    clip_value = tl.load(hyper_ptr + 4)
+    extra_l2 = tl.load(hyper_ptr + 5)
+    c_coef = tl.load(hyper_ptr + 6)
+    d_coef = tl.load(hyper_ptr + 7)
+    eps = tl.load(hyper_ptr + 8)
+    init_lr = lr * eta
+    return AmosScalars(
+        beta.to(ARITHMETIC),
+        (1.0 - beta).to(ARITHMETIC),
+        (1.0 - power(beta, step)).to(ARITHMETIC),
+        (lr * lr).to(ARITHMETIC),
+        init_lr.to(ARITHMETIC),
+        (c_coef * square_root(lr)).to(ARITHMETIC),
+        (d_coef * square_root(init_lr)).to(ARITHMETIC),
+        extra_l2.to(ARITHMETIC),
+        eps.to(ARITHMETIC),
+        momentum.to(ARITHMETIC),
+        (1.0 - momentum).to(ARITHMETIC),
+        clip_value.to(ARITHMETIC),
+    )
+
+
+@triton.jit
+def amos_update(param, grad, exp_avg_sq, decay, exp_avg, s, PRESENT: tl.constexpr):
+    if s.clip_value != 0:
+        grad = maximum(minimum(grad, s.clip_value), -s.clip_value)
+    grad_sq = grad * grad
+    exp_avg_sq = s.beta * exp_avg_sq + s.one_minus_beta * grad_sq
+    reciprocal = divide(s.bias_correction, maximum(exp_avg_sq, s.eps))
+    gamma = divide(s.lr_squared * (reciprocal * grad_sq), square_root(1.0 + s.c * decay))
+    delta = s.init_lr * (square_root(reciprocal) * grad) + (0.5 * gamma + s.extra_l2) * param
+    delta = divide(delta, 1.0 + s.d * decay)
+    decay = decay + gamma * (1.0 + decay)
+    if PRESENT & 4:
+        exp_avg = s.momentum * exp_avg + s.one_minus_momentum * delta
+        delta = exp_avg
+    return param - delta, exp_avg_sq, decay, exp_avg
 
 
 class Rule(NamedTuple):
@@ -111,4 +278,8 @@ class Rule(NamedTuple):
 RULES = {
     "sgd": Rule(sgd_prepare, sgd_update, 1),
     "adam": Rule(adam_prepare, adam_update, 3),
+    "rmsprop": Rule(rmsprop_prepare, rmsprop_update, 3),
+    "adagrad": Rule(adagrad_prepare, adagrad_update, 1),
+    "lion": Rule(lion_prepare, lion_update, 1),
+    "amos": Rule(amos_prepare, amos_update, 3),
 }

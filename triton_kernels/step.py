@@ -64,7 +64,7 @@ def update_block(
     STATE0: tl.constexpr,
     STATE1: tl.constexpr,
     STATE2: tl.constexpr,
-    N_STATES: tl.constexpr,
+    PRESENT: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -81,23 +81,23 @@ def update_block(
     if MAXIMIZE:
         g = -g
     s0, s1, s2 = p, p, p  # stand in for absent states, which the rule hands back
-    if N_STATES > 0:
+    if STATE0 != "":
         s0 = load(tl.load(row_ptr + 2), begin, lanes, mask, STATE0, ARITHMETIC, WHOLE)
-    if N_STATES > 1:
+    if STATE1 != "":
         s1 = load(tl.load(row_ptr + 3), begin, lanes, mask, STATE1, ARITHMETIC, WHOLE)
-    if N_STATES > 2:
+    if STATE2 != "":
         s2 = load(tl.load(row_ptr + 4), begin, lanes, mask, STATE2, ARITHMETIC, WHOLE)
     tl.static_assert(N_NAMED == 1 or N_NAMED == 3, "add a branch for a rule with another number of states")
     if N_NAMED == 1:
-        p, s0 = UPDATE(p, g, s0, s, N_STATES)
+        p, s0 = UPDATE(p, g, s0, s, PRESENT)
     else:
-        p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s, N_STATES)
+        p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s, PRESENT)
     store(param, begin, lanes, mask, p, PARAM, WHOLE)
-    if N_STATES > 0:
+    if STATE0 != "":
         store(tl.load(row_ptr + 2), begin, lanes, mask, s0, STATE0, WHOLE)
-    if N_STATES > 1:
+    if STATE1 != "":
         store(tl.load(row_ptr + 3), begin, lanes, mask, s1, STATE1, WHOLE)
-    if N_STATES > 2:
+    if STATE2 != "":
         store(tl.load(row_ptr + 4), begin, lanes, mask, s2, STATE2, WHOLE)
 
 
@@ -119,7 +119,7 @@ def step_kernel(
     STATE0: tl.constexpr,
     STATE1: tl.constexpr,
     STATE2: tl.constexpr,
-    N_STATES: tl.constexpr,
+    PRESENT: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -139,7 +139,7 @@ def step_kernel(
         step_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(tl.float32))
         s = PREPARE(hyper_ptr, tl.load(step_ptr).to(tl.int64) + 1, ARITHMETIC)
         addresses = tl.load(row_ptr) | grad
-        for k in tl.static_range(N_STATES):
+        for k in tl.static_range(N_NAMED):
             addresses = addresses | tl.load(row_ptr + 2 + k)
         whole = 0 * n
         if addresses % 16 == 0:
@@ -149,13 +149,13 @@ def step_kernel(
         while start < whole:
             update_block(
                 row_ptr, grad, offset + start, lanes, None, grad_scale_ptr, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, N_STATES, ARITHMETIC, MAXIMIZE, True,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, True,
             )  # fmt: skip
             start += BLOCK
         while start < n:
             update_block(
                 row_ptr, grad, offset + start, lanes, start + lanes < n, grad_scale_ptr, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, N_STATES, ARITHMETIC, MAXIMIZE, False,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, False,
             )  # fmt: skip
             start += BLOCK
 
@@ -173,14 +173,17 @@ def step_kernel(
         tl.store(done_ptr, 0)
 
 
-def constants(rule: str, n_states: int, dtypes: tuple[str, ...], maximize: bool, block: int) -> dict:
-    """The compile-time arguments of `step_kernel`; ``dtypes`` of param, grad and states as "fp32", "bf16" and so on."""
+def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, block: int) -> dict:
+    """The compile-time arguments of `step_kernel`.
+
+    ``dtypes`` of param, grad and every state that the rule names, as "fp32", "bf16" and so on; "" for an absent one.
+    """
     return {
         "PREPARE": RULES[rule].prepare,
         "UPDATE": RULES[rule].update,
         "N_NAMED": RULES[rule].n_named,
         **dict(zip(("PARAM", "GRAD", "STATE0", "STATE1", "STATE2"), dtypes + ("",) * 3, strict=False)),
-        "N_STATES": n_states,
+        "PRESENT": sum((dtype != "") << k for k, dtype in enumerate(dtypes[2:])),
         "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
         "MAXIMIZE": maximize,
         "BLOCK": block,
@@ -206,7 +209,7 @@ def launch(
 
     Args:
         rule: its name in `RULES`.
-        dtypes: of param, grad and each state: "fp32", "bf16", "fp16" or "fp64".
+        dtypes: of param, grad and each state that the rule names: "fp32", "bf16", "fp16", "fp64"; "": an absent one.
         maximize: whether gradients are negated.
         table: int64, (tensors, ROW): addresses.
         chunks: int64, (programs, CHUNK_ROW): which elements each program updates.
@@ -225,7 +228,7 @@ def launch(
         grad_scale,
         found_inf,
         table.shape[0],
-        **constants(rule, len(dtypes) - 2, dtypes, maximize, block),
+        **constants(rule, dtypes, maximize, block),
         num_warps=8,
         enable_fp_fusion=False,
     )

@@ -71,15 +71,6 @@ struct GradChange {
   T sign, scale;
 };
 
-template <class Rule, class T, class Scalars>
-FUSEDSTEP_FN void update_pack(Pack<T>& param, Pack<T> grad, Pack<T>* states, const Scalars& s) {
-  constexpr int kNamed = sizeof(Rule::kStateNames) / sizeof(Rule::kStateNames[0]);
-  static_assert(kNamed <= 3, "add a branch for a rule with more states");
-  if constexpr (kNamed == 1) Rule::update(param, grad, states[0], s);
-  if constexpr (kNamed == 2) Rule::update(param, grad, states[0], states[1], s);
-  if constexpr (kNamed == 3) Rule::update(param, grad, states[0], states[1], states[2], s);
-}
-
 template <class Rule, class T, class Param, class Grad, class State>
 void update_loop(const Param& param, const Grad& grad, const State* states, int64_t begin, int64_t end,
                  const GradChange<T>& change, const typename Rule::template Scalars<T>& scalars) {
@@ -89,21 +80,25 @@ void update_loop(const Param& param, const Grad& grad, const State* states, int6
     Pack<T> p = param.load(i), g = grad.load(i), pack[kMaxStates] = {};
     if (change.any) g = change.sign * (g / change.scale);
     FUSEDSTEP_UNROLL
-    for (int k = 0; k < Rule::kStates; ++k) pack[k] = states[k].load(i);
-    update_pack<Rule, T>(p, g, pack, s);
+    for (int k = 0; k < kNamed<Rule>; ++k)
+      if (has_state<Rule>(k)) pack[k] = states[k].load(i);
+    update_with<Rule>(p, g, pack, s);
     param.store(i, p);
     FUSEDSTEP_UNROLL
-    for (int k = 0; k < Rule::kStates; ++k) states[k].store(i, pack[k]);
+    for (int k = 0; k < kNamed<Rule>; ++k)
+      if (has_state<Rule>(k)) states[k].store(i, pack[k]);
   }
   if (const int64_t n = end - i; n > 0) {
     Pack<T> p = param.load_part(i, n), g = grad.load_part(i, n), pack[kMaxStates] = {};
     if (change.any) g = change.sign * (g / change.scale);
     FUSEDSTEP_UNROLL
-    for (int k = 0; k < Rule::kStates; ++k) pack[k] = states[k].load_part(i, n);
-    update_pack<Rule, T>(p, g, pack, s);
+    for (int k = 0; k < kNamed<Rule>; ++k)
+      if (has_state<Rule>(k)) pack[k] = states[k].load_part(i, n);
+    update_with<Rule>(p, g, pack, s);
     param.store_part(i, n, p);
     FUSEDSTEP_UNROLL
-    for (int k = 0; k < Rule::kStates; ++k) states[k].store_part(i, n, pack[k]);
+    for (int k = 0; k < kNamed<Rule>; ++k)
+      if (has_state<Rule>(k)) states[k].store_part(i, n, pack[k]);
   }
 }
 
@@ -112,7 +107,7 @@ template <class Rule, class T, class S>
 void update_uniform(const Record& record, const void* grad, int64_t begin, int64_t end, const GradChange<T>& change,
                     const typename Rule::template Scalars<T>& scalars) {
   Stored<T, S> states[kMaxStates];
-  for (int k = 0; k < Rule::kStates; ++k) states[k].data = static_cast<S*>(record.states[k]);
+  for (int k = 0; k < kNamed<Rule>; ++k) states[k].data = static_cast<S*>(record.states[k]);
   update_loop<Rule, T>(Stored<T, S>{static_cast<S*>(record.param)},
                        Stored<T, S>{const_cast<S*>(static_cast<const S*>(grad))}, states, begin, end, change, scalars);
 }
@@ -124,7 +119,8 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
   const GradChange<T> change{call.maximize || call.grad_scale != 1.0, call.maximize ? T(-1) : T(1),
                              static_cast<T>(call.grad_scale)};
   bool uniform = record.grad_dtype == record.param_dtype;
-  for (int k = 0; k < Rule::kStates; ++k) uniform = uniform && record.state_dtypes[k] == record.param_dtype;
+  for (int k = 0; k < kNamed<Rule>; ++k)
+    uniform = uniform && (!has_state<Rule>(k) || record.state_dtypes[k] == record.param_dtype);
   if (uniform) {
     if constexpr (sizeof(T) == sizeof(double))
       return update_uniform<Rule, T, double>(record, work.grad, begin, end, change, scalars);
@@ -136,7 +132,7 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
       return update_uniform<Rule, T, F16>(record, work.grad, begin, end, change, scalars);
   }
   AnyStored<T> states[kMaxStates];
-  for (int k = 0; k < Rule::kStates; ++k) states[k] = {record.states[k], record.state_dtypes[k]};
+  for (int k = 0; k < kNamed<Rule>; ++k) states[k] = {record.states[k], record.state_dtypes[k]};
   update_loop<Rule, T>(AnyStored<T>{record.param, record.param_dtype},
                        AnyStored<T>{const_cast<void*>(work.grad), record.grad_dtype}, states, begin, end, change,
                        scalars);

@@ -74,15 +74,6 @@ struct GradChange {
   __device__ __forceinline__ T operator()(T grad) const { return any ? sign * (grad / scale) : grad; }
 };
 
-template <class Rule, class T>
-__device__ __forceinline__ void update_one(T& param, T grad, T* states, const typename Rule::template Scalars<T>& s) {
-  constexpr int kNamed = sizeof(Rule::kStateNames) / sizeof(Rule::kStateNames[0]);
-  static_assert(kNamed <= 3, "add a branch for a rule with more states");
-  if constexpr (kNamed == 1) Rule::update(param, grad, states[0], s);
-  if constexpr (kNamed == 2) Rule::update(param, grad, states[0], states[1], s);
-  if constexpr (kNamed == 3) Rule::update(param, grad, states[0], states[1], states[2], s);
-}
-
 // Where this thread stands among those that share a chunk.
 struct Team {
   int index, size;
@@ -103,11 +94,13 @@ __device__ __noinline__ void update_any(const Record& record, const void* grad, 
     const T g = change(load_any<T>(grad, record.grad_dtype, i));
     T states[kMaxStates] = {};
 #pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) states[k] = load_any<T>(record.states[k], record.state_dtypes[k], i);
-    update_one<Rule, T>(param, g, states, s);
+    for (int k = 0; k < kNamed<Rule>; ++k)
+      if (has_state<Rule>(k)) states[k] = load_any<T>(record.states[k], record.state_dtypes[k], i);
+    update_with<Rule>(param, g, states, s);
     store_any(record.param, record.param_dtype, i, param);
 #pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) store_any(record.states[k], record.state_dtypes[k], i, states[k]);
+    for (int k = 0; k < kNamed<Rule>; ++k)
+      if (has_state<Rule>(k)) store_any(record.states[k], record.state_dtypes[k], i, states[k]);
   }
 }
 
@@ -146,13 +139,13 @@ __device__ __forceinline__ void update_packs(const Record& record, const void* g
   const auto s = scalars;
   P* const params = static_cast<P*>(record.param) + chunk.offset;
   const P* const grads = static_cast<const P*>(grad) + chunk.offset;
-  S* states[Rule::kStates > 0 ? Rule::kStates : 1];
+  S* states[kNamed<Rule>];
 #pragma unroll
-  for (int k = 0; k < Rule::kStates; ++k) states[k] = static_cast<S*>(record.states[k]) + chunk.offset;
+  for (int k = 0; k < kNamed<Rule>; ++k) states[k] = static_cast<S*>(record.states[k]) + chunk.offset;
   const int whole = chunk.n / kN * kN;
   for (int first = team.index * kN; first < whole; first += team.size * kN * kPacks) {
     Pack<kN, P> param[kPacks], g[kPacks];
-    Pack<kN, S> state[Rule::kStates > 0 ? Rule::kStates : 1][kPacks];
+    Pack<kN, S> state[kNamed<Rule>][kPacks];
 #pragma unroll
     for (int u = 0; u < kPacks; ++u) {
       const int at = first + team.size * kN * u;
@@ -160,7 +153,8 @@ __device__ __forceinline__ void update_packs(const Record& record, const void* g
       param[u].load(params + at);
       g[u].load(grads + at);
 #pragma unroll
-      for (int k = 0; k < Rule::kStates; ++k) state[k][u].load(states[k] + at);
+      for (int k = 0; k < kNamed<Rule>; ++k)
+        if (has_state<Rule>(k)) state[k][u].load(states[k] + at);
     }
 #pragma unroll
     for (int u = 0; u < kPacks; ++u) {
@@ -171,15 +165,18 @@ __device__ __forceinline__ void update_packs(const Record& record, const void* g
         float p = load<float>(param[u].numbers[i]);
         float values[kMaxStates] = {};
 #pragma unroll
-        for (int k = 0; k < Rule::kStates; ++k) values[k] = load<float>(state[k][u].numbers[i]);
-        update_one<Rule, float>(p, change(load<float>(g[u].numbers[i])), values, s);
+        for (int k = 0; k < kNamed<Rule>; ++k)
+          if (has_state<Rule>(k)) values[k] = load<float>(state[k][u].numbers[i]);
+        update_with<Rule>(p, change(load<float>(g[u].numbers[i])), values, s);
         param[u].numbers[i] = narrow<P>(p);
 #pragma unroll
-        for (int k = 0; k < Rule::kStates; ++k) state[k][u].numbers[i] = narrow<S>(values[k]);
+        for (int k = 0; k < kNamed<Rule>; ++k)
+          if (has_state<Rule>(k)) state[k][u].numbers[i] = narrow<S>(values[k]);
       }
       param[u].store(params + at);
 #pragma unroll
-      for (int k = 0; k < Rule::kStates; ++k) state[k][u].store(states[k] + at);
+      for (int k = 0; k < kNamed<Rule>; ++k)
+        if (has_state<Rule>(k)) state[k][u].store(states[k] + at);
     }
   }
 }
@@ -189,7 +186,8 @@ __device__ __forceinline__ bool is_aligned(const Record& record, const void* gra
   // Chunks begin at multiples of 16 elements, so that the tensors' own addresses decide.
   uint64_t bits = reinterpret_cast<uint64_t>(record.param) | reinterpret_cast<uint64_t>(grad);
 #pragma unroll
-  for (int k = 0; k < Rule::kStates; ++k) bits |= reinterpret_cast<uint64_t>(record.states[k]);
+  for (int k = 0; k < kNamed<Rule>; ++k)
+    if (has_state<Rule>(k)) bits |= reinterpret_cast<uint64_t>(record.states[k]);
   return (bits & 15) == 0;
 }
 
@@ -197,7 +195,7 @@ template <class Rule>
 __device__ __forceinline__ bool states_are(const Record& record, Dtype dtype) {
   bool all = true;
 #pragma unroll
-  for (int k = 0; k < Rule::kStates; ++k) all = all && record.state_dtypes[k] == dtype;
+  for (int k = 0; k < kNamed<Rule>; ++k) all = all && (!has_state<Rule>(k) || record.state_dtypes[k] == dtype);
   return all;
 }
 
@@ -225,7 +223,7 @@ __device__ __forceinline__ void update_single(const Record& record, const void* 
   int rest = 0;
   if (record.grad_dtype == dtype && is_aligned<Rule>(record, grad)) {
     if (dtype == Dtype::kF32 && states_are<Rule>(record, Dtype::kF32)) {
-      constexpr int kPacks = Rule::kStates <= 2 ? 2 : 1;  // as many as the registers hold
+      constexpr int kPacks = kHeld<Rule> <= 2 ? 2 : 1;  // as many as the registers hold
       update_packs<Rule, float, float, 4, kPacks>(record, grad, chunk, team, change, s);
       rest = chunk.n / 4 * 4;
     } else if (dtype != Dtype::kF32 && (states_are<Rule>(record, Dtype::kF32) || states_are<Rule>(record, dtype))) {

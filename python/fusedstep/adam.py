@@ -55,7 +55,10 @@ class Adam(FusedOptimizer):
     """
 
     rule = "adam"
-    hyper_names = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay")
+    hyper_names = (
+        *("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay"),
+        *("epsilon_hat", "lr_decay"),  # of subclasses
+    )
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
@@ -90,12 +93,6 @@ class Adam(FusedOptimizer):
         }
         super().__init__(params, defaults, backend)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # checkpoints older than the options
-            group.setdefault("amsgrad", False)
-            group.setdefault("decoupled_weight_decay", False)
-
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])
         checks.check_non_negative("epsilon value", group["eps"])
@@ -107,9 +104,10 @@ class Adam(FusedOptimizer):
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names if group["amsgrad"] else self.state_names[:2]
 
-    def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+    def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
         beta1, beta2 = group["betas"]
-        return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["decoupled_weight_decay"]
+        decoupled = group["decoupled_weight_decay"]
+        return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], decoupled, False, 0.0
 
     class Scalars(NamedTuple):
         one_minus_beta1: float
@@ -123,16 +121,17 @@ class Adam(FusedOptimizer):
 
     @classmethod
     def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        lr, beta1, beta2, eps, weight_decay, decoupled = hyper
+        lr, beta1, beta2, eps, weight_decay, decoupled, epsilon_hat, lr_decay = hyper
+        lr = lr / (1.0 + (step - 1) * lr_decay)
         bias_correction1 = 1.0 - power(beta1, step)
-        bias_correction2 = 1.0 - power(beta2, step)
+        inv_bias_correction2_sqrt = 1.0 / math.sqrt(1.0 - power(beta2, step))
         return cls.Scalars(
             one_minus_beta1=1.0 - beta1,
             beta2=beta2,
             one_minus_beta2=1.0 - beta2,
             step_size=lr / bias_correction1,
-            inv_bias_correction2_sqrt=1.0 / math.sqrt(bias_correction2),
-            eps=eps,
+            inv_bias_correction2_sqrt=inv_bias_correction2_sqrt,
+            eps=eps * inv_bias_correction2_sqrt if epsilon_hat else eps,
             weight_decay=0.0 if decoupled else weight_decay,
             decay=1.0 - lr * weight_decay if decoupled else 1.0,
         )

@@ -38,6 +38,21 @@ CASES: tuple[Case, ...] = (
     Case("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
     Case("AdamW", {"lr": 0.01, "betas": (0.0, 0.95), "eps": 1e-6, "weight_decay": 0.1, "maximize": True}),
     Case("AdamW", {"lr": 0.01, "betas": (0.85, 0.9), "weight_decay": 0.1, "amsgrad": True}),
+    Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.05, "maximize": True}),
+    Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.05, "momentum": 0.8}),
+    Case("RMSprop", {"lr": 0.01, "alpha": 0.95, "eps": 1e-3, "centered": True}),
+    Case("RMSprop", {"lr": 0.01, "alpha": 0.95, "eps": 1e-3, "weight_decay": 0.05, "momentum": 0.8, "centered": True}),
+    Case("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.05, "initial_accumulator_value": 0.25}),
+    Case("Adagrad", {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.05, "maximize": True}),
+    Case("Lion", {"lr": 0.01, "weight_decay": 0.1}),
+    Case("Lion", {"lr": 0.01, "betas": (0.5, 0.8), "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    Case("Amos", {"lr": 0.01, "eta": 0.5, "beta": 0.9}),
+    Case("Amos", {"lr": 0.02, "beta": 0.8, "momentum": 0.7, "clip_value": 0.9, "extra_l2": 0.01, "d_coef": 0.5}),
+    Case("AdamWeightDecay", {"lr": 0.01, "epsilon": 1e-3, "weight_decay_rate": 0.1}),
+    Case(
+        "AdamWeightDecay",
+        {"lr": 0.01, "beta_1": 0.8, "beta_2": 0.9, "weight_decay_rate": 0.1, "amsgrad": True, "decay": 0.1},
+    ),
 )
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import layout
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
 
 ARITHMETIC_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -47,19 +50,35 @@ def check_non_negative(label: str, value: float) -> None:
     _number(label, value, lambda x: 0.0 <= x, "0 or larger")
 
 
+def check_positive(label: str, value: float) -> None:
+    """Raise unless ``value`` is a number > 0."""
+    _number(label, value, lambda x: 0.0 < x, "larger than 0")
+
+
 def check_finite(label: str, value: float) -> None:
     """Raise unless ``value`` is a finite number."""
     _number(label, value, lambda x: float("-inf") < x < float("inf"), "finite")
 
 
-def check_betas(betas: tuple[float | Tensor, float | Tensor]) -> None:
-    """Raise unless ``betas`` are two numbers in [0, 1), both floats or both tensors."""
+def check_fraction(label: str, value: float, one_allowed: bool = True) -> None:
+    """Raise unless ``value`` is a number in [0, 1], or in [0, 1) if one is not allowed."""
+    _number(
+        label,
+        value,
+        lambda x: 0.0 <= x < 1.0 or (one_allowed and x == 1.0),
+        "in [0, 1]" if one_allowed else "in [0, 1)",
+    )
+
+
+def check_betas(betas: tuple[float | Tensor, float | Tensor], one_allowed: bool = False) -> None:
+    """Raise unless ``betas`` are two numbers in [0, 1), or [0, 1] if one is allowed, both floats or both tensors."""
+    interval = "[0, 1]" if one_allowed else "[0, 1)"
     if isinstance(betas, str) or not hasattr(betas, "__getitem__"):
-        raise TypeError(f"Invalid betas: {betas!r} is a {type(betas).__name__}; they must be two numbers in [0, 1)")
+        raise TypeError(f"Invalid betas: {betas!r} is a {type(betas).__name__}; they must be two numbers in {interval}")
     if len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r} (they must be two numbers in [0, 1))")
+        raise ValueError(f"Invalid betas: {betas!r} (they must be two numbers in {interval})")
     for index, beta in enumerate(betas):
-        _number(f"beta parameter at index {index}", beta, lambda x: 0.0 <= x < 1.0, "in [0, 1)")
+        check_fraction(f"beta parameter at index {index}", beta, one_allowed)
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError("betas must be either both floats or both Tensors")
 
@@ -107,13 +126,13 @@ def check_state(
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
 
 
-def check_grad(optimizer: str, param: Tensor, grad: Tensor, what: str) -> None:
+def check_grad(cls: type[FusedOptimizer], group: dict[str, Any], param: Tensor, grad: Tensor, what: str) -> None:
     """Raise unless ``grad`` can update ``param``; ``what`` is `describe`'s name for the parameter."""
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"{optimizer} does not support sparse gradients ({what}); call .to_dense() on the gradient, "
-            "or create the embedding with sparse=False"
-        )
+    optimizer = cls.__name__
+    if grad.layout == torch.sparse_coo:
+        cls.check_sparse(group, what)
+    elif grad.layout != torch.strided:
+        raise RuntimeError(f"{optimizer} does not support gradients of layout {grad.layout} ({what})")
     if grad.shape != param.shape:
         raise RuntimeError(f"{optimizer}: the gradient has shape {tuple(grad.shape)}, it must be that of {what}")
     if grad.device != param.device:

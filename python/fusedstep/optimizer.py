@@ -6,7 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule: ClassVar[str]  # the name of the compiled rule
     hyper_names: ClassVar[tuple[str, ...]]  # what `hyper` returns, in the order of the compiled rule
     state_names: ClassVar[tuple[str, ...]]  # every state the rule can have, in the order of `update`
-    step_in_state: ClassVar[bool] = True  # whether the torch class keeps "step" in its state
+    step_form: ClassVar[Literal["tensor", "int", "absent"]] = "tensor"  # of "step" in the parent class's state_dict
+    state_at_construction: ClassVar[bool] = False  # whether the parent class has states before the first step
 
     Scalars: ClassVar[type]
 
@@ -70,12 +71,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The leading part of `state_names` that the options of a group need."""
+        """Those of `state_names` that the options of a group need, in their order."""
         raise NotImplementedError
 
-    def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
-        """The values of `hyper_names` for a group: numbers, or one-element tensors."""
+    def hyper(self, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:
+        """The values of `hyper_names` for parameters of a group: numbers, or one-element tensors."""
         raise NotImplementedError
+
+    def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> Any:
+        """What `hyper` needs to know of a parameter; those of a group with equal variants share a kernel call."""
+        return None
 
     @classmethod
     def prepare(cls, hyper: tuple[float, ...], step: int) -> Any:
@@ -86,6 +91,27 @@ class FusedOptimizer(torch.optim.Optimizer):
     def update(param: Tensor, grad: Tensor, *states_and_scalars: Any) -> tuple[Tensor | None, ...]:
         """The new parameter and states, from tensors in the arithmetic dtype; an absent state is None."""
         raise NotImplementedError
+
+    def clips(self) -> bool:
+        """Whether `clip` is to be called in a step."""
+        return False
+
+    def clip(self, grads: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
+        """The gradients as a step shall take them, from unscaled ones, each with its group."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_sparse(cls, group: dict[str, Any], what: str) -> None:
+        """Raise RuntimeError if the parameter that ``what`` describes cannot take its sparse gradient."""
+        raise RuntimeError(
+            f"{cls.__name__} does not support sparse gradients ({what}); call .to_dense() on the gradient, "
+            "or create the embedding with sparse=False"
+        )
+
+    @classmethod
+    def changes_rows_alone(cls, group: dict[str, Any]) -> bool:
+        """Whether a step with a sparse gradient leaves the rows that it does not name as they are."""
+        return True
 
     def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         """The state ``name`` of a parameter before its first step."""
@@ -119,6 +145,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        if self.state_at_construction:
+            for _, param in _named(group):
+                state = self.state[param]
+                self._step_counter(param, param, state, ())
+                for key in self.states_of(group):
+                    state[key] = self.init_state(key, param, group)
         self._plans = None
 
     def _select(self, param: Tensor) -> backends.Backend:
@@ -133,15 +165,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
-        for group in self.param_groups:  # checkpoints older than the options
-            for option, value in (("maximize", False), ("foreach", None), ("differentiable", False), ("fused", None)):
+        for group in self.param_groups:  # checkpoints of the parent class, or older than an option
+            for option, value in self.defaults.items():
                 group.setdefault(option, value)
         self._plans = None
 
     def state_dict(self) -> StateDict:
         """The state as the torch class of this name would write it; tensors are not copied."""
         state_dict = super().state_dict()
-        if not self.step_in_state:
+        if self.step_form == "int":
+            state_dict["state"] = {
+                key: {**state, "step": int(state["step"])} if isinstance(state, dict) and "step" in state else state
+                for key, state in state_dict["state"].items()
+            }
+        if self.step_form == "absent":
             # A parameter whose every step was skipped has buffers but has not started.
             ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
             params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -199,6 +236,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
             if isinstance(value, Tensor):
                 value = value.detach()
+                value = value.to_dense() if value.is_sparse else value
                 if name == "step":
                     value = value.clone()
                 elif name in self.state_names and not layout.is_wrapper(value) and not layout.is_wrapper(param):
@@ -215,8 +253,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises before any state is created.
         """
-        optimizer = type(self).__name__
-        chosen: list[list[tuple[int, str | None, Tensor, backends.Backend]]] = []
+        chosen: list[list[tuple[int, str | None, Tensor, backends.Backend, Any]]] = []
         index = 0
         for group in self.param_groups:
             row = []
@@ -225,13 +262,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if param.grad is not None:
                     what = checks.describe(index, name, param)
                     checks.check_param(param, layout.local(param.detach()), what)
-                    checks.check_grad(optimizer, param, param.grad, what)
+                    checks.check_grad(type(self), group, param, param.grad, what)
                     for state in self.states_of(group):
                         value = self.state[param].get(state) if param in self.state else None
                         if value is not None:
-                            checks.check_state(optimizer, state, value, param, backend.dtypes, what)
-                row.append((index, name, param, backend))
+                            checks.check_state(type(self).__name__, state, value, param, backend.dtypes, what)
+                row.append((index, name, param, backend, self.variant_of(group, name, param)))
                 index += 1
+            for variant in {variant for *_, variant in row}:
+                self._hyper_of(group, variant)
             chosen.append(row)
 
         plans = []
@@ -239,13 +278,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             states = self.states_of(group)
             buckets: dict[Any, list[Slot]] = {}
             seen: Counter[Tensor] = Counter()
-            for index, name, param, backend in row:
+            for index, name, param, backend, variant in row:
                 # A parameter that is listed twice is updated twice, one call after the other.
-                bucket = (backend, param.device, backend.bucket(param), seen[param])
+                bucket = (backend, variant, param.device, backend.bucket(param), seen[param])
                 seen[param] += 1
                 buckets.setdefault(bucket, []).append(self._slot(index, name, param, group, states, backend))
-            for (backend, *_), slots in buckets.items():
-                plans.append(backend.plan(type(self), group_index, states, slots))
+            for (backend, variant, *_), slots in buckets.items():
+                plans.append(backend.plan(type(self), group_index, group, variant, states, slots))
         return plans
 
     def _slot(
@@ -261,7 +300,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if param.grad is None and not started:
             return Slot(index, name, param, None, None, ())
         tensor = backend.memory(param)
-        if states or self.step_in_state:
+        if states or self.step_form != "absent":
             state = self.state[param]
         else:
             state = {}
@@ -282,7 +321,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step_counter(self, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]) -> Tensor:
         """The number of updates of ``param`` so far, as one fp32 number on its device."""
-        if self.step_in_state:
+        if self.step_form != "absent":
             holder, key = state, "step"
             count = state.get("step", 0.0)
         else:
@@ -336,15 +375,36 @@ class FusedOptimizer(torch.optim.Optimizer):
             found_inf = None
         elif found_inf.device.type == "cpu" and found_inf.item() != 0:
             return
-        options = [(self._hyper_of(group), bool(group["maximize"])) for group in self.param_groups]
-        plans = self._prepare_plans()
+        plans, groups = self._prepare_plans(), self.param_groups
+        try:
+            hypers = [self._hyper_of(groups[plan.group], plan.variant) for plan in plans]
+        except BaseException:
+            self._plans = None  # and with the plans their references to the gradients
+            raise
+        if self.clips():
+            self._clip(plans, grad_scale)
+            grad_scale = None
         self.kernel_calls = 0
-        for plan in plans:
-            self.kernel_calls += plan.step(*options[plan.group], grad_scale, found_inf)
+        for plan, hyper in zip(plans, hypers, strict=True):
+            self.kernel_calls += plan.step(hyper, bool(groups[plan.group]["maximize"]), grad_scale, found_inf)
 
-    def _hyper_of(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+    @torch.no_grad()
+    def _clip(self, plans: list[Plan], grad_scale: Tensor | None) -> None:
+        """Put unscaled and clipped gradients into the plans."""
+        places, grads = [], []
+        for plan in plans:
+            for i, grad in plan.grads_in_use():
+                grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+                places.append((plan, i))
+                grads.append(
+                    (self.param_groups[plan.group], grad if grad_scale is None else grad / grad_scale.to(grad))
+                )
+        for (plan, i), grad in zip(places, self.clip(grads), strict=True):
+            plan.replace_grad(i, grad)
+
+    def _hyper_of(self, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:
         """`hyper`, after a look at what the user may have put into the group since."""
-        hyper = self.hyper(group)
+        hyper = self.hyper(group, variant)
         for name, value in zip(self.hyper_names, hyper, strict=True):
             if type(value) not in (float, int, bool):
                 checks.check_number(name, value)

@@ -50,7 +50,7 @@ class SGD(FusedOptimizer):
     rule = "sgd"
     hyper_names = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
     state_names = ("momentum_buffer",)
-    step_in_state = False
+    step_form = "absent"
 
     def __init__(
         self,
@@ -93,7 +93,19 @@ class SGD(FusedOptimizer):
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names if group["momentum"] != 0 else ()
 
-    def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+    @classmethod
+    def check_sparse(cls, group: dict[str, Any], what: str) -> None:
+        if group["weight_decay"] != 0:
+            raise RuntimeError(
+                f"{cls.__name__}: weight_decay option is not compatible with sparse gradients "
+                f"(weight_decay={group['weight_decay']}, {what})"
+            )
+
+    @classmethod
+    def changes_rows_alone(cls, group: dict[str, Any]) -> bool:
+        return group["momentum"] == 0  # with momentum, rows that were named before go on moving
+
+    def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
         return tuple(group[name] for name in self.hyper_names)
 
     class Scalars(NamedTuple):

@@ -147,7 +147,7 @@ def verify(
     backend: str | Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
     device: torch.device | str | None = None,
-    steps: int = 5,
+    steps: int = 7,
     progress: bool = False,
 ) -> Report:
     """Check the optimizers of this package on this machine.
@@ -190,7 +190,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", action="append", metavar="NAME", help="compare only this one; may be repeated")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="may be repeated; all by default")
     parser.add_argument("--device", help='"cuda" if there is one, else "cpu"')
-    parser.add_argument("--steps", type=int, default=5, help="updates per row (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=7, help="updates per row (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 

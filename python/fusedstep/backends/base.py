@@ -36,8 +36,16 @@ class Backend:
         """``state`` as the kernel can take it beside ``tensor``, or None if it must be laid out anew."""
         raise NotImplementedError
 
-    def plan(self, optimizer: type[FusedOptimizer], group: int, states: tuple[str, ...], slots: list[Slot]) -> Plan:
-        """A plan for parameters of one group."""
+    def plan(
+        self,
+        optimizer: type[FusedOptimizer],
+        group: int,
+        options: dict[str, Any],
+        variant: Any,
+        states: tuple[str, ...],
+        slots: list[Slot],
+    ) -> Plan:
+        """A plan for parameters of one group that share their hyperparameters."""
         raise NotImplementedError
 
 

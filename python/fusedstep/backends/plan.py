@@ -12,6 +12,7 @@ from .. import checks, layout
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
     from . import Backend
+    from .sparse import Rows
 
 
 class Slot(NamedTuple):
@@ -33,14 +34,20 @@ class Plan:
         backend: Backend,
         optimizer: type[FusedOptimizer],
         group: int,
+        options: dict[str, Any],
+        variant: Any,
         states: tuple[str, ...],
         slots: list[Slot],
     ) -> None:
         self.backend = backend
         self.optimizer = optimizer
-        self.group = group
+        self.group = group  # its index among the optimizer's
+        self.options = options  # the group itself
+        self.variant = variant
         self.states = states
         self.slots = slots
+        self.rows: list[Rows] = []  # of this step's sparse gradients
+        self.rows_plan: Plan | None = None
 
     def gather(self) -> bool:
         """Read and check this step's gradients; False if the plan no longer fits and must be built anew."""
@@ -52,12 +59,49 @@ class Plan:
         """Update the parameters whose gradients `gather` found; returns the number of kernel calls."""
         raise NotImplementedError
 
+    def grads_in_use(self) -> list[tuple[int, Tensor]]:
+        """The gradients that `gather` found, by the index of their slot."""
+        raise NotImplementedError
+
+    def replace_grad(self, index: int, grad: Tensor) -> None:
+        """Use ``grad`` for a slot in this step, in place of what `gather` found."""
+        raise NotImplementedError
+
     def _grad_of(self, slot: Slot) -> Tensor | None:
+        """A parameter's gradient, checked; a sparse one only if the rows that it names are all that a step changes."""
         grad = slot.param.grad
-        if grad is not None:
-            what = checks.describe(slot.index, slot.name, slot.param)
-            checks.check_grad(self.optimizer.__name__, slot.param, grad, what)
+        if grad is None:
+            return None
+        what = checks.describe(slot.index, slot.name, slot.param)
+        checks.check_grad(self.optimizer, self.options, slot.param, grad, what)
+        if grad.layout == torch.sparse_coo and not (
+            self.optimizer.changes_rows_alone(self.options) and grad.sparse_dim()
+        ):
+            grad = grad.to_dense()
         return grad
+
+    def _take_rows(self, sparse: list[tuple[int, Tensor]]) -> None:
+        """Plan this step's sparse gradients, given with the index of their slots."""
+        from .sparse import Rows
+
+        self.rows = [Rows(self.slots[i], grad) for i, grad in sparse]
+        self.rows_plan = None
+        if self.rows:
+            slots = [rows.slot for rows in self.rows]
+            plan = self.backend.plan(self.optimizer, self.group, self.options, self.variant, self.states, slots)
+            plan.gather()
+            for i, rows in enumerate(self.rows):
+                plan.replace_grad(i, rows.grad)
+            self.rows_plan = plan
+
+    def _step_rows(self, *step: Any) -> int:
+        if self.rows_plan is None:
+            return 0
+        calls = self.rows_plan.step(*step)
+        for rows in self.rows:
+            rows.write_back()
+        self.rows, self.rows_plan = [], None
+        return calls
 
 
 class KernelPlan(Plan):
@@ -65,13 +109,14 @@ class KernelPlan(Plan):
 
     borrows_grads = False  # whether `launch` keeps the interpreter lock while the kernel is called
 
-    def __init__(self, backend: Backend, optimizer: type[FusedOptimizer], group: int, states: Any, slots: Any) -> None:
-        super().__init__(backend, optimizer, group, states, slots)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         from .. import _C
 
+        slots = self.slots
         self.native = _C.Plan(
-            optimizer.rule,
-            len(states),
+            self.optimizer.rule,
+            self.states,
             [slot.param for slot in slots],
             [slot.tensor for slot in slots],
             [slot.step for slot in slots],
@@ -92,22 +137,37 @@ class KernelPlan(Plan):
         if moved or not self.native.gather(self.borrows_grads):
             self.native.release_grads()
             return False
-        for i in self.native.odd_grads():
-            slot = self.slots[i]
-            try:
-                grad = layout.local(self._grad_of(slot))
-                known = grad.dtype in checks.ARITHMETIC_DTYPES
-                if not known or layout.is_lazy(grad) or not layout.same_layout(grad, slot.tensor):
-                    grad = layout.laid_out_as(grad, slot.tensor, None if known else torch.float32)
-                self.native.set_grad(i, grad)
-            except BaseException:
-                self.native.release_grads()
-                raise
+        try:
+            sparse = []
+            for i in self.native.odd_grads():
+                grad = self._grad_of(self.slots[i])
+                if grad.layout == torch.sparse_coo:
+                    self.native.drop_grad(i)
+                    sparse.append((i, grad))
+                else:
+                    self.replace_grad(i, layout.local(grad))
+            self._take_rows(sparse)
+        except BaseException:
+            self.native.release_grads()
+            raise
         return True
+
+    def grads_in_use(self) -> list[tuple[int, Tensor]]:
+        return [(i, layout.local(self.slots[i].param.grad)) for i in self.native.active()]
+
+    def replace_grad(self, index: int, grad: Tensor) -> None:
+        tensor = self.slots[index].tensor
+        known = grad.dtype in checks.ARITHMETIC_DTYPES
+        if not known or layout.is_lazy(grad) or not layout.same_layout(grad, tensor):
+            grad = layout.laid_out_as(grad, tensor, None if known else torch.float32)
+        self.native.set_grad(index, grad)
 
     def step(
         self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> int:
+        if self.rows_plan is not None:
+            rows_calls = self._step_rows(hyper, maximize, grad_scale, found_inf)
+            return rows_calls + self.step(hyper, maximize, grad_scale, found_inf)
         if not self.native.any_active():
             return 0
         if not self.stand_ins and not self.wrappers:

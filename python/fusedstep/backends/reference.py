@@ -13,7 +13,8 @@ from .plan import Plan, Slot
 class ReferencePlan(Plan):
     def gather(self) -> bool:
         self.grads = []
-        for slot in self.slots:
+        sparse = []
+        for index, slot in enumerate(self.slots):
             grad = self._grad_of(slot)
             if grad is not None and (
                 slot.tensor is None
@@ -21,13 +22,24 @@ class ReferencePlan(Plan):
                 or any(state.shape != slot.param.shape for state in slot.states)
             ):
                 return False
+            if grad is not None and grad.layout == torch.sparse_coo:
+                sparse.append((index, grad))
+                grad = None
             self.grads.append(grad)
+        self._take_rows(sparse)
         return True
+
+    def grads_in_use(self) -> list[tuple[int, Tensor]]:
+        return [(i, layout.local(grad)) for i, grad in enumerate(self.grads) if grad is not None]
+
+    def replace_grad(self, index: int, grad: Tensor) -> None:
+        self.grads[index] = grad
 
     @torch.no_grad()
     def step(
         self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> int:
+        self._step_rows(hyper, maximize, grad_scale, found_inf)
         grads, self.grads = self.grads, []
         if found_inf is not None and found_inf.item() != 0:
             return 0
@@ -52,15 +64,15 @@ class ReferencePlan(Plan):
             grad = -grad
         slot.step.add_(1)
         scalars = self.optimizer.prepare(hyper, int(slot.step.item()))
-        targets = [real_memory(state) for state in slot.states]
-        states = [target.to(arithmetic) for target in targets]
-        absent = [None] * (len(self.optimizer.state_names) - len(states))
-        param, *states = self.optimizer.update(memory.to(arithmetic), grad, *states, *absent, scalars)
+        targets = {name: real_memory(state) for name, state in zip(self.states, slot.states, strict=True)}
+        states = [targets[n].to(arithmetic) if n in targets else None for n in self.optimizer.state_names]
+        param, *states = self.optimizer.update(memory.to(arithmetic), grad, *states, scalars)
         memory.copy_(param)
         if layout.is_wrapper(slot.param):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(slot.param)
-        for target, state in zip(targets, states, strict=False):
-            target.copy_(state)
+        for name, state in zip(self.optimizer.state_names, states, strict=True):
+            if name in targets:
+                targets[name].copy_(state)
 
 
 def real_memory(tensor: Tensor) -> Tensor:

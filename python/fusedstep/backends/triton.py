@@ -113,8 +113,9 @@ class TritonPlan(KernelPlan):
         groups: dict[tuple[str, ...], list[int]] = {}
         for index, slot in enumerate(self.slots):
             if slot.tensor is not None:
-                states = [DTYPES[state.dtype] for state in slot.states]
-                dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *states)
+                states = {name: DTYPES[state.dtype] for name, state in zip(self.states, slot.states, strict=True)}
+                named = [states.get(name, "") for name in self.optimizer.state_names]
+                dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *named)
                 groups.setdefault(dtypes, []).append(index)
         return [Launch(dtypes, indices, self) for dtypes, indices in groups.items()]
 

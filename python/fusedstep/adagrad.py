@@ -1,0 +1,133 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import checks
+from .numerics import square_root
+from .optimizer import FusedOptimizer
+
+
+class Adagrad(FusedOptimizer):
+    r"""Adagrad, with dense or sparse gradients, in one kernel call per group.
+
+    With gradient :math:`g`, learning rate :math:`\gamma`, its decay :math:`\eta`, weight decay :math:`\lambda`, step
+    :math:`t`:
+
+    .. math::
+        g &\leftarrow g + \lambda \theta \\
+        s &\leftarrow s + g^2 \\
+        \theta &\leftarrow \theta - \frac{\gamma}{1 + (t - 1) \eta} \frac{g}{\sqrt{s} + \epsilon}
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: learning rate, 0 or larger; a number or a one-element tensor (read on its device in every step).
+        lr_decay: 0 or larger.
+        weight_decay: 0 or larger; must be 0 for sparse gradients.
+        initial_accumulator_value: what the sum of squares begins with, 0 or larger.
+        eps: added to the root, 0 or larger.
+        maximize: ascend instead of descend.
+        foreach, fused: accepted for compatibility; they choose nothing here.
+        differentiable: must be False.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    State of each parameter, made when the parameter joins: ``step`` (one fp32 number) and ``sum`` in the parameter's
+    dtype and layout: 4 bytes per fp32 parameter.
+
+    Sparse gradients (of ``torch.nn.Embedding(..., sparse=True)``) change the rows that they name, and nothing else.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+        RuntimeError: ``backend`` cannot run for these parameters, or (from ``step``) a gradient cannot be used.
+
+    Example:
+        >>> optimizer = fusedstep.Adagrad(model.parameters(), lr=0.01)
+
+    Follows ``torch.optim.Adagrad``, whose state_dict it shares. Paper: Duchi, Hazan and Singer, JMLR 12 (2011).
+    """
+
+    rule = "adagrad"
+    hyper_names = ("lr", "lr_decay", "weight_decay", "eps")
+    state_names = ("sum",)
+    state_at_construction = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, backend)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        checks.check_lr(group["lr"])
+        for name in ("lr_decay", "weight_decay", "initial_accumulator_value"):
+            checks.check_non_negative(f"{name} value", group[name])
+        checks.check_non_negative("epsilon value", group["eps"])
+        checks.check_flag("maximize", group["maximize"])
+
+    def share_memory(self) -> None:
+        """Move the sums into shared memory, as torch's class does."""
+        for state in self.state.values():
+            state["sum"].share_memory_()
+
+    def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.state_names
+
+    @classmethod
+    def check_sparse(cls, group: dict[str, Any], what: str) -> None:
+        if group["weight_decay"] != 0:
+            raise RuntimeError(
+                f"{cls.__name__}: weight_decay option is not compatible with sparse gradients "
+                f"(weight_decay={group['weight_decay']}, {what})"
+            )
+
+    def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+        value = group["initial_accumulator_value"]
+        value = complex(value, value) if param.is_complex() else value
+        return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
+
+    def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
+        return tuple(group[name] for name in self.hyper_names)
+
+    class Scalars(NamedTuple):
+        step_size: float
+        weight_decay: float
+        eps: float
+
+    @classmethod
+    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
+        lr, lr_decay, weight_decay, eps = hyper
+        return cls.Scalars(lr / (1.0 + (step - 1) * lr_decay), weight_decay, eps)
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, sum: Tensor, s: Scalars) -> tuple[Tensor, ...]:
+        if s.weight_decay != 0:
+            grad = grad + s.weight_decay * param
+        sum = sum + grad * grad
+        return param - s.step_size * grad / (square_root(sum) + s.eps), sum

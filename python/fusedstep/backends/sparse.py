@@ -1,0 +1,28 @@
+"""Sparse gradients: the rows that they name, as small dense tensors that any backend can update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import layout
+from .plan import Slot
+
+
+class Rows:
+    """The rows of a parameter and its states that a sparse gradient names, for one step."""
+
+    def __init__(self, slot: Slot, grad: Tensor) -> None:
+        grad = grad.coalesce()
+        self.indices = tuple(grad.indices())
+        self.targets = [layout.local(slot.param.detach()), *slot.states]
+        self.copies = [target[self.indices] for target in self.targets]
+        self.grad = grad.values()
+        rows, *states = self.copies
+        self.slot = Slot(slot.index, slot.name, rows, rows, slot.step, tuple(states))
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Put the rows back where they came from."""
+        for target, copy in zip(self.targets, self.copies, strict=True):
+            target.index_put_(self.indices, copy)
