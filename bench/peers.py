@@ -75,6 +75,7 @@ OPTIMIZERS: tuple[Optimizer, ...] = (
     ),
     Optimizer("Adagrad", "Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.5}, states=1),
     Optimizer("Lion", "Lion", {"lr": 0.1, "betas": (0.9, 0.8), "weight_decay": 0.5}, states=1),
+    Optimizer("AdaBelief", "AdaBelief", {**_ADAM, "rectify": False}, states=2),
     Optimizer("Amos", "Amos", {"lr": 0.1, "beta": 0.9, "extra_l2": 0.1}, states=2),
     Optimizer("AdamWeightDecay", "AdamWeightDecay", {"learning_rate": 0.1, "weight_decay_rate": 0.5}, states=2),
 )
@@ -194,6 +195,10 @@ PEERS: tuple[Peer, ...] = (
     Peer(
         *("lion-pytorch foreach", "lion-pytorch", "lion_pytorch.foreach", ("cpu", "cuda")),
         {"Lion": ("Lion", {})},
+    ),
+    Peer(
+        *("adabelief-pytorch", "adabelief-pytorch", "adabelief_pytorch", ("cpu", "cuda")),
+        {"AdaBelief": ("AdaBelief", {"print_change_log": False})},
     ),
     Peer(
         *("apex", "apex", "apex.optimizers", ("cuda",)),

@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "RMSprop": {"lr": 5e-4, "alpha": 0.99, "eps": 1e-4},
     "Adagrad": {"lr": 5e-3, "initial_accumulator_value": 1e-4},
     "Lion": {"lr": 5e-4, "betas": (0.9, 0.95), "weight_decay": 0.5},
+    "AdaBelief": {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-12, "weight_decay": 0.1},
     "Amos": {"lr": 3e-2, "eta": 0.1, "beta": 0.98, "momentum": 0.9},
     "AdamWeightDecay": {"learning_rate": 3e-3, "beta_2": 0.95, "weight_decay_rate": 0.1},
 }

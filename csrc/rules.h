@@ -28,6 +28,8 @@ enum class RuleId : int {
   kRmspropCenteredMomentum,
   kAdagrad,
   kLion,
+  kAdaBelief,
+  kAdaBeliefAmsgrad,
   kAmos,
   kAmosMomentum,
   kCount
@@ -251,6 +253,77 @@ struct Lion {
   }
 };
 
+// AdaBelief (arXiv 2010.07468) as adabelief-pytorch 0.2.1 computes it: eps stays in the running variance, and the
+// rectified step (RAdam's, arXiv 1908.03265) takes neither the maximum nor the correction of the variance's bias.
+template <bool kAmsgrad>
+struct AdaBelief {
+  static constexpr const char* kName = "adabelief";
+  static constexpr const char* kHyper[] = {
+      "lr", "beta1", "beta2", "eps", "weight_decay", "weight_decouple", "fixed_decay", "rectify", "degenerated_to_sgd"};
+  static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_var", "max_exp_avg_var"};
+  static constexpr bool kPresent[] = {true, true, kAmsgrad};
+
+  template <class T>
+  struct Scalars {
+    T beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_bias_correction2_sqrt, eps, weight_decay, decay;
+    bool rectify, adaptive;
+  };
+
+  template <class T>
+  static FUSEDSTEP_FN Scalars<T> prepare(const double* hyper, int64_t step) {
+    const double lr = hyper[0], beta1 = hyper[1], beta2 = hyper[2], eps = hyper[3], weight_decay = hyper[4];
+    const bool decouple = hyper[5] != 0.0, fixed_decay = hyper[6] != 0.0, rectify = hyper[7] != 0.0;
+    const bool degenerated_to_sgd = hyper[8] != 0.0;
+    const double beta2_t = power(beta2, step), bias_correction1 = 1.0 - power(beta1, step);
+    double step_size = lr / bias_correction1;
+    bool adaptive = true;
+    if (rectify) {
+      const double n_max = 2.0 / (1.0 - beta2) - 1.0;
+      const double n = n_max - 2.0 * static_cast<double>(step) * beta2_t / (1.0 - beta2_t);
+      adaptive = n >= 5.0;
+      if (adaptive) {
+        const double ratio = (n - 4.0) / (n_max - 4.0) * (n - 2.0) / n * n_max / (n_max - 2.0);
+        step_size = step_size * square_root((1.0 - beta2_t) * ratio);
+      } else if (!degenerated_to_sgd) {
+        step_size = 0.0;
+      }
+    }
+    Scalars<T> s;
+    s.beta1 = static_cast<T>(beta1);
+    s.one_minus_beta1 = static_cast<T>(1.0 - beta1);
+    s.beta2 = static_cast<T>(beta2);
+    s.one_minus_beta2 = static_cast<T>(1.0 - beta2);
+    s.step_size = static_cast<T>(step_size);
+    s.inv_bias_correction2_sqrt = static_cast<T>(rectify ? 1.0 : 1.0 / square_root(1.0 - beta2_t));
+    s.eps = static_cast<T>(eps);
+    s.weight_decay = static_cast<T>(decouple ? 0.0 : weight_decay);
+    s.decay = static_cast<T>(!decouple ? 1.0 : fixed_decay ? 1.0 - weight_decay : 1.0 - lr * weight_decay);
+    s.rectify = rectify;
+    s.adaptive = adaptive;
+    return s;
+  }
+
+  template <class T, class S>
+  static FUSEDSTEP_FN void update(T& param, T grad, T& exp_avg, T& exp_avg_var, T& max_exp_avg_var, const S& s) {
+    param = param * s.decay;
+    if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
+    exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * grad;
+    const T residual = grad - exp_avg;
+    exp_avg_var = s.beta2 * exp_avg_var + s.one_minus_beta2 * residual * residual + s.eps;
+    T variance = exp_avg_var;
+    if constexpr (kAmsgrad) {
+      max_exp_avg_var = maximum(max_exp_avg_var, exp_avg_var);
+      variance = s.rectify ? exp_avg_var : max_exp_avg_var;
+    }
+    if (s.adaptive) {
+      const T denom = square_root(variance) * s.inv_bias_correction2_sqrt + s.eps;
+      param = param - s.step_size * exp_avg / denom;
+    } else if (s.step_size != 0) {
+      param = param - s.step_size * exp_avg;
+    }
+  }
+};
+
 // Amos (arXiv 2210.11693, algorithm 1) with statistics for each element: exp_avg_sq is v, decay is b.
 template <bool kMomentum>
 struct Amos {
@@ -330,6 +403,10 @@ auto visit_rule(RuleId rule, Visitor&& visitor) {
       return visitor(Adagrad{});
     case RuleId::kLion:
       return visitor(Lion{});
+    case RuleId::kAdaBelief:
+      return visitor(AdaBelief<false>{});
+    case RuleId::kAdaBeliefAmsgrad:
+      return visitor(AdaBelief<true>{});
     case RuleId::kAmos:
       return visitor(Amos<false>{});
     default:

@@ -1,10 +1,13 @@
 """The classes that ours replace, by name: torch's, those of other packages, and where none can be installed the
 published formulas, written out operation by operation."""
 
+import contextlib
+import io
 import math
 import re
 from typing import ClassVar
 
+import adabelief_pytorch
 import lion_pytorch
 import torch
 
@@ -96,8 +99,19 @@ class AdamWeightDecay(Formula):
         var.sub_(lr * math.sqrt(1 - beta_2**t) / (1 - beta_1**t) * m / (v.sqrt() + group["eps"]))
 
 
+def quiet(build):
+    def built(*args, **options):
+        with contextlib.redirect_stdout(io.StringIO()):
+            return build(*args, **options)
+
+    return built
+
+
 OTHERS = {
     "Lion": lion_pytorch.Lion,
+    "AdaBelief": quiet(
+        lambda params, **options: adabelief_pytorch.AdaBelief(params, print_change_log=False, **options)
+    ),
     "Amos": Amos,
     "AdamWeightDecay": AdamWeightDecay,
 }

@@ -15,6 +15,7 @@ ROWS = (
     Case("RMSprop", {"lr": 0.003, "centered": True, "momentum": 0.5}),
     Case("Adagrad", {"lr": 0.05}),
     Case("Lion", {"lr": 0.002, "weight_decay": 0.1}),
+    Case("AdaBelief", {"lr": 0.02, "betas": (0.9, 0.99)}),
     Case("Amos", {"lr": 0.2, "eta": 0.2, "beta": 0.98}),
     Case("AdamWeightDecay", {"epsilon": 1e-6, "beta_2": 0.99, "weight_decay_rate": 0.1, "lr": 0.01}),
 )

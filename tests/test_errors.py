@@ -24,17 +24,17 @@ import fusedstep
 NAN = float("nan")
 
 # (classes, options, type, beginning of the text, the same from torch)
-ALL = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion", "Amos")
+ALL = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion", "AdaBelief", "Amos")
 ADAMS = ("Adam", "AdamW")
-DECAYS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion")
-EPS = ("Adam", "AdamW", "RMSprop", "Adagrad")
-BETAS = ("Adam", "AdamW")
+DECAYS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion", "AdaBelief")
+EPS = ("Adam", "AdamW", "RMSprop", "Adagrad", "AdaBelief")
+BETAS = ("Adam", "AdamW", "AdaBelief")
 ARGUMENTS = [
     (ALL, {"lr": -0.5}, ValueError, "Invalid learning rate: -0.5", True),
     (ALL, {"lr": torch.tensor(-0.5)}, ValueError, "Invalid learning rate: -0.5", True),
     (ALL, {"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element", True),
     (ADAMS, {"lr": NAN}, ValueError, "Invalid learning rate: nan", True),
-    (("SGD", "Lion", "Amos"), {"lr": NAN}, ValueError, "Invalid learning rate: nan", False),
+    (("SGD", "Lion", "AdaBelief", "Amos"), {"lr": NAN}, ValueError, "Invalid learning rate: nan", False),
     (ALL, {"lr": "0.1"}, TypeError, "Invalid learning rate: '0.1' is a str", False),
     (ALL, {"lr": None}, TypeError, "Invalid learning rate: None", False),
     (ALL, {"lr": 1j}, TypeError, "Invalid learning rate: 1j", False),
@@ -86,6 +86,7 @@ ARGUMENTS = [
     (("Adagrad",), {"lr_decay": -1}, ValueError, "Invalid lr_decay value: -1", True),
     (("Adagrad",), {"initial_accumulator_value": -1}, ValueError, "Invalid initial_accumulator_value value: -1", True),
     (("Lion",), {"betas": (1.1, 0.9)}, ValueError, "Invalid beta parameter at index 0: 1.1", False),
+    (("AdaBelief",), {"rectify": "no"}, TypeError, "Invalid rectify value: 'no'", False),
     (("Amos",), {"eta": -1.0}, ValueError, "Invalid eta value: -1.0", False),
     (("Amos",), {"eta": {"w": -1.0}}, ValueError, "Invalid eta value for 'w': -1.0", False),
     (("Amos",), {"eta": "a"}, TypeError, "Invalid eta value: 'a'", False),

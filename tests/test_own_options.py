@@ -175,7 +175,7 @@ def test_a_missing_scale_is_named():
     assert not optimizer.state
 
 
-# RMSprop, Lion
+# RMSprop, Lion, AdaBelief
 
 
 @by_backend
@@ -218,3 +218,11 @@ def test_the_sign_of_zero_is_zero(backend, dtype):
     assert (param[1::2] == 1.75).all()  # the decay alone
     assert (param[::4] == 1.625).all()
     assert (param[2::4] == 1.875).all()
+
+
+def test_the_state_of_fp16_parameters_is_fp32_as_in_the_original():
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = fusedstep.AdaBelief([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert {t.dtype for t in optimizer.state[param].values()} == {torch.float32}

@@ -207,6 +207,80 @@ def lion_update(param, grad, exp_avg, s, PRESENT: tl.constexpr):
     return param * s.decay + step, s.beta2 * exp_avg + s.one_minus_beta2 * grad
 
 
+class AdaBeliefScalars(NamedTuple):
+    beta1: tl.tensor
+    one_minus_beta1: tl.tensor
+    beta2: tl.tensor
+    one_minus_beta2: tl.tensor
+    step_size: tl.tensor
+    inv_bias_correction2_sqrt: tl.tensor
+    eps: tl.tensor
+    weight_decay: tl.tensor
+    decay: tl.tensor
+    rectify: tl.tensor
+    adaptive: tl.tensor
+
+
+@triton.jit
+def adabelief_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
+    lr = tl.load(hyper_ptr)
+    beta1 = tl.load(hyper_ptr + 1)
+    beta2 = tl.load(hyper_ptr + 2)
+    eps = tl.load(hyper_ptr + 3)
+    weight_decay = tl.load(hyper_ptr + 4)
+    weight_decouple = tl.load(hyper_ptr + 5) != 0
+    fixed_decay = tl.load(hyper_ptr + 6) != 0
+    rectify = tl.load(hyper_ptr + 7) != 0
+    degenerated_to_sgd = tl.load(hyper_ptr + 8) != 0
+    one = lr * 0.0 + 1.0  # in float64: a plain number would be narrowed
+    beta2_t = power(beta2, step)
+    bias_correction1 = 1.0 - power(beta1, step)
+    step_size = divide(lr, bias_correction1)
+    n_max = divide(one * 2.0, 1.0 - beta2) - 1.0
+    n = n_max - divide(2.0 * step.to(tl.float64) * beta2_t, 1.0 - beta2_t)
+    is_rectified = n >= 5.0
+    some_n = tl.where(is_rectified, n, 5.0)  # where it is not used, numbers that keep the root real
+    some_n_max = tl.where(is_rectified, n_max, 5.0)
+    ratio = divide(some_n - 4.0, some_n_max - 4.0) * (some_n - 2.0)
+    ratio = divide(divide(ratio, some_n) * some_n_max, some_n_max - 2.0)
+    rectified = step_size * square_root((1.0 - beta2_t) * ratio)
+    degenerated = tl.where(degenerated_to_sgd, step_size, 0.0)
+    decay = tl.where(fixed_decay, 1.0 - weight_decay, 1.0 - lr * weight_decay)
+    return AdaBeliefScalars(
+        beta1.to(ARITHMETIC),
+        (1.0 - beta1).to(ARITHMETIC),
+        beta2.to(ARITHMETIC),
+        (1.0 - beta2).to(ARITHMETIC),
+        tl.where(rectify, tl.where(is_rectified, rectified, degenerated), step_size).to(ARITHMETIC),
+        tl.where(rectify, one, divide(one, square_root(1.0 - beta2_t))).to(ARITHMETIC),
+        eps.to(ARITHMETIC),
+        tl.where(weight_decouple, 0.0, weight_decay).to(ARITHMETIC),
+        tl.where(weight_decouple, decay, one).to(ARITHMETIC),
+        rectify,
+        is_rectified | (rectify == 0),
+    )
+
+
+@triton.jit
+def adabelief_update(param, grad, exp_avg, exp_avg_var, max_exp_avg_var, s, PRESENT: tl.constexpr):
+    param = param * s.decay
+    if s.weight_decay != 0:
+        grad = grad + s.weight_decay * param
+    exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * grad
+    residual = grad - exp_avg
+    exp_avg_var = s.beta2 * exp_avg_var + s.one_minus_beta2 * residual * residual + s.eps
+    variance = exp_avg_var
+    if PRESENT & 4:
+        max_exp_avg_var = maximum(max_exp_avg_var, exp_avg_var)
+        variance = tl.where(s.rectify, exp_avg_var, max_exp_avg_var)
+    if s.adaptive:
+        denom = square_root(variance) * s.inv_bias_correction2_sqrt + s.eps
+        param = param - divide(s.step_size * exp_avg, denom)
+    elif s.step_size != 0:
+        param = param - s.step_size * exp_avg
+    return param, exp_avg, exp_avg_var, max_exp_avg_var
+
+
 class AmosScalars(NamedTuple):
     beta: tl.tensor
     one_minus_beta: tl.tensor
@@ -281,5 +355,6 @@ RULES = {
     "rmsprop": Rule(rmsprop_prepare, rmsprop_update, 3),
     "adagrad": Rule(adagrad_prepare, adagrad_update, 1),
     "lion": Rule(lion_prepare, lion_update, 1),
+    "adabelief": Rule(adabelief_prepare, adabelief_update, 3),
     "amos": Rule(amos_prepare, amos_update, 3),
 }

@@ -1,5 +1,6 @@
 """Fused optimizer steps for PyTorch: one kernel call for a whole parameter group."""
 
+from .adabelief import AdaBelief
 from .adagrad import Adagrad
 from .adam import Adam
 from .adam_weight_decay import AdamWeightDecay
@@ -15,6 +16,7 @@ from .verification import verify
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
+    "AdaBelief",
     "Adagrad",
     "Adam",
     "AdamW",
