@@ -1,5 +1,6 @@
 """Fused optimizer steps for PyTorch: one kernel call for a whole parameter group."""
 
+from . import schedules
 from .adabelief import AdaBelief
 from .adagrad import Adagrad
 from .adam import Adam
@@ -26,6 +27,7 @@ __all__ = [
     "Lion",
     "RMSprop",
     "amos_scales",
+    "schedules",
     "use_backend",
     "verify",
 ]

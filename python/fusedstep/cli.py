@@ -1,4 +1,4 @@
-"""The command `fusedstep`: what can run here, whether it is right, and how fast it is."""
+"""The command `fusedstep`: what can run here, whether it is right, how fast it is, and what schedules look like."""
 
 from __future__ import annotations
 
@@ -139,6 +139,12 @@ def _bench(args: argparse.Namespace) -> int:
     return _missing("bench", suite.missing_packages(args)) or suite.run(args)
 
 
+def _schedule(args: argparse.Namespace) -> int:
+    from .schedules import picture
+
+    return _missing("schedule", ["matplotlib"] if args.plot else []) or picture.run(args)
+
+
 def _missing(command: str, packages: Sequence[str]) -> int:
     """2 after a line on standard error if a package is not installed, else 0."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
@@ -151,6 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     from . import __version__, verification
     from .bench import suite
+    from .schedules import picture
 
     parser = argparse.ArgumentParser(prog="fusedstep", description="Fused optimizer steps for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fusedstep {__version__}")
@@ -167,6 +174,8 @@ def make_parser() -> argparse.ArgumentParser:
     verification.add_arguments(add("verify", about, _verify))
     about = "Measure the time of a step against torch.optim and installed peers."
     suite.add_arguments(add("bench", about, _bench))
+    about = "Print or draw a learning-rate schedule."
+    picture.add_arguments(add("schedule", about, _schedule))
     return parser
 
 
