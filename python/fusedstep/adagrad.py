@@ -101,11 +101,7 @@ class Adagrad(FusedOptimizer):
 
     @classmethod
     def check_sparse(cls, group: dict[str, Any], what: str) -> None:
-        if group["weight_decay"] != 0:
-            raise RuntimeError(
-                f"{cls.__name__}: weight_decay option is not compatible with sparse gradients "
-                f"(weight_decay={group['weight_decay']}, {what})"
-            )
+        checks.check_no_decay(cls.__name__, group["weight_decay"], what)
 
     def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         value = group["initial_accumulator_value"]

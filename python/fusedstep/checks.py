@@ -126,6 +126,15 @@ def check_state(
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
 
 
+def check_no_decay(optimizer: str, weight_decay: float, what: str) -> None:
+    """Raise unless ``weight_decay`` is 0, as the sparse gradient of the parameter that ``what`` describes needs it."""
+    if weight_decay != 0:
+        raise RuntimeError(
+            f"{optimizer}: weight_decay option is not compatible with sparse gradients "
+            f"(weight_decay={weight_decay}, {what})"
+        )
+
+
 def check_grad(cls: type[FusedOptimizer], group: dict[str, Any], param: Tensor, grad: Tensor, what: str) -> None:
     """Raise unless ``grad`` can update ``param``; ``what`` is `describe`'s name for the parameter."""
     optimizer = cls.__name__

@@ -95,11 +95,7 @@ class SGD(FusedOptimizer):
 
     @classmethod
     def check_sparse(cls, group: dict[str, Any], what: str) -> None:
-        if group["weight_decay"] != 0:
-            raise RuntimeError(
-                f"{cls.__name__}: weight_decay option is not compatible with sparse gradients "
-                f"(weight_decay={group['weight_decay']}, {what})"
-            )
+        checks.check_no_decay(cls.__name__, group["weight_decay"], what)
 
     @classmethod
     def changes_rows_alone(cls, group: dict[str, Any]) -> bool:
