@@ -79,6 +79,13 @@ void bind_cuda(py::module_& m) {
            })
       .def("fits", &fits);
   m.def("cuda_step", &cuda_step);
+  m.def(
+      "cuda_advance_schedules",
+      [](uintptr_t values, uintptr_t table, int n, uintptr_t found_inf, int device) {
+        cuda::advance_schedules(reinterpret_cast<double*>(values), reinterpret_cast<const double*>(table), n,
+                                reinterpret_cast<const float*>(found_inf), device, current_stream(device));
+      },
+      py::arg("values"), py::arg("table"), py::arg("n"), py::arg("found_inf"), py::arg("device"));
   m.def("cuda_multiprocessors", &cuda::multiprocessors);
   m.def("cuda_why_not", &cuda::why_not);
   m.def("cuda_device_count", [] {

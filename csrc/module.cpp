@@ -5,6 +5,7 @@
 #include "cpu/engine.h"
 #include "cuda_bindings.h"
 #include "plan.h"
+#include "schedule.h"
 #include "watch.h"
 
 namespace fusedstep {
@@ -133,6 +134,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_run_range", &cpu_run_range, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
         py::arg("first"), py::arg("last"),
         "update some of the elements, counted through all tensors, without counting it as a step: for tests");
+  m.def(
+      "cpu_advance_schedules",
+      [](uintptr_t values, uintptr_t table, int64_t n) {
+        for (int64_t i = 0; i < n; ++i)
+          advance_schedule(reinterpret_cast<double*>(values), reinterpret_cast<const double*>(table), n, i);
+      },
+      py::arg("values"), py::arg("table"), py::arg("n"), "count a step of n groups; the arguments are schedule.h's");
   m.def("cpu_isa", &cpu::isa);
   m.def("cpu_isas", &cpu::available_isas);
   m.def("set_cpu_isa", &cpu::set_isa);

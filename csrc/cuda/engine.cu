@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "kernel.cuh"
+#include "schedule.cuh"
 
 namespace fusedstep::cuda {
 namespace {
@@ -81,6 +82,14 @@ int step(const Call& call) {
     ++launches;
   }
   return launches;
+}
+
+void advance_schedules(double* values, const double* table, int n, const float* found_inf, int device, void* stream) {
+  const OnDevice on_device(device);
+  constexpr int kGroupsPerBlock = 32;
+  const int blocks = (n + kGroupsPerBlock - 1) / kGroupsPerBlock;
+  schedule_kernel<<<blocks, kGroupsPerBlock, 0, static_cast<cudaStream_t>(stream)>>>(values, table, n, found_inf);
+  check(cudaGetLastError(), "launching the schedule kernel");
 }
 
 int device_count(std::string* why_none) {

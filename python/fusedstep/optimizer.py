@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from . import backends, checks, layout
 from .backends.plan import Plan, Slot
+from .schedules import on_device
 
 
 def _named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
@@ -55,14 +56,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler then passes grad_scale and found_inf on to the kernels
     _plans: list[Plan] | None = None
     _watch: Any = None
+    _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         checks.check_implementation(defaults)
-        self.check_group(defaults)
+        self.check_group(on_device.at_the_beginning(defaults))
         self._backend = backends.check_choice(backend)
         self._counters: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
+        self._learning_rates = on_device.LearningRates(self._backend)
+        self._learning_rates.follow(self.param_groups, self._most_steps)
 
     # What a subclass provides.
 
@@ -134,7 +138,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
             checks.check_implementation(group)
-            self.check_group(group)
+            self.check_group(on_device.at_the_beginning(group))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -151,7 +155,27 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._step_counter(param, param, state, ())
                 for key in self.states_of(group):
                     state[key] = self.init_state(key, param, group)
+        if self._learning_rates is not None:
+            self._learning_rates.follow(self.param_groups, self._most_steps)
         self._plans = None
+
+    @property
+    def schedule_step(self) -> int:
+        """The number of steps so far, without skipped ones, by which learning rates follow schedules; may be set."""
+        return self._learning_rates.count if self._learning_rates.parts else self._most_steps()
+
+    @schedule_step.setter
+    def schedule_step(self, count: int) -> None:
+        self._learning_rates.count = count
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rate of each group in the next step, as a torch scheduler's method of this name returns it."""
+        return [float(group["lr"]) for group in self.param_groups]
+
+    def _most_steps(self) -> int:
+        """The largest number of steps of a parameter."""
+        steps = (state["step"] for state in self.state.values() if isinstance(state, dict) and "step" in state)
+        return int(max(map(float, chain(steps, self._counters.values())), default=0))
 
     def _select(self, param: Tensor) -> backends.Backend:
         # Frozen weights of a dtype that nothing can update are carried along, as torch does.
@@ -159,12 +183,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend, "_counters": self._counters}
+        ours = ("_backend", "_counters", "_learning_rates")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_learning_rates", on_device.LearningRates(self._backend)).renew(self.param_groups)
         for group in self.param_groups:  # checkpoints of the parent class, or older than an option
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
@@ -172,7 +198,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> StateDict:
         """The state as the torch class of this name would write it; tensors are not copied."""
+        self._learning_rates.follow(self.param_groups, self._most_steps)
         state_dict = super().state_dict()
+        self._learning_rates.write_numbers(self.param_groups, state_dict["param_groups"])
         if self.step_form == "int":
             state_dict["state"] = {
                 key: {**state, "step": int(state["step"])} if isinstance(state, dict) and "step" in state else state
@@ -197,6 +225,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: groups do not match, or a state's shape is not its parameter's; nothing is changed then.
         """
+        followed = self._learning_rates.followed(self.param_groups)
         loaded: dict[Tensor, dict[str, Any]] = {}
         rest: dict[Any, Any] = {}
 
@@ -217,6 +246,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.state.update(loaded)
             self.state.update(rest)
             self._counters.clear()
+            self._learning_rates.read_numbers(self.param_groups, followed, self._most_steps)
 
         # Last before torch's own work and first after it, so that hooks of the user see what torch would show them.
         with (
@@ -253,6 +283,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises before any state is created.
         """
+        self._learning_rates.settle(self.param_groups)
         chosen: list[list[tuple[int, str | None, Tensor, backends.Backend, Any]]] = []
         index = 0
         for group in self.param_groups:
@@ -375,6 +406,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             found_inf = None
         elif found_inf.device.type == "cpu" and found_inf.item() != 0:
             return
+        self._learning_rates.follow(self.param_groups, self._most_steps)
+        self._learning_rates.check_alone(self.param_groups)
         plans, groups = self._prepare_plans(), self.param_groups
         try:
             hypers = [self._hyper_of(groups[plan.group], plan.variant) for plan in plans]
@@ -387,6 +420,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.kernel_calls = 0
         for plan, hyper in zip(plans, hypers, strict=True):
             self.kernel_calls += plan.step(hyper, bool(groups[plan.group]["maximize"]), grad_scale, found_inf)
+        self.kernel_calls += self._learning_rates.advance(found_inf)
 
     @torch.no_grad()
     def _clip(self, plans: list[Plan], grad_scale: Tensor | None) -> None:

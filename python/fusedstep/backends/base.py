@@ -11,6 +11,7 @@ from .. import checks, layout
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
+    from ..schedules.on_device import DeviceSchedules
     from .plan import Plan, Slot
 
 
@@ -46,6 +47,10 @@ class Backend:
         slots: list[Slot],
     ) -> Plan:
         """A plan for parameters of one group that share their hyperparameters."""
+        raise NotImplementedError
+
+    def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
+        """Count a step, unless it was skipped, and evaluate the next learning rates; returns the kernel calls."""
         raise NotImplementedError
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .base import KernelBackend
 from .native import extension_reasons
 from .plan import KernelPlan
+
+if TYPE_CHECKING:
+    from ..schedules.on_device import DeviceSchedules
 
 
 class CpuPlan(KernelPlan):
@@ -33,6 +38,14 @@ class CpuBackend(KernelBackend):
         if device.type != "cpu":
             return [f"it runs on CPU tensors, not on {device.type}"]
         return extension_reasons() + self.dtype_reasons(dtype)
+
+    def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
+        from .. import _C
+
+        if found_inf is not None and found_inf.item() != 0:
+            return 0
+        _C.cpu_advance_schedules(schedules.values.data_ptr(), schedules.table.data_ptr(), len(schedules.lrs))
+        return 1
 
     def plan(self, *args) -> CpuPlan:
         return CpuPlan(self, *args)

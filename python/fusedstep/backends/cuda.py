@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .base import KernelBackend
 from .native import extension_reasons
 from .plan import KernelPlan
+
+if TYPE_CHECKING:
+    from ..schedules.on_device import DeviceSchedules
 
 
 class CudaPlan(KernelPlan):
@@ -75,6 +80,21 @@ class CudaBackend(KernelBackend):
             return [f"there is no GPU to be seen ({why or 'no device'})"]
         why = _C.cuda_why_not(torch.cuda.current_device() if device.index is None else device.index)
         return ([why] if why else []) + self.dtype_reasons(dtype)
+
+    def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
+        from .. import _C
+
+        values, table = schedules.values, schedules.table
+        if found_inf is not None:
+            found_inf = found_inf.to(values.device, torch.float32, non_blocking=True)
+        _C.cuda_advance_schedules(
+            values.data_ptr(),
+            table.data_ptr(),
+            len(schedules.lrs),
+            0 if found_inf is None else found_inf.data_ptr(),
+            values.device.index,
+        )
+        return 1
 
     def plan(self, *args) -> CudaPlan:
         return CudaPlan(self, *args)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .. import layout
 from .base import Backend
 from .plan import Plan, Slot
+
+if TYPE_CHECKING:
+    from ..schedules.on_device import DeviceSchedules
 
 
 class ReferencePlan(Plan):
@@ -93,6 +98,11 @@ class ReferenceBackend(Backend):
 
     def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor:
         return state
+
+    def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
+        if found_inf is None or found_inf.item() == 0:
+            schedules.set_count(schedules.count + 1)
+        return 0
 
     def plan(self, *args) -> ReferencePlan:
         return ReferencePlan(self, *args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from .base import KernelBackend
 from .native import extension_reasons
 from .plan import KernelPlan
+
+if TYPE_CHECKING:
+    from ..schedules.on_device import DeviceSchedules
 
 NAMES = ("fp32", "bf16", "fp16", "fp64")  # by the tags of csrc/numeric.h
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -148,6 +152,14 @@ class TritonBackend(KernelBackend):
         elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return ["it needs a GPU of compute capability 8.0 or newer"]
         return self.dtype_reasons(dtype)
+
+    def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
+        from ..triton_kernels import schedule
+
+        if found_inf is not None:
+            found_inf = found_inf.to(schedules.values.device, torch.float32)
+        schedule.launch(schedules.values, schedules.table, len(schedules.lrs), found_inf)
+        return 1
 
     def plan(self, *args) -> TritonPlan:
         return TritonPlan(self, *args)
