@@ -200,6 +200,69 @@ def test_clamp_by_name():
     assert walk(scheduler, 15)[-1] == [0.0]
 
 
+# The same curves from pieces.
+
+
+@pytest.mark.parametrize(("warmup", "total"), [*STEPS, (10, 3)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=ident)
+def test_curves_are_those_of_the_schedulers(variant, warmup, total):
+    """Judged beside the largest number; the original's cosine sees pi times many turns, rounded."""
+    name, options = variant
+    try:
+        expected = walk(theirs.get_scheduler(name, optimizer(), warmup, total, options), 2 * total + 5)
+    except ZeroDivisionError:
+        with pytest.raises(ValueError, match="must not be num_warmup_steps"):
+            schedules.get_schedule(name, LR, warmup, total, options)
+        return
+    schedule = schedules.get_schedule(theirs.SchedulerType(name), LR, warmup, total, options)
+    for t, (lr,) in enumerate(expected):
+        assert schedule(t) == pytest.approx(lr, rel=1e-14, abs=1e-14 * LR), t
+    assert eval(repr(schedule), {"Schedule": schedules.Schedule}) == schedule == pickle.loads(pickle.dumps(schedule))
+
+
+@pytest.mark.parametrize(("make", "options", "last"), CLAMPED)
+@pytest.mark.parametrize("warmup", [0, 3, 10, 15])
+def test_clamped_curves_are_those_of_the_schedulers(make, options, last, warmup):
+    name = next(t for t, f in schedules.TYPE_TO_SCHEDULER_FUNCTION.items() if f is make)
+    expected = walk(make(optimizer(), warmup, 10, clamp=True, **options), 25)
+    schedule = schedules.get_schedule(name, LR, warmup, 10, {**options, "clamp": True})
+    assert [schedule(t) for t in range(26)] == pytest.approx([lr for (lr,) in expected], rel=1e-14, abs=1e-15 * LR)
+
+
+def test_a_stable_phase_of_its_own_length():
+    for total in (None, 40):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            options = {"num_decay_steps": 4, "num_stable_steps": 3}
+            expected = walk(theirs.get_scheduler("warmup_stable_decay", optimizer(), 5, total, options), 20)
+            schedule = schedules.get_schedule("warmup_stable_decay", LR, 5, total, options)
+        assert [schedule(t) for t in range(21)] == pytest.approx([lr for (lr,) in expected], rel=1e-14, abs=1e-15 * LR)
+
+
+CURVE_ERRORS = [
+    (("nope", LR), ValueError, "select one of"),
+    (("greedy", LR), ValueError, "depends on a metric"),
+    (("reduce_lr_on_plateau", LR), ValueError, "depends on a metric"),
+    (("linear", -1.0, 1, 5), ValueError, "learning rate: -1.0"),
+    (("linear", LR), ValueError, "requires `num_warmup_steps`"),
+    (("linear", LR, 1), ValueError, "requires `num_training_steps`"),
+    (("linear", LR, -1, 5), ValueError, "num_warmup_steps: -1"),
+    (("linear", LR, 1, 5, {"nope": 1}), TypeError, "nope"),
+    (("polynomial", LR, 1, 5, {"lr_end": 1.0}), ValueError, "smaller than initial lr"),
+    (("inverse_sqrt", LR, 1, 5, {"timescale": 0}), ValueError, "timescale: 0"),
+    (("cosine_with_min_lr", LR, 1, 5), ValueError, "One of min_lr"),
+    (("cosine_with_min_lr", LR, 1, 5, {"min_lr_rate": -1}), ValueError, "min_lr: -"),
+    (("warmup_stable_decay", LR, 1, None, {"num_decay_steps": 2}), ValueError, "must be specified"),
+    (("warmup_stable_decay", LR, 1, 5, {"num_decay_steps": 2, "decay_type": "x"}), ValueError, "Unknown decay type"),
+]
+
+
+@pytest.mark.parametrize(("args", "error", "match"), CURVE_ERRORS, ids=str)
+def test_errors_of_curves(args, error, match):
+    with pytest.raises(error, match=match):
+        schedules.get_schedule(*args)
+
+
 # State, resuming.
 
 FACTORS = [(name, options) for name, options in VARIANTS if options.get("decay_type", "1-sqrt") == "1-sqrt"]

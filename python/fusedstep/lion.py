@@ -65,10 +65,11 @@ class Lion(FusedOptimizer):
         foreach: bool | None = None,
         backend: str | None = None,
     ) -> None:
-        checks.check_lr(lr)
         checks.check_flag("decoupled_weight_decay", decoupled_weight_decay)
-        if decoupled_weight_decay and not lr > 0:
-            raise ValueError(f"Invalid learning rate: {lr} (with decoupled_weight_decay it must be larger than 0)")
+        if decoupled_weight_decay:
+            checks.check_lr(lr)
+            if not lr > 0:
+                raise ValueError(f"Invalid learning rate: {lr} (with decoupled_weight_decay it must be larger than 0)")
         defaults = {
             "lr": lr,
             "betas": betas,

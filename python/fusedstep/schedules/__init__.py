@@ -27,6 +27,7 @@ from .hugging_face import (
     get_scheduler,
     get_wsd_schedule,
 )
+from .hugging_face_curves import get_schedule
 from .schedule import Schedule, ScheduleLR, WarmUp
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "get_linear_schedule_with_warmup",
     "get_polynomial_decay_schedule_with_warmup",
     "get_reduce_on_plateau_schedule",
+    "get_schedule",
     "get_scheduler",
     "get_wsd_schedule",
 ]

@@ -107,6 +107,7 @@ class Schedule:
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "pieces")
+        options = options or f"pieces={self.pieces!r}"
         return f"{type(self).__name__}({options})"
 
 
