@@ -345,6 +345,8 @@ def test_what_cannot_be_evaluated_on_a_device_is_refused(backend):
             step(mine)
     with pytest.raises(TypeError, match="learning rate"):
         fusedstep.AdamW(params, lr=schedules.ScheduleLR, backend=backend)
+    with pytest.raises(TypeError, match="must be a number"):  # which the decay is divided by
+        fusedstep.Lion(params, lr=COSINE_LR, decoupled_weight_decay=True, backend=backend)
 
 
 def test_one_kernel_call_more_for_all_groups():

@@ -174,7 +174,6 @@ def get_schedule(
 
     Example:
         >>> schedule = get_schedule("warmup_stable_decay", 3e-4, 100, 1000, {"num_decay_steps": 200})
-        >>> optimizer = fusedstep.AdamW(model.parameters(), lr=schedule)
     """
     name = SchedulerType(name)
     if name in NEED_A_METRIC:

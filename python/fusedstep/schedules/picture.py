@@ -54,7 +54,7 @@ def learning_rates(
     if name in BOOK:
         schedule = _from_the_book(name, lr, warmup, steps, options)
         return [schedule(t) for t in range(count)]
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    optimizer = _Idle([torch.nn.Parameter(torch.zeros(1))], {"lr": lr})
     scheduler = hugging_face.get_scheduler(name, optimizer, warmup, steps, options)
     rates = []
     for t in range(count):
@@ -65,6 +65,13 @@ def learning_rates(
         else:
             scheduler.step()
     return rates
+
+
+class _Idle(torch.optim.Optimizer):
+    """An optimizer for schedulers to write learning rates into."""
+
+    def step(self, closure: Any = None) -> None:
+        pass
 
 
 def _from_the_book(name: str, lr: float, warmup: int, steps: int, options: dict[str, Any]) -> Schedule:
