@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import fusedstep
+from fusedstep import schedules
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES
+from fusedstep.schedules import on_device
 from fusedstep.verification import same_bits, verify
 
 pytestmark = pytest.mark.gpu
@@ -167,6 +169,78 @@ def test_a_captured_graph_follows_lr_scale_and_skips(kernel):
         skip.fill_(float(number % 7 == 3))
         both(graph.replay)
     assert_same(optimizers)
+
+
+def test_a_captured_graph_follows_a_schedule_by_itself(kernel):
+    """Skipped steps left out; and it goes on from where a state was loaded."""
+    generator = torch.Generator().manual_seed(7)
+    sizes = [1000, 3]
+    values = random(sizes, generator)
+    schedule = schedules.CosineScheduler(30, 0.05, 0.001, warmup_steps=6)
+    captured, eager = optimizers = [
+        fusedstep.AdamW([torch.nn.Parameter(v.clone()) for v in values], lr=schedule, backend=name)
+        for name in (kernel, "reference")
+    ]
+    skip = torch.tensor(0.0, device=DEVICE)
+    grads = random(sizes, generator)
+    captured.found_inf = skip
+    for param, grad in zip(captured.param_groups[0]["params"], grads, strict=True):
+        param.grad = grad
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    step([eager], grads)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    done = 1
+    for number in range(40):
+        skip.fill_(float(number % 5 == 2))
+        graph.replay()
+        step([eager], grads, found_inf=skip)
+        done += number % 5 != 2
+        assert captured.get_last_lr() == eager.get_last_lr() == [schedule(done)]
+    assert_same(optimizers)
+    captured.schedule_step = eager.schedule_step = 9
+    skip.fill_(0.0)
+    for number in range(5):
+        graph.replay()
+        step([eager], grads, found_inf=skip)
+        assert captured.get_last_lr() == [schedule(10 + number)]
+    assert_same(optimizers)
+
+
+@pytest.mark.sanitizer
+def test_schedules_have_the_bits_of_the_python_functions(kernel):
+    made = [
+        schedules.CosineScheduler(30, 0.05, 0.001, warmup_steps=6),
+        schedules.SquareRootScheduler(0.7),
+        schedules.FactorScheduler(0.93, 1e-3, 0.4),
+        schedules.MultiFactorScheduler([2, 5, 11], 0.3, 0.2),
+        schedules.WarmUp(schedules.PolyScheduler(30, 0.1, 2.5), 5, 0.5),
+        schedules.get_schedule("cosine_with_restarts", 0.1, 3, 30, {"num_cycles": 4}),
+    ] * 50
+    part = on_device.DeviceSchedules(made, 0, torch.device(DEVICE, 0), BACKENDS[kernel])
+    for count in range(1, 60):
+        part.backend.advance_schedules(part, torch.tensor(0.0, device=DEVICE))
+        assert part.values.tolist() == [[count] * len(made), [schedule(count) for schedule in made]]
+    part.backend.advance_schedules(part, torch.tensor(1.0, device=DEVICE))
+    assert part.count == 59
+
+
+def test_learning_rates_move_to_the_gpu_with_the_parameters(kernel):
+    model = torch.nn.Linear(3, 2)
+    schedule = schedules.LinearScheduler(10, 0.1)
+    optimizer = fusedstep.AdamW(model.parameters(), lr=schedule)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    assert not optimizer.param_groups[0]["lr"].is_cuda
+    model.to(DEVICE)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"].is_cuda
+    assert optimizer.get_last_lr() == [schedule(2)]
 
 
 def test_capturing_the_first_step_says_what_to_do():

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import fusedstep
-from fusedstep import _C
+from fusedstep import _C, schedules
+from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES
+from fusedstep.schedules import on_device
 from fusedstep.verification import same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,3 +219,31 @@ def test_every_element_is_dealt_out_once_beyond_32_bits(library, sizes, multipro
     numels = (ctypes.c_int64 * len(sizes))(*sizes)
     chunks = library.check_chunks(numels, ctypes.c_int64(len(sizes)), multiprocessors)
     assert chunks >= sum(-(-n // 65_536) for n in sizes)
+
+
+@pytest.mark.parametrize(("n", "blocks", "threads"), [(1, 1, 32), (7, 1, 32), (70, 2, 32), (9, 3, 2)])
+def test_schedules_have_the_bits_of_the_python_functions(library, n, blocks, threads):
+    kinds = [
+        schedules.CosineScheduler(30, 0.05, 0.001, warmup_steps=6),
+        schedules.SquareRootScheduler(0.7),
+        schedules.FactorScheduler(0.93, 1e-3, 0.4),
+        schedules.MultiFactorScheduler([2, 5, 11], 0.3, 0.2),
+        schedules.WarmUp(schedules.PolyScheduler(30, 0.1, 2.5), 5, 0.5),
+        schedules.get_schedule("cosine_with_restarts", 0.1, 3, 30, {"num_cycles": 4}),
+    ]
+    made = [kinds[i % len(kinds)] for i in range(n)]
+    part = on_device.DeviceSchedules(made, 0, torch.device("cpu"), BACKENDS["reference"])
+    flags = [torch.tensor(0.0), None, torch.tensor(1.0)]
+    count = 0
+    for number in range(60):
+        flag = flags[number % 3]
+        library.host_advance_schedules(
+            ctypes.c_void_p(part.values.data_ptr()),
+            ctypes.c_void_p(part.table.data_ptr()),
+            n,
+            None if flag is None else ctypes.c_void_p(flag.data_ptr()),
+            blocks,
+            threads,
+        )
+        count += number % 3 != 2
+        assert part.values.tolist() == [[count] * n, [schedule(count) for schedule in made]]

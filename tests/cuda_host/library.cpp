@@ -2,6 +2,7 @@
 // clang-format off
 #include "cuda_on_host.h"
 #include "../../csrc/cuda/kernel.cuh"
+#include "../../csrc/cuda/schedule.cuh"
 // clang-format on
 
 using namespace fusedstep;
@@ -44,6 +45,12 @@ int host_step(int rule, const Scalar* hyper, bool maximize, const float* grad_sc
     ++launches;
   }
   return launches;
+}
+
+// Counts a step of n groups with schedules.
+void host_advance_schedules(double* values, const double* table, int n, const float* found_inf, unsigned blocks,
+                            unsigned threads) {
+  launch_on_host(blocks, threads, [&] { schedule_kernel(values, table, n, found_inf); });
 }
 
 // Deals out tensors of the given sizes; returns the number of chunks, or -1 if an element is dealt out twice or not at
