@@ -183,8 +183,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("_backend", "_counters", "_learning_rates")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
+        return super().__getstate__() | {key: vars(self)[key] for key in ("_backend", "_counters", "_learning_rates")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -198,9 +197,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> StateDict:
         """The state as the torch class of this name would write it; tensors are not copied."""
-        self._learning_rates.follow(self.param_groups, self._most_steps)
         state_dict = super().state_dict()
-        self._learning_rates.write_numbers(self.param_groups, state_dict["param_groups"])
+        self._learning_rates.write_numbers(self.param_groups, state_dict["param_groups"], self._most_steps)
         if self.step_form == "int":
             state_dict["state"] = {
                 key: {**state, "step": int(state["step"])} if isinstance(state, dict) and "step" in state else state
@@ -406,8 +404,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             found_inf = None
         elif found_inf.device.type == "cpu" and found_inf.item() != 0:
             return
-        self._learning_rates.follow(self.param_groups, self._most_steps)
-        self._learning_rates.check_alone(self.param_groups)
+        self._learning_rates.begin_step(self.param_groups, self._most_steps)
         plans, groups = self._prepare_plans(), self.param_groups
         try:
             hypers = [self._hyper_of(groups[plan.group], plan.variant) for plan in plans]
@@ -420,7 +417,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.kernel_calls = 0
         for plan, hyper in zip(plans, hypers, strict=True):
             self.kernel_calls += plan.step(hyper, bool(groups[plan.group]["maximize"]), grad_scale, found_inf)
-        self.kernel_calls += self._learning_rates.advance(found_inf)
+        self.kernel_calls += self._learning_rates.end_step(found_inf)
 
     @torch.no_grad()
     def _clip(self, plans: list[Plan], grad_scale: Tensor | None) -> None:

@@ -141,13 +141,19 @@ class LearningRates:
 
     def followers(self, groups: list[Group]) -> Iterator[tuple[Group, Schedule, DeviceSchedules]]:
         """The groups that follow a schedule, with it and where it is evaluated."""
-        for group in groups if self.places else ():
+        if not self.places:
+            return
+        for group in groups:
             if id(group["lr"]) in self.places:
                 _, schedule, part = self.places[id(group["lr"])]
                 yield group, schedule, part
 
-    def check_alone(self, groups: list[Group]) -> None:
-        """Raise RuntimeError if a torch scheduler was made for a group whose learning rate follows a schedule."""
+    def begin_step(self, groups: list[Group], most_steps: Callable[[], int]) -> None:
+        """`follow` what the user has set since; raise RuntimeError if a group has a torch scheduler besides."""
+        for group in groups:
+            if isinstance(group["lr"], Schedule):
+                self.follow(groups, most_steps)
+                break
         for group, schedule, _ in self.followers(groups):
             if "initial_lr" in group:  # which they put there
                 raise RuntimeError(
@@ -165,9 +171,12 @@ class LearningRates:
             self.parts = [part for part in self.parts if id(part) in used]
             self.places = {key: place for key, place in self.places.items() if id(place[2]) in used}
 
-    def advance(self, found_inf: Tensor | None) -> int:
+    def end_step(self, found_inf: Tensor | None) -> int:
         """Count a step, unless it was skipped, and go on to the next learning rates; returns the kernel calls."""
-        return sum(part.backend.advance_schedules(part, found_inf) for part in self.parts)
+        calls = 0
+        for part in self.parts:
+            calls += part.backend.advance_schedules(part, found_inf)
+        return calls
 
     @property
     def count(self) -> int | None:
@@ -180,8 +189,9 @@ class LearningRates:
         for part in self.parts:
             part.set_count(count)
 
-    def write_numbers(self, groups: list[Group], packed: list[Group]) -> None:
+    def write_numbers(self, groups: list[Group], packed: list[Group], most_steps: Callable[[], int]) -> None:
         """Put numbers in the place of the learning rates that follow schedules, as a torch class would have them."""
+        self.follow(groups, most_steps)
         for group, row in zip(groups, packed, strict=True):
             for _, _, part in self.followers([group]):
                 row["lr"] = float(group["lr"])
