@@ -299,6 +299,35 @@ def test_a_state_without_a_schedule_takes_its_number(backend):
     assert "schedule_step" not in plain.state_dict()["param_groups"][0]
 
 
+def test_distributed_checkpoints_hold_the_count(backend):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    first, second = (fusedstep.AdamW(model.parameters(), lr=COSINE_LR, backend=backend) for model in models)
+    for _ in range(3):
+        step(first)
+    set_optimizer_state_dict(models[1], second, get_optimizer_state_dict(models[0], first))
+    assert second.schedule_step == 3
+    step(second)
+    assert second.get_last_lr() == [COSINE_LR(4)]
+
+
+def test_learning_rates_go_where_the_parameters_are(backend):
+    """As if they had been on another device so far."""
+    params = parameters()
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": FAMILY[2]}]
+    mine = fusedstep.AdamW(groups, lr=COSINE_LR, backend=backend)
+    step(mine)
+    old = mine.param_groups[1]["lr"]
+    mine._learning_rates.parts[0].device = torch.device("meta")
+    mine._plans = None
+    for t in (1, 2):
+        assert mine.get_last_lr() == [COSINE_LR(t), FAMILY[2](t)]
+        step(mine)
+    assert mine.param_groups[1]["lr"] is not old
+    assert len(mine._learning_rates.parts) == 1
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
 def test_copies_have_learning_rates_of_their_own(copied, backend):
     params = parameters()
