@@ -208,6 +208,19 @@ def test_grad_scaler_skips(backend):
     assert mine.get_last_lr() == [COSINE_LR(4)]
 
 
+def test_the_kernel_is_told_whether_the_step_was_skipped(backend, monkeypatch):
+    """On a GPU only the kernel knows."""
+    mine = fusedstep.AdamW(parameters(), lr=COSINE_LR, backend=backend)
+    told = []
+    evaluating = mine._learning_rates.parts[0].backend
+    monkeypatch.setattr(evaluating, "advance_schedules", lambda part, found_inf: told.append(found_inf) or 0)
+    mine.found_inf = torch.tensor(0.0)
+    step(mine)
+    del mine.found_inf
+    step(mine)
+    assert told == [torch.tensor(0.0), None]
+
+
 def test_a_schedule_set_later_and_a_number_instead(backend):
     """The user's assignment holds; the count goes on."""
     mine = fusedstep.AdamW(parameters(), lr=0.1, backend=backend)

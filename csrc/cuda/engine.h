@@ -55,8 +55,8 @@ struct Call {
 // Queues the update; returns the number of launches. Throws std::runtime_error with CUDA's own words.
 int step(const Call& call);
 
-// Queues the count of a step of n groups with schedules; the arguments are those of schedule.h's advance_schedule, on the
-// device. found_inf: null, or nothing is counted if it is not 0. Throws as step does.
+// Queues the count of a step of n groups with schedules; the arguments are those of schedule.h's advance_schedule, on
+// the device. found_inf: null, or nothing is counted if it is not 0. Throws as step does.
 void advance_schedules(double* values, const double* table, int n, const float* found_inf, int device, void* stream);
 
 int device_count(std::string* why_none);  // 0 without a GPU or a driver, with CUDA's words for it
