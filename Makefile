@@ -15,10 +15,11 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test gpu build lint clean
+.PHONY: help demo lenet test gpu build lint clean
 
 help:
 	@echo "make demo    train a small GPT with torch.optim.AdamW and with fusedstep.AdamW (OPTIMIZER=$(OPTIMIZER))"
+	@echo "make lenet   train LeNet under six learning-rate schedules (ARGS=\"--data FOLDER\" for Fashion-MNIST)"
 	@echo "make test    run the tests that need no GPU"
 	@echo "make gpu     on a GPU machine, without network: build, tests, compute-sanitizer, benchmark"
 	@echo "make build   compile what changed and install into $(VENV)"
@@ -27,6 +28,9 @@ help:
 
 demo: $(DEPS) $(BUILT)
 	$(PY) -m fusedstep.bench.train_gpt --optimizer $(OPTIMIZER)
+
+lenet: $(DEPS) $(BUILT)
+	$(PY) -m fusedstep.bench.lenet $(ARGS)
 
 test: $(DEPS) $(BUILT)
 	$(PY) -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)

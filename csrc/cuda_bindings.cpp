@@ -37,7 +37,7 @@ const float* to_flag(const py::object& tensor, const Plan& plan, const char* nam
 }
 
 int cuda_step(Plan& plan, const cuda::Table& table, uintptr_t device_table, const py::tuple& hyper, bool maximize,
-              const py::object& grad_scale, const py::object& found_inf) {
+              const py::object& grad_scale, const py::object& found_inf, bool zero_grads) {
   if (plan.size() != 0 && plan.device() != Device::kCuda) throw std::invalid_argument("the plan is not on a GPU");
   if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
   cuda::Call call{};
@@ -46,6 +46,7 @@ int cuda_step(Plan& plan, const cuda::Table& table, uintptr_t device_table, cons
   call.maximize = maximize;
   call.grad_scale = to_flag(grad_scale, plan, "grad_scale");
   call.found_inf = to_flag(found_inf, plan, "found_inf");
+  call.zero_grads = zero_grads;
   call.table = &table;
   call.device_table = reinterpret_cast<char*>(device_table);
   call.device = plan.device_index();
@@ -59,7 +60,7 @@ int cuda_step(Plan& plan, const cuda::Table& table, uintptr_t device_table, cons
   }
   call.grads = grads.data();
   const int launches = cuda::step(call);
-  plan.increment_written();
+  plan.increment_written(zero_grads);
   plan.release_grads();
   return launches;
 }

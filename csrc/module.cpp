@@ -12,10 +12,10 @@ namespace fusedstep {
 namespace {
 
 // What the CPU engine needs to know of a plan's step; `work` is the memory behind it.
-cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale,
+cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, bool zero_grads,
                    std::vector<cpu::Work>* work) {
   if (plan.device() != Device::kCpu && plan.has_memory()) throw std::invalid_argument("the plan is not on the CPU");
-  cpu::Call call{plan.rule(), {}, maximize, grad_scale, nullptr, 0, 0};
+  cpu::Call call{plan.rule(), {}, maximize, grad_scale, zero_grads, nullptr, 0, 0};
   if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
   for (size_t k = 0; k < hyper.size(); ++k) call.hyper[k] = to_double(PyTuple_GET_ITEM(hyper.ptr(), k));
   work->reserve(plan.size());
@@ -29,9 +29,9 @@ cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, doub
   return call;
 }
 
-void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int threads) {
+void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, bool zero_grads, int threads) {
   std::vector<cpu::Work> work;
-  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, &work);
+  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, zero_grads, &work);
   plan.check_borrowed();
   if (plan.borrowed()) {
     cpu::step(call, threads);
@@ -39,14 +39,14 @@ void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_sca
     const py::gil_scoped_release release;
     cpu::step(call, threads);
   }
-  plan.increment_written();
+  plan.increment_written(zero_grads);
   plan.release_grads();
 }
 
 void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int64_t first,
                    int64_t last) {
   std::vector<cpu::Work> work;
-  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, &work);
+  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, false, &work);
   if (first < 0 || first > last || last > call.numel) throw std::invalid_argument("the range is not one of the plan");
   cpu::run_range(call, first, last);
 }
@@ -114,13 +114,17 @@ PYBIND11_MODULE(_C, m) {
            py::arg("rule"), py::arg("state_names"), py::arg("owners"), py::arg("tensors"), py::arg("steps"),
            py::arg("states"))
       .def(
-          "gather", [](Plan& plan, bool borrow) { return plan.gather(borrow) == Gathered::kReady; }, py::arg("borrow"))
+          "gather",
+          [](Plan& plan, bool borrow, const py::object& grads) {
+            return plan.gather(borrow, grads) == Gathered::kReady;
+          },
+          py::arg("borrow"), py::arg("grads") = py::none())
       .def("borrowed", &Plan::borrowed, "whether gather() found gradients that it does not hold")
       .def("odd_grads", &Plan::odd_grads)
       .def("drop_grad", &Plan::drop_grad)
       .def("set_grad", &Plan::set_grad)
       .def("release_grads", &Plan::release_grads)
-      .def("increment_written", &Plan::increment_written)
+      .def("increment_written", &Plan::increment_written, py::arg("grads_too"))
       .def("pointers", &pointers, "[param, step, states...] of each tensor, as addresses")
       .def("grad_pointers", &grad_pointers)
       .def("grad_dtypes", &grad_dtypes, "of each tensor in this step: 0 fp32, 1 bf16, 2 fp16, 3 fp64")
@@ -130,7 +134,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::dict&, const py::list&>(), py::arg("state"), py::arg("param_groups"))
       .def("unchanged", &Watch::unchanged, py::arg("state"), py::arg("param_groups"));
   m.def("cpu_step", &cpu_step, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
-        py::arg("threads"));
+        py::arg("zero_grads"), py::arg("threads"));
   m.def("cpu_run_range", &cpu_run_range, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
         py::arg("first"), py::arg("last"),
         "update some of the elements, counted through all tensors, without counting it as a step: for tests");

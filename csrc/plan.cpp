@@ -130,8 +130,10 @@ Plan::~Plan() {
   release_grads();
 }
 
-Gathered Plan::gather(bool borrow) {
+Gathered Plan::gather(bool borrow, const py::object& grads) {
   release_grads();
+  if (!grads.is_none() && (borrow || !PyList_Check(grads.ptr()) || py::len(grads) != owners_.size()))
+    throw std::invalid_argument("gather() takes a list with one gradient or None for each parameter, to be held");
   odd_grads_.clear();
   any_active_ = borrowed_ = false;
   for (const MemoryWatch& memory : state_memory_) {
@@ -153,7 +155,7 @@ Gathered Plan::gather(bool borrow) {
         continue;
       }
     }
-    grad.tensor = grad_of(owner);
+    grad.tensor = grads.is_none() ? grad_of(owner) : Py_NewRef(PyList_GET_ITEM(grads.ptr(), i));
     if (grad.tensor == nullptr) throw py::error_already_set();
     if (grad.tensor == Py_None) {
       Py_CLEAR(grad.tensor);
@@ -211,7 +213,7 @@ void Plan::release_grads() {
   }
 }
 
-void Plan::increment_written() const {
+void Plan::increment_written(bool grads_too) const {
   py::list written;
   bool all = true;
   for (size_t i = 0; i < records_.size(); ++i) all = all && active(i);
@@ -221,6 +223,12 @@ void Plan::increment_written() const {
     }
   }
   increment_versions(all ? all_written_ : written);
+  if (!grads_too) return;
+  py::list grads;
+  for (const Grad& grad : grads_) {
+    if (grad.tensor != nullptr) grads.append(py::handle(grad.tensor));
+  }
+  increment_versions(grads);
 }
 
 }  // namespace fusedstep

@@ -29,7 +29,8 @@ class Plan {
   // layout, sparse, unknown dtype) lands in odd_grads(), for set_grad().
   // borrow: gradients may be read without holding them. Whoever asks for that keeps the interpreter lock from
   // check_borrowed() to the end of the step's work on the host; a plan with much work holds them all the same.
-  Gathered gather(bool borrow);
+  // grads: a list with a gradient or None for each owner, to read in place of the owners' (not with borrow); or None.
+  Gathered gather(bool borrow, const py::object& grads);
   bool borrowed() const { return borrowed_; }
   // Throws if a borrowed gradient was replaced since gather().
   void check_borrowed() const;
@@ -41,8 +42,8 @@ class Plan {
 
   // Drops the references to this step's gradients.
   void release_grads();
-  // Bumps the version counters of what a step wrote.
-  void increment_written() const;
+  // Bumps the version counters of what a step wrote; of gradients, those that are held.
+  void increment_written(bool grads_too) const;
 
   RuleId rule() const { return rule_; }
   int n_hyper() const { return n_hyper_; }

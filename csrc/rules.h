@@ -9,6 +9,9 @@
 // square root).
 #pragma once
 
+#include <array>
+#include <iterator>
+
 #include "numeric.h"
 
 namespace fusedstep {
@@ -32,6 +35,7 @@ enum class RuleId : int {
   kAdaBeliefAmsgrad,
   kAmos,
   kAmosMomentum,
+  kAccumulate,
   kCount
 };
 
@@ -379,6 +383,35 @@ struct Amos {
   }
 };
 
+// A weighted sum over micro-batches: the parameter is the sum, and its first gradient overwrites whatever is there.
+struct Accumulate {
+  static constexpr const char* kName = "accumulate";
+  static constexpr const char* kHyper[] = {"weight"};
+  static constexpr std::array<const char*, 0> kStateNames{};
+  static constexpr std::array<bool, 0> kPresent{};
+
+  template <class T>
+  struct Scalars {
+    T weight;
+    bool first;
+  };
+
+  template <class T>
+  static FUSEDSTEP_FN Scalars<T> prepare(const double* hyper, int64_t step) {
+    const double weight = hyper[0];
+    Scalars<T> s;
+    s.weight = static_cast<T>(weight);
+    s.first = step == 1;
+    return s;
+  }
+
+  template <class T, class S>
+  static FUSEDSTEP_FN void update(T& param, T grad, const S& s) {
+    grad = s.weight * grad;
+    param = s.first ? grad : param + grad;
+  }
+};
+
 // An engine compiles itself once for each rule, through visit_rule.
 template <class Visitor>
 auto visit_rule(RuleId rule, Visitor&& visitor) {
@@ -409,15 +442,17 @@ auto visit_rule(RuleId rule, Visitor&& visitor) {
       return visitor(AdaBelief<true>{});
     case RuleId::kAmos:
       return visitor(Amos<false>{});
-    default:
+    case RuleId::kAmosMomentum:
       return visitor(Amos<true>{});
+    default:
+      return visitor(Accumulate{});
   }
 }
 
 // How many states a rule names, how many of them it has, and which: as bits, because device code reads no arrays of the
 // host's.
 template <class Rule>
-constexpr int kNamed = static_cast<int>(sizeof(Rule::kPresent));
+constexpr int kNamed = static_cast<int>(std::size(Rule::kPresent));
 template <class Rule>
 constexpr uint32_t kPresentBits = [] {
   uint32_t bits = 0;
@@ -434,8 +469,10 @@ FUSEDSTEP_FN constexpr bool has_state(int k) {
 // Rule::update with its states in an array.
 template <class Rule, class T, class S>
 FUSEDSTEP_FN void update_with(T& param, T grad, T* states, const S& s) {
-  static_assert(kNamed<Rule> == 1 || kNamed<Rule> == 3, "add a branch for a rule that names another number of states");
-  if constexpr (kNamed<Rule> == 1)
+  static_assert(kNamed<Rule> <= 1 || kNamed<Rule> == 3, "add a branch for a rule that names another number of states");
+  if constexpr (kNamed<Rule> == 0)
+    Rule::update(param, grad, s);
+  else if constexpr (kNamed<Rule> == 1)
     Rule::update(param, grad, states[0], s);
   else
     Rule::update(param, grad, states[0], states[1], states[2], s);

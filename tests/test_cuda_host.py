@@ -95,6 +95,7 @@ def run_on_host(
         _C.rule_id(optimizer.rule, states),
         hyper,
         ctypes.c_bool(group["maximize"]),
+        ctypes.c_bool(False),
         *flags,
         (Record * len(records))(*records),
         ctypes.c_int64(len(records)),
@@ -247,3 +248,57 @@ def test_schedules_have_the_bits_of_the_python_functions(library, n, blocks, thr
         )
         count += number % 3 != 2
         assert part.values.tolist() == [[count] * n, [schedule(count) for schedule in made]]
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "grad"),
+    [*((torch.float32, g) for g in TAG), (torch.float64, torch.float64), (torch.float64, torch.bfloat16)],
+    ids=str,
+)
+def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, dtype, grad, zero, offset):
+    generator = torch.Generator().manual_seed(2)
+    sizes = [0, 1, 7, 9, 33, 1000, 5001]
+    sums = [inside(torch.full((n,), float("nan"), dtype=dtype), offset) for n in sizes]
+    steps = [torch.zeros(()) for _ in sizes]
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = [None] * len(sizes)
+    for number, weight in enumerate((0.7, 1.3, 2.0)):
+        grads = [inside(g, offset) for g in random_grads(sizes, generator, grad)]
+        values = [g.clone() for _, g in grads]
+        records = []
+        for (_, total), (_, g), step in zip(sums, grads, steps, strict=True):
+            tags = (ctypes.c_uint8 * (2 + MAX_STATES))(TAG[dtype], TAG[g.dtype])
+            pointers = (ctypes.c_void_p * MAX_STATES)()
+            records.append(Record(total.data_ptr(), pointers, step.data_ptr(), total.numel(), tags))
+        hyper = (Scalar * MAX_HYPER)()
+        hyper[0].value = weight
+        skipped = 5 if number == 1 else None
+        addresses = [None if i == skipped else (g.data_ptr() or 64) for i, (_, g) in enumerate(grads)]
+        launches = library.host_step(
+            _C.rule_id("accumulate", []),
+            hyper,
+            ctypes.c_bool(False),
+            ctypes.c_bool(zero),
+            None,
+            None,
+            (Record * len(records))(*records),
+            ctypes.c_int64(len(records)),
+            (ctypes.c_void_p * len(addresses))(*addresses),
+            2,
+            3,
+            64,
+        )
+        assert launches == 1
+        for i, value in enumerate(values):
+            if i != skipped:
+                value = weight * value.to(arithmetic)
+                expected[i] = value if expected[i] is None else expected[i] + value
+                assert torch.equal(grads[i][1], torch.zeros_like(values[i]) if zero else values[i])
+                assert (grads[i][0] == 7.0).sum() >= 64
+    for i, (buffer, total) in enumerate(sums):
+        assert same_bits(total, expected[i].to(dtype))
+        assert (buffer == 7.0).sum() >= 64
+    for i, step in enumerate(steps):
+        assert step.item() == (2.0 if i == 5 else 3.0)

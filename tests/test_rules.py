@@ -13,23 +13,24 @@ from fusedstep.cases import CASES
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = sorted({case.optimizer for case in CASES})
 CLASSES = [getattr(fusedstep, name) for name in OPTIMIZERS]
+RULES = [*CLASSES, fusedstep.GradientAccumulator]
+by_rule = pytest.mark.parametrize("cls", RULES, ids=lambda cls: cls.__name__)
 
 
 def test_every_exported_optimizer_has_cases():
-    exported = {
-        name for name in fusedstep.__all__ if isinstance(getattr(fusedstep, name), type) and name != "FusedOptimizer"
-    }
-    assert exported == set(OPTIMIZERS)
+    classes = {name: getattr(fusedstep, name) for name in fusedstep.__all__}
+    exported = {n for n, c in classes.items() if isinstance(c, type) and issubclass(c, fusedstep.FusedOptimizer)}
+    assert exported - {"FusedOptimizer"} == set(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=OPTIMIZERS)
+@by_rule
 def test_names_are_those_of_the_compiled_rule(cls):
     hyper, states = _C.rules()[cls.rule]
     assert tuple(hyper) == cls.hyper_names
     assert tuple(states) == cls.state_names
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=OPTIMIZERS)
+@by_rule
 def test_update_names_its_arguments_as_the_compiled_rule_does(cls):
     arguments = list(inspect.signature(cls.update).parameters)
     assert arguments == ["param", "grad", *cls.state_names, "s"]
@@ -39,7 +40,7 @@ def test_update_names_its_arguments_as_the_compiled_rule_does(cls):
     assert [argument.split()[-1].strip("&") for argument in signature.split(",")] == arguments
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=OPTIMIZERS)
+@by_rule
 def test_scalars_are_those_of_the_compiled_rule(cls):
     source = (ROOT / "csrc" / "rules.h").read_text()
     struct = source[source.index(f'kName = "{cls.rule}"') :]
@@ -48,7 +49,7 @@ def test_scalars_are_those_of_the_compiled_rule(cls):
     assert tuple(names) == cls.Scalars._fields
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=OPTIMIZERS)
+@by_rule
 def test_triton_rules_have_the_same_names(cls):
     pytest.importorskip("triton")
     from fusedstep.triton_kernels import rules

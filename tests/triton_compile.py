@@ -22,7 +22,7 @@ POINTERS = {
 def compile_ptx(rule: str, present: int, dtype: str, scaled: bool) -> str:
     """The kernel's PTX for tensors that are all stored in ``dtype``; bit k of ``present``: whether there is state k."""
     states = tuple(dtype if present >> k & 1 else "" for k in range(RULES[rule].n_named))
-    fixed = constants(rule, (dtype, dtype, *states), False, 2048)
+    fixed = constants(rule, (dtype, dtype, *states), maximize=False, zero_grads=False, block=2048)
     if not scaled:
         fixed |= {"grad_scale_ptr": None, "found_inf_ptr": None}
     signature = {**POINTERS, "n_tensors": "i32", **dict.fromkeys(fixed, "constexpr")}

@@ -341,6 +341,23 @@ def amos_update(param, grad, exp_avg_sq, decay, exp_avg, s, PRESENT: tl.constexp
     return param - delta, exp_avg_sq, decay, exp_avg
 
 
+class AccumulateScalars(NamedTuple):
+    weight: tl.tensor
+    first: tl.tensor
+
+
+@triton.jit
+def accumulate_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
+    weight = tl.load(hyper_ptr)
+    return AccumulateScalars(weight.to(ARITHMETIC), step == 1)
+
+
+@triton.jit
+def accumulate_update(param, grad, s, PRESENT: tl.constexpr):
+    grad = s.weight * grad
+    return tl.where(s.first, grad, param + grad)
+
+
 class Rule(NamedTuple):
     """What the generic kernel needs of a rule."""
 
@@ -357,4 +374,5 @@ RULES = {
     "lion": Rule(lion_prepare, lion_update, 1),
     "adabelief": Rule(adabelief_prepare, adabelief_update, 3),
     "amos": Rule(amos_prepare, amos_update, 3),
+    "accumulate": Rule(accumulate_prepare, accumulate_update, 0),
 }

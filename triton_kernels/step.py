@@ -67,6 +67,7 @@ def update_block(
     PRESENT: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    ZERO_GRADS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Elements ``begin + lanes`` of one tensor; WHOLE: all of them exist, and ``begin`` lies at a multiple of 16 bytes.
@@ -76,6 +77,8 @@ def update_block(
     param = tl.load(row_ptr)
     p = load(param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
     g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
+    if ZERO_GRADS:
+        store(grad, begin, lanes, mask, tl.zeros_like(g), GRAD, WHOLE)
     if grad_scale_ptr is not None:
         g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
     if MAXIMIZE:
@@ -87,8 +90,10 @@ def update_block(
         s1 = load(tl.load(row_ptr + 3), begin, lanes, mask, STATE1, ARITHMETIC, WHOLE)
     if STATE2 != "":
         s2 = load(tl.load(row_ptr + 4), begin, lanes, mask, STATE2, ARITHMETIC, WHOLE)
-    tl.static_assert(N_NAMED == 1 or N_NAMED == 3, "add a branch for a rule with another number of states")
-    if N_NAMED == 1:
+    tl.static_assert(N_NAMED <= 1 or N_NAMED == 3, "add a branch for a rule with another number of states")
+    if N_NAMED == 0:
+        p = UPDATE(p, g, s, PRESENT)
+    elif N_NAMED == 1:
         p, s0 = UPDATE(p, g, s0, s, PRESENT)
     else:
         p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s, PRESENT)
@@ -122,6 +127,7 @@ def step_kernel(
     PRESENT: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    ZERO_GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW: tl.constexpr,
     CHUNK_ROW: tl.constexpr,
@@ -149,13 +155,13 @@ def step_kernel(
         while start < whole:
             update_block(
                 row_ptr, grad, offset + start, lanes, None, grad_scale_ptr, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, True,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, ZERO_GRADS, True,
             )  # fmt: skip
             start += BLOCK
         while start < n:
             update_block(
                 row_ptr, grad, offset + start, lanes, start + lanes < n, grad_scale_ptr, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, False,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, ZERO_GRADS, False,
             )  # fmt: skip
             start += BLOCK
 
@@ -173,7 +179,7 @@ def step_kernel(
         tl.store(done_ptr, 0)
 
 
-def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, block: int) -> dict:
+def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, zero_grads: bool, block: int) -> dict:
     """The compile-time arguments of `step_kernel`.
 
     ``dtypes`` of param, grad and every state that the rule names, as "fp32", "bf16" and so on; "" for an absent one.
@@ -186,6 +192,7 @@ def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, block: int) ->
         "PRESENT": sum((dtype != "") << k for k, dtype in enumerate(dtypes[2:])),
         "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
         "MAXIMIZE": maximize,
+        "ZERO_GRADS": zero_grads,
         "BLOCK": block,
         "ROW": ROW,
         "CHUNK_ROW": CHUNK_ROW,
@@ -196,6 +203,7 @@ def launch(
     rule: str,
     dtypes: tuple[str, ...],
     maximize: bool,
+    zero_grads: bool,
     table: Tensor,
     chunks: Tensor,
     grads: Tensor,
@@ -211,6 +219,7 @@ def launch(
         rule: its name in `RULES`.
         dtypes: of param, grad and each state that the rule names: "fp32", "bf16", "fp16", "fp64"; "": an absent one.
         maximize: whether gradients are negated.
+        zero_grads: whether each gradient is set to zero when it has been read.
         table: int64, (tensors, ROW): addresses.
         chunks: int64, (programs, CHUNK_ROW): which elements each program updates.
         grads: int64, (tensors,): addresses of the gradients, 0 for tensors that take no part.
@@ -228,7 +237,7 @@ def launch(
         grad_scale,
         found_inf,
         table.shape[0],
-        **constants(rule, dtypes, maximize, block),
+        **constants(rule, dtypes, maximize, zero_grads, block),
         num_warps=8,
         enable_fp_fusion=False,
     )

@@ -67,7 +67,7 @@ struct AnyStored {
 // What turns the stored gradient into the rule's: divided by scale, then multiplied by sign.
 template <class T>
 struct GradChange {
-  bool any;
+  bool any, zero;  // zero: the stored one is set to zero after it was read
   T sign, scale;
 };
 
@@ -78,6 +78,7 @@ void update_loop(const Param& param, const Grad& grad, const State* states, int6
   int64_t i = begin;
   for (; i + kLanes<T> <= end; i += kLanes<T>) {
     Pack<T> p = param.load(i), g = grad.load(i), pack[kMaxStates] = {};
+    if (change.zero) grad.store(i, Pack<T>{});
     if (change.any) g = change.sign * (g / change.scale);
     FUSEDSTEP_UNROLL
     for (int k = 0; k < kNamed<Rule>; ++k)
@@ -90,6 +91,7 @@ void update_loop(const Param& param, const Grad& grad, const State* states, int6
   }
   if (const int64_t n = end - i; n > 0) {
     Pack<T> p = param.load_part(i, n), g = grad.load_part(i, n), pack[kMaxStates] = {};
+    if (change.zero) grad.store_part(i, n, Pack<T>{});
     if (change.any) g = change.sign * (g / change.scale);
     FUSEDSTEP_UNROLL
     for (int k = 0; k < kNamed<Rule>; ++k)
@@ -116,7 +118,7 @@ template <class Rule, class T>
 void update_range(const Call& call, const Work& work, int64_t begin, int64_t end,
                   const typename Rule::template Scalars<T>& scalars) {
   const Record& record = *work.record;
-  const GradChange<T> change{call.maximize || call.grad_scale != 1.0, call.maximize ? T(-1) : T(1),
+  const GradChange<T> change{call.maximize || call.grad_scale != 1.0, call.zero_grads, call.maximize ? T(-1) : T(1),
                              static_cast<T>(call.grad_scale)};
   bool uniform = record.grad_dtype == record.param_dtype;
   for (int k = 0; k < kNamed<Rule>; ++k)

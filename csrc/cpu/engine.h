@@ -20,6 +20,7 @@ struct Call {
   double hyper[kMaxHyper];
   bool maximize;
   double grad_scale;  // gradients are divided by it; 1 leaves them alone
+  bool zero_grads;    // each gradient is set to zero when it has been read
   const Work* work;
   int64_t work_size;
   int64_t numel;  // of all tensors together

@@ -47,6 +47,7 @@ void launch(const Call& call, const Segment& segment, size_t index) {
   a.n_block_chunks = static_cast<int32_t>(segment.n_block_chunks);
   a.n_small_chunks = static_cast<int32_t>(segment.n_small_chunks);
   a.maximize = call.maximize;
+  a.zero_grads = call.zero_grads;
   a.grad_scale = call.grad_scale;
   a.found_inf = call.found_inf;
   std::copy(std::begin(call.hyper), std::end(call.hyper), a.hyper);

@@ -45,6 +45,7 @@ struct Call {
   bool maximize;
   const float* grad_scale;  // on the device; null: gradients are not scaled
   const float* found_inf;   // on the device; null: there is no check
+  bool zero_grads;          // each gradient is set to zero when it has been read
   const Table* table;
   char* device_table;        // a copy of table->bytes(), 16-byte aligned
   const void* const* grads;  // one for each record; null: takes no part

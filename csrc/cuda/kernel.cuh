@@ -19,7 +19,7 @@ struct Arguments {
   const Chunk* chunks;
   uint32_t* done;  // blocks that have finished; the last one sets it back to zero
   int32_t n_records, n_block_chunks, n_small_chunks;
-  bool maximize;
+  bool maximize, zero_grads;
   const float* grad_scale;
   const float* found_inf;
   Scalar hyper[kMaxHyper];
@@ -68,7 +68,7 @@ __device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, T 
 // What turns the stored gradient into the rule's: divided by scale, then multiplied by sign.
 template <class T>
 struct GradChange {
-  bool any;
+  bool any, zero;  // zero: the stored one is set to zero after it was read
   T sign, scale;
 
   __device__ __forceinline__ T operator()(T grad) const { return any ? sign * (grad / scale) : grad; }
@@ -92,6 +92,7 @@ __device__ __noinline__ void update_any(const Record& record, const void* grad, 
     const int64_t i = chunk.offset + n;
     T param = load_any<T>(record.param, record.param_dtype, i);
     const T g = change(load_any<T>(grad, record.grad_dtype, i));
+    if (change.zero) store_any(const_cast<void*>(grad), record.grad_dtype, i, T(0));
     T states[kMaxStates] = {};
 #pragma unroll
     for (int k = 0; k < kNamed<Rule>; ++k)
@@ -130,22 +131,24 @@ struct Pack {
   }
 };
 
-// Param and grad stored as P, states as S, all 16-byte aligned: kPacks packs of kN numbers are read before the first is
-// written, to keep enough loads in flight. What is left of the last pack is update_any's.
-template <class Rule, class P, class S, int kN, int kPacks>
+// Param stored as P, grad as G, states as S, all 16-byte aligned: kPacks packs of kN numbers are read before the first
+// is written, to keep enough loads in flight. What is left of the last pack is update_any's.
+template <class Rule, class P, class G, class S, int kN, int kPacks>
 __device__ __forceinline__ void update_packs(const Record& record, const void* grad, const Chunk& chunk, Team team,
                                              GradChange<float> change,
                                              const typename Rule::template Scalars<float>& scalars) {
   const auto s = scalars;
   P* const params = static_cast<P*>(record.param) + chunk.offset;
-  const P* const grads = static_cast<const P*>(grad) + chunk.offset;
-  S* states[kNamed<Rule>];
+  const G* const grads = static_cast<const G*>(grad) + chunk.offset;
+  constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
+  S* states[kPlaces];
 #pragma unroll
   for (int k = 0; k < kNamed<Rule>; ++k) states[k] = static_cast<S*>(record.states[k]) + chunk.offset;
   const int whole = chunk.n / kN * kN;
   for (int first = team.index * kN; first < whole; first += team.size * kN * kPacks) {
-    Pack<kN, P> param[kPacks], g[kPacks];
-    Pack<kN, S> state[kNamed<Rule>][kPacks];
+    Pack<kN, P> param[kPacks];
+    Pack<kN, G> g[kPacks];
+    Pack<kN, S> state[kPlaces][kPacks];
 #pragma unroll
     for (int u = 0; u < kPacks; ++u) {
       const int at = first + team.size * kN * u;
@@ -174,6 +177,7 @@ __device__ __forceinline__ void update_packs(const Record& record, const void* g
           if (has_state<Rule>(k)) state[k][u].numbers[i] = narrow<S>(values[k]);
       }
       param[u].store(params + at);
+      if (change.zero) Pack<kN, G>{}.store(const_cast<G*>(grads) + at);
 #pragma unroll
       for (int k = 0; k < kNamed<Rule>; ++k)
         if (has_state<Rule>(k)) state[k][u].store(states[k] + at);
@@ -205,13 +209,24 @@ __device__ __noinline__ void update_16_bit(const Record& record, const void* gra
                                            GradChange<float> change, const typename Rule::template Scalars<float>& s) {
   const bool bf16 = record.param_dtype == Dtype::kBF16;
   if (states_are<Rule>(record, Dtype::kF32) && bf16)
-    update_packs<Rule, BF16, float, 8, 1>(record, grad, chunk, team, change, s);
+    update_packs<Rule, BF16, BF16, float, 8, 1>(record, grad, chunk, team, change, s);
   else if (states_are<Rule>(record, Dtype::kF32))
-    update_packs<Rule, F16, float, 8, 1>(record, grad, chunk, team, change, s);
+    update_packs<Rule, F16, F16, float, 8, 1>(record, grad, chunk, team, change, s);
   else if (bf16)
-    update_packs<Rule, BF16, BF16, 8, 1>(record, grad, chunk, team, change, s);
+    update_packs<Rule, BF16, BF16, BF16, 8, 1>(record, grad, chunk, team, change, s);
   else
-    update_packs<Rule, F16, F16, 8, 1>(record, grad, chunk, team, change, s);
+    update_packs<Rule, F16, F16, F16, 8, 1>(record, grad, chunk, team, change, s);
+}
+
+// Param and states in fp32, the gradient in 16 bits, aligned.
+template <class Rule>
+__device__ __noinline__ void update_by_16_bit(const Record& record, const void* grad, const Chunk& chunk, Team team,
+                                              GradChange<float> change,
+                                              const typename Rule::template Scalars<float>& s) {
+  if (record.grad_dtype == Dtype::kBF16)
+    update_packs<Rule, float, BF16, float, 8, 1>(record, grad, chunk, team, change, s);
+  else
+    update_packs<Rule, float, F16, float, 8, 1>(record, grad, chunk, team, change, s);
 }
 
 // A chunk in fp32 arithmetic.
@@ -219,17 +234,22 @@ template <class Rule>
 __device__ __forceinline__ void update_single(const Record& record, const void* grad, const Chunk& chunk, Team team,
                                               GradChange<float> change,
                                               const typename Rule::template Scalars<float>& s) {
-  const Dtype dtype = record.param_dtype;
+  const Dtype dtype = record.param_dtype, grad_dtype = record.grad_dtype;
   int rest = 0;
-  if (record.grad_dtype == dtype && is_aligned<Rule>(record, grad)) {
+  if (!is_aligned<Rule>(record, grad)) {
+    // update_any's
+  } else if (grad_dtype == dtype) {
     if (dtype == Dtype::kF32 && states_are<Rule>(record, Dtype::kF32)) {
       constexpr int kPacks = kHeld<Rule> <= 2 ? 2 : 1;  // as many as the registers hold
-      update_packs<Rule, float, float, 4, kPacks>(record, grad, chunk, team, change, s);
+      update_packs<Rule, float, float, float, 4, kPacks>(record, grad, chunk, team, change, s);
       rest = chunk.n / 4 * 4;
     } else if (dtype != Dtype::kF32 && (states_are<Rule>(record, Dtype::kF32) || states_are<Rule>(record, dtype))) {
       update_16_bit<Rule>(record, grad, chunk, team, change, s);
       rest = chunk.n / 8 * 8;
     }
+  } else if (dtype == Dtype::kF32 && grad_dtype != Dtype::kF64 && states_are<Rule>(record, Dtype::kF32)) {
+    update_by_16_bit<Rule>(record, grad, chunk, team, change, s);
+    rest = chunk.n / 8 * 8;
   }
   if (rest < chunk.n) update_any<Rule, float>(record, grad, chunk, rest, team, change, s);
 }
@@ -252,13 +272,14 @@ __device__ __forceinline__ void prepare(const Record& record, const double* hype
 
 template <class Rule>
 __device__ __forceinline__ void update(const Record& record, const void* grad, const Chunk& chunk, Team team,
-                                       float sign, const float* grad_scale, bool change,
+                                       float sign, const float* grad_scale, bool change, bool zero,
                                        const Prepared<Rule>& prepared) {
   const float scale = grad_scale != nullptr ? *global(grad_scale) : 1.0f;
   if (record.param_dtype == Dtype::kF64)
-    update_any<Rule, double>(record, grad, chunk, 0, team, GradChange<double>{change, sign, scale}, prepared.twice);
+    update_any<Rule, double>(record, grad, chunk, 0, team, GradChange<double>{change, zero, sign, scale},
+                             prepared.twice);
   else
-    update_single<Rule>(record, grad, chunk, team, GradChange<float>{change, sign, scale}, prepared.single);
+    update_single<Rule>(record, grad, chunk, team, GradChange<float>{change, zero, sign, scale}, prepared.single);
 }
 
 template <class Rule, int kCapacity>
@@ -291,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       __syncthreads();
       if (grad != nullptr)
         update<Rule>(record, grad, chunk, Team{thread, static_cast<int>(blockDim.x)}, sign, a.grad_scale, change,
-                     prepared[0]);
+                     a.zero_grads, prepared[0]);
     } else {
       const int small = (item - a.n_block_chunks) * warps + warp;
       if (small >= a.n_small_chunks) continue;  // of the whole warp; it meets the others at the next barrier
@@ -301,7 +322,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       if (grad == nullptr) continue;
       if (thread % kWarp == 0) prepare<Rule>(record, hyper, &prepared[warp]);
       __syncwarp();
-      update<Rule>(record, grad, chunk, Team{thread % kWarp, kWarp}, sign, a.grad_scale, change, prepared[warp]);
+      update<Rule>(record, grad, chunk, Team{thread % kWarp, kWarp}, sign, a.grad_scale, change, a.zero_grads,
+                   prepared[warp]);
     }
   }
 

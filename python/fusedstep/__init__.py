@@ -1,6 +1,7 @@
 """Fused optimizer steps for PyTorch: one kernel call for a whole parameter group."""
 
-from . import schedules
+from . import schedules, tuning
+from .accumulate import GradientAccumulator
 from .adabelief import AdaBelief
 from .adagrad import Adagrad
 from .adam import Adam
@@ -10,6 +11,7 @@ from .amos import Amos, amos_scales
 from .backends import use_backend
 from .lion import Lion
 from .optimizer import FusedOptimizer
+from .recipe import create_optimizer
 from .rmsprop import RMSprop
 from .sgd import SGD
 from .verification import verify
@@ -24,10 +26,13 @@ __all__ = [
     "AdamWeightDecay",
     "Amos",
     "FusedOptimizer",
+    "GradientAccumulator",
     "Lion",
     "RMSprop",
     "amos_scales",
+    "create_optimizer",
     "schedules",
+    "tuning",
     "use_backend",
     "verify",
 ]

@@ -15,7 +15,7 @@ int record_size() {
 }
 
 // One step over records; grads[i] null: takes no part. Returns the number of launches.
-int host_step(int rule, const Scalar* hyper, bool maximize, const float* grad_scale, const float* found_inf,
+int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, const float* grad_scale, const float* found_inf,
               const Record* records, int64_t n_records, const void* const* grads, int multiprocessors, unsigned blocks,
               unsigned threads) {
   const Table table = build_table(std::vector<Record>(records, records + n_records), multiprocessors);
@@ -34,6 +34,7 @@ int host_step(int rule, const Scalar* hyper, bool maximize, const float* grad_sc
     a.n_block_chunks = static_cast<int32_t>(segment.n_block_chunks);
     a.n_small_chunks = static_cast<int32_t>(segment.n_small_chunks);
     a.maximize = maximize;
+    a.zero_grads = zero_grads;
     a.grad_scale = grad_scale;
     a.found_inf = found_inf;
     for (int k = 0; k < kMaxHyper; ++k) a.hyper[k] = hyper[k];

@@ -27,7 +27,7 @@ class CpuPlan(KernelPlan):
             self.native.release_grads()
             return 0
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        _C.cpu_step(self.native, hyper, maximize, scale, torch.get_num_threads())
+        _C.cpu_step(self.native, hyper, maximize, scale, self.zero_grads, torch.get_num_threads())
         return 1
 
 

@@ -41,6 +41,7 @@ class CudaPlan(KernelPlan):
             maximize,
             None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True),
             None if found_inf is None else found_inf.to(device, torch.float32, non_blocking=True),
+            self.zero_grads,
         )
 
     def _upload(self, device: torch.device) -> None:

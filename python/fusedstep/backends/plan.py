@@ -24,10 +24,17 @@ class Slot(NamedTuple):
     tensor: Tensor | None  # the memory to update; None: no gradient so far, hence no state
     step: Tensor | None
     states: tuple[Tensor, ...]
+    into: Tensor | None = None  # what the gradient updates, if not `param` itself
+
+    @property
+    def target(self) -> Tensor:
+        return self.param if self.into is None else self.into
 
 
 class Plan:
     """What every backend's plan has; `gather` and `step` are the backend's."""
+
+    zero_grads = False  # whether a step sets each gradient to zero as it reads it
 
     def __init__(
         self,
@@ -49,8 +56,12 @@ class Plan:
         self.rows: list[Rows] = []  # of this step's sparse gradients
         self.rows_plan: Plan | None = None
 
-    def gather(self) -> bool:
-        """Read and check this step's gradients; False if the plan no longer fits and must be built anew."""
+    def gather(self, grads: list[Tensor | None] | None = None) -> bool:
+        """Read and check this step's gradients; False if the plan no longer fits and must be built anew.
+
+        Args:
+            grads: a gradient or None for each slot, to use in place of the parameters' own.
+        """
         raise NotImplementedError
 
     def step(
@@ -67,9 +78,10 @@ class Plan:
         """Use ``grad`` for a slot in this step, in place of what `gather` found."""
         raise NotImplementedError
 
-    def _grad_of(self, slot: Slot) -> Tensor | None:
+    def _grad_of(self, index: int, grads: list[Tensor | None] | None) -> Tensor | None:
         """A parameter's gradient, checked; a sparse one only if the rows that it names are all that a step changes."""
-        grad = slot.param.grad
+        slot = self.slots[index]
+        grad = slot.param.grad if grads is None else grads[index]
         if grad is None:
             return None
         what = checks.describe(slot.index, slot.name, slot.param)
@@ -125,27 +137,30 @@ class KernelPlan(Plan):
         self.stand_ins = [
             (i, slot)
             for i, slot in enumerate(slots)
-            if slot.tensor is not None and slot.tensor is not layout.local(slot.param)
+            if slot.tensor is not None and slot.tensor is not layout.local(slot.target)
         ]
-        self.wrappers = [(i, slot.param) for i, slot in enumerate(slots) if layout.is_wrapper(slot.param)]
+        self.wrappers = [(i, slot.target) for i, slot in enumerate(slots) if layout.is_wrapper(slot.target)]
         # The compiled plan sees the memory that it updates; whether that still stands for the parameter is seen here.
-        apart = [slot.param for _, slot in self.stand_ins] + [param for _, param in self.wrappers]
-        self.places = [(param, layout.place(layout.local(param))) for param in apart]
+        apart = [slot.target for _, slot in self.stand_ins] + [target for _, target in self.wrappers]
+        self.places = [(target, layout.place(layout.local(target))) for target in apart]
 
-    def gather(self) -> bool:
-        moved = any(layout.place(layout.local(param)) != place for param, place in self.places)
-        if moved or not self.native.gather(self.borrows_grads):
+    def gather(self, grads: list[Tensor | None] | None = None) -> bool:
+        moved = any(layout.place(layout.local(target)) != place for target, place in self.places)
+        borrow = self.borrows_grads and grads is None and not self.zero_grads
+        if moved or not self.native.gather(borrow, grads):
             self.native.release_grads()
             return False
+        self.odd_grads = []
         try:
             sparse = []
             for i in self.native.odd_grads():
-                grad = self._grad_of(self.slots[i])
+                grad = self._grad_of(i, grads)
                 if grad.layout == torch.sparse_coo:
                     self.native.drop_grad(i)
                     sparse.append((i, grad))
                 else:
-                    self.replace_grad(i, layout.local(grad))
+                    self.odd_grads.append(layout.local(grad))
+                    self.replace_grad(i, self.odd_grads[-1])
             self._take_rows(sparse)
         except BaseException:
             self.native.release_grads()
@@ -171,16 +186,27 @@ class KernelPlan(Plan):
         if not self.native.any_active():
             return 0
         if not self.stand_ins and not self.wrappers:
-            return self.launch(hyper, maximize, grad_scale, found_inf)
+            calls = self.launch(hyper, maximize, grad_scale, found_inf)
+        else:
+            calls = self._staged_launch(hyper, maximize, grad_scale, found_inf)
+        odd_grads, self.odd_grads = self.odd_grads, []
+        with torch.no_grad():
+            for grad in odd_grads if self.zero_grads else ():
+                grad.zero_()  # the kernel saw a copy
+        return calls
+
+    def _staged_launch(
+        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> int:
         active = set(self.native.active())
         staged = [slot for i, slot in self.stand_ins if i in active]
         with torch.no_grad():
             for slot in staged:
-                slot.tensor.copy_(layout.local(slot.param))
+                slot.tensor.copy_(layout.local(slot.target))
             calls = self.launch(hyper, maximize, grad_scale, found_inf)
             for slot in staged:
-                layout.local(slot.param).copy_(slot.tensor)
-        torch.autograd.graph.increment_version([param for i, param in self.wrappers if i in active])
+                layout.local(slot.target).copy_(slot.tensor)
+        torch.autograd.graph.increment_version([target for i, target in self.wrappers if i in active])
         return calls
 
     def launch(

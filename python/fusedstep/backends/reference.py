@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class ReferencePlan(Plan):
-    def gather(self) -> bool:
+    def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         self.grads = []
         sparse = []
         for index, slot in enumerate(self.slots):
-            grad = self._grad_of(slot)
+            grad = self._grad_of(index, grads)
             if grad is not None and (
                 slot.tensor is None
-                or layout.overlaps_itself(layout.local(slot.param))
+                or layout.overlaps_itself(layout.local(slot.tensor))
                 or any(state.shape != slot.param.shape for state in slot.states)
             ):
                 return False
@@ -52,6 +52,8 @@ class ReferencePlan(Plan):
         for slot, grad in zip(self.slots, grads, strict=True):
             if grad is not None:
                 self.update(slot, grad, numbers, maximize, grad_scale)
+                if self.zero_grads:
+                    grad.zero_()
         return 0
 
     def update(
@@ -60,7 +62,7 @@ class ReferencePlan(Plan):
         grad = layout.local(grad)
         if grad.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
-        memory = real_memory(slot.param)
+        memory = real_memory(slot.tensor)
         arithmetic = torch.float64 if memory.dtype == torch.float64 else torch.float32
         grad = grad.to(arithmetic)
         if grad_scale is not None:
@@ -73,8 +75,8 @@ class ReferencePlan(Plan):
         states = [targets[n].to(arithmetic) if n in targets else None for n in self.optimizer.state_names]
         param, *states = self.optimizer.update(memory.to(arithmetic), grad, *states, scalars)
         memory.copy_(param)
-        if layout.is_wrapper(slot.param):  # the copy was counted by the tensor inside
-            torch.autograd.graph.increment_version(slot.param)
+        if layout.is_wrapper(slot.tensor):  # the copy was counted by the tensor inside
+            torch.autograd.graph.increment_version(slot.tensor)
         for name, state in zip(self.optimizer.state_names, states, strict=True):
             if name in targets:
                 targets[name].copy_(state)

@@ -100,6 +100,7 @@ class TritonPlan(KernelPlan):
                     self.optimizer.rule,
                     group.dtypes,
                     maximize,
+                    self.zero_grads,
                     group.table,
                     group.chunks,
                     group.grads,
@@ -109,7 +110,7 @@ class TritonPlan(KernelPlan):
                     step.block_size(self.device),
                 )
                 calls += 1
-        self.native.increment_written()
+        self.native.increment_written(self.zero_grads)
         self.native.release_grads()
         return calls
 

@@ -1,0 +1,471 @@
+"""Gradient accumulation over micro-batches, in the arithmetic dtype and in one kernel call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
+from numbers import Real
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, layout
+from .backends.plan import Plan, Slot
+from .optimizer import FusedOptimizer, _keep_from_compiler
+
+STATE_KEYS = ("step", "weight", "gradients")
+BUCKET = 1 << 23  # elements that `all_reduce` sends at a time
+
+
+class GradientAccumulator:
+    r"""Sum (or mean) of the gradients of several micro-batches, kept in fp32 whatever the gradients' dtype.
+
+    With gradient :math:`g_k` of micro-batch :math:`k` and its weight :math:`w_k` (1 unless given):
+
+    .. math::
+        a \leftarrow a + w_k g_k \qquad \text{and with mean, handed over:} \quad a / \textstyle\sum_k w_k
+
+    Calling the accumulator after each ``backward()`` reads every ``.grad`` and clears it, in one kernel call for all
+    parameters of a device. `assign` makes the result the ``.grad`` of its parameter, in fp32 for a bf16 or fp16
+    parameter too (``Tensor.grad_dtype`` is set for that long), so that clipping, ``GradScaler.unscale_`` and a
+    `fusedstep` optimizer work on unrounded gradients. `reset` starts the next round; it touches no buffer.
+
+    Args:
+        params: an optimizer, whose groups may change later, or an iterable of parameters or ``(name, parameter)``
+            pairs.
+        mean: hand the weighted mean over, not the sum.
+        set_to_none: clear a ``.grad`` that was read by dropping it; if False, it stays where it is and is set to zero
+            by the same kernel that reads it.
+        backend: "auto", "cuda", "triton", "cpu" or "reference"; None takes the optimizer's.
+
+    State of each parameter: one buffer, fp32 (fp64, complex64 or complex128 for parameters of these dtypes), from its
+    first gradient on: 4 bytes per parameter. A parameter without a gradient in a whole round has none: its ``.grad``
+    stays None.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+        RuntimeError: ``backend`` cannot run for these parameters.
+
+    Example:
+        >>> accumulator = fusedstep.GradientAccumulator(optimizer, mean=True)
+        >>> for number, batch in enumerate(batches, 1):
+        ...     loss(model, batch).backward()
+        ...     accumulator()
+        ...     if number % 4 == 0:
+        ...         accumulator.assign()
+        ...         optimizer.step()
+        ...         accumulator.reset()
+
+    With ``DistributedDataParallel``, run the micro-batches under ``no_sync()`` and call `all_reduce` before `assign`:
+    one exchange for a round, in fp32.
+
+    Follows Hugging Face's TensorFlow ``GradientAccumulator`` (transformers before v5, ``optimization_tf.py``):
+    ``step``, ``gradients``, calling it with a list of gradients, ``reset`` and the errors. Differs: a gradient that
+    comes first in a later micro-batch counts (there it is left out for ever), and after ``reset`` there are no
+    ``gradients`` (there they are zeros).
+    """
+
+    rule = "accumulate"
+    hyper_names = ("weight",)
+    state_names = ()
+
+    def __init__(
+        self,
+        params: torch.optim.Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        *,
+        mean: bool = False,
+        set_to_none: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        checks.check_flag("mean", mean)
+        checks.check_flag("set_to_none", set_to_none)
+        self._optimizer = params if isinstance(params, torch.optim.Optimizer) else None
+        if backend is None and isinstance(params, FusedOptimizer):
+            backend = params._backend
+        self._backend = backends.check_choice(backend)
+        self.mean = mean
+        self.set_to_none = set_to_none
+        self.kernel_calls = 0  # of a compiled kernel, in the last call of the accumulator
+        self._step = 0
+        self._weight = 0.0
+        self._buffers: dict[Tensor, Tensor] = {}
+        self._seen: set[Tensor] = set()  # parameters with a gradient since reset()
+        self._closed = False  # from all_reduce() or assign() to reset()
+        self._assigned: list[tuple[Tensor, Tensor, torch.dtype | None, Tensor | None]] = []
+        self._plans: list[tuple[Plan, Tensor]] | None = None  # with the counters of each plan's parameters
+        self._listed: list[Tensor] = []
+        self._params: dict[Tensor, str | None] = {}
+        self._list(params)
+        for index, (param, name) in enumerate(self._params.items()):
+            if not param.is_leaf:
+                what = checks.describe(index, name, param)
+                raise ValueError(f"can't accumulate the gradient of a non-leaf Tensor: {what}")
+            backends.select(self._backend, param.device, _sum_dtype(param.dtype))
+
+    def _list(self, params: Any = None) -> None:
+        """Look up the parameters; the same one listed twice counts once, for it has one gradient."""
+        if self._optimizer is None and self._params:
+            return  # only an optimizer's may change
+        if self._optimizer is not None:
+            groups = self._optimizer.param_groups
+            listed = [param for group in groups for param in group["params"]]
+            if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
+                return
+            names = [group.get("param_names") or repeat(None, len(group["params"])) for group in groups]
+            named = zip(chain.from_iterable(names), listed, strict=True)
+        else:
+            if isinstance(params, Tensor) or not isinstance(params, Iterable):
+                raise TypeError(
+                    "params argument given to GradientAccumulator should be an optimizer or an iterable of Tensors "
+                    f"or (name, Tensor) pairs, but got {type(params).__name__}"
+                )
+            named = [param if isinstance(param, tuple) and len(param) == 2 else (None, param) for param in params]
+            for _, param in named:
+                if not isinstance(param, Tensor):
+                    raise TypeError(f"GradientAccumulator can only take Tensors, but one of the params is {param!r}")
+            listed = [param for _, param in named]
+        if not listed:
+            raise ValueError("GradientAccumulator got an empty parameter list")
+        self._listed = listed
+        self._params = {param: name for name, param in named}
+        self._plans = None
+
+    # The rule.
+
+    class Scalars(NamedTuple):
+        weight: float
+        first: bool
+
+    @classmethod
+    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
+        (weight,) = hyper
+        return cls.Scalars(weight, step == 1)
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, s: Scalars) -> tuple[Tensor]:
+        grad = s.weight * grad
+        return (grad if s.first else param + grad,)
+
+    @classmethod
+    def check_sparse(cls, group: dict[str, Any], what: str) -> None:
+        raise RuntimeError(
+            f"GradientAccumulator does not support sparse gradients ({what}); call .to_dense() on the gradient, "
+            "or create the embedding with sparse=False"
+        )
+
+    # Accumulating.
+
+    @property
+    def step(self) -> int:
+        """How many micro-batches were accumulated since the last `reset`."""
+        return self._step
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """What was accumulated so far, one tensor or None for each parameter (with ``mean``, new tensors).
+
+        Raises:
+            ValueError: nothing was accumulated yet.
+        """
+        self._check_called()
+        if not self.mean or self._assigned or self._weight == 1:
+            return [self._buffers[param] if param in self._seen else None for param in self._params]
+        factor = 1.0 / self._weight
+        return [self._buffers[param] * factor if param in self._seen else None for param in self._params]
+
+    def _check_called(self) -> None:
+        if self._step == 0:
+            raise ValueError("The accumulator should be called first to initialize the gradients")
+
+    def __call__(self, gradients: Sequence[Tensor | None] | None = None, *, weight: float = 1.0) -> None:
+        """Add the gradients of one micro-batch.
+
+        Everything is checked before anything is added: if this raises, nothing has changed.
+
+        Args:
+            gradients: one for each parameter, None for none; they are left alone. By default each parameter's
+                ``.grad``, which is cleared.
+            weight: what the gradients are multiplied by, larger than 0; for instance the number of tokens in the
+                micro-batch, to get the mean over tokens.
+
+        Raises:
+            ValueError: not as many gradients as parameters, or a weight that is out of range.
+            RuntimeError: a gradient is sparse, or of another shape, device or kind of number than its parameter; or
+                `assign` or `all_reduce` was called and `reset` was not.
+        """
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise TypeError(f"Invalid weight: {weight!r} is a {type(weight).__name__}; it must be a number")
+        if not 0.0 < weight < float("inf"):
+            raise ValueError(f"Invalid weight: {weight} (it must be larger than 0 and finite)")
+        if self._closed:
+            raise RuntimeError("the accumulated gradients were handed over; call reset() before accumulating again")
+        self._list()
+        if gradients is not None:
+            gradients = list(gradients)
+            if len(gradients) != len(self._params):
+                raise ValueError(f"Expected {len(self._params)} gradients, but got {len(gradients)}")
+            for grad in gradients:
+                if grad is not None and not isinstance(grad, Tensor):
+                    raise TypeError(f"Expected a Tensor or None for each gradient, but got {type(grad).__name__}")
+        self.kernel_calls = self._run(gradients, float(weight), zero=gradients is None and not self.set_to_none)
+        self._step += 1
+        self._weight += float(weight)
+        if gradients is None and self.set_to_none:
+            for param in self._params:
+                param.grad = None
+
+    _keep_from_compiler(__call__)
+
+    def _run(self, gradients: list[Tensor | None] | None, weight: float, zero: bool, anew: bool = False) -> int:
+        """Add gradients to the buffers, or (``anew``) put them there; returns the number of kernel calls."""
+        if self._plans is None or not self._gather(gradients, zero):
+            with torch.no_grad():
+                self._plans = self._build(gradients)
+            if not self._gather(gradients, zero):
+                raise RuntimeError("a parameter or gradient changed in another thread during accumulation")
+        calls = 0
+        for plan, counters in self._plans:
+            if anew:
+                counters.zero_()
+            if len(self._seen) < len(self._params):
+                self._seen.update(plan.slots[i].param for i, _ in plan.grads_in_use())
+            calls += plan.step((weight,), False, None, None)
+        return calls
+
+    def _gather(self, gradients: list[Tensor | None] | None, zero: bool) -> bool:
+        try:
+            for plan, _ in self._plans:
+                plan.zero_grads = zero
+                if not plan.gather(None if gradients is None else [gradients[slot.index] for slot in plan.slots]):
+                    return False
+        except BaseException:
+            self._plans = None  # and with the plans their references to the gradients
+            raise
+        return True
+
+    def _build(self, gradients: list[Tensor | None] | None) -> list[tuple[Plan, Tensor]]:
+        """Plan one kernel call for each device and backend; raises before any buffer is created."""
+        grads = [param.grad for param in self._params] if gradients is None else gradients
+        for index, ((param, name), grad) in enumerate(zip(self._params.items(), grads, strict=True)):
+            if grad is not None:
+                what = checks.describe(index, name, param)
+                checks.check_grad(type(self), {}, param, grad, what)
+                if param in self._seen and self._buffers[param].shape != param.shape:
+                    raise RuntimeError(f"GradientAccumulator: the shape changed since the last reset() of {what}")
+        buckets: dict[Any, list[Slot]] = {}
+        for index, ((param, name), grad) in enumerate(zip(self._params.items(), grads, strict=True)):
+            backend = backends.select(self._backend, param.device, _sum_dtype(param.dtype))
+            if grad is None and param not in self._seen:
+                slot = Slot(index, name, param, None, None, ())
+            else:
+                buffer = self._buffer(param, grad)
+                slot = Slot(index, name, param, backend.memory(buffer), None, (), buffer)
+            buckets.setdefault((backend, param.device, backend.bucket(param)), []).append(slot)
+        plans = []
+        for (backend, device, _), slots in buckets.items():
+            # Only whether a buffer has begun matters to the rule.
+            begun = [float(slot.param in self._seen) for slot in slots]
+            counters = torch.tensor(begun, dtype=torch.float32, device=device)
+            slots = [slot._replace(step=counter) for slot, counter in zip(slots, counters.unbind(), strict=True)]
+            plans.append((backend.plan(type(self), 0, {}, None, (), slots), counters))
+        return plans
+
+    def _buffer(self, param: Tensor, grad: Tensor | None = None) -> Tensor:
+        """The parameter's buffer, on its device and in the layout of its first gradient."""
+        dtype = _sum_dtype(param.dtype)
+        buffer = self._buffers.get(param)
+        if buffer is None or buffer.shape != param.shape:
+            plain = grad is not None and not layout.is_wrapper(param) and not layout.overlaps_itself(grad)
+            buffer = layout.dense_like(grad if plain else param, dtype).detach()
+        self._buffers[param] = buffer = buffer.to(param.device, dtype)
+        return buffer
+
+    def _scale(self, factor: float) -> None:
+        """Multiply what was accumulated, in place."""
+        if factor == 1.0:
+            return
+        buffers = [self._buffers[param] if param in self._seen else None for param in self._params]
+        self._run(buffers, factor, zero=False, anew=True)
+
+    # Handing over.
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Add up what the processes of a group accumulated, once and before `assign`.
+
+        The sum is divided by the number of processes, as ``DistributedDataParallel`` does; with ``mean`` the weights
+        are added up too, so that the result is the weighted mean over all micro-batches of all processes. A parameter
+        that had a gradient in one process gets one in all. Every process must call this.
+
+        Args:
+            group: a process group of ``torch.distributed``; None takes the default one.
+
+        Raises:
+            ValueError: nothing was accumulated yet.
+            RuntimeError: a parameter is a DTensor, whose gradients its own mesh reduces; or `assign` or `all_reduce`
+                was called and `reset` was not.
+        """
+        import torch.distributed as dist
+
+        self._check_called()
+        if self._closed:
+            raise RuntimeError("the accumulated gradients were handed over; call reset() before accumulating again")
+        if any(layout.is_wrapper(param) for param in self._params):
+            raise RuntimeError("all_reduce() takes plain parameters; backward() reduces the gradients of DTensors")
+        device = next(iter(self._params)).device
+        seen = torch.tensor([param in self._seen for param in self._params], dtype=torch.int32, device=device)
+        dist.all_reduce(seen, dist.ReduceOp.MAX, group)
+        weight = torch.tensor([self._weight], dtype=torch.float64, device=device)
+        dist.all_reduce(weight, group=group)
+        buckets: dict[Any, list[Tensor]] = {}
+        with torch.no_grad():
+            for param, anywhere in zip(list(self._params), seen.tolist(), strict=True):
+                if anywhere and param not in self._seen:
+                    self._buffer(param).zero_()
+                    self._seen.add(param)
+                    self._plans = None
+                if anywhere:
+                    buffer = layout.as_real(self._buffer(param))
+                    buckets.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+            for buffers in buckets.values():
+                for bucket in _bucketed(buffers):
+                    flat = torch.cat([buffer.reshape(-1) for buffer in bucket])
+                    dist.all_reduce(flat, group=group)
+                    for buffer, part in zip(bucket, flat.split([b.numel() for b in bucket]), strict=True):
+                        buffer.copy_(part.view(buffer.shape))
+        self._closed = True
+        if self.mean:
+            self._weight = weight.item()
+        else:
+            self._scale(1.0 / dist.get_world_size(group))
+
+    def assign(self) -> None:
+        """Make what was accumulated the ``.grad`` of the parameters, until `reset`.
+
+        A parameter that had no gradient since the last `reset` gets None.
+
+        Raises:
+            ValueError: nothing was accumulated yet.
+            RuntimeError: it was called and `reset` was not.
+        """
+        self._check_called()
+        if self._assigned:
+            raise RuntimeError("the accumulated gradients were handed over; call reset() before accumulating again")
+        if self.mean:
+            self._scale(1.0 / self._weight)
+        self._closed = True
+        for param in self._params:
+            own, param.grad = param.grad, None
+            if param not in self._seen:
+                if own is not None and not self.set_to_none:
+                    self._assigned.append((param, own, param.grad_dtype, own))
+                continue
+            buffer, dtype = self._buffer(param), param.grad_dtype
+            if dtype is not None and dtype != buffer.dtype:
+                param.grad_dtype = buffer.dtype
+            param.grad = buffer
+            self._assigned.append((param, buffer, dtype, None if self.set_to_none else own))
+
+    def reset(self) -> None:
+        """Forget what was accumulated, and take back what `assign` made a ``.grad``."""
+        for param, buffer, dtype, own in self._assigned:
+            grad, param.grad = param.grad, None
+            if param.grad_dtype != dtype:
+                param.grad_dtype = dtype
+            if grad is not None and grad is not buffer:  # of a backward() since
+                param.grad = grad if dtype is None else grad.to(dtype)
+            elif own is not None:
+                param.grad = own
+        self._assigned = []
+        self._closed = False
+        self._step = 0
+        self._weight = 0.0
+        self._seen.clear()
+        for _, counters in self._plans or ():
+            counters.zero_()
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state between two micro-batches; tensors are not copied.
+
+        ``step``, ``weight`` (the sum of the weights) and ``gradients``: the weighted sum, or None, for each parameter.
+
+        Raises:
+            RuntimeError: between `assign` or `all_reduce` and `reset`.
+        """
+        if self._closed:
+            raise RuntimeError("the accumulated gradients were handed over; call reset() before saving them")
+        gradients = [self._buffers[param] if param in self._seen else None for param in self._params]
+        return {"step": self._step, "weight": self._weight, "gradients": gradients}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken. Tensors are copied, to the parameters' devices.
+
+        Raises:
+            ValueError, TypeError: the state does not fit these parameters; nothing is changed then.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"Expected state_dict to be a dict, got {type(state_dict).__name__}")
+        missing = [key for key in STATE_KEYS if key not in state_dict]
+        unexpected = [key for key in state_dict if key not in STATE_KEYS]
+        if missing or unexpected:
+            raise ValueError(f"loaded state dict: missing keys {missing}, unexpected keys {unexpected}")
+        step, weight, gradients = (state_dict[key] for key in STATE_KEYS)
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"loaded state dict: 'step' is {step!r}, it must be a whole number, 0 or larger")
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not (0 < weight if step else weight == 0):
+            expected = "a number larger than 0" if step else "0 as 'step' is"
+            raise ValueError(f"loaded state dict: 'weight' is {weight!r}, it must be {expected}")
+        self._list()
+        if not isinstance(gradients, (list, tuple)):
+            raise TypeError(f"loaded state dict: 'gradients' is a {type(gradients).__name__}, it must be a list")
+        if len(gradients) != len(self._params):
+            raise ValueError(f"loaded state dict: Expected {len(self._params)} gradients, but got {len(gradients)}")
+        for index, ((param, name), value) in enumerate(zip(self._params.items(), gradients, strict=True)):
+            if value is None:
+                continue
+            what = checks.describe(index, name, param)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"loaded state dict: the gradient of {what} is a {type(value).__name__}")
+            if value.shape != param.shape:
+                raise ValueError(f"loaded state dict: a gradient of shape {tuple(value.shape)} for {what}")
+            if value.is_complex() != param.is_complex() or not (value.is_floating_point() or value.is_complex()):
+                raise ValueError(f"loaded state dict: a gradient of dtype {value.dtype} for {what}")
+            if step == 0:
+                raise ValueError(f"loaded state dict: 'step' is 0, but there is a gradient of {what}")
+        self.reset()
+        with torch.no_grad():
+            copies = {
+                param: layout.dense_like(param, _sum_dtype(param.dtype)).copy_(value)
+                for param, value in zip(self._params, gradients, strict=True)
+                if value is not None
+            }
+        self._buffers = copies
+        self._seen = set(copies)
+        self._step, self._weight = step, float(weight)
+        self._plans = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": None}
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gradients of ``dtype`` are added up in."""
+    if dtype.is_complex:
+        return torch.complex128 if dtype == torch.complex128 else torch.complex64
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _bucketed(buffers: list[Tensor]) -> list[list[Tensor]]:
+    """Neighbours together, up to `BUCKET` elements or one tensor."""
+    buckets: list[list[Tensor]] = []
+    size = BUCKET
+    for buffer in buffers:
+        if size + buffer.numel() > BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(buffer)
+        size += buffer.numel()
+    return buckets
