@@ -638,3 +638,25 @@ def test_dtensor_parameters(backend, tmp_path):
         assert param.grad is None
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@by_clearing
+@by_dtype
+def test_a_gpu_has_the_references_bits(name, dtype, set_to_none):
+    shapes = [(0,), (), (7,), (1025,), (70_001,), (33, 17)]
+    params = [p.detach().cuda().requires_grad_() for p in parameters(shapes, dtype)]
+    accumulator = GradientAccumulator(params, mean=True, set_to_none=set_to_none, backend=name)
+    for _ in range(2):
+        rounds = []
+        for number in range(3):
+            rounds.append([g if g is None else g.cpu() for g in give(params, skip=(number,))])
+            accumulator(weight=number + 0.3)
+            assert accumulator.kernel_calls == 1
+            assert all(p.grad is None or p.grad.count_nonzero() == 0 for p in params)
+        expected = [s * (1.0 / accumulator.state_dict()["weight"]) for s in total(rounds, [0.3, 1.3, 2.3])]
+        accumulator.assign()
+        assert_equal([p.grad.cpu() for p in params], expected)
+        accumulator.reset()

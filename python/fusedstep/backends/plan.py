@@ -189,10 +189,11 @@ class KernelPlan(Plan):
             calls = self.launch(hyper, maximize, grad_scale, found_inf)
         else:
             calls = self._staged_launch(hyper, maximize, grad_scale, found_inf)
-        odd_grads, self.odd_grads = self.odd_grads, []
-        with torch.no_grad():
-            for grad in odd_grads if self.zero_grads else ():
-                grad.zero_()  # the kernel saw a copy
+        if self.zero_grads and self.odd_grads:  # the kernel saw copies
+            with torch.no_grad():
+                for grad in self.odd_grads:
+                    grad.zero_()
+        self.odd_grads = []
         return calls
 
     def _staged_launch(
