@@ -54,14 +54,15 @@ void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, doub
 // {rule: (hyperparameter names, state names)}: the tests compare them with the other languages'.
 py::dict rules() {
   py::dict result;
-  for (int id = 0; id < static_cast<int>(RuleId::kCount); ++id) {
-    visit_rule(static_cast<RuleId>(id), [&](auto rule) {
-      using Rule = decltype(rule);
-      std::vector<std::string> hyper(std::begin(Rule::kHyper), std::end(Rule::kHyper));
-      std::vector<std::string> states(std::begin(Rule::kStateNames), std::end(Rule::kStateNames));
-      result[Rule::kName] = py::make_tuple(hyper, states);
-    });
-  }
+  const auto add = [&](auto rule) {
+    using Rule = decltype(rule);
+    std::vector<std::string> hyper(std::begin(Rule::kHyper), std::end(Rule::kHyper));
+    std::vector<std::string> states(std::begin(Rule::kStateNames), std::end(Rule::kStateNames));
+    result[Rule::kName] = py::make_tuple(hyper, states);
+  };
+  for (int id = 0; id < static_cast<int>(RuleId::kCount); ++id) visit_rule(static_cast<RuleId>(id), add);
+  for (int id = 0; id < static_cast<int>(ReducingRuleId::kCount); ++id)
+    visit_reducing_rule(static_cast<ReducingRuleId>(id), add);
   return result;
 }
 
@@ -110,9 +111,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedstep's compiled engines";
   py::class_<Plan>(m, "Plan")
       .def(py::init<const std::string&, const std::vector<std::string>&, const py::list&, const py::list&,
-                    const py::list&, const py::list&>(),
+                    const py::list&, const py::list&, const py::list&>(),
            py::arg("rule"), py::arg("state_names"), py::arg("owners"), py::arg("tensors"), py::arg("steps"),
-           py::arg("states"))
+           py::arg("states"), py::arg("matrices") = py::list())
       .def(
           "gather",
           [](Plan& plan, bool borrow, const py::object& grads) {

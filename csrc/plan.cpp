@@ -5,28 +5,36 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 namespace fusedstep {
 namespace {
 
-struct Variant {
-  RuleId rule;
-  int n_hyper;
-  std::vector<int> places;
-};
+template <class Rule>
+bool matches(const std::string& name, const std::vector<std::string>& state_names, Variant* variant) {
+  if (name != Rule::kName) return false;
+  variant->n_hyper = static_cast<int>(std::size(Rule::kHyper));
+  for (int k = 0; k < kNamed<Rule>; ++k) {
+    if (has_state<Rule>(k)) variant->places.push_back(k);
+  }
+  return std::equal(state_names.begin(), state_names.end(), variant->places.begin(), variant->places.end(),
+                    [](const std::string& given, int k) { return given == Rule::kStateNames[k]; });
+}
 
 Variant find_variant(const std::string& name, const std::vector<std::string>& state_names) {
   for (int id = 0; id < static_cast<int>(RuleId::kCount); ++id) {
-    Variant variant{static_cast<RuleId>(id), 0, {}};
-    const bool found = visit_rule(variant.rule, [&](auto rule) {
-      using Rule = decltype(rule);
-      if (name != Rule::kName) return false;
-      variant.n_hyper = static_cast<int>(std::size(Rule::kHyper));
-      for (int k = 0; k < kNamed<Rule>; ++k) {
-        if (has_state<Rule>(k)) variant.places.push_back(k);
-      }
-      return std::equal(state_names.begin(), state_names.end(), variant.places.begin(), variant.places.end(),
-                        [](const std::string& given, int k) { return given == Rule::kStateNames[k]; });
+    Variant variant{false, id, 0, {}, {}};
+    const bool found = visit_rule(static_cast<RuleId>(id),
+                                  [&](auto rule) { return matches<decltype(rule)>(name, state_names, &variant); });
+    variant.spans.assign(variant.places.size(), Span::kElement);
+    if (found) return variant;
+  }
+  for (int id = 0; id < static_cast<int>(ReducingRuleId::kCount); ++id) {
+    Variant variant{true, id, 0, {}, {}};
+    const bool found = visit_reducing_rule(static_cast<ReducingRuleId>(id), [&](auto rule) {
+      if (!matches<decltype(rule)>(name, state_names, &variant)) return false;
+      for (const int k : variant.places) variant.spans.push_back(decltype(rule)::kSpans[k]);
+      return true;
     });
     if (found) return variant;
   }
@@ -42,28 +50,67 @@ constexpr int64_t kBriefElements = 1 << 22;
   throw std::invalid_argument("tensor " + std::to_string(i) + " of the plan: its " + what + " " + why);
 }
 
+// Numbers in logical order without gaps.
+bool contiguous(int32_t ndim, const int64_t* shape, const int64_t* strides) {
+  if (std::find(shape, shape + ndim, 0) != shape + ndim) return true;
+  int64_t expected = 1;
+  for (int32_t i = ndim - 1; i >= 0; --i) {
+    if (shape[i] > 1 && strides[i] != expected) return false;
+    expected *= shape[i];
+  }
+  return true;
+}
+
+// How many numbers a state has for a tensor; -1: the tensor does not have the state.
+int64_t state_numel(Span span, const Matrices& matrices, int64_t numel) {
+  switch (span) {
+    case Span::kRow:
+      return matrices.factored ? matrices.batch * matrices.rows : -1;
+    case Span::kColumn:
+      return matrices.factored ? matrices.batch * matrices.columns : -1;
+    case Span::kFlat:
+      return matrices.factored ? -1 : numel;
+    case Span::kTensor:
+      return 1;
+    default:
+      return numel;
+  }
+}
+
 }  // namespace
 
 RuleId find_rule(const std::string& name, const std::vector<std::string>& state_names) {
-  return find_variant(name, state_names).rule;
+  const Variant variant = find_variant(name, state_names);
+  if (variant.reduces) throw std::invalid_argument("the rule '" + name + "' reduces");
+  return static_cast<RuleId>(variant.rule);
+}
+
+RuleId Plan::rule() const {
+  if (variant_.reduces) throw std::invalid_argument("the plan is for a rule that reduces");
+  return static_cast<RuleId>(variant_.rule);
+}
+
+ReducingRuleId Plan::reducing_rule() const {
+  if (!variant_.reduces) throw std::invalid_argument("the plan is for an elementwise rule");
+  return static_cast<ReducingRuleId>(variant_.rule);
 }
 
 Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& owners,
-           const py::list& tensors, const py::list& steps, const py::list& states)
-    : owners_(owners),
+           const py::list& tensors, const py::list& steps, const py::list& states, const py::list& matrices)
+    : variant_(find_variant(rule, state_names)),
+      owners_(owners),
       tensors_(tensors),
       steps_(steps),
       states_(states),
       grad_watches_(owners.size()),
       records_(owners.size()),
+      matrices_(variant_.reduces ? owners.size() : 0),
       layouts_(owners.size()),
       grads_(owners.size(), Grad{nullptr, nullptr, false}) {
-  const Variant variant = find_variant(rule, state_names);
-  rule_ = variant.rule;
-  n_hyper_ = variant.n_hyper;
-  places_ = variant.places;
   if (tensors.size() != owners.size() || steps.size() != owners.size() || states.size() != owners.size())
     throw std::invalid_argument("a plan needs one tensor, step and tuple of states for each parameter");
+  if (matrices.size() != matrices_.size())
+    throw std::invalid_argument("a plan needs the matrices of each parameter for a rule that reduces, else none");
   bool device_known = false;
   int64_t numel = 0;
   for (size_t i = 0; i < owners.size(); ++i) {
@@ -103,20 +150,17 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
     record.step = static_cast<float*>(step.data);
     state_memory_.emplace_back(step_tensor.ptr(), step, false);
 
-    const py::tuple tensor_states = states[i];
-    if (tensor_states.size() != places_.size()) reject(i, "states", "are not as many as the rule needs");
-    for (size_t n = 0; n < places_.size(); ++n) {
-      TensorView state;
-      const int k = places_[n];
-      const py::object state_tensor = tensor_states[n];
-      if (!view_tensor(state_tensor.ptr(), &state)) reject(i, "state", "has no memory");
-      if (!on_device(state) || !state.dtype_known) reject(i, "state", "has another device or an unknown dtype");
-      if (!same_layout(state, param.ndim, shape, shape + param.ndim)) reject(i, "state", "is laid out differently");
-      record.states[k] = state.data;
-      record.state_dtypes[k] = state.dtype;
-      state_memory_.emplace_back(state_tensor.ptr(), state, false);
-      holds_.add(state_tensor.ptr());
+    if (variant_.reduces) {
+      Matrices& seen = matrices_[i];
+      seen = Matrices{1, 1, record.numel, false};
+      if (!matrices[i].is_none()) {
+        const auto [batch, rows, columns] = matrices[i].cast<std::tuple<int64_t, int64_t, int64_t>>();
+        seen = Matrices{batch, rows, columns, true};
+      }
+      if (seen.batch * seen.rows * seen.columns != record.numel) reject(i, "param", "is not made of these matrices");
+      if (!contiguous(layouts_[i].ndim, shape, shape + layouts_[i].ndim)) reject(i, "param", "is not contiguous");
     }
+    add_states(i, states[i]);
     holds_.add(tensor.ptr());
     holds_.add(step_tensor.ptr());
     // A stand-in is copied back by torch, which bumps the owner's counter itself. A wrapper's own memory is a tensor
@@ -124,6 +168,31 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
     all_written_.append(tensor);
   }
   brief_ = device_ == Device::kCuda || numel <= kBriefElements;
+}
+
+void Plan::add_states(size_t i, const py::tuple& states) {
+  Record& record = records_[i];
+  const int32_t ndim = layouts_[i].ndim;
+  const int64_t* shape = dims_.data() + layouts_[i].begin;
+  if (states.size() != variant_.places.size()) reject(i, "states", "are not as many as the rule needs");
+  for (size_t n = 0; n < states.size(); ++n) {
+    const py::object tensor = states[n];
+    const int k = variant_.places[n];
+    const int64_t numel = variant_.reduces ? state_numel(variant_.spans[n], matrices_[i], record.numel) : record.numel;
+    if (tensor.is_none() != (numel < 0)) reject(i, "states", "are not those that the rule needs for it");
+    if (numel < 0) continue;
+    TensorView state;
+    if (!view_tensor(tensor.ptr(), &state)) reject(i, "state", "has no memory");
+    if (state.device != device_ || state.device_index != device_index_ || !state.dtype_known)
+      reject(i, "state", "has another device or an unknown dtype");
+    const bool fits = variant_.reduces ? state.numel() == numel && contiguous(state.ndim, state.shape, state.strides)
+                                       : same_layout(state, ndim, shape, shape + ndim);
+    if (!fits) reject(i, "state", "is laid out differently");
+    record.states[k] = state.data;
+    record.state_dtypes[k] = state.dtype;
+    state_memory_.emplace_back(tensor.ptr(), state, false);
+    holds_.add(tensor.ptr());
+  }
 }
 
 Plan::~Plan() {

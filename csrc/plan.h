@@ -11,16 +11,27 @@ enum class Gathered : int {
   kStale = 1,  // a tensor moved, changed or joined: the plan must be built anew
 };
 
-// The rule of that name with these states. Throws std::invalid_argument if there is none.
+// The elementwise rule of that name with these states. Throws std::invalid_argument if there is none.
 RuleId find_rule(const std::string& name, const std::vector<std::string>& state_names);
+
+// What a plan needs to know of a rule of either kind.
+struct Variant {
+  bool reduces;
+  int rule;  // a RuleId, or a ReducingRuleId
+  int n_hyper;
+  std::vector<int> places;  // of the states that it has, among all that it names
+  std::vector<Span> spans;  // of these; all kElement for an elementwise rule
+};
 
 class Plan {
  public:
   // owners: the parameters, whose `.grad` is read. tensors: the memory to update, the owner itself or a dense stand-in
   // for it; None where the owner has no state yet, because it had no gradient so far. steps, states: of each tensor.
-  // state_names: which of the rule's states there are, in the order of each tuple of `states`.
+  // state_names: which of the rule's states there are, in the order of each tuple of `states`; there, None stands for a
+  // state that a reducing rule does not have for this tensor.
+  // matrices: for a reducing rule, (batch, rows, columns) of each contiguous tensor, or None for a flat one.
   Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& owners,
-       const py::list& tensors, const py::list& steps, const py::list& states);
+       const py::list& tensors, const py::list& steps, const py::list& states, const py::list& matrices);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -45,11 +56,14 @@ class Plan {
   // Bumps the version counters of what a step wrote; of gradients, those that are held.
   void increment_written(bool grads_too) const;
 
-  RuleId rule() const { return rule_; }
-  int n_hyper() const { return n_hyper_; }
+  // Throw std::invalid_argument if the plan is for a rule of the other kind.
+  RuleId rule() const;
+  ReducingRuleId reducing_rule() const;
+  int n_hyper() const { return variant_.n_hyper; }
   size_t size() const { return records_.size(); }
   const std::vector<Record>& records() const { return records_; }
-  bool has_memory() const { return !state_memory_.empty(); }  // false: no parameter has had a gradient yet
+  const std::vector<Matrices>& matrices() const { return matrices_; }  // of each record, for a reducing rule
+  bool has_memory() const { return !state_memory_.empty(); }           // false: no parameter has had a gradient yet
   bool any_active() const { return any_active_; }
   bool active(size_t i) const { return grads_[i].active; }
   const void* grad(size_t i) const { return grads_[i].data; }
@@ -67,9 +81,9 @@ class Plan {
     bool active;  // takes part in this step
   };
 
-  RuleId rule_;
-  int n_hyper_;
-  std::vector<int> places_;  // of each state among those that the rule names
+  void add_states(size_t i, const py::tuple& states);
+
+  Variant variant_;
   Device device_ = Device::kOther;
   int32_t device_index_ = 0;
   py::list owners_, tensors_, steps_, states_;
@@ -77,6 +91,7 @@ class Plan {
   std::vector<MemoryWatch> param_memory_;  // of the tensors that have states, in their order
   std::vector<GradWatch> grad_watches_;
   std::vector<Record> records_;
+  std::vector<Matrices> matrices_;
   std::vector<Layout> layouts_;
   std::vector<int64_t> dims_;
   std::vector<Grad> grads_;

@@ -17,7 +17,7 @@
 namespace fusedstep {
 
 constexpr int kMaxHyper = 10;
-constexpr int kMaxStates = 4;
+constexpr int kMaxStates = 5;
 
 // The list of all rules; visit_rule below gives each its type.
 enum class RuleId : int {

@@ -2,7 +2,7 @@
 // Plain data only: no torch, no Python, no CUDA types.
 #pragma once
 
-#include "rules.h"
+#include "reducing_rules.h"
 
 namespace fusedstep {
 
@@ -13,6 +13,13 @@ struct Record {
   float* step;  // updates done so far; in the engine's own memory (host or device)
   int64_t numel;
   Dtype param_dtype, grad_dtype, state_dtypes[kMaxStates];
+};
+
+// How a reducing rule sees a record: contiguous matrices [batch, rows, columns]; or, if it is not factored, one number
+// after the other.
+struct Matrices {
+  int64_t batch, rows, columns;
+  bool factored;
 };
 
 }  // namespace fusedstep

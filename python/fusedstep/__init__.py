@@ -3,6 +3,7 @@
 from . import schedules, tuning
 from .accumulate import GradientAccumulator
 from .adabelief import AdaBelief
+from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam
 from .adam_weight_decay import AdamWeightDecay
@@ -14,12 +15,14 @@ from .optimizer import FusedOptimizer
 from .recipe import create_optimizer
 from .rmsprop import RMSprop
 from .sgd import SGD
+from .torch_adafactor import TorchAdafactor
 from .verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "AdaBelief",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -29,6 +32,7 @@ __all__ = [
     "GradientAccumulator",
     "Lion",
     "RMSprop",
+    "TorchAdafactor",
     "amos_scales",
     "create_optimizer",
     "schedules",

@@ -55,6 +55,19 @@ def check_positive(label: str, value: float) -> None:
     _number(label, value, lambda x: 0.0 < x, "larger than 0")
 
 
+def check_non_positive(label: str, value: float) -> None:
+    """Raise unless ``value`` is a number <= 0."""
+    _number(label, value, lambda x: 0.0 >= x, "0 or smaller")
+
+
+def check_pair(name: str, values: Any) -> None:
+    """Raise unless ``values`` are two values in a list, a tuple or the like."""
+    if isinstance(values, str) or not hasattr(values, "__getitem__"):
+        raise TypeError(f"Invalid {name}: {values!r} is a {type(values).__name__}; it must be two numbers")
+    if len(values) != 2:
+        raise ValueError(f"Invalid {name}: {values!r} (it must be two numbers)")
+
+
 def check_finite(label: str, value: float) -> None:
     """Raise unless ``value`` is a finite number."""
     _number(label, value, lambda x: float("-inf") < x < float("inf"), "finite")
@@ -106,8 +119,15 @@ def describe(index: int, name: str | None, tensor: Tensor) -> str:
     return f"{label}, shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
 
 
-def check_param(param: Tensor, memory: Tensor, what: str) -> None:
+def check_param(cls: type[FusedOptimizer], param: Tensor, memory: Tensor, what: str) -> None:
     """Raise unless ``param``, which is stored in ``memory``, can be updated in place; ``what`` is its `describe`."""
+    if cls.reduces and param.is_complex():
+        raise RuntimeError(f"{cls.__name__} does not support complex parameters ({what})")
+    if cls.reduces and layout.is_wrapper(param):
+        raise RuntimeError(
+            f"{cls.__name__} does not support {type(param).__name__} parameters ({what}): its sums would be those of the "
+            "local part alone"
+        )
     if param.layout != torch.strided:
         raise ValueError(f"{what}: a {param.layout} parameter cannot be updated; pass a dense one")
     if layout.overlaps_itself(memory):
@@ -115,11 +135,18 @@ def check_param(param: Tensor, memory: Tensor, what: str) -> None:
 
 
 def check_state(
-    optimizer: str, name: str, state: Tensor, param: Tensor, dtypes: tuple[torch.dtype, ...] | None, what: str
+    optimizer: str,
+    name: str,
+    state: Tensor,
+    param: Tensor,
+    shape: torch.Size,
+    dtypes: tuple[torch.dtype, ...] | None,
+    what: str,
 ) -> None:
     """Raise unless ``state``, found or loaded under ``name``, can go with ``param``; None allows every float dtype."""
-    if state.shape != param.shape:
-        raise RuntimeError(f"{optimizer}: state '{name}' has shape {tuple(state.shape)}, it must be that of {what}")
+    if state.shape != shape:
+        expected = "that of" if shape == param.shape else f"{tuple(shape)} for"
+        raise RuntimeError(f"{optimizer}: state '{name}' has shape {tuple(state.shape)}, it must be {expected} {what}")
     if state.is_complex() != param.is_complex():
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
     if state.dtype not in dtypes if dtypes else not (state.is_floating_point() or state.is_complex()):

@@ -51,6 +51,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     step_form: ClassVar[Literal["tensor", "int", "absent"]] = "tensor"  # of "step" in the parent class's state_dict
     state_at_construction: ClassVar[bool] = False  # whether the parent class has states before the first step
 
+    reduces: ClassVar[bool] = False  # whether the rule has sums over rows, columns or whole tensors
+
     Scalars: ClassVar[type]
 
     _step_supports_amp_scaling = True  # GradScaler then passes grad_scale and found_inf on to the kernels
@@ -117,6 +119,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether a step with a sparse gradient leaves the rows that it does not name as they are."""
         return True
 
+    def state_shape(self, name: str, param: Tensor) -> torch.Size | None:
+        """The shape of the state ``name`` of a parameter; None if this parameter does not have the state."""
+        return param.shape
+
+    @staticmethod
+    def matrices(param: Tensor) -> tuple[int, int, int] | None:
+        """For a rule that reduces: (batch, rows, columns) of a contiguous parameter; None: it is taken as flat."""
+        raise NotImplementedError
+
     def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         """The state ``name`` of a parameter before its first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
@@ -144,7 +155,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             first = sum(len(g["params"]) for g in self.param_groups[:-1])
             for index, (name, param) in enumerate(_named(group), first):
-                checks.check_param(param, layout.local(param.detach()), checks.describe(index, name, param))
+                checks.check_param(type(self), param, layout.local(param.detach()), checks.describe(index, name, param))
                 self._select(param)
         except BaseException:
             self.param_groups.pop()
@@ -180,7 +191,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _select(self, param: Tensor) -> backends.Backend:
         # Frozen weights of a dtype that nothing can update are carried along, as torch does.
         trained = param.requires_grad or param.grad is not None or param in self.state or param in self._counters
-        return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
+        return backends.select(self._backend, param.device, param.dtype if trained else torch.float32, self.reduces)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {key: vars(self)[key] for key in ("_backend", "_counters", "_learning_rates")}
@@ -257,17 +268,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A parameter's loaded state: our own copies, on its device."""
         adopted = {}
         for name, value in state.items():
-            if name in self.state_names and isinstance(value, Tensor) and value.shape != param.shape:
+            shape = self.state_shape(name, param) if name in self.state_names else None
+            if shape is not None and isinstance(value, Tensor) and value.shape != shape:
                 raise ValueError(
                     f"loaded state dict: '{name}' of parameter {key} has shape {tuple(value.shape)}, "
-                    f"expected {tuple(param.shape)}"
+                    f"expected {tuple(shape)}"
                 )
             if isinstance(value, Tensor):
                 value = value.detach()
                 value = value.to_dense() if value.is_sparse else value
                 if name == "step":
                     value = value.clone()
-                elif name in self.state_names and not layout.is_wrapper(value) and not layout.is_wrapper(param):
+                elif shape == param.shape and not layout.is_wrapper(value) and not layout.is_wrapper(param):
                     value = layout.dense_like(param, value.dtype).copy_(value)
                 else:
                     value = value.to(param.device, copy=True)
@@ -290,12 +302,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 backend = self._select(param)
                 if param.grad is not None:
                     what = checks.describe(index, name, param)
-                    checks.check_param(param, layout.local(param.detach()), what)
+                    checks.check_param(type(self), param, layout.local(param.detach()), what)
                     checks.check_grad(type(self), group, param, param.grad, what)
                     for state in self.states_of(group):
                         value = self.state[param].get(state) if param in self.state else None
-                        if value is not None:
-                            checks.check_state(type(self).__name__, state, value, param, backend.dtypes, what)
+                        shape = self.state_shape(state, param)
+                        if isinstance(value, Tensor) and shape is not None:
+                            checks.check_state(type(self).__name__, state, value, param, shape, backend.dtypes, what)
                 row.append((index, name, param, backend, self.variant_of(group, name, param)))
                 index += 1
             for variant in {variant for *_, variant in row}:
@@ -328,7 +341,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         started = param in self.state or param in self._counters
         if param.grad is None and not started:
             return Slot(index, name, param, None, None, ())
-        tensor = backend.memory(param)
+        tensor = backend.memory(param, self.reduces)
         if states or self.step_form != "absent":
             state = self.state[param]
         else:
@@ -336,14 +349,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = self._step_counter(param, tensor, state, states)
         tensors = []
         for key in states:
+            shape = self.state_shape(key, param)
+            if shape is None:
+                tensors.append(None)
+                continue
             value = state.get(key)
-            if value is None:
+            if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
                 value = state[key] = self.init_state(key, param, group)
             elif value.device != param.device:
                 value = state[key] = value.to(param.device)
             usable = backend.state_memory(value, tensor)
             if usable is None:
-                value = state[key] = layout.laid_out_as(value, tensor)
+                value = state[key] = layout.laid_out_as(value, tensor if shape == param.shape else value.contiguous())
                 usable = value
             tensors.append(usable)
         return Slot(index, name, param, tensor, step, tuple(tensors))

@@ -20,6 +20,7 @@ class Backend:
 
     name: str
     dtypes: tuple[torch.dtype, ...] | None = None  # of states; None: every floating one
+    reduces: bool = False  # whether it can run rules that reduce
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         """Why this backend cannot update parameters on ``device`` (of ``dtype``); empty if it can."""
@@ -29,8 +30,11 @@ class Backend:
         """Parameters of a group share a plan if this is equal."""
         return None
 
-    def memory(self, param: Tensor) -> Tensor:
-        """The tensor that a step updates: the parameter's own memory, or a dense stand-in where it is not flat."""
+    def memory(self, param: Tensor, contiguous: bool) -> Tensor:
+        """The tensor that a step updates: the parameter's own memory, or a stand-in where that is not dense.
+
+        ``contiguous``: the dimensions must be in their logical order.
+        """
         raise NotImplementedError
 
     def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor | None:
@@ -64,10 +68,19 @@ class KernelBackend(Backend):
             return []
         return [f"no kernel for {dtype} (there are kernels for {', '.join(str(d) for d in self.dtypes)})"]
 
-    def memory(self, param: Tensor) -> Tensor:
+    def memory(self, param: Tensor, contiguous: bool) -> Tensor:
         tensor = layout.local(param)
-        return tensor if layout.is_dense(tensor) and not layout.is_lazy(tensor) else layout.dense_like(tensor)
+        usable = tensor.is_contiguous() if contiguous else layout.is_dense(tensor)
+        if usable and not layout.is_lazy(tensor):
+            return tensor
+        return (
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            if contiguous
+            else (layout.dense_like(tensor))
+        )
 
     def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor | None:
         state = layout.local(state)
-        return state if layout.same_layout(state, tensor) and not layout.is_lazy(state) else None
+        # A state of another shape belongs to a rule that reduces, which takes all memory in logical order.
+        fits = layout.same_layout(state, tensor) if state.shape == tensor.shape else state.is_contiguous()
+        return state if fits and not layout.is_lazy(state) else None

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 
 class ReferencePlan(Plan):
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.shapes = [self._shapes(slot) for slot in self.slots]
+
+    @staticmethod
+    def _shapes(slot: Slot) -> list[torch.Size]:
+        return [slot.param.shape, *(state.shape for state in slot.states if state is not None)]
+
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         self.grads = []
         sparse = []
@@ -24,7 +32,7 @@ class ReferencePlan(Plan):
             if grad is not None and (
                 slot.tensor is None
                 or layout.overlaps_itself(layout.local(slot.tensor))
-                or any(state.shape != slot.param.shape for state in slot.states)
+                or self._shapes(slot) != self.shapes[index]
             ):
                 return False
             if grad is not None and grad.layout == torch.sparse_coo:
@@ -71,7 +79,8 @@ class ReferencePlan(Plan):
             grad = -grad
         slot.step.add_(1)
         scalars = self.optimizer.prepare(hyper, int(slot.step.item()))
-        targets = {name: real_memory(state) for name, state in zip(self.states, slot.states, strict=True)}
+        states = zip(self.states, slot.states, strict=True)
+        targets = {name: real_memory(state) for name, state in states if state is not None}
         states = [targets[n].to(arithmetic) if n in targets else None for n in self.optimizer.state_names]
         param, *states = self.optimizer.update(memory.to(arithmetic), grad, *states, scalars)
         memory.copy_(param)
@@ -89,13 +98,14 @@ def real_memory(tensor: Tensor) -> Tensor:
 
 class ReferenceBackend(Backend):
     name = "reference"
+    reduces = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
             return [f"{dtype} is not a floating or complex dtype"]
         return []
 
-    def memory(self, param: Tensor) -> Tensor:
+    def memory(self, param: Tensor, contiguous: bool) -> Tensor:
         return param
 
     def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor:
