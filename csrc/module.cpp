@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/engine.h"
+#include "cpu/reducing.h"
 #include "cuda_bindings.h"
 #include "plan.h"
 #include "schedule.h"
@@ -11,13 +12,17 @@
 namespace fusedstep {
 namespace {
 
+void read_hyper(const Plan& plan, const py::tuple& hyper, double* numbers) {
+  if (plan.device() != Device::kCpu && plan.has_memory()) throw std::invalid_argument("the plan is not on the CPU");
+  if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
+  for (size_t k = 0; k < hyper.size(); ++k) numbers[k] = to_double(PyTuple_GET_ITEM(hyper.ptr(), k));
+}
+
 // What the CPU engine needs to know of a plan's step; `work` is the memory behind it.
 cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, bool zero_grads,
                    std::vector<cpu::Work>* work) {
-  if (plan.device() != Device::kCpu && plan.has_memory()) throw std::invalid_argument("the plan is not on the CPU");
   cpu::Call call{plan.rule(), {}, maximize, grad_scale, zero_grads, nullptr, 0, 0};
-  if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
-  for (size_t k = 0; k < hyper.size(); ++k) call.hyper[k] = to_double(PyTuple_GET_ITEM(hyper.ptr(), k));
+  read_hyper(plan, hyper, call.hyper);
   work->reserve(plan.size());
   for (size_t i = 0; i < plan.size(); ++i) {
     if (!plan.active(i)) continue;
@@ -29,18 +34,39 @@ cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, doub
   return call;
 }
 
-void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, bool zero_grads, int threads) {
-  std::vector<cpu::Work> work;
-  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, zero_grads, &work);
+cpu::ReducingCall cpu_reducing_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale) {
+  cpu::ReducingCall call{plan.reducing_rule(), {}, maximize, grad_scale, {}, 0};
+  read_hyper(plan, hyper, call.hyper);
+  for (size_t i = 0; i < plan.size(); ++i) {
+    if (!plan.active(i)) continue;
+    call.work.push_back(cpu::ReducingWork{&plan.records()[i], &plan.matrices()[i], plan.grad(i)});
+    call.numel += plan.records()[i].numel;
+  }
+  return call;
+}
+
+template <class Step>
+void take_step(Plan& plan, bool zero_grads, const Step& step) {
   plan.check_borrowed();
   if (plan.borrowed()) {
-    cpu::step(call, threads);
+    step();
   } else {
     const py::gil_scoped_release release;
-    cpu::step(call, threads);
+    step();
   }
   plan.increment_written(zero_grads);
   plan.release_grads();
+}
+
+void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, bool zero_grads, int threads) {
+  if (plan.reduces()) {
+    if (zero_grads) throw std::invalid_argument("a rule that reduces reads gradients more than once");
+    const cpu::ReducingCall call = cpu_reducing_call(plan, hyper, maximize, grad_scale);
+    return take_step(plan, false, [&] { cpu::reducing_step(call, threads); });
+  }
+  std::vector<cpu::Work> work;
+  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, zero_grads, &work);
+  take_step(plan, zero_grads, [&] { cpu::step(call, threads); });
 }
 
 void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int64_t first,

@@ -56,6 +56,7 @@ class Plan {
   // Bumps the version counters of what a step wrote; of gradients, those that are held.
   void increment_written(bool grads_too) const;
 
+  bool reduces() const { return variant_.reduces; }
   // Throw std::invalid_argument if the plan is for a rule of the other kind.
   RuleId rule() const;
   ReducingRuleId reducing_rule() const;

@@ -27,6 +27,8 @@
 
 namespace fusedstep {
 
+constexpr int kMaxFactors = 2;  // that a line hands to its elements
+
 // The list of all reducing rules; visit_reducing_rule below gives each its type.
 enum class ReducingRuleId : int { kAdafactor, kAdafactorMomentum, kTorchAdafactor, kCount };
 

@@ -6,26 +6,29 @@
 #include <atomic>
 #include <stdexcept>
 #include <thread>
-#include <utility>
 
-#include "engine.h"
+#include "team.h"
 
 namespace fusedstep::cpu {
 
 #if FUSEDSTEP_X86
 namespace v2 {
 void run(const Call&, int64_t, int64_t);
-}
+void run_phase(const Wave&, Phase, int64_t, int64_t);
+}  // namespace v2
 namespace v3 {
 void run(const Call&, int64_t, int64_t);
-}
+void run_phase(const Wave&, Phase, int64_t, int64_t);
+}  // namespace v3
 namespace v4 {
 void run(const Call&, int64_t, int64_t);
-}
+void run_phase(const Wave&, Phase, int64_t, int64_t);
+}  // namespace v4
 #else
 inline namespace base {
 void run(const Call&, int64_t, int64_t);
-}
+void run_phase(const Wave&, Phase, int64_t, int64_t);
+}  // namespace base
 #endif
 
 namespace {
@@ -35,18 +38,16 @@ constexpr int64_t kElementsPerThread = 1 << 15;
 // Threads start at multiples of this, so that no two write to one cache line in the common case.
 constexpr int64_t kSplitMultiple = 64;
 
-using Isa = std::pair<std::string, RunFunction>;
-
 std::vector<Isa> supported() {
   std::vector<Isa> isas;
 #if FUSEDSTEP_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v2")) isas.emplace_back("v2", v2::run);
-  if (__builtin_cpu_supports("x86-64-v3")) isas.emplace_back("v3", v3::run);
-  if (__builtin_cpu_supports("x86-64-v4")) isas.emplace_back("v4", v4::run);
+  if (__builtin_cpu_supports("x86-64-v2")) isas.push_back({"v2", v2::run, v2::run_phase});
+  if (__builtin_cpu_supports("x86-64-v3")) isas.push_back({"v3", v3::run, v3::run_phase});
+  if (__builtin_cpu_supports("x86-64-v4")) isas.push_back({"v4", v4::run, v4::run_phase});
   if (isas.empty()) throw std::runtime_error("fusedstep: the CPU engine needs an x86-64-v2 processor (SSE4.2)");
 #else
-  isas.emplace_back("base", base::run);
+  isas.push_back({"base", base::run, base::run_phase});
 #endif
   return isas;
 }
@@ -58,36 +59,43 @@ const std::vector<Isa>& isas() {
 
 std::atomic<size_t> chosen{SIZE_MAX};
 
-const Isa& current() {
-  return isas()[std::min(chosen.load(std::memory_order_relaxed), isas().size() - 1)];
-}
-
 // libgomp's threads do not survive fork(): a parallel region in the child would wait for them for ever.
 std::atomic<bool> forked{false};
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-template <class Body>
+}  // namespace
+
+const Isa& current() {
+  return isas()[std::min(chosen.load(std::memory_order_relaxed), isas().size() - 1)];
+}
+
+int team_size(int threads, int64_t numel) {
+  return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(numel / kElementsPerThread, 1)));
+}
+
 void parallel(int threads, const Body& body) {
   if (threads <= 1) {
-    body(0, 1);
+    body(0, 1, [] {});
   } else if (forked) {
+    pthread_barrier_t barrier;
+    pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(threads));
+    const auto wait = [&barrier] { pthread_barrier_wait(&barrier); };
     std::vector<std::thread> team;
-    for (int i = 1; i < threads; ++i) team.emplace_back(body, i, threads);
-    body(0, threads);
+    for (int i = 1; i < threads; ++i) team.emplace_back(body, i, threads, wait);
+    body(0, threads, wait);
     for (std::thread& member : team) member.join();
+    pthread_barrier_destroy(&barrier);
   } else {
 #pragma omp parallel num_threads(threads)
-    body(omp_get_thread_num(), omp_get_num_threads());
+    body(omp_get_thread_num(), omp_get_num_threads(), [] {
+#pragma omp barrier
+    });
   }
 }
 
-}  // namespace
-
 void step(const Call& call, int threads) {
-  const RunFunction run = current().second;
-  const int64_t useful = call.numel / kElementsPerThread;
-  const int team = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(useful, 1)));
-  parallel(team, [&](int index, int size) {
+  const RunFunction run = current().run;
+  parallel(team_size(threads, call.numel), [&](int index, int size, const auto&) {
     const auto boundary = [&](int64_t i) {
       return i == size ? call.numel : call.numel / size * i / kSplitMultiple * kSplitMultiple;
     };
@@ -98,28 +106,28 @@ void step(const Call& call, int threads) {
 }
 
 void run_range(const Call& call, int64_t first, int64_t last) {
-  current().second(call, first, last);
+  current().run(call, first, last);
 }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : isas()) names.push_back(isa.first);
+  for (const Isa& isa : isas()) names.push_back(isa.name);
   return names;
 }
 
 std::string isa() {
-  return current().first;
+  return current().name;
 }
 
 void set_isa(const std::string& name) {
   for (size_t i = 0; i < isas().size(); ++i) {
-    if (isas()[i].first == name) {
+    if (isas()[i].name == name) {
       chosen = i;
       return;
     }
   }
   std::string names;
-  for (const Isa& isa : isas()) names += (names.empty() ? "" : ", ") + isa.first;
+  for (const Isa& isa : isas()) names += (names.empty() ? "" : ", ") + isa.name;
   throw std::invalid_argument("instruction set '" + name + "' is not available on this processor; available: " + names);
 }
 

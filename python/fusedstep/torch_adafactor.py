@@ -116,8 +116,8 @@ class TorchAdafactor(FusedOptimizer):
         if (len(shape) >= 2) == (name == "variance"):
             return None
         if name == "row_var":
-            return shape[:-1] + (1,)
-        return shape[:-2] + (1,) + shape[-1:] if name == "col_var" else shape
+            return torch.Size((*shape[:-1], 1))
+        return torch.Size((*shape[:-2], 1, *shape[-1:])) if name == "col_var" else shape
 
     def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         return torch.zeros(self.state_shape(name, param), dtype=param.dtype, device=param.device)

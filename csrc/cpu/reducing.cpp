@@ -1,0 +1,548 @@
+// The phases of a rule that reduces, compiled once per instruction set (FUSEDSTEP_ISA). It knows dtypes and tails, but
+// no optimizer by name and no threads.
+// clang-format off
+#include "stored.h"  // first: the rules that reducing.h brings in then find packs' square root
+#include "reducing.h"
+// clang-format on
+
+namespace fusedstep::cpu {
+inline namespace FUSEDSTEP_ISA {
+namespace {
+
+// Sums are kept in 64 bytes of lanes, in one pack or several: the order of additions is then the same on every
+// instruction set.
+template <class T>
+constexpr int kSplit = 64 / kPackBytes;
+template <class T>
+constexpr int64_t kStep = kSplit<T> * kLanes<T>;
+
+struct Whole {};  // pack
+struct Part {     // of a pack
+  int64_t n;
+};
+
+template <class Numbers>
+FUSEDSTEP_FN auto load_at(const Numbers& numbers, int64_t i, Whole) {
+  return numbers.load(i);
+}
+template <class Numbers>
+FUSEDSTEP_FN auto load_at(const Numbers& numbers, int64_t i, Part part) {
+  return numbers.load_part(i, part.n);
+}
+template <class Numbers, class P>
+FUSEDSTEP_FN void store_at(const Numbers& numbers, int64_t i, P pack, Whole) {
+  numbers.store(i, pack);
+}
+template <class Numbers, class P>
+FUSEDSTEP_FN void store_at(const Numbers& numbers, int64_t i, P pack, Part part) {
+  numbers.store_part(i, part.n, pack);
+}
+
+// Zeros in place of what is behind a part.
+template <class T>
+FUSEDSTEP_FN Pack<T> kept(Pack<T> pack, Whole) {
+  return pack;
+}
+template <class T>
+FUSEDSTEP_FN Pack<T> kept(Pack<T> pack, Part part) {
+  for (int64_t i = part.n; i < kLanes<T>; ++i) pack[i] = 0;
+  return pack;
+}
+
+// Calls visit(i, w, size) for the pack of n numbers that begins with the i-th; w numbers the packs of a step.
+template <class T, class Visit>
+FUSEDSTEP_FN void for_packs(int64_t n, Visit&& visit) {
+  int64_t i = 0;
+  for (; i + kStep<T> <= n; i += kStep<T>) {
+    FUSEDSTEP_UNROLL
+    for (int w = 0; w < kSplit<T>; ++w) visit(i + w * kLanes<T>, w, Whole{});
+  }
+  FUSEDSTEP_UNROLL
+  for (int w = 0; w < kSplit<T>; ++w, i += kLanes<T>) {
+    if (i + kLanes<T> <= n)
+      visit(i, w, Whole{});
+    else if (i < n)
+      visit(i, w, Part{n - i});
+  }
+}
+
+template <class T>
+struct Lanes {
+  Pack<T> packs[kSplit<T>] = {};
+
+  FUSEDSTEP_FN T total() const {
+    T lanes[kStep<T>];
+    __builtin_memcpy(lanes, packs, sizeof(lanes));
+    for (int64_t half = kStep<T> / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+  }
+};
+
+template <class T, class Numbers>
+double sum_of_squares(const Numbers& numbers, int64_t begin, int64_t n) {
+  double sum = 0.0;
+  for (int64_t done = 0; done < n; done += kRun) {
+    Lanes<T> lanes;
+    for_packs<T>(n - done < kRun ? n - done : kRun, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
+      const Pack<T> x = load_at(numbers, begin + done + i, size);
+      lanes.packs[w] += x * x;
+    });
+    sum += lanes.total();
+  }
+  return sum;
+}
+
+template <class T>
+FUSEDSTEP_FN Pack<T> changed(Pack<T> grad, const GradChange<T>& change) {
+  return change.any ? change.sign * (grad / change.scale) : grad;
+}
+
+// Memory of the arithmetic type.
+template <class T>
+FUSEDSTEP_FN Stored<T, T> plain(T* numbers) {
+  return {numbers};
+}
+
+// A tensor in the course of a phase, with its scalars.
+template <class Rule, class T>
+struct Context {
+  const Wave& wave;
+  const ReducingTensor* tensor = nullptr;
+  int64_t step = -1;
+  typename Rule::template Scalars<T> scalars{};
+  typename Rule::template Finish<T> finish{};
+
+  const Record& record() const { return *tensor->work->record; }
+  const Matrices& matrices() const { return *tensor->work->matrices; }
+  GradChange<T> change() const {
+    const ReducingCall& call = *wave.call;
+    return {call.maximize || call.grad_scale != 1.0, false, call.maximize ? T(-1) : T(1), static_cast<T>(call.grad_scale)};
+  }
+  AnyStored<T> state(int k) const { return {record().states[k], record().state_dtypes[k]}; }
+
+  void enter(const ReducingTensor& next, Phase phase) {
+    if (tensor == &next) return;
+    tensor = &next;
+    const int64_t number = static_cast<int64_t>(*record().step) + 1;
+    if (number != step) scalars = Rule::template prepare<T>(wave.call->hyper, step = number);
+    if (phase == Phase::kUpdate)
+      finish = Rule::template finish<T>(scalars, rms(next.param_sums), rms(next.update_sums));
+  }
+  double rms(const double* sums) const {
+    double sum = 0.0;
+    for (int64_t i = 0; i < tensor->tiles; ++i) sum += sums[i];
+    return square_root(sum / static_cast<double>(record().numel));
+  }
+};
+
+// The formats of a tensor's operands, as types where they are the usual ones.
+template <class Rule, class T, class Visit>
+FUSEDSTEP_FN void visit_operands(const Context<Rule, T>& context, Visit&& visit) {
+  constexpr int kElement = kPlace<Rule, Span::kElement>;
+  constexpr Dtype kArithmetic = sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32;
+  const Record& record = context.record();
+  void* const grad = const_cast<void*>(context.tensor->work->grad);
+  void* const state = kElement < 0 ? nullptr : record.states[kElement < 0 ? 0 : kElement];
+  const bool usual = record.grad_dtype == record.param_dtype &&
+                     (kElement < 0 || record.state_dtypes[kElement < 0 ? 0 : kElement] == kArithmetic);
+  const auto with = [&](auto* number) FUSEDSTEP_INLINE {
+    using S = std::remove_pointer_t<decltype(number)>;
+    visit(Stored<T, S>{static_cast<S*>(record.param)}, Stored<T, S>{static_cast<S*>(grad)},
+          Stored<T, T>{static_cast<T*>(state)});
+  };
+  if (usual && record.param_dtype == kArithmetic) return with(static_cast<T*>(nullptr));
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (usual && record.param_dtype == Dtype::kBF16) return with(static_cast<BF16*>(nullptr));
+  }
+  visit(AnyStored<T>{record.param, record.param_dtype}, AnyStored<T>{grad, record.grad_dtype},
+        AnyStored<T>{state, kElement < 0 ? kArithmetic : record.state_dtypes[kElement < 0 ? 0 : kElement]});
+}
+
+// Updates parameters and elements' states at [at, at + n). factors(i, size, out): those of the i-th element after `at`.
+template <class Rule, class T, class Param, class Grad, class State, class Factors>
+FUSEDSTEP_FN void update_elements(const Context<Rule, T>& context, const Param& param, const Grad& grad,
+                                  const State& state, int64_t at, int64_t n, Factors&& factors) {
+  constexpr bool kHasState = kPlace<Rule, Span::kElement> >= 0;
+  const auto s = context.scalars;
+  const auto f = context.finish;
+  const GradChange<T> change = context.change();
+  for_packs<T>(n, [&](int64_t i, int, auto size) FUSEDSTEP_INLINE {
+    Pack<T> p = load_at(param, at + i, size), x{}, own[Rule::kFactors];
+    const Pack<T> g = changed(load_at(grad, at + i, size), change);
+    if constexpr (kHasState) x = load_at(state, at + i, size);
+    factors(i, size, own);
+    Rule::update(p, g, own, x, s, f);
+    store_at(param, at + i, p, size);
+    if constexpr (kHasState) store_at(state, at + i, x, size);
+  });
+}
+
+// New states and factors of n lines, from the mean of each; the states begin at `at` in their tensors. Whether they are
+// stored is told by `store`; the first of them is left in `first_states` too.
+template <class Rule, class T>
+void finish_lines(const Context<Rule, T>& context, const int* places, int64_t at, int64_t n, const T* means, bool store,
+                  T* first_states, T* factors, int64_t stride) {
+  const auto s = context.scalars;
+  AnyStored<T> states[kLineStates<Rule>];
+  for (int k = 0; k < kLineStates<Rule>; ++k) states[k] = context.state(places[k]);
+  for_packs<T>(n, [&](int64_t i, int, auto size) FUSEDSTEP_INLINE {
+    Pack<T> pack[kLineStates<Rule>], own[Rule::kFactors];
+    for (int k = 0; k < kLineStates<Rule>; ++k) pack[k] = load_at(states[k], at + i, size);
+    Rule::line(load_at(Stored<T, T>{const_cast<T*>(means)}, i, size), pack, own, s);
+    for (int k = 0; store && k < kLineStates<Rule>; ++k) store_at(states[k], at + i, pack[k], size);
+    store_at(plain(first_states), i, pack[0], size);
+    for (int k = 0; k < Rule::kFactors; ++k) store_at(plain(factors + k * stride), i, own[k], size);
+  });
+}
+
+template <class Rule, Span span>
+const int* line_places() {
+  static constexpr int kPlaces[] = {kPlace<Rule, span, 0>, kPlace<Rule, span, 1>};
+  static_assert(kLineStates<Rule> <= 2, "add a place for a rule whose lines have more states");
+  return kPlaces;
+}
+
+// Blocks of large matrices.
+
+template <class Rule, class T>
+struct Block {
+  const ReducingTensor& tensor;
+  const Matrices& m;
+  const Tile& tile;
+  int64_t at;  // the tile's first element
+
+  Block(const Context<Rule, T>& context, const Tile& t)
+      : tensor(*context.tensor),
+        m(context.matrices()),
+        tile(t),
+        at((t.matrix * m.rows + t.row) * m.columns + t.column) {}
+
+  T* row_sums() const {
+    const int64_t block = tile.matrix * tensor.column_blocks + tile.column / tensor.block_columns;
+    return reinterpret_cast<T*>(tensor.row_sums) + block * m.rows + tile.row;
+  }
+  T* column_sums(int64_t row) const {  // of the row block that begins at this row of the tile
+    const int64_t block = tile.matrix * tensor.row_blocks + (tile.row + row) / kRowBlock;
+    return reinterpret_cast<T*>(tensor.column_sums) + block * m.columns + tile.column;
+  }
+  T* row_factors(int k) const {
+    return reinterpret_cast<T*>(tensor.row_factors) + (k * m.batch + tile.matrix) * m.rows + tile.row;
+  }
+  T* column_factors(int k) const {
+    return reinterpret_cast<T*>(tensor.column_factors) + (k * m.batch + tile.matrix) * m.columns + tile.column;
+  }
+};
+
+template <class Rule, class T, int kN, class Grad>
+FUSEDSTEP_FN void sum_rows(const Context<Rule, T>& context, const Grad& grad, int64_t at, int64_t stride, int64_t n,
+                           T* row_sums, T* column_sums) {
+  const auto s = context.scalars;
+  const GradChange<T> change = context.change();
+  Lanes<T> lanes[kN];
+  for_packs<T>(n, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
+    Pack<T> squares[kN];
+    FUSEDSTEP_UNROLL
+    for (int r = 0; r < kN; ++r) {
+      squares[r] = Rule::square(changed(load_at(grad, at + r * stride + i, size), change), s);
+      lanes[r].packs[w] += squares[r];
+    }
+    const auto sums = plain(column_sums);
+    if constexpr (kN == 4) {
+      store_at(sums, i, load_at(sums, i, size) + ((squares[0] + squares[1]) + (squares[2] + squares[3])), size);
+    } else {
+      store_at(sums, i, load_at(sums, i, size) + squares[0], size);
+    }
+  });
+  FUSEDSTEP_UNROLL
+  for (int r = 0; r < kN; ++r) row_sums[r] = lanes[r].total();
+}
+
+template <class Rule, class T, class Param, class Grad>
+void sum_block(const Context<Rule, T>& context, const Tile& tile, int64_t index, const Param& param, const Grad& grad) {
+  const Block<Rule, T> block(context, tile);
+  const int64_t stride = block.m.columns;
+  for (int64_t first = 0; first < tile.rows; first += kRowBlock) {
+    T* const columns = block.column_sums(first);
+    for (int64_t j = 0; j < tile.columns; ++j) columns[j] = 0;
+    const int64_t last = first + kRowBlock < tile.rows ? first + kRowBlock : tile.rows;
+    int64_t row = first;
+    for (; row + 4 <= last; row += 4)
+      sum_rows<Rule, T, 4>(context, grad, block.at + row * stride, stride, tile.columns, block.row_sums() + row,
+                           columns);
+    for (; row < last; ++row)
+      sum_rows<Rule, T, 1>(context, grad, block.at + row * stride, stride, tile.columns, block.row_sums() + row,
+                           columns);
+  }
+  if constexpr (Rule::kParamSum) {
+    double sum = 0.0;
+    if (tile.columns == stride) {
+      sum = sum_of_squares<T>(param, block.at, tile.rows * stride);
+    } else {
+      for (int64_t row = 0; row < tile.rows; ++row)
+        sum += sum_of_squares<T>(param, block.at + row * stride, tile.columns);
+    }
+    block.tensor.param_sums[index] = sum;
+  }
+}
+
+template <class Rule, class T>
+void finish_block_lines(const Context<Rule, T>& context, const Lines& lines) {
+  const ReducingTensor& tensor = *context.tensor;
+  const Matrices& m = context.matrices();
+  if (!(lines.columns ? kColumns<Rule> : kRows<Rule>)) return;
+  const int64_t blocks = lines.columns ? tensor.row_blocks : tensor.column_blocks;
+  const int64_t n = lines.columns ? m.columns : m.rows, elements = lines.columns ? m.rows : m.columns;
+  const T* sums = reinterpret_cast<const T*>(lines.columns ? tensor.column_sums : tensor.row_sums);
+  sums += lines.matrix * blocks * n + lines.first;
+  double totals[kLineBlock] = {};
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t i = 0; i < lines.count; ++i) totals[i] += static_cast<double>(sums[b * n + i]);
+  }
+  alignas(64) T means[kLineBlock], first_states[kLineBlock];
+  for (int64_t i = 0; i < lines.count; ++i) means[i] = static_cast<T>(totals[i] / static_cast<double>(elements));
+  const int64_t at = lines.matrix * n + lines.first;
+  T* const factors = reinterpret_cast<T*>(lines.columns ? tensor.column_factors : tensor.row_factors) + at;
+  const int* places = lines.columns ? line_places<Rule, Span::kColumn>() : line_places<Rule, Span::kRow>();
+  finish_lines<Rule, T>(context, places, at, lines.count, means, true, first_states, factors, m.batch * n);
+  if (Rule::kRowMean && !lines.columns) {
+    double total = 0.0;
+    for (int64_t i = 0; i < lines.count; ++i) total += static_cast<double>(first_states[i]);
+    tensor.row_totals[lines.matrix * tensor.line_blocks() + lines.first / kLineBlock] = total;
+  }
+}
+
+// Calls visit(row, factors) for each row of a tile, where factors(i, size, out) gives those of its i-th element.
+template <class Rule, class T, class Visit>
+FUSEDSTEP_FN void for_rows(const Context<Rule, T>& context, const Block<Rule, T>& block, Visit&& visit) {
+  T of_matrix = 1;
+  if constexpr (Rule::kRowMean) {
+    const int64_t blocks = block.tensor.line_blocks();
+    double total = 0.0;
+    for (int64_t i = 0; i < blocks; ++i) total += block.tensor.row_totals[block.tile.matrix * blocks + i];
+    of_matrix = Rule::matrix(static_cast<T>(total / static_cast<double>(block.m.rows)), context.scalars);
+  }
+  for (int64_t row = 0; row < block.tile.rows; ++row) {
+    T of_row[Rule::kFactors];
+    for (int k = 0; kRows<Rule> && k < Rule::kFactors; ++k) of_row[k] = of_matrix * block.row_factors(k)[row];
+    visit(row, [&](int64_t i, auto size, Pack<T>* own) FUSEDSTEP_INLINE {
+      for (int k = 0; k < Rule::kFactors; ++k) {
+        const Pack<T> zero{};
+        if constexpr (kRows<Rule> && kColumns<Rule>)
+          own[k] = of_row[k] * load_at(plain(block.column_factors(k)), i, size);
+        else if constexpr (kRows<Rule>)
+          own[k] = zero + of_row[k];
+        else
+          own[k] = load_at(plain(block.column_factors(k)), i, size);
+      }
+    });
+  }
+}
+
+template <class Rule, class T, class Grad>
+void sum_block_directions(const Context<Rule, T>& context, const Tile& tile, int64_t index, const Grad& grad) {
+  if constexpr (Rule::kUpdateSum) {
+    const Block<Rule, T> block(context, tile);
+    const auto s = context.scalars;
+    const GradChange<T> change = context.change();
+    double sum = 0.0;
+    for_rows<Rule, T>(context, block, [&](int64_t row, auto&& factors) FUSEDSTEP_INLINE {
+      const int64_t at = block.at + row * block.m.columns;
+      Lanes<T> lanes;
+      for_packs<T>(tile.columns, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
+        Pack<T> own[Rule::kFactors];
+        factors(i, size, own);
+        const Pack<T> g = changed(load_at(grad, at + i, size), change);
+        const Pack<T> direction = kept<T>(Rule::direction(g, own, s), size);
+        lanes.packs[w] += direction * direction;
+      });
+      sum += lanes.total();
+    });
+    block.tensor.update_sums[index] = sum;
+  }
+}
+
+template <class Rule, class T, class Param, class Grad, class State>
+void update_block(const Context<Rule, T>& context, const Tile& tile, const Param& param, const Grad& grad,
+                  const State& state) {
+  const Block<Rule, T> block(context, tile);
+  for_rows<Rule, T>(context, block, [&](int64_t row, auto&& factors) FUSEDSTEP_INLINE {
+    update_elements<Rule, T>(context, param, grad, state, block.at + row * block.m.columns, tile.columns, factors);
+  });
+}
+
+// Runs of small matrices, or of elements that are a line each.
+
+template <class T>
+struct alignas(64) Buffer {
+  T numbers[kRun];
+};
+
+template <class Rule, class T>
+struct RunBuffers {
+  Buffer<T> squares, means, first_states, matrix_factors, row_factors[Rule::kFactors], column_factors[Rule::kFactors],
+      factors[Rule::kFactors];
+};
+
+// The factors of all elements of n matrices, from their squares.
+template <class Rule, class T>
+void finish_matrices(const Context<Rule, T>& context, RunBuffers<Rule, T>& b, int64_t matrix, int64_t n, bool store) {
+  const int64_t rows = context.matrices().rows, columns = context.matrices().columns, size = rows * columns;
+  const T* const squares = b.squares.numbers;
+  T* const means = b.means.numbers;
+  if constexpr (kRows<Rule>) {
+    for (int64_t i = 0; i < n * rows; ++i) {
+      T sum = 0;
+      for (int64_t j = 0; j < columns; ++j) sum += squares[i * columns + j];
+      means[i] = sum / static_cast<T>(columns);
+    }
+    finish_lines<Rule, T>(context, line_places<Rule, Span::kRow>(), matrix * rows, n * rows, means, store,
+                          b.first_states.numbers, b.row_factors[0].numbers, kRun);
+    if constexpr (Rule::kRowMean) {
+      T* const of_matrices = b.matrix_factors.numbers;
+      for (int64_t m = 0; m < n; ++m) {
+        T sum = 0;
+        for (int64_t i = 0; i < rows; ++i) sum += b.first_states.numbers[m * rows + i];
+        of_matrices[m] = sum / static_cast<T>(rows);
+      }
+      for_packs<T>(n, [&](int64_t i, int, auto part) FUSEDSTEP_INLINE {
+        store_at(plain(of_matrices), i, Rule::matrix(load_at(plain(of_matrices), i, part), context.scalars), part);
+      });
+      for (int k = 0; k < Rule::kFactors; ++k) {
+        for (int64_t m = 0; m < n; ++m) {
+          for (int64_t i = 0; i < rows; ++i) b.row_factors[k].numbers[m * rows + i] *= of_matrices[m];
+        }
+      }
+    }
+  }
+  if constexpr (kColumns<Rule>) {
+    for (int64_t m = 0; m < n; ++m) {
+      for (int64_t j = 0; j < columns; ++j) {
+        T sum = 0;
+        for (int64_t i = 0; i < rows; ++i) sum += squares[m * size + i * columns + j];
+        means[m * columns + j] = sum / static_cast<T>(rows);
+      }
+    }
+    finish_lines<Rule, T>(context, line_places<Rule, Span::kColumn>(), matrix * columns, n * columns, means, store,
+                          b.first_states.numbers, b.column_factors[0].numbers, kRun);
+  }
+  for (int k = 0; k < Rule::kFactors; ++k) {
+    T* out = b.factors[k].numbers;
+    for (int64_t m = 0; m < n; ++m) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const T of_row = kRows<Rule> ? b.row_factors[k].numbers[m * rows + i] : T(1);
+        for (int64_t j = 0; j < columns; ++j)
+          *out++ = kColumns<Rule> ? of_row * b.column_factors[k].numbers[m * columns + j] : of_row;
+      }
+    }
+  }
+}
+
+template <class Rule, class T, bool kUpdates, class Param, class Grad, class State>
+void take_runs(const Context<Rule, T>& context, const Tile& tile, int64_t index, const Param& param, const Grad& grad,
+               const State& state) {
+  const Matrices& m = context.matrices();
+  const int64_t size = m.factored ? m.rows * m.columns : 1, at_once = kRun / size;
+  const auto s = context.scalars;
+  const GradChange<T> change = context.change();
+  RunBuffers<Rule, T> b;
+  double sum = 0.0;
+  for (int64_t first = tile.first; first < tile.first + tile.count; first += at_once) {
+    const int64_t left = tile.first + tile.count - first, count = left < at_once ? left : at_once;
+    const int64_t at = first * size, n = count * size;
+    for_packs<T>(n, [&](int64_t i, int, auto part) FUSEDSTEP_INLINE {
+      store_at(plain(b.squares.numbers), i, Rule::square(changed(load_at(grad, at + i, part), change), s), part);
+    });
+    if (m.factored) {
+      finish_matrices<Rule, T>(context, b, first, count, kUpdates);
+    } else {
+      finish_lines<Rule, T>(context, line_places<Rule, Span::kFlat>(), at, n, b.squares.numbers, kUpdates,
+                            b.first_states.numbers, b.factors[0].numbers, kRun);
+    }
+    const auto factors = [&](int64_t i, auto part, Pack<T>* own) FUSEDSTEP_INLINE {
+      for (int k = 0; k < Rule::kFactors; ++k) own[k] = load_at(plain(b.factors[k].numbers), i, part);
+    };
+    if constexpr (kUpdates) {
+      update_elements<Rule, T>(context, param, grad, state, at, n, factors);
+    } else if constexpr (Rule::kUpdateSum) {
+      Lanes<T> lanes;
+      for_packs<T>(n, [&](int64_t i, int w, auto part) FUSEDSTEP_INLINE {
+        Pack<T> own[Rule::kFactors];
+        factors(i, part, own);
+        const Pack<T> g = changed(load_at(grad, at + i, part), change);
+        const Pack<T> direction = kept<T>(Rule::direction(g, own, s), part);
+        lanes.packs[w] += direction * direction;
+      });
+      sum += lanes.total();
+    }
+  }
+  if constexpr (!kUpdates) {
+    const int64_t n = tile.count * size;
+    if constexpr (Rule::kParamSum) context.tensor->param_sums[index] = sum_of_squares<T>(param, tile.first * size, n);
+    if constexpr (Rule::kUpdateSum) context.tensor->update_sums[index] = sum;
+  }
+}
+
+template <class Rule, class T>
+void run_tile(const Context<Rule, T>& context, const Tile& tile, int64_t index, Phase phase) {
+  visit_operands<Rule, T>(context, [&](const auto& param, const auto& grad, const auto& state) {
+    if (phase == Phase::kSums) {
+      if (context.tensor->blocks)
+        sum_block<Rule, T>(context, tile, index, param, grad);
+      else
+        take_runs<Rule, T, false>(context, tile, index, param, grad, state);
+    } else if (phase == Phase::kDirections) {
+      if (context.tensor->blocks) sum_block_directions<Rule, T>(context, tile, index, grad);
+    } else {
+      if (context.tensor->blocks)
+        update_block<Rule, T>(context, tile, param, grad, state);
+      else
+        take_runs<Rule, T, true>(context, tile, index, param, grad, state);
+    }
+  });
+}
+
+template <class Rule>
+void run_rule(const Wave& wave, Phase phase, int64_t first, int64_t last) {
+  Context<Rule, float> single{wave};
+  Context<Rule, double> twice{wave};
+  const auto take = [&](int64_t i, auto& context) {
+    if (phase == Phase::kLines) {
+      context.enter(wave.tensors[static_cast<size_t>(wave.lines[static_cast<size_t>(i)].tensor)], phase);
+      finish_block_lines(context, wave.lines[static_cast<size_t>(i)]);
+    } else if (phase == Phase::kTensors) {
+      constexpr int kTensor = kPlace<Rule, Span::kTensor>;
+      if constexpr (kTensor >= 0) {
+        context.tensor = &wave.tensors[static_cast<size_t>(i)];
+        const auto rms = context.rms(context.tensor->param_sums);
+        using T = decltype(context.change().sign);
+        context.state(kTensor).store_part(0, 1, Pack<T>{} + static_cast<T>(rms));
+      }
+    } else {
+      const Tile& tile = wave.tiles[static_cast<size_t>(i)];
+      const ReducingTensor& tensor = wave.tensors[static_cast<size_t>(tile.tensor)];
+      context.enter(tensor, phase);
+      run_tile(context, tile, i - tensor.first_tile, phase);
+    }
+  };
+  for (int64_t i = first; i < last; ++i) {
+    const size_t at = static_cast<size_t>(i);
+    const int64_t tensor = phase == Phase::kLines     ? wave.lines[at].tensor
+                           : phase == Phase::kTensors ? i
+                                                      : wave.tiles[at].tensor;
+    if (wave.tensors[static_cast<size_t>(tensor)].work->record->param_dtype == Dtype::kF64)
+      take(i, twice);
+    else
+      take(i, single);
+  }
+}
+
+}  // namespace
+
+void run_phase(const Wave& wave, Phase phase, int64_t first, int64_t last) {
+  visit_reducing_rule(wave.call->rule, [&](auto rule) { run_rule<decltype(rule)>(wave, phase, first, last); });
+}
+
+}  // namespace FUSEDSTEP_ISA
+}  // namespace fusedstep::cpu

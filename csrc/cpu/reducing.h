@@ -1,0 +1,91 @@
+// The CPU engine for rules that reduce: how the tensors of a call are cut, where their sums lie, and the phases that
+// the pieces go through. The cuts depend on shapes alone, and every sum is taken in the order of its pieces: the bits
+// do not depend on the number of threads.
+#pragma once
+
+#include <vector>
+
+#include "../table.h"
+
+namespace fusedstep::cpu {
+
+// A tensor that takes part in this step.
+struct ReducingWork {
+  const Record* record;
+  const Matrices* matrices;
+  const void* grad;
+};
+
+struct ReducingCall {
+  ReducingRuleId rule;
+  double hyper[kMaxHyper];
+  bool maximize;
+  double grad_scale;  // gradients are divided by it; 1 leaves them alone
+  std::vector<ReducingWork> work;
+  int64_t numel;  // of all tensors together
+};
+
+// Updates everything on up to `threads` threads and then advances the step counters.
+void reducing_step(const ReducingCall& call, int threads);
+
+// What follows is between the two parts of the engine.
+
+constexpr int64_t kRun = 1024;       // elements that are worked on at once, where statistics are local
+constexpr int64_t kRowBlock = 128;   // rows whose columns are summed together
+constexpr int64_t kLineBlock = 512;  // lines that are finished together
+
+// A tensor in a wave. Matrices of up to kRun elements, and flat tensors, are cut into runs of whole matrices
+// (elements): their statistics are at hand wherever the elements are. Larger matrices are cut into blocks, and the sums
+// of a row or column have a part for each column or row block. Sums and factors are float, or double for a double
+// parameter.
+struct ReducingTensor {
+  const ReducingWork* work;
+  bool blocks;
+  int64_t row_blocks, column_blocks, block_columns;
+  int64_t first_tile, tiles;
+  char *row_sums, *column_sums;        // [batch][column_blocks][rows], [batch][row_blocks][columns]
+  char *row_factors, *column_factors;  // [kMaxFactors][batch][rows], [kMaxFactors][batch][columns]
+  double* row_totals;                  // [batch][blocks of kLineBlock rows]: of the rows' first state
+  double *param_sums, *update_sums;    // [tiles]: of squares
+
+  int64_t line_blocks() const { return (work->matrices->rows + kLineBlock - 1) / kLineBlock; }
+};
+
+// What one thread takes at a time.
+struct Tile {
+  int64_t tensor;                      // in its wave
+  int64_t begin;                       // elements of the wave before it
+  int64_t first, count;                // runs: matrices, or elements of a flat tensor
+  int64_t matrix;                      // blocks: the matrix, and the part of it
+  int64_t row, rows, column, columns;  // `row` begins a row block, `column` a column block
+};
+
+// Rows or columns of one matrix.
+struct Lines {
+  int64_t tensor, matrix;
+  bool columns;
+  int64_t first, count;
+};
+
+// Tensors that go through the phases together: few enough for their numbers to stay in the caches from one phase to the
+// next, enough to occupy all threads.
+struct Wave {
+  const ReducingCall* call;
+  std::vector<ReducingTensor> tensors;
+  std::vector<Tile> tiles;
+  std::vector<Lines> lines;
+  int64_t numel;
+};
+
+enum class Phase {
+  kSums,        // tiles: squares of parameters; of gradients, by row and column; runs: of directions too
+  kLines,       // lines: states and factors
+  kDirections,  // tiles: squares of directions, in blocks
+  kUpdate,      // tiles: parameters, and states of elements; runs: states of lines too
+  kTensors,     // tensors: states that have one number
+};
+
+// Takes the pieces [first, last) of a wave through a phase. All before it must have been through the phase before.
+using PhaseFunction = void (*)(const Wave& wave, Phase phase, int64_t first, int64_t last);
+
+}  // namespace fusedstep::cpu

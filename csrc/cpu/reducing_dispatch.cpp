@@ -1,0 +1,153 @@
+// How the work of a reducing rule is cut and dealt out to threads; the arithmetic is in reducing.cpp.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "team.h"
+
+namespace fusedstep::cpu {
+namespace {
+
+constexpr int64_t kTileElements = 1 << 16;
+// Parameters and gradients of a wave's share for one thread are about as large as the caches behind it.
+constexpr int64_t kWaveElementsPerThread = 1 << 19;
+constexpr int64_t kAlignment = 64;
+
+int64_t pieces(int64_t n, int64_t size) {
+  return (n + size - 1) / size;
+}
+
+// Deals out work memory. While `base` is null it only counts.
+struct Memory {
+  char* base;
+  int64_t used = 0;
+
+  char* take(int64_t bytes) {
+    char* const address = base == nullptr ? nullptr : base + used;
+    used += pieces(bytes, kAlignment) * kAlignment;
+    return address;
+  }
+};
+
+void place(ReducingTensor& tensor, Memory& memory) {
+  const Matrices& m = *tensor.work->matrices;
+  const int64_t number = tensor.work->record->param_dtype == Dtype::kF64 ? sizeof(double) : sizeof(float);
+  if (tensor.blocks) {
+    tensor.row_sums = memory.take(m.batch * tensor.column_blocks * m.rows * number);
+    tensor.column_sums = memory.take(m.batch * tensor.row_blocks * m.columns * number);
+    tensor.row_factors = memory.take(kMaxFactors * m.batch * m.rows * number);
+    tensor.column_factors = memory.take(kMaxFactors * m.batch * m.columns * number);
+    tensor.row_totals = reinterpret_cast<double*>(memory.take(m.batch * tensor.line_blocks() * 8));
+  }
+  tensor.param_sums = reinterpret_cast<double*>(memory.take(tensor.tiles * 8));
+  tensor.update_sums = reinterpret_cast<double*>(memory.take(tensor.tiles * 8));
+}
+
+void cut_runs(Wave& wave, ReducingTensor& tensor, int64_t at) {
+  const Matrices& m = *tensor.work->matrices;
+  const int64_t size = m.factored ? m.rows * m.columns : 1, n = m.factored ? m.batch : m.columns;
+  const int64_t step = std::max<int64_t>(kTileElements / size, 1);
+  for (int64_t first = 0; first < n; first += step) {
+    wave.tiles.push_back(Tile{at, wave.numel, first, std::min(step, n - first), 0, 0, 0, 0, 0});
+    wave.numel += wave.tiles.back().count * size;
+  }
+}
+
+void cut_blocks(Wave& wave, ReducingTensor& tensor, int64_t at) {
+  const Matrices& m = *tensor.work->matrices;
+  const int64_t some_rows = std::max<int64_t>(m.rows, 1), some_columns = std::max<int64_t>(m.columns, 1);
+  const int64_t block_rows = std::min(kRowBlock, some_rows), target = kTileElements / block_rows;
+  // A multiple of the widest pack, so that only a matrix's last columns are a part of one.
+  tensor.block_columns = pieces(pieces(some_columns, std::max<int64_t>(some_columns / target, 1)), 16) * 16;
+  tensor.row_blocks = pieces(m.rows, kRowBlock);
+  tensor.column_blocks = pieces(m.columns, tensor.block_columns);
+  const int64_t tile_elements = block_rows * std::min(tensor.block_columns, some_columns);
+  const int64_t tile_rows = kRowBlock * std::max<int64_t>(kTileElements / tile_elements, 1);
+  for (int64_t matrix = 0; matrix < m.batch; ++matrix) {
+    for (int64_t row = 0; row < m.rows; row += tile_rows) {
+      for (int64_t column = 0; column < m.columns; column += tensor.block_columns) {
+        const int64_t rows = std::min(tile_rows, m.rows - row);
+        const int64_t columns = std::min(tensor.block_columns, m.columns - column);
+        wave.tiles.push_back(Tile{at, wave.numel, 0, 0, matrix, row, rows, column, columns});
+        wave.numel += rows * columns;
+      }
+    }
+    for (const bool columns : {false, true}) {
+      const int64_t n = columns ? m.columns : m.rows;
+      for (int64_t first = 0; first < n; first += kLineBlock)
+        wave.lines.push_back(Lines{at, matrix, columns, first, std::min(kLineBlock, n - first)});
+    }
+  }
+}
+
+std::vector<Wave> cut(const ReducingCall& call, int64_t wave_elements) {
+  std::vector<Wave> waves;
+  for (const ReducingWork& work : call.work) {
+    if (waves.empty() || waves.back().numel + work.record->numel > wave_elements)
+      waves.push_back(Wave{&call, {}, {}, {}, 0});
+    Wave& wave = waves.back();
+    const Matrices& m = *work.matrices;
+    ReducingTensor tensor{};
+    tensor.work = &work;
+    tensor.blocks = m.factored && (m.rows * m.columns > kRun || work.record->numel == 0);
+    tensor.first_tile = static_cast<int64_t>(wave.tiles.size());
+    const int64_t at = static_cast<int64_t>(wave.tensors.size());
+    if (tensor.blocks) {
+      cut_blocks(wave, tensor, at);
+    } else {
+      cut_runs(wave, tensor, at);
+    }
+    tensor.tiles = static_cast<int64_t>(wave.tiles.size()) - tensor.first_tile;
+    wave.tensors.push_back(tensor);
+  }
+  return waves;
+}
+
+}  // namespace
+
+void reducing_step(const ReducingCall& call, int threads) {
+  const int team = team_size(threads, call.numel);
+  std::vector<Wave> waves = cut(call, kWaveElementsPerThread * team);
+  // A thread may be in the next wave while another is still in this one: they take turns in two parts of the memory.
+  int64_t bytes[2] = {0, 0};
+  for (size_t i = 0; i < waves.size(); ++i) {
+    Memory count{nullptr};
+    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, count);
+    bytes[i % 2] = std::max(bytes[i % 2], count.used);
+  }
+  const std::align_val_t alignment{kAlignment};
+  const auto release = [&](char* memory) { ::operator delete(memory, alignment); };
+  const std::unique_ptr<char, decltype(release)> memory(
+      static_cast<char*>(::operator new(static_cast<size_t>(bytes[0] + bytes[1]), alignment)), release);
+  for (size_t i = 0; i < waves.size(); ++i) {
+    Memory part{memory.get() + (i % 2) * bytes[0]};
+    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, part);
+  }
+
+  const PhaseFunction run_phase = current().run_phase;
+  parallel(team, [&](int index, int size, const auto& wait) {
+    for (const Wave& wave : waves) {
+      const auto first_of = [&](int i) {
+        const auto before = [](const Tile& tile, int64_t element) { return tile.begin < element; };
+        const int64_t element = i == size ? wave.numel : wave.numel / size * i;
+        return std::lower_bound(wave.tiles.begin(), wave.tiles.end(), element, before) - wave.tiles.begin();
+      };
+      const int64_t first = first_of(index), last = first_of(index + 1);
+      run_phase(wave, Phase::kSums, first, last);
+      wait();
+      if (!wave.lines.empty()) {
+        const int64_t lines = static_cast<int64_t>(wave.lines.size());
+        run_phase(wave, Phase::kLines, lines * index / size, lines * (index + 1) / size);
+        wait();
+        run_phase(wave, Phase::kDirections, first, last);
+        wait();
+      }
+      run_phase(wave, Phase::kUpdate, first, last);
+      if (index == 0) run_phase(wave, Phase::kTensors, 0, static_cast<int64_t>(wave.tensors.size()));
+    }
+  });
+  for (const ReducingWork& work : call.work) *work.record->step += 1.0f;
+}
+
+}  // namespace fusedstep::cpu

@@ -1,0 +1,75 @@
+// Tensors as the CPU engines read and write them: a pack of numbers, or a part of one, at a time.
+#pragma once
+
+#include "pack.h"
+
+// For lambdas that must be a part of the loop that calls them.
+#define FUSEDSTEP_INLINE __attribute__((always_inline))
+
+// The states of one element must live in registers, not in an array in memory.
+#define FUSEDSTEP_UNROLL _Pragma("GCC unroll 8")
+
+namespace fusedstep::cpu {
+inline namespace FUSEDSTEP_ISA {
+
+// Numbers stored as S, one pack or a part of one at a time.
+template <class T, class S>
+struct Stored {
+  S* data;
+
+  FUSEDSTEP_FN Pack<T> load(int64_t i) const { return load_pack<T, S>(data + i); }
+  FUSEDSTEP_FN void store(int64_t i, Pack<T> pack) const { store_pack<T, S>(data + i, pack); }
+  FUSEDSTEP_FN Pack<T> load_part(int64_t i, int64_t n) const {
+    alignas(64) S part[kLanes<T>];
+    load_part_of<kLanes<T>>(part, data + i, n);
+    return load_pack<T, S>(part);
+  }
+  FUSEDSTEP_FN void store_part(int64_t i, int64_t n, Pack<T> pack) const {
+    alignas(64) S part[kLanes<T>];
+    store_pack<T, S>(part, pack);
+    store_part_of<kLanes<T>>(data + i, part, n);
+  }
+};
+
+// Numbers whose format is known only now: the switch goes the same way for all of a tensor.
+template <class T>
+struct AnyStored {
+  void* data;
+  Dtype dtype;
+
+  template <class Visit>
+  FUSEDSTEP_FN auto visit(Visit&& visit) const {
+    switch (dtype) {
+      case Dtype::kBF16:
+        return visit(Stored<T, BF16>{static_cast<BF16*>(data)});
+      case Dtype::kF16:
+        return visit(Stored<T, F16>{static_cast<F16*>(data)});
+      case Dtype::kF64:
+        return visit(Stored<T, double>{static_cast<double*>(data)});
+      default:
+        return visit(Stored<T, float>{static_cast<float*>(data)});
+    }
+  }
+  FUSEDSTEP_FN Pack<T> load(int64_t i) const {
+    return visit([&](auto stored) { return stored.load(i); });
+  }
+  FUSEDSTEP_FN void store(int64_t i, Pack<T> pack) const {
+    visit([&](auto stored) { stored.store(i, pack); });
+  }
+  FUSEDSTEP_FN Pack<T> load_part(int64_t i, int64_t n) const {
+    return visit([&](auto stored) { return stored.load_part(i, n); });
+  }
+  FUSEDSTEP_FN void store_part(int64_t i, int64_t n, Pack<T> pack) const {
+    visit([&](auto stored) { stored.store_part(i, n, pack); });
+  }
+};
+
+// What turns the stored gradient into the rule's: divided by scale, then multiplied by sign.
+template <class T>
+struct GradChange {
+  bool any, zero;  // zero: the stored one is set to zero after it was read
+  T sign, scale;
+};
+
+}  // namespace FUSEDSTEP_ISA
+}  // namespace fusedstep::cpu

@@ -1,0 +1,26 @@
+// Threads, and the choice of instruction set that all of the CPU engine shares.
+#pragma once
+
+#include <functional>
+
+#include "engine.h"
+#include "reducing.h"
+
+namespace fusedstep::cpu {
+
+struct Isa {
+  std::string name;
+  RunFunction run;
+  PhaseFunction run_phase;
+};
+
+const Isa& current();  // the one in use
+
+// How many of `threads` are worth waking for so many elements.
+int team_size(int threads, int64_t numel);
+
+// Calls body(index, size, wait) on each thread of a team of up to that size; wait() returns once all have called it.
+using Body = std::function<void(int index, int size, const std::function<void()>& wait)>;
+void parallel(int threads, const Body& body);
+
+}  // namespace fusedstep::cpu
