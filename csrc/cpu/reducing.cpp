@@ -385,18 +385,42 @@ struct RunBuffers {
       factors[Rule::kFactors];
 };
 
-// The factors of all elements of n matrices, from their squares.
-template <class Rule, class T>
-void finish_matrices(const Context<Rule, T>& context, RunBuffers<Rule, T>& b, int64_t matrix, int64_t n, bool store) {
-  const int64_t rows = context.matrices().rows, columns = context.matrices().columns, size = rows * columns;
-  const T* const squares = b.squares.numbers;
+// Calls visit(rows, columns) with constants for the sizes that kernels of convolutions have.
+template <class Visit>
+FUSEDSTEP_FN void visit_size(int64_t rows, int64_t columns, Visit&& visit) {
+  using std::integral_constant;
+  if (rows == columns) {
+    if (rows == 1) return visit(integral_constant<int64_t, 1>{}, integral_constant<int64_t, 1>{});
+    if (rows == 3) return visit(integral_constant<int64_t, 3>{}, integral_constant<int64_t, 3>{});
+    if (rows == 5) return visit(integral_constant<int64_t, 5>{}, integral_constant<int64_t, 5>{});
+  }
+  if (columns == 1) return visit(rows, integral_constant<int64_t, 1>{});
+  if (columns == 3) return visit(rows, integral_constant<int64_t, 3>{});
+  if (columns == 4) return visit(rows, integral_constant<int64_t, 4>{});
+  visit(rows, columns);
+}
+
+template <class T>
+FUSEDSTEP_FN void divide(T* numbers, int64_t n, int64_t divisor) {
+  for (int64_t i = 0; i < n; ++i) numbers[i] /= static_cast<T>(divisor);
+}
+
+// The factors of all elements of n matrices, from their squares. Rows and Columns: numbers, or constants.
+template <class Rule, class T, class Rows, class Columns>
+void finish_matrices(const Context<Rule, T>& context, RunBuffers<Rule, T>& b, int64_t matrix, int64_t n, bool store,
+                     Rows rows, Columns columns) {
+  const auto zero = [](T* numbers, int64_t count) FUSEDSTEP_INLINE {
+    for (int64_t i = 0; i < count; ++i) numbers[i] = 0;
+  };
   T* const means = b.means.numbers;
   if constexpr (kRows<Rule>) {
+    const T* square = b.squares.numbers;
     for (int64_t i = 0; i < n * rows; ++i) {
       T sum = 0;
-      for (int64_t j = 0; j < columns; ++j) sum += squares[i * columns + j];
-      means[i] = sum / static_cast<T>(columns);
+      for (int64_t j = 0; j < columns; ++j) sum += *square++;
+      means[i] = sum;
     }
+    divide(means, n * rows, columns);
     finish_lines<Rule, T>(context, line_places<Rule, Span::kRow>(), matrix * rows, n * rows, means, store,
                           b.first_states.numbers, b.row_factors[0].numbers, kRun);
     if constexpr (Rule::kRowMean) {
@@ -404,36 +428,39 @@ void finish_matrices(const Context<Rule, T>& context, RunBuffers<Rule, T>& b, in
       for (int64_t m = 0; m < n; ++m) {
         T sum = 0;
         for (int64_t i = 0; i < rows; ++i) sum += b.first_states.numbers[m * rows + i];
-        of_matrices[m] = sum / static_cast<T>(rows);
+        of_matrices[m] = sum;
       }
+      divide(of_matrices, n, rows);
       for_packs<T>(n, [&](int64_t i, int, auto part) FUSEDSTEP_INLINE {
         store_at(plain(of_matrices), i, Rule::matrix(load_at(plain(of_matrices), i, part), context.scalars), part);
       });
       for (int k = 0; k < Rule::kFactors; ++k) {
+        T* const of_rows = b.row_factors[k].numbers;
         for (int64_t m = 0; m < n; ++m) {
-          for (int64_t i = 0; i < rows; ++i) b.row_factors[k].numbers[m * rows + i] *= of_matrices[m];
+          for (int64_t i = 0; i < rows; ++i) of_rows[m * rows + i] *= of_matrices[m];
         }
       }
     }
   }
   if constexpr (kColumns<Rule>) {
+    const T* square = b.squares.numbers;
+    zero(means, n * columns);
     for (int64_t m = 0; m < n; ++m) {
-      for (int64_t j = 0; j < columns; ++j) {
-        T sum = 0;
-        for (int64_t i = 0; i < rows; ++i) sum += squares[m * size + i * columns + j];
-        means[m * columns + j] = sum / static_cast<T>(rows);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) means[m * columns + j] += *square++;
       }
     }
+    divide(means, n * columns, rows);
     finish_lines<Rule, T>(context, line_places<Rule, Span::kColumn>(), matrix * columns, n * columns, means, store,
                           b.first_states.numbers, b.column_factors[0].numbers, kRun);
   }
   for (int k = 0; k < Rule::kFactors; ++k) {
-    T* out = b.factors[k].numbers;
+    T* factor = b.factors[k].numbers;
     for (int64_t m = 0; m < n; ++m) {
       for (int64_t i = 0; i < rows; ++i) {
         const T of_row = kRows<Rule> ? b.row_factors[k].numbers[m * rows + i] : T(1);
         for (int64_t j = 0; j < columns; ++j)
-          *out++ = kColumns<Rule> ? of_row * b.column_factors[k].numbers[m * columns + j] : of_row;
+          *factor++ = kColumns<Rule> ? of_row * b.column_factors[k].numbers[m * columns + j] : of_row;
       }
     }
   }
@@ -455,7 +482,9 @@ void take_runs(const Context<Rule, T>& context, const Tile& tile, int64_t index,
       store_at(plain(b.squares.numbers), i, Rule::square(changed(load_at(grad, at + i, part), change), s), part);
     });
     if (m.factored) {
-      finish_matrices<Rule, T>(context, b, first, count, kUpdates);
+      visit_size(m.rows, m.columns, [&](auto rows, auto columns) {
+        finish_matrices<Rule, T>(context, b, first, count, kUpdates, rows, columns);
+      });
     } else {
       finish_lines<Rule, T>(context, line_places<Rule, Span::kFlat>(), at, n, b.squares.numbers, kUpdates,
                             b.first_states.numbers, b.factors[0].numbers, kRun);
