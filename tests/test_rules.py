@@ -8,22 +8,25 @@ import pytest
 
 import fusedstep
 from fusedstep import _C
-from fusedstep.cases import CASES
+from fusedstep.cases import CASES, REDUCING
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = sorted({case.optimizer for case in CASES})
 CLASSES = [getattr(fusedstep, name) for name in OPTIMIZERS]
+REDUCING_CLASSES = [getattr(fusedstep, name) for name in sorted({case.optimizer for case in REDUCING})]
+ALL_CLASSES = [*CLASSES, *REDUCING_CLASSES]
 RULES = [*CLASSES, fusedstep.GradientAccumulator]
 by_rule = pytest.mark.parametrize("cls", RULES, ids=lambda cls: cls.__name__)
+by_any_rule = pytest.mark.parametrize("cls", [*RULES, *REDUCING_CLASSES], ids=lambda cls: cls.__name__)
 
 
 def test_every_exported_optimizer_has_cases():
     classes = {name: getattr(fusedstep, name) for name in fusedstep.__all__}
     exported = {n for n, c in classes.items() if isinstance(c, type) and issubclass(c, fusedstep.FusedOptimizer)}
-    assert exported - {"FusedOptimizer"} == set(OPTIMIZERS)
+    assert exported - {"FusedOptimizer"} == {cls.__name__ for cls in ALL_CLASSES}
 
 
-@by_rule
+@by_any_rule
 def test_names_are_those_of_the_compiled_rule(cls):
     hyper, states = _C.rules()[cls.rule]
     assert tuple(hyper) == cls.hyper_names
@@ -40,13 +43,18 @@ def test_update_names_its_arguments_as_the_compiled_rule_does(cls):
     assert [argument.split()[-1].strip("&") for argument in signature.split(",")] == arguments
 
 
-@by_rule
+@by_any_rule
 def test_scalars_are_those_of_the_compiled_rule(cls):
-    source = (ROOT / "csrc" / "rules.h").read_text()
+    source = (ROOT / "csrc" / ("reducing_rules.h" if cls in REDUCING_CLASSES else "rules.h")).read_text()
     struct = source[source.index(f'kName = "{cls.rule}"') :]
     body = re.search(r"struct Scalars \{(.*?)\};", struct, re.DOTALL).group(1)
-    names = [name.strip() for line in re.findall(r"(?:T|bool) ([^;]+);", body) for name in line.split(",")]
+    names = [name.strip() for line in re.findall(r"(?:T|double|bool) ([^;]+);", body) for name in line.split(",")]
     assert tuple(names) == cls.Scalars._fields
+
+
+@pytest.mark.parametrize("cls", REDUCING_CLASSES, ids=lambda cls: cls.__name__)
+def test_update_of_a_reducing_rule_names_its_states(cls):
+    assert list(inspect.signature(cls.update).parameters) == ["param", "grad", *cls.state_names, "s"]
 
 
 @by_rule
@@ -68,11 +76,12 @@ GENERIC = [
     *(ROOT / "python").rglob("*.py"),
     *(ROOT / "triton_kernels").glob("*.py"),
 ]
-OWN = {"rules.h", "rules.py", "cases.py", "__init__.py", *(f"{cls.__module__.split('.')[-1]}.py" for cls in CLASSES)}
+OWN = {"rules.h", "reducing_rules.h", "rules.py", "cases.py", "__init__.py"}
+OWN |= {f"{cls.__module__.split('.')[-1]}.py" for cls in ALL_CLASSES}
 OWN |= {"recipe.py", "tuning.py"}  # of one optimizer
 
 
 @pytest.mark.parametrize("path", [p for p in GENERIC if p.name not in OWN], ids=lambda p: str(p.relative_to(ROOT)))
 def test_generic_code_knows_no_optimizer_by_name(path):
-    names = {*OPTIMIZERS, *(cls.rule for cls in CLASSES), *(cls.rule.capitalize() for cls in CLASSES)}
+    names = {name for cls in ALL_CLASSES for name in (cls.__name__, cls.rule, cls.rule.capitalize())}
     assert not re.search(rf"\b({'|'.join(names)})\b", path.read_text())

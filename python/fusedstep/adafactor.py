@@ -56,8 +56,8 @@ class Adafactor(FusedOptimizer):
 
     State of each parameter: ``step``; ``exp_avg_sq_row`` and ``exp_avg_sq_col`` (a number for each row and column), for
     fewer than two dimensions ``exp_avg_sq`` (one for each element); ``RMS`` of the parameter (one number); with
-    ``beta1`` ``exp_avg`` (one for each element). All in fp32, for fp64 parameters in fp64: about 4 bytes for each row and
-    column, 4 (8) bytes for each element of a vector.
+    ``beta1`` ``exp_avg`` (one for each element). All in fp32, for fp64 parameters in fp64: about 4 bytes for each row
+    and column, 4 (8) bytes for each element of a vector.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or ``lr`` and ``relative_step`` contradict each other.
@@ -67,8 +67,8 @@ class Adafactor(FusedOptimizer):
     Example:
         >>> optimizer = fusedstep.Adafactor(model.parameters(), lr=1e-3, relative_step=False, scale_parameter=False)
 
-    Follows ``transformers.Adafactor``, whose state_dict it shares and whose ``AdafactorSchedule`` it works with. Differs:
-    sums and the scalars of a step are in higher precision. Paper: arXiv 1804.04235.
+    Follows ``transformers.Adafactor``, whose state_dict it shares and whose ``AdafactorSchedule`` it works with.
+    Differs: sums and the scalars of a step are in higher precision. Paper: arXiv 1804.04235.
     """
 
     rule = "adafactor"

@@ -125,8 +125,8 @@ def check_param(cls: type[FusedOptimizer], param: Tensor, memory: Tensor, what: 
         raise RuntimeError(f"{cls.__name__} does not support complex parameters ({what})")
     if cls.reduces and layout.is_wrapper(param):
         raise RuntimeError(
-            f"{cls.__name__} does not support {type(param).__name__} parameters ({what}): its sums would be those of the "
-            "local part alone"
+            f"{cls.__name__} does not support {type(param).__name__} parameters ({what}): its sums would be those of "
+            "the local part alone"
         )
     if param.layout != torch.strided:
         raise ValueError(f"{what}: a {param.layout} parameter cannot be updated; pass a dense one")

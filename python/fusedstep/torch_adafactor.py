@@ -28,12 +28,12 @@ class TorchAdafactor(FusedOptimizer):
         \hat V &= R\,C / \max(\mathrm{mean}(R), \epsilon_1) \qquad u = g / \max(\sqrt{\hat V}, \epsilon_1) \\
         \theta &\leftarrow (1 - lr\,\lambda)\,\theta - \gamma u / \max(1, \mathrm{RMS}(u) / d)
 
-    where a matrix is the last two dimensions of a parameter; parameters of fewer than two dimensions keep the average of
-    :math:`g^2` for each element as :math:`\hat V`.
+    where a matrix is the last two dimensions of a parameter; parameters of fewer than two dimensions keep the average
+    of :math:`g^2` for each element as :math:`\hat V`.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
-        lr: upper bound of the relative step and rate of the weight decay, 0 or larger; a number or a one-element tensor.
+        lr: upper bound of the relative step and rate of the weight decay, 0 or larger; a number or one-element tensor.
         beta2_decay: exponent of the averages' memory, 0 or smaller; typically -0.8.
         eps: two numbers, 0 or larger: bound of the estimate's root, None for the resolution of the parameter's dtype;
             least scale of a parameter.
@@ -54,8 +54,8 @@ class TorchAdafactor(FusedOptimizer):
     Example:
         >>> optimizer = fusedstep.TorchAdafactor(model.parameters(), lr=1e-2, weight_decay=0.1)
 
-    Follows ``torch.optim.Adafactor``, whose state_dict it shares. Differs: without an epsilon of one's own each parameter
-    takes that of its dtype, whatever else is in its group; sums are in higher precision; empty parameters are fine.
+    Follows ``torch.optim.Adafactor``, whose state_dict it shares. Differs: without an epsilon of one's own each
+    parameter takes that of its dtype, whatever else is in its group; sums are in higher precision; empty parameters are fine.
     Paper: arXiv 1804.04235.
     """
 
