@@ -54,9 +54,10 @@ def assert_same_bits(a, b):
         assert same_bits(x, y), f"tensor {i}: {(x != y).sum().item()} of {x.numel()} differ"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads():
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 

@@ -55,8 +55,8 @@ class TorchAdafactor(FusedOptimizer):
         >>> optimizer = fusedstep.TorchAdafactor(model.parameters(), lr=1e-2, weight_decay=0.1)
 
     Follows ``torch.optim.Adafactor``, whose state_dict it shares. Differs: without an epsilon of one's own each
-    parameter takes that of its dtype, whatever else is in its group; sums are in higher precision; empty parameters are fine.
-    Paper: arXiv 1804.04235.
+    parameter takes that of its dtype, whatever else is in its group; sums are in higher precision; empty parameters
+    are fine. Paper: arXiv 1804.04235.
     """
 
     rule = "torch_adafactor"
