@@ -68,6 +68,7 @@ class GradientAccumulator:
     """
 
     rule = "accumulate"
+    reduces = False
     hyper_names = ("weight",)
     state_names = ()
 

@@ -30,7 +30,7 @@ class Backend:
         """Parameters of a group share a plan if this is equal."""
         return None
 
-    def memory(self, param: Tensor, contiguous: bool) -> Tensor:
+    def memory(self, param: Tensor, contiguous: bool = False) -> Tensor:
         """The tensor that a step updates: the parameter's own memory, or a stand-in where that is not dense.
 
         ``contiguous``: the dimensions must be in their logical order.
@@ -68,7 +68,7 @@ class KernelBackend(Backend):
             return []
         return [f"no kernel for {dtype} (there are kernels for {', '.join(str(d) for d in self.dtypes)})"]
 
-    def memory(self, param: Tensor, contiguous: bool) -> Tensor:
+    def memory(self, param: Tensor, contiguous: bool = False) -> Tensor:
         tensor = layout.local(param)
         usable = tensor.is_contiguous() if contiguous else layout.is_dense(tensor)
         if usable and not layout.is_lazy(tensor):

@@ -105,7 +105,7 @@ class ReferenceBackend(Backend):
             return [f"{dtype} is not a floating or complex dtype"]
         return []
 
-    def memory(self, param: Tensor, contiguous: bool) -> Tensor:
+    def memory(self, param: Tensor, contiguous: bool = False) -> Tensor:
         return param
 
     def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor:
