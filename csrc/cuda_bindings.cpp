@@ -2,7 +2,7 @@
 
 #include <pybind11/stl.h>
 
-#include "cuda/engine.h"
+#include "cuda/reducing.h"
 #include "plan.h"
 
 namespace fusedstep {
@@ -10,13 +10,38 @@ namespace fusedstep {
 #if FUSEDSTEP_WITH_CUDA
 namespace {
 
-// A table as it was uploaded. It no longer fits when a gradient has changed its dtype.
-bool fits(const cuda::Table& table, const Plan& plan) {
-  for (size_t i = 0; i < plan.size(); ++i) {
-    if (plan.active(i) && plan.records()[i].grad_dtype != table.records[i].grad_dtype) return false;
+// The table of a plan as it was uploaded, for either kind of rule.
+class DeviceTable {
+ public:
+  DeviceTable(const Plan& plan, int multiprocessors) : reduces_(plan.reduces()) {
+    if (!reduces_) {
+      elementwise_ = cuda::build_table(plan.records(), multiprocessors);
+      return;
+    }
+    const int n_factors = visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return decltype(rule)::kFactors; });
+    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), n_factors);
   }
-  return true;
-}
+
+  std::vector<char> bytes() const { return reduces_ ? reducing_.bytes() : elementwise_.bytes(); }
+  int64_t work_bytes() const { return reducing_.work_bytes; }
+  // It no longer fits when a gradient has changed its dtype.
+  bool fits(const Plan& plan) const {
+    const std::vector<Record>& records = reduces_ ? reducing_.records : elementwise_.records;
+    for (size_t i = 0; i < plan.size(); ++i) {
+      if (plan.active(i) && plan.records()[i].grad_dtype != records[i].grad_dtype) return false;
+    }
+    return true;
+  }
+  int step(const cuda::Call& call, const Plan& plan, char* work) const {
+    return reduces_ ? cuda::step(call, plan.reducing_rule(), reducing_, work)
+                    : cuda::step(call, plan.rule(), elementwise_);
+  }
+
+ private:
+  bool reduces_;
+  cuda::Table elementwise_;
+  cuda::ReducingTable reducing_;
+};
 
 cuda::Scalar to_scalar(PyObject* value, const Plan& plan) {
   if (PyFloat_Check(value) || PyLong_Check(value)) return cuda::Scalar{to_double(value), nullptr, Dtype::kF64};
@@ -36,18 +61,17 @@ const float* to_flag(const py::object& tensor, const Plan& plan, const char* nam
   return static_cast<const float*>(view.data);
 }
 
-int cuda_step(Plan& plan, const cuda::Table& table, uintptr_t device_table, const py::tuple& hyper, bool maximize,
-              const py::object& grad_scale, const py::object& found_inf, bool zero_grads) {
+int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uintptr_t work, const py::tuple& hyper,
+              bool maximize, const py::object& grad_scale, const py::object& found_inf, bool zero_grads) {
+  if (plan.reduces() && zero_grads) throw std::invalid_argument("a rule that reduces reads gradients more than once");
   if (plan.size() != 0 && plan.device() != Device::kCuda) throw std::invalid_argument("the plan is not on a GPU");
   if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
   cuda::Call call{};
-  call.rule = plan.rule();
   for (size_t k = 0; k < hyper.size(); ++k) call.hyper[k] = to_scalar(PyTuple_GET_ITEM(hyper.ptr(), k), plan);
   call.maximize = maximize;
   call.grad_scale = to_flag(grad_scale, plan, "grad_scale");
   call.found_inf = to_flag(found_inf, plan, "found_inf");
   call.zero_grads = zero_grads;
-  call.table = &table;
   call.device_table = reinterpret_cast<char*>(device_table);
   call.device = plan.device_index();
   call.stream = current_stream(plan.device_index());
@@ -59,7 +83,7 @@ int cuda_step(Plan& plan, const cuda::Table& table, uintptr_t device_table, cons
     if (plan.active(i)) grads[i] = plan.grad(i) != nullptr ? plan.grad(i) : &kNowhere;
   }
   call.grads = grads.data();
-  const int launches = cuda::step(call);
+  const int launches = table.step(call, plan, reinterpret_cast<char*>(work));
   plan.increment_written(zero_grads);
   plan.release_grads();
   return launches;
@@ -68,17 +92,15 @@ int cuda_step(Plan& plan, const cuda::Table& table, uintptr_t device_table, cons
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  py::class_<cuda::Table>(m, "CudaTable")
-      .def(py::init([](const Plan& plan, int multiprocessors) {
-             return cuda::build_table(plan.records(), multiprocessors);
-           }),
-           py::arg("plan"), py::arg("multiprocessors"))
+  py::class_<DeviceTable>(m, "CudaTable")
+      .def(py::init<const Plan&, int>(), py::arg("plan"), py::arg("multiprocessors"))
       .def("bytes",
-           [](const cuda::Table& table) {
+           [](const DeviceTable& table) {
              const std::vector<char> bytes = table.bytes();
              return py::bytearray(bytes.data(), bytes.size());
            })
-      .def("fits", &fits);
+      .def_property_readonly("work_bytes", &DeviceTable::work_bytes)
+      .def("fits", &DeviceTable::fits);
   m.def("cuda_step", &cuda_step);
   m.def(
       "cuda_advance_schedules",

@@ -71,12 +71,28 @@ def test_triton_rules_have_the_same_names(cls):
         assert expected.startswith(name)
 
 
+@pytest.mark.parametrize("cls", REDUCING_CLASSES, ids=lambda cls: cls.__name__)
+def test_reducing_triton_rules_have_the_same_names(cls):
+    pytest.importorskip("triton")
+    from fusedstep.triton_kernels import reducing_rules
+
+    rule = reducing_rules.REDUCING_RULES[cls.rule]
+    states = (rule.row, rule.column, rule.flat, rule.element, rule.tensor)
+    assert {name for name in states if name} == set(cls.state_names)
+    hyper = re.findall(r"(\w+) = tl.load\(hyper_ptr(?: \+ (\d+))?\)", inspect.getsource(rule.prepare.fn))
+    assert [int(index or 0) for _, index in hyper] == list(range(len(cls.hyper_names)))
+    for (name, _), expected in zip(hyper, cls.hyper_names, strict=True):
+        assert expected.startswith(name)
+    scalars = re.search(r"return (\w+)\(", inspect.getsource(rule.prepare.fn)).group(1)
+    assert getattr(reducing_rules, scalars)._fields == cls.Scalars._fields
+
+
 GENERIC = [
     *(ROOT / "csrc").rglob("*.[ch]*"),
     *(ROOT / "python").rglob("*.py"),
     *(ROOT / "triton_kernels").glob("*.py"),
 ]
-OWN = {"rules.h", "reducing_rules.h", "rules.py", "cases.py", "__init__.py"}
+OWN = {"rules.h", "reducing_rules.h", "rules.py", "reducing_rules.py", "cases.py", "__init__.py"}
 OWN |= {f"{cls.__module__.split('.')[-1]}.py" for cls in ALL_CLASSES}
 OWN |= {"recipe.py", "tuning.py"}  # of one optimizer
 

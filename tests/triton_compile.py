@@ -1,4 +1,4 @@
-"""Compiles the Triton kernel for sm_90 without a GPU and prints what its code holds, as JSON.
+"""Compiles the Triton kernels for sm_90 without a GPU and prints what their code holds, as JSON.
 
 Must run without TRITON_INTERPRET.
 """
@@ -8,6 +8,7 @@ import re
 import sys
 
 import triton
+from fusedstep.triton_kernels import reducing
 from fusedstep.triton_kernels.rules import RULES
 from fusedstep.triton_kernels.step import constants, step_kernel
 from triton.backends.compiler import GPUTarget
@@ -25,13 +26,29 @@ def compile_ptx(rule: str, present: int, dtype: str, scaled: bool) -> str:
     fixed = constants(rule, (dtype, dtype, *states), maximize=False, zero_grads=False, block=2048)
     if not scaled:
         fixed |= {"grad_scale_ptr": None, "found_inf_ptr": None}
-    signature = {**POINTERS, "n_tensors": "i32", **dict.fromkeys(fixed, "constexpr")}
-    names = step_kernel.arg_names
+    return ptx_of(step_kernel, fixed)
+
+
+def compile_reducing_ptx(rule: str, element_state: bool, dtype: str) -> list[str]:
+    """The PTX of a reducing rule's kernels for tensors that are all stored in ``dtype``."""
+    dtypes = (*(dtype,) * 4, dtype if element_state else "", dtype)
+    fixed = reducing.constants(rule, dtypes, False, False) | {"grad_scale_ptr": None, "found_inf_ptr": None}
+    return [ptx_of(kernel, fixed) for kernel in reducing.KERNELS]
+
+
+def ptx_of(kernel, fixed: dict) -> str:
+    """The PTX of a kernel with its compile-time arguments."""
+    names = kernel.arg_names
+    signature = {**POINTERS, "items_ptr": "*i64", "n_tensors": "i32", **dict.fromkeys(fixed, "constexpr")}
     source = ASTSource(
-        fn=step_kernel,
-        signature=signature,
+        fn=kernel,
+        signature={name: type_ for name, type_ in signature.items() if name in names},
         constexprs={(names.index(name),): value for name, value in fixed.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS if name not in fixed},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in (*POINTERS, "items_ptr")
+            if name in names and name not in fixed
+        },
     )
     options = {"num_warps": 8, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
@@ -52,5 +69,9 @@ def count(ptx: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    variants = [tuple(variant.split(",")) for variant in sys.argv[1:]]
-    print(json.dumps([count(compile_ptx(r, int(n), d, s == "scaled")) for r, n, d, s in variants]))
+    reduces = sys.argv[1] == "reducing"
+    variants = [tuple(variant.split(",")) for variant in sys.argv[1 + reduces :]]
+    if reduces:
+        print(json.dumps([[count(ptx) for ptx in compile_reducing_ptx(r, n == "1", d)] for r, n, d in variants]))
+    else:
+        print(json.dumps([count(compile_ptx(r, int(n), d, s == "scaled")) for r, n, d, s in variants]))

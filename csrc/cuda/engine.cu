@@ -1,41 +1,17 @@
 // Launches of the kernel, and what there is to know about the devices.
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <iterator>
-#include <stdexcept>
 
 #include "kernel.cuh"
+#include "runtime.h"
 #include "schedule.cuh"
 
 namespace fusedstep::cuda {
 namespace {
 
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("fusedstep: ") + what + ": " + cudaGetErrorString(status));
-}
-
-// The static CUDA runtime keeps a current device of its own.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = before_ != device;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 template <class Rule, int kCapacity>
-void launch(const Call& call, const Segment& segment, size_t index) {
-  const Table& table = *call.table;
+void launch(const Call& call, const Table& table, size_t index) {
+  const Segment& segment = table.segments[index];
   char* chunks = call.device_table + table.records.size() * sizeof(Record);
   char* counters = chunks + table.chunks.size() * sizeof(Chunk);
   // 32 KB: built in place, once a step.
@@ -64,21 +40,20 @@ void launch(const Call& call, const Segment& segment, size_t index) {
 
 }  // namespace
 
-int step(const Call& call) {
+int step(const Call& call, RuleId id, const Table& table) {
   const OnDevice on_device(call.device);
   int launches = 0;
-  for (size_t i = 0; i < call.table->segments.size(); ++i) {
-    const Segment& segment = call.table->segments[i];
-    const void* const* grads = call.grads + segment.first_record;
-    if (std::all_of(grads, grads + segment.n_records, [](const void* grad) { return grad == nullptr; })) continue;
-    visit_rule(call.rule, [&](auto rule) {
+  for (size_t i = 0; i < table.segments.size(); ++i) {
+    const Segment& segment = table.segments[i];
+    if (!takes_part(call, segment)) continue;
+    visit_rule(id, [&](auto rule) {
       using Rule = decltype(rule);
       if (segment.n_records <= 64)
-        launch<Rule, 64>(call, segment, i);
+        launch<Rule, 64>(call, table, i);
       else if (segment.n_records <= 512)
-        launch<Rule, 512>(call, segment, i);
+        launch<Rule, 512>(call, table, i);
       else
-        launch<Rule, kMaxTensorsPerLaunch>(call, segment, i);
+        launch<Rule, kMaxTensorsPerLaunch>(call, table, i);
     });
     ++launches;
   }

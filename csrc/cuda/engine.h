@@ -1,6 +1,7 @@
 // The CUDA engine: what Python's side calls. No CUDA types, so that plain C++ can include it.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -39,22 +40,27 @@ struct Scalar {
   Dtype dtype;
 };
 
+// What one step does, whatever its rule.
 struct Call {
-  RuleId rule;
   Scalar hyper[kMaxHyper];
   bool maximize;
-  const float* grad_scale;  // on the device; null: gradients are not scaled
-  const float* found_inf;   // on the device; null: there is no check
-  bool zero_grads;          // each gradient is set to zero when it has been read
-  const Table* table;
-  char* device_table;        // a copy of table->bytes(), 16-byte aligned
+  const float* grad_scale;   // on the device; null: gradients are not scaled
+  const float* found_inf;    // on the device; null: there is no check
+  bool zero_grads;           // each gradient is set to zero when it has been read
+  char* device_table;        // a copy of the table's bytes(), 16-byte aligned
   const void* const* grads;  // one for each record; null: takes no part
   int device;
   void* stream;
 };
 
+// Whether a tensor of the segment has a gradient.
+inline bool takes_part(const Call& call, const Segment& segment) {
+  const void* const* grads = call.grads + segment.first_record;
+  return std::any_of(grads, grads + segment.n_records, [](const void* grad) { return grad != nullptr; });
+}
+
 // Queues the update; returns the number of launches. Throws std::runtime_error with CUDA's own words.
-int step(const Call& call);
+int step(const Call& call, RuleId rule, const Table& table);
 
 // Queues the count of a step of n groups with schedules; the arguments are those of schedule.h's advance_schedule, on
 // the device. found_inf: null, or nothing is counted if it is not 0. Throws as step does.

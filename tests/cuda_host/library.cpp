@@ -14,6 +14,11 @@ int record_size() {
   return sizeof(Record);
 }
 
+// Whether blocks, and the threads between two barriers, run from the last to the first.
+void set_reverse(int reverse) {
+  in_reverse = reverse != 0;
+}
+
 // One step over records; grads[i] null: takes no part. Returns the number of launches.
 int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, const float* grad_scale, const float* found_inf,
               const Record* records, int64_t n_records, const void* const* grads, int multiprocessors, unsigned blocks,

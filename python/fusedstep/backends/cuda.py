@@ -37,6 +37,7 @@ class CudaPlan(KernelPlan):
             self.native,
             self.table,
             self.memory.data_ptr(),
+            self.work.data_ptr(),
             hyper,
             maximize,
             None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True),
@@ -54,6 +55,7 @@ class CudaPlan(KernelPlan):
             )
         table = _C.CudaTable(self.native, _C.cuda_multiprocessors(device.index))
         self.memory = torch.frombuffer(table.bytes(), dtype=torch.uint8).to(device)
+        self.work = torch.empty(table.work_bytes, dtype=torch.uint8, device=device)
         self.table = table
 
     @property
@@ -63,6 +65,7 @@ class CudaPlan(KernelPlan):
 
 class CudaBackend(KernelBackend):
     name = "cuda"
+    reduces = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         if device.type != "cuda":

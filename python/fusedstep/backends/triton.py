@@ -14,6 +14,7 @@ from torch import Tensor
 from .base import KernelBackend
 from .native import extension_reasons
 from .plan import KernelPlan
+from .triton_reducing import ReducingTable, dtypes_of
 
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
@@ -25,13 +26,20 @@ MAX_CHUNK = 65_536  # elements of one program
 
 
 class Launch:
-    """The tensors of a plan that have the same dtypes: what one launch updates."""
+    """The tensors of a plan that have the same dtypes: what one call updates."""
 
     def __init__(self, dtypes: tuple[str, ...], indices: list[int], plan: TritonPlan) -> None:
-        from ..triton_kernels.step import ROW
-
         self.dtypes = dtypes
         self.indices = np.array(indices)
+        self.done = torch.zeros(1, dtype=torch.int32, device=plan.device)
+        self.addresses: np.ndarray | None = None
+        self.grads: Tensor | None = None
+        self.build(indices, plan)
+
+    def build(self, indices: list[int], plan: TritonPlan) -> None:
+        """Upload what does not change from step to step."""
+        from ..triton_kernels.step import ROW
+
         rows = np.zeros((len(indices), ROW), dtype=np.int64)
         pointers = plan.native.pointers()
         chunks = []
@@ -44,9 +52,6 @@ class Launch:
         chunks = chunks or [(0, 0, 0)]
         self.table = plan.upload(torch.from_numpy(rows))
         self.chunks = plan.upload(torch.tensor(chunks, dtype=torch.int64))
-        self.done = torch.zeros(1, dtype=torch.int32, device=plan.device)
-        self.addresses: np.ndarray | None = None
-        self.grads: Tensor | None = None
 
     def set_grads(self, addresses: np.ndarray, plan: TritonPlan) -> bool:
         """Upload the gradients' addresses if they are new; False if no tensor takes part."""
@@ -55,6 +60,38 @@ class Launch:
             self.addresses = mine
             self.grads = plan.upload(torch.from_numpy(mine))
         return bool(mine.any())
+
+    def run(self, plan: TritonPlan, maximize: bool, flags: list[Tensor | None]) -> int:
+        """Queue the update; returns the number of launches."""
+        from ..triton_kernels import step
+
+        step.launch(
+            plan.optimizer.rule,
+            self.dtypes,
+            maximize,
+            plan.zero_grads,
+            self.table,
+            self.chunks,
+            self.grads,
+            plan.hyper,
+            self.done,
+            *flags,
+            step.block_size(plan.device),
+        )
+        return 1
+
+
+class ReducingLaunch(Launch):
+    """The same for a rule that reduces."""
+
+    def build(self, indices: list[int], plan: TritonPlan) -> None:
+        self.reducing = ReducingTable(self.dtypes, indices, plan)
+
+    def run(self, plan: TritonPlan, maximize: bool, flags: list[Tensor | None]) -> int:
+        from ..triton_kernels import reducing
+
+        tables = (self.reducing.table, self.reducing.items, self.grads, plan.hyper, self.done)
+        return reducing.launch(plan.optimizer.rule, self.dtypes, maximize, *tables, *flags)
 
 
 class TritonPlan(KernelPlan):
@@ -84,8 +121,6 @@ class TritonPlan(KernelPlan):
     def launch(
         self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> int:
-        from ..triton_kernels import step
-
         grad_dtypes = self.native.grad_dtypes()
         if self.launches is None or grad_dtypes != self.grad_dtypes:
             self.launches = self._launches(grad_dtypes)
@@ -96,20 +131,7 @@ class TritonPlan(KernelPlan):
         calls = 0
         for group in self.launches:
             if group.set_grads(addresses, self):
-                step.launch(
-                    self.optimizer.rule,
-                    group.dtypes,
-                    maximize,
-                    self.zero_grads,
-                    group.table,
-                    group.chunks,
-                    group.grads,
-                    self.hyper,
-                    group.done,
-                    *flags,
-                    step.block_size(self.device),
-                )
-                calls += 1
+                calls += group.run(self, maximize, flags)
         self.native.increment_written(self.zero_grads)
         self.native.release_grads()
         return calls
@@ -118,11 +140,17 @@ class TritonPlan(KernelPlan):
         groups: dict[tuple[str, ...], list[int]] = {}
         for index, slot in enumerate(self.slots):
             if slot.tensor is not None:
-                states = {name: DTYPES[state.dtype] for name, state in zip(self.states, slot.states, strict=True)}
-                named = [states.get(name, "") for name in self.optimizer.state_names]
+                pairs = zip(self.states, slot.states, strict=True)
+                states = {name: DTYPES[state.dtype] for name, state in pairs if state is not None}
+                if self.optimizer.reduces:
+                    factored = self.optimizer.matrices(slot.tensor) is not None
+                    named = dtypes_of(states, self.optimizer.rule, factored)
+                else:
+                    named = [states.get(name, "") for name in self.optimizer.state_names]
                 dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *named)
                 groups.setdefault(dtypes, []).append(index)
-        return [Launch(dtypes, indices, self) for dtypes, indices in groups.items()]
+        kind = ReducingLaunch if self.optimizer.reduces else Launch
+        return [kind(dtypes, indices, self) for dtypes, indices in groups.items()]
 
     def _set_hyper(self, hyper: tuple[float | Tensor, ...]) -> None:
         """Put the hyperparameters into device memory in float64, the numbers only if one has changed."""
@@ -137,6 +165,7 @@ class TritonPlan(KernelPlan):
 
 class TritonBackend(KernelBackend):
     name = "triton"
+    reduces = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         missing = package_reasons() or extension_reasons()

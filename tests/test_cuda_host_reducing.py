@@ -1,0 +1,301 @@
+"""The CUDA kernels of rules that reduce, their source run thread by thread on the host, against the reference.
+
+The optimizers are whole, only the launch is replaced: layouts, dtypes, missing gradients and skipped steps go through
+the plan that a GPU would have. It proves nothing of a GPU.
+"""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fusedstep
+from fusedstep import backends
+from fusedstep.backends.base import KernelBackend
+from fusedstep.backends.plan import KernelPlan
+from fusedstep.cases import REDUCING, gradient, layouts
+from fusedstep.verification import same_bits
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TAG = {dtype: tag for tag, dtype in enumerate(FLOATS)}
+MAX_STATES, MAX_HYPER = 5, 10
+
+
+class Record(ctypes.Structure):
+    _fields_ = [
+        ("param", ctypes.c_void_p),
+        ("states", ctypes.c_void_p * MAX_STATES),
+        ("step", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
+    ]
+
+
+class Matrices(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "rows", "columns")] + [("factored", ctypes.c_bool)]
+
+
+class Scalar(ctypes.Structure):
+    _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
+
+
+class HostPlan(KernelPlan):
+    """A plan whose kernels run on the host."""
+
+    library = None
+    blocks = 3
+
+    def launch(self, hyper, maximize, grad_scale, found_inf):
+        pointers, grad_dtypes = self.native.pointers(), self.native.grad_dtypes()
+        names = self.optimizer.state_names
+        records, matrices = [], []
+        for slot, (param, step, *states), grad_dtype in zip(self.slots, pointers, grad_dtypes, strict=True):
+            numel = 0 if slot.tensor is None else slot.tensor.numel()
+            found = dict(zip(self.states, slot.states, strict=False))
+            tags = [0 if slot.tensor is None else TAG[slot.tensor.dtype], grad_dtype]
+            tags += [0 if found.get(name) is None else TAG[found[name].dtype] for name in names]
+            tags += [0] * (2 + MAX_STATES - len(tags))
+            states = (ctypes.c_void_p * MAX_STATES)(*states)
+            records.append(Record(param, states, step, numel, (ctypes.c_uint8 * len(tags))(*tags)))
+            seen = None if slot.tensor is None else self.optimizer.matrices(slot.tensor)
+            matrices.append(Matrices(1, 1, numel, False) if seen is None else Matrices(*seen, True))
+        scalars = (Scalar * MAX_HYPER)()
+        for scalar, value in zip(scalars, hyper, strict=False):
+            if isinstance(value, torch.Tensor):
+                scalar.tensor, scalar.dtype = value.data_ptr(), TAG[value.dtype]
+            else:
+                scalar.value = float(value)
+        addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64).copy()
+        launches = self.library.host_reducing_step(
+            self.optimizer.rule.encode(),
+            len(self.states),
+            scalars,
+            ctypes.c_bool(maximize),
+            *[None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf)],
+            (Record * len(records))(*records),
+            (Matrices * len(matrices))(*matrices),
+            ctypes.c_int64(len(records)),
+            ctypes.c_void_p(addresses.ctypes.data),
+            self.blocks,
+        )
+        assert launches > 0, "a counter is not ready for the next step"
+        self.native.increment_written()
+        self.native.release_grads()
+        return launches
+
+
+class HostBackend(KernelBackend):
+    name = "cpu"
+    reduces = True
+
+    def reasons(self, device, dtype=None):
+        return self.dtype_reasons(dtype)
+
+    def plan(self, *args):
+        return HostPlan(self, *args)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    target = tmp_path_factory.mktemp("cuda_host") / "reducing.so"
+    # The undefined-behaviour checks trap, which needs no runtime library inside this Python.
+    flags = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    sources = [ROOT / "tests/cuda_host/reducing.cpp", ROOT / "csrc/cuda_reducing_table.cpp"]
+    flags += ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"]
+    subprocess.run([compiler, *flags, "-o", str(target), *map(str, sources)], check=True)
+    loaded = ctypes.CDLL(str(target))
+    assert loaded.record_size() == ctypes.sizeof(Record)
+    return loaded
+
+
+@pytest.fixture
+def on_host(library, monkeypatch):
+    """Makes backend="cpu" run the CUDA kernels on the host."""
+    monkeypatch.setattr(HostPlan, "library", library)
+    monkeypatch.setitem(backends.BACKENDS, "cpu", HostBackend())
+    monkeypatch.setattr(backends, "_selected", {})
+    yield monkeypatch
+    library.set_reverse(0)
+
+
+by_case = pytest.mark.parametrize("case", REDUCING, ids=str)
+MOMENTUM, TORCH = REDUCING[3], REDUCING[4]
+by_kind = pytest.mark.parametrize("case", [MOMENTUM, TORCH], ids=str)
+
+# Flat, small (for a thread and for a warp each), and tiles: one and several strips, rows narrower than a warp, rows of
+# whole packs and others, more columns than an item has, several blocks of rows.
+SHAPES = [
+    *((), (1,), (17,), (8200,), (0,), (3, 0), (0, 3), (2, 0, 4)),
+    *((1, 1), (2, 3), (700, 1, 3, 3), (40, 5, 7), (3, 32, 32)),
+    *((200, 12), (1030, 3), (3, 2100), (2, 66, 36), (70, 1300), (65, 517), (1, 33_000), (9000, 4)),
+]
+FEW_SHAPES = [(), (300,), (0, 3), (50, 3, 3), (2, 20, 31), (70, 136), (65, 517)]
+# Sums are in another order than the reference's, in the arithmetic type: this is far above what that makes of them, and
+# far below what a missing term would. A stored number may round to the neighbour.
+TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-12, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def make(case, values, backend):
+    params = [torch.nn.Parameter(value.detach().clone()) for value in values]
+    for param in params:
+        param.grad_dtype = None
+    return getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options)
+
+
+def pair(case, values):
+    return [make(case, values, backend) for backend in ("cpu", "reference")]
+
+
+def random(shapes, generator, dtypes=(torch.float32,)):
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtypes[i % len(dtypes)])
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def step(optimizers, grads, **attributes):
+    for optimizer in optimizers:
+        for name, value in attributes.items():
+            setattr(optimizer, name, value)
+        for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+            param.grad = None if grad is None else grad.clone()
+        optimizer.step()
+
+
+def tensors(optimizer):
+    params = optimizer.param_groups[0]["params"]
+    return [p.detach() for p in params] + [
+        value for p in params for value in optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor)
+    ]
+
+
+def assert_close(optimizers):
+    for mine, expected in zip(*map(tensors, optimizers), strict=True):
+        if mine.numel():
+            bound = TOLERANCE[mine.dtype]
+            torch.testing.assert_close(mine, expected, rtol=bound, atol=bound * 0.1, equal_nan=True)
+
+
+@by_case
+def test_every_shape_is_close_to_the_reference(on_host, case):
+    generator = torch.Generator().manual_seed(1)
+    optimizers = pair(case, random(SHAPES, generator))
+    for _ in range(3):
+        step(optimizers, random(SHAPES, generator))
+    assert_close(optimizers)
+    assert optimizers[0].kernel_calls == 3
+
+
+@by_case
+def test_many_steps_stay_close_to_the_reference(on_host, case):
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(), (30,), (5, 3, 3), (20, 31), (70, 36)]
+    optimizers = pair(case, random(shapes, generator))
+    for _ in range(20):
+        step(optimizers, random(shapes, generator))
+    assert_close(optimizers)
+
+
+@by_kind
+@pytest.mark.parametrize(("param", "grad"), list(itertools.product(FLOATS, repeat=2)), ids=str)
+def test_every_mixture_of_dtypes_is_close_to_the_reference(on_host, case, param, grad):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(17,), (3, 5, 7), (66, 24), (40, 33)]
+    optimizers = pair(case, random(shapes, generator, (param,)))
+    for dtype in (torch.float32, param):  # the states' too
+        step(optimizers, random(shapes, generator, (grad,)))
+        for optimizer in optimizers:
+            for state in optimizer.state.values():
+                for name, value in state.items():
+                    if name != "step":
+                        state[name] = value.to(dtype)
+    step(optimizers, random(shapes, generator, (grad,)))
+    assert_close(optimizers)
+
+
+@by_kind
+def test_a_group_of_mixed_dtypes_and_layouts_is_close_to_the_reference(on_host, case):
+    generator = torch.Generator().manual_seed(4)
+    values = [value for dtype in FLOATS for value in layouts(dtype, "cpu", generator).values()]
+    optimizers = pair(case, values)
+    for number in range(2):
+        params = optimizers[0].param_groups[0]["params"]
+        step(optimizers, [gradient(p, p.dtype, generator, (i + number) % 3 == 0) for i, p in enumerate(params)])
+    assert_close(optimizers)
+
+
+@by_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_depend_neither_on_grid_threads_and_addresses_nor_on_other_tensors(on_host, library, case, dtype):
+    generator = torch.Generator().manual_seed(5)
+    values, grads = (random(FEW_SHAPES, generator, (dtype,)) for _ in range(2))
+    results = []
+    for blocks, reverse, offset, alone in [(1, 0, 0, False), (7, 1, 0, False), (40, 0, 1, False), (3, 1, 3, True)]:
+        on_host.setattr(HostPlan, "blocks", blocks)
+        library.set_reverse(reverse)
+        optimizers = [make(case, part, "cpu") for part in ([[v] for v in values] if alone else [values])]
+        for index, value in enumerate(values):
+            optimizer, place = (optimizers[index], 0) if alone else (optimizers[0], index)
+            param = optimizer.param_groups[0]["params"][place]
+            buffers = [torch.zeros(value.numel() + 16, dtype=dtype) for _ in range(2)]
+            parts = [b[offset : offset + value.numel()].view(value.shape) for b in buffers]
+            param.data, param.grad = parts[0].copy_(value), parts[1].copy_(grads[index])
+        for _ in range(2):
+            for optimizer in optimizers:
+                optimizer.step()
+        if alone:
+            results.append([t for optimizer in optimizers for t in tensors(optimizer)[:1]])
+        else:
+            results.append(tensors(optimizers[0])[: len(values)])
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@by_kind
+def test_gradients_come_and_go_scaled_and_steps_are_skipped(on_host, case):
+    generator = torch.Generator().manual_seed(6)
+    shapes = [(5,), (0, 2), (40, 30), (3, 4, 4), (70, 24)]
+    optimizers = pair(case, random(shapes, generator))
+    for number in range(6):
+        grads = [g if number >= i else None for i, g in enumerate(random(shapes, generator))]
+        step(optimizers, grads, grad_scale=torch.tensor(3.0), found_inf=torch.tensor(float(number in (0, 3))))
+    assert_close(optimizers)
+
+
+def test_the_kernels_themselves_skip_and_count_nothing(on_host):
+    optimizer = make(MOMENTUM, [torch.ones(40, 30), torch.ones(7)], "cpu")
+    params = optimizer.param_groups[0]["params"]
+    lr = optimizer.param_groups[0]["lr"] = torch.tensor(0.05)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = [t.clone() for t in tensors(optimizer)]
+    (plan,) = optimizer._prepare_plans()
+    hyper = optimizer.hyper(optimizer.param_groups[0], None)
+    plan.launch(hyper, True, None, torch.tensor(float("inf")))
+    assert all(same_bits(a, b) for a, b in zip(before, tensors(optimizer), strict=True))
+    assert plan.gather()
+    lr.zero_()  # read by the kernel: only the momentum is left to move the parameter
+    plan.launch(hyper, True, None, torch.tensor(0.0))
+    assert optimizer.state[params[0]]["step"] == 2
+    torch.testing.assert_close(
+        params[0].detach() - before[0], 0.5 * 0.5 * 0.05 * torch.ones(40, 30), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_many_tensors_take_few_launches(on_host):
+    generator = torch.Generator().manual_seed(7)
+    on_host.setattr(HostPlan, "blocks", 1)
+    optimizers = pair(TORCH, random([(2, 2)] * 4001, generator))
+    step(optimizers, random([(2, 2)] * 4001, generator))
+    assert optimizers[0].kernel_calls == 6
+    assert_close(optimizers)

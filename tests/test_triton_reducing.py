@@ -1,0 +1,138 @@
+"""The Triton kernels of rules that reduce: under the interpreter beside the reference, and compiled for sm_90."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedstep
+from fusedstep.backends import BACKENDS
+from fusedstep.cases import REDUCING
+from fusedstep.verification import same_bits, verify
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+by_case = pytest.mark.parametrize("case", REDUCING, ids=str)
+# Flat, small and cut into tiles: several rows of tiles, several columns of tiles, several matrices.
+SHAPES = [(), (300,), (0, 3), (3, 0), (50, 3, 3), (2, 20, 31), (300, 150), (2, 9, 170)]
+# Sums are in another order than the reference's, in the arithmetic type: this is far above what that makes of them, and
+# far below what a missing term would.
+CLOSE = {"rtol": 3e-6, "atol": 3e-7}
+
+
+@pytest.fixture
+def interpreted():
+    reasons = BACKENDS["triton"].reasons(torch.device("cpu"))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+def make(case, values, backend):
+    params = [torch.nn.Parameter(value.clone()) for value in values]
+    return getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options)
+
+
+def random(shapes, generator, dtype=torch.float32):
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def step(optimizers, grads, **attributes):
+    for optimizer in optimizers:
+        for name, value in attributes.items():
+            setattr(optimizer, name, value)
+        for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+            param.grad = None if grad is None else grad.clone()
+        optimizer.step()
+
+
+def tensors(optimizer):
+    params = optimizer.param_groups[0]["params"]
+    return [param.detach() for param in params] + [t for p in params for t in optimizer.state.get(p, {}).values()]
+
+
+def assert_close(optimizers, **tolerance):
+    for mine, expected in zip(*map(tensors, optimizers), strict=True):
+        torch.testing.assert_close(mine, expected, equal_nan=True, **(tolerance or CLOSE))
+
+
+@by_case
+def test_every_shape_is_close_to_the_reference(interpreted, case):
+    generator = torch.Generator().manual_seed(1)
+    values = random(SHAPES, generator)
+    optimizers = [make(case, values, backend) for backend in ("triton", "reference")]
+    for _ in range(3):
+        step(optimizers, random(SHAPES, generator))
+    assert_close(optimizers)
+    assert optimizers[0].kernel_calls == 3
+
+
+@pytest.mark.parametrize("case", [REDUCING[1], REDUCING[4]], ids=str)
+def test_every_layout_and_dtype_is_close_to_float64(interpreted, case):
+    rows = [row for row in verify([case.optimizer], backend="triton", steps=1).rows if row.case == str(case)]
+    assert len(rows) == 4
+    assert all(row.ok for row in rows), rows
+
+
+def test_gradients_come_and_go_scaled_and_steps_are_skipped(interpreted):
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(5,), (0, 2), (40, 30), (3, 4, 4)]
+    values = random(shapes, generator)
+    optimizers = [make(REDUCING[1], values, backend) for backend in ("triton", "reference")]
+    for number in range(5):
+        grads = [g if number >= i else None for i, g in enumerate(random(shapes, generator))]
+        step(optimizers, grads, grad_scale=torch.tensor(3.0), found_inf=torch.tensor(float(number in (0, 3))))
+    assert_close(optimizers)
+
+
+def test_the_kernels_themselves_skip_and_count_nothing(interpreted):
+    optimizer = make(REDUCING[1], [torch.ones(40, 30), torch.ones(7)], "triton")
+    step([optimizer], [torch.ones(40, 30), torch.ones(7)])
+    before = [t.clone() for t in tensors(optimizer)]
+    (plan,) = optimizer._prepare_plans()
+    hyper = optimizer.hyper(optimizer.param_groups[0], None)
+    plan.launch(hyper, False, None, torch.tensor(1.0))
+    assert all(same_bits(a, b) for a, b in zip(before, tensors(optimizer), strict=True))
+    assert plan.gather()
+    plan.launch(hyper, False, None, torch.tensor(0.0))
+    assert [int(optimizer.state[p]["step"]) for p in optimizer.param_groups[0]["params"]] == [2, 2]
+
+
+def test_bits_do_not_depend_on_the_other_tensors_of_the_group(interpreted):
+    generator = torch.Generator().manual_seed(3)
+    values, grads = random(SHAPES, generator), random(SHAPES, generator)
+    together = make(REDUCING[4], values, "triton")
+    step([together], grads)
+    for value, grad, expected in zip(values, grads, together.param_groups[0]["params"], strict=True):
+        alone = make(REDUCING[4], [value], "triton")
+        step([alone], [grad])
+        assert same_bits(alone.param_groups[0]["params"][0].detach(), expected.detach())
+
+
+@pytest.fixture(scope="module")
+def code():
+    """For each rule, whether elements have a state, and dtype: what the code of its three kernels for sm_90 holds."""
+    variants = [
+        (rule, n, dtype) for rule, n in (("adafactor", 1), ("torch_adafactor", 0)) for dtype in ("fp32", "bf16")
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    arguments = ["reducing", *(",".join(map(str, variant)) for variant in variants)]
+    script = Path(__file__).with_name("triton_compile.py")
+    run = subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return dict(zip(variants, json.loads(run.stdout.splitlines()[-1]), strict=True))
+
+
+def test_the_code_for_sm_90_rounds_after_every_operation_and_spills_nothing(code):
+    for kernels in code.values():
+        assert len(kernels) == 3
+        for found in kernels:
+            assert found["approximate"] == 0
+            assert found["local"] == 0
+            assert found["rounded_divisions"] > 0
