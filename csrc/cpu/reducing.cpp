@@ -21,20 +21,32 @@ struct Part {     // of a pack
   int64_t n;
 };
 
+// Parts of packs, and formats known only now, stay out of line: with a copy in every loop this file would take minutes
+// to compile.
+#define FUSEDSTEP_OUT_OF_LINE __attribute__((noinline))
+
 template <class Numbers>
-FUSEDSTEP_FN auto load_at(const Numbers& numbers, int64_t i, Whole) {
+FUSEDSTEP_FN auto load_at(Numbers numbers, int64_t i, Whole) {
+  return numbers.load(i);
+}
+template <class T>
+FUSEDSTEP_OUT_OF_LINE Pack<T> load_at(AnyStored<T> numbers, int64_t i, Whole) {
   return numbers.load(i);
 }
 template <class Numbers>
-FUSEDSTEP_FN auto load_at(const Numbers& numbers, int64_t i, Part part) {
+FUSEDSTEP_OUT_OF_LINE auto load_at(Numbers numbers, int64_t i, Part part) {
   return numbers.load_part(i, part.n);
 }
 template <class Numbers, class P>
-FUSEDSTEP_FN void store_at(const Numbers& numbers, int64_t i, P pack, Whole) {
+FUSEDSTEP_FN void store_at(Numbers numbers, int64_t i, P pack, Whole) {
+  numbers.store(i, pack);
+}
+template <class T>
+FUSEDSTEP_OUT_OF_LINE void store_at(AnyStored<T> numbers, int64_t i, Pack<T> pack, Whole) {
   numbers.store(i, pack);
 }
 template <class Numbers, class P>
-FUSEDSTEP_FN void store_at(const Numbers& numbers, int64_t i, P pack, Part part) {
+FUSEDSTEP_OUT_OF_LINE void store_at(Numbers numbers, int64_t i, P pack, Part part) {
   numbers.store_part(i, part.n, pack);
 }
 
@@ -386,17 +398,19 @@ struct RunBuffers {
 };
 
 // Calls visit(rows, columns) with constants for the sizes that kernels of convolutions have.
-template <class Visit>
+template <class T, class Visit>
 FUSEDSTEP_FN void visit_size(int64_t rows, int64_t columns, Visit&& visit) {
   using std::integral_constant;
-  if (rows == columns) {
-    if (rows == 1) return visit(integral_constant<int64_t, 1>{}, integral_constant<int64_t, 1>{});
-    if (rows == 3) return visit(integral_constant<int64_t, 3>{}, integral_constant<int64_t, 3>{});
-    if (rows == 5) return visit(integral_constant<int64_t, 5>{}, integral_constant<int64_t, 5>{});
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (rows == columns) {
+      if (rows == 1) return visit(integral_constant<int64_t, 1>{}, integral_constant<int64_t, 1>{});
+      if (rows == 3) return visit(integral_constant<int64_t, 3>{}, integral_constant<int64_t, 3>{});
+      if (rows == 5) return visit(integral_constant<int64_t, 5>{}, integral_constant<int64_t, 5>{});
+    }
+    if (columns == 1) return visit(rows, integral_constant<int64_t, 1>{});
+    if (columns == 3) return visit(rows, integral_constant<int64_t, 3>{});
+    if (columns == 4) return visit(rows, integral_constant<int64_t, 4>{});
   }
-  if (columns == 1) return visit(rows, integral_constant<int64_t, 1>{});
-  if (columns == 3) return visit(rows, integral_constant<int64_t, 3>{});
-  if (columns == 4) return visit(rows, integral_constant<int64_t, 4>{});
   visit(rows, columns);
 }
 
@@ -482,7 +496,7 @@ void take_runs(const Context<Rule, T>& context, const Tile& tile, int64_t index,
       store_at(plain(b.squares.numbers), i, Rule::square(changed(load_at(grad, at + i, part), change), s), part);
     });
     if (m.factored) {
-      visit_size(m.rows, m.columns, [&](auto rows, auto columns) {
+      visit_size<T>(m.rows, m.columns, [&](auto rows, auto columns) {
         finish_matrices<Rule, T>(context, b, first, count, kUpdates, rows, columns);
       });
     } else {
