@@ -1,8 +1,8 @@
 """Every rule that reduces: csrc/reducing_rules.h in Triton, with the same names in the same order.
 
-The functions of a rule: `prepare` and `finish` compute scalars in float64; `line` goes from the mean of a line's squares
-to its new state and its factor, `matrix` from the mean of the rows' states to what their factors are multiplied with;
-`direction` and `update` are the arithmetic of a block of elements.
+The functions of a rule: `prepare` and `finish` compute scalars in float64; `line` goes from the mean of a line's
+squares to its new state and its factor, `matrix` from the mean of the rows' states to what their factors are multiplied
+with; `direction` and `update` are the arithmetic of a block of elements.
 """
 
 from typing import NamedTuple

@@ -12,6 +12,7 @@ from .amos import Amos, amos_scales
 from .backends import use_backend
 from .lion import Lion
 from .optimizer import FusedOptimizer
+from .options import Options
 from .recipe import create_optimizer
 from .rmsprop import RMSprop
 from .sgd import SGD
@@ -31,6 +32,7 @@ __all__ = [
     "FusedOptimizer",
     "GradientAccumulator",
     "Lion",
+    "Options",
     "RMSprop",
     "TorchAdafactor",
     "amos_scales",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from . import checks
 from .numerics import power, square_root
 from .optimizer import FusedOptimizer
+from .options import Options
 
 
 class AdaBelief(FusedOptimizer):
@@ -50,7 +51,7 @@ class AdaBelief(FusedOptimizer):
         degenerated_to_sgd: with ``rectify``, take a momentum step while the variance cannot be trusted yet.
         print_change_log: accepted for compatibility; nothing is printed.
         maximize: ascend instead of descend.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step``, ``exp_avg``, ``exp_avg_var`` and with amsgrad ``max_exp_avg_var``, in the
     parameter's dtype (fp32 for fp16) and layout: 8 (12) bytes per fp32 parameter.
@@ -91,7 +92,7 @@ class AdaBelief(FusedOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -107,7 +108,7 @@ class AdaBelief(FusedOptimizer):
             "maximize": maximize,
             "foreach": foreach,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from . import checks
 from .numerics import square_root
 from .optimizer import FusedOptimizer
+from .options import Options
 
 
 def root_mean_square(tensor: Tensor) -> float:
@@ -52,7 +53,7 @@ class Adafactor(FusedOptimizer):
         warmup_init: let a relative step begin small.
         maximize: ascend instead of descend.
         foreach: accepted for compatibility; it chooses nothing here.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step``; ``exp_avg_sq_row`` and ``exp_avg_sq_col`` (a number for each row and column), for
     fewer than two dimensions ``exp_avg_sq`` (one for each element); ``RMS`` of the parameter (one number); with
@@ -95,7 +96,7 @@ class Adafactor(FusedOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if lr is not None and relative_step:
             raise ValueError("Cannot combine manual `lr` and `relative_step=True` options")
@@ -112,7 +113,7 @@ class Adafactor(FusedOptimizer):
             "maximize": maximize,
             "foreach": foreach,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         if group["warmup_init"] and not group["relative_step"]:

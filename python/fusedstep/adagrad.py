@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from . import checks
 from .numerics import square_root
 from .optimizer import FusedOptimizer
+from .options import Options
 
 
 class Adagrad(FusedOptimizer):
@@ -34,7 +35,7 @@ class Adagrad(FusedOptimizer):
         maximize: ascend instead of descend.
         foreach, fused: accepted for compatibility; they choose nothing here.
         differentiable: must be False.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter, made when the parameter joins: ``step`` (one fp32 number) and ``sum`` in the parameter's
     dtype and layout: 4 bytes per fp32 parameter.
@@ -69,7 +70,7 @@ class Adagrad(FusedOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -82,7 +83,7 @@ class Adagrad(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])

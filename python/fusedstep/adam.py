@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from . import checks
 from .numerics import power, square_root
 from .optimizer import FusedOptimizer
+from .options import Options
 
 
 class Adam(FusedOptimizer):
@@ -39,7 +40,7 @@ class Adam(FusedOptimizer):
         foreach, fused, capturable: accepted for compatibility; they choose nothing here. ``step`` can be captured in
             a CUDA graph without a flag.
         differentiable: must be False.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number), ``exp_avg``, ``exp_avg_sq`` and with amsgrad
     ``max_exp_avg_sq``, in the parameter's dtype and layout: 8 (12) bytes per fp32 parameter.
@@ -76,7 +77,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -91,7 +92,7 @@ class Adam(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from . import checks
 from .adam import Adam
 from .optimizer import FusedOptimizer
+from .options import Options
 
 
 class AdamWeightDecay(Adam):
@@ -43,7 +44,7 @@ class AdamWeightDecay(Adam):
         decay: 0 or larger; the learning rate of step t is ``learning_rate / (1 + decay * (t - 1))``.
         lr: another name of ``learning_rate``, which it overrides.
         maximize: ascend instead of descend.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number), ``exp_avg``, ``exp_avg_sq`` and with amsgrad
     ``max_exp_avg_sq``, in the parameter's dtype and layout: 8 (12) bytes per fp32 parameter. Clipping makes copies of
@@ -82,7 +83,7 @@ class AdamWeightDecay(Adam):
         lr: float | Tensor | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if clipnorm is not None and global_clipnorm is not None:
             raise ValueError(
@@ -104,7 +105,7 @@ class AdamWeightDecay(Adam):
             "maximize": maximize,
             "foreach": foreach,
         }
-        FusedOptimizer.__init__(self, params, defaults, backend)
+        FusedOptimizer.__init__(self, params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .adam import Adam
+from .options import Options
 
 
 class AdamW(Adam):
@@ -22,7 +23,7 @@ class AdamW(Adam):
         betas: decay rates of the two running averages, each in [0, 1).
         eps: added to the root of the second moment, 0 or larger.
         weight_decay: 0 or larger; the decay per step is ``lr * weight_decay``.
-        amsgrad, maximize, foreach, capturable, differentiable, fused, backend: as in :class:`fusedstep.Adam`.
+        amsgrad, maximize, foreach, capturable, differentiable, fused, **options: as in :class:`fusedstep.Adam`.
 
     State, errors: as in :class:`fusedstep.Adam`.
 
@@ -46,7 +47,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -61,7 +62,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
-            backend=backend,
+            **options,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

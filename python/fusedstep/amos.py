@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from . import checks
 from .numerics import power, square_root
 from .optimizer import FusedOptimizer
+from .options import Options
 
 
 class Amos(FusedOptimizer):
@@ -45,7 +46,7 @@ class Amos(FusedOptimizer):
         c_coef, d_coef: how fast weight decay and learning rate fade, 0 or larger.
         eps: least value of v, larger than 0.
         maximize: ascend instead of descend.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number), ``exp_avg_sq`` (v), ``decay`` (b) and with momentum
     ``exp_avg``, in the parameter's dtype and layout: 8 (12) bytes per fp32 parameter.
@@ -79,7 +80,7 @@ class Amos(FusedOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -94,7 +95,7 @@ class Amos(FusedOptimizer):
             "maximize": maximize,
             "foreach": foreach,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])

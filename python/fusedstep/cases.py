@@ -102,7 +102,6 @@ def layouts(dtype: torch.dtype, device: torch.device | str, generator: torch.Gen
         "one": normal(1),
         "odd": normal(1025),
         "matrix": normal(33, 17),
-        "large_matrix": normal(131, 67),
         "transposed": normal(17, 9).t(),
         "channels_last": normal(2, 3, 5, 7).to(memory_format=torch.channels_last),
         "permuted": normal(3, 4, 5).permute(2, 0, 1),
@@ -110,6 +109,7 @@ def layouts(dtype: torch.dtype, device: torch.device | str, generator: torch.Gen
         "offset_3": normal(70)[3:],
         "rows_of_a_larger": normal(12, 10)[::2, 1:8],
         "column": normal(40, 3)[:, 1],
+        "large_matrix": normal(131, 67),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import checks
 from .optimizer import FusedOptimizer
+from .options import Options
 
 
 class Lion(FusedOptimizer):
@@ -32,7 +33,7 @@ class Lion(FusedOptimizer):
         decoupled_weight_decay: divide the weight decay by the learning rate given here, so that it is a rate per step
             of a constant schedule.
         maximize: ascend instead of descend.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``exp_avg`` in the parameter's dtype and layout: 4 bytes per fp32 parameter.
 
@@ -63,7 +64,7 @@ class Lion(FusedOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         checks.check_flag("decoupled_weight_decay", decoupled_weight_decay)
         if decoupled_weight_decay:
@@ -78,7 +79,7 @@ class Lion(FusedOptimizer):
             "maximize": maximize,
             "foreach": foreach,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])

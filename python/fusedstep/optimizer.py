@@ -61,7 +61,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str | None = None) -> None:
         checks.check_implementation(defaults)
         self.check_group(on_device.at_the_beginning(defaults))
         self._backend = backends.check_choice(backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from . import checks
 from .numerics import power, square_root
 from .optimizer import FusedOptimizer
+from .options import Options
 
 
 class RMSprop(FusedOptimizer):
@@ -38,7 +39,7 @@ class RMSprop(FusedOptimizer):
         foreach, capturable: accepted for compatibility; they choose nothing here.
         differentiable: must be False.
         momentum_decay: in [0, 1]; the momentum of step t is ``momentum * (1 - momentum_decay) ** (t - 1)``.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number), ``square_avg``, with momentum ``momentum_buffer``, if centered
     ``grad_avg``, in the parameter's dtype and layout: 4, 8 or 12 bytes per fp32 parameter.
@@ -73,7 +74,7 @@ class RMSprop(FusedOptimizer):
         differentiable: bool = False,
         *,
         momentum_decay: float = 0,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -88,7 +89,7 @@ class RMSprop(FusedOptimizer):
             "differentiable": differentiable,
             "momentum_decay": momentum_decay,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import checks
 from .optimizer import FusedOptimizer
+from .options import Options
 
 
 class SGD(FusedOptimizer):
@@ -32,7 +33,7 @@ class SGD(FusedOptimizer):
         maximize: ascend instead of descend.
         foreach, fused: accepted for compatibility; they choose nothing here.
         differentiable: must be False.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``momentum_buffer`` in the parameter's dtype and layout (none without momentum).
 
@@ -65,7 +66,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -78,7 +79,7 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])

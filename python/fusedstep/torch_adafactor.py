@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from . import checks
 from .adafactor import Adafactor, root_mean_square
 from .numerics import square_root
 from .optimizer import FusedOptimizer
+from .options import Options
 
 
 class TorchAdafactor(FusedOptimizer):
@@ -41,7 +42,7 @@ class TorchAdafactor(FusedOptimizer):
         weight_decay: 0 or larger; the decay per step is ``lr * weight_decay``.
         maximize: ascend instead of descend.
         foreach: accepted for compatibility; it chooses nothing here.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number); ``row_var`` and ``col_var`` (a number for each row and column),
     for fewer than two dimensions ``variance`` (one for each element), in the parameter's dtype.
@@ -75,7 +76,7 @@ class TorchAdafactor(FusedOptimizer):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -86,7 +87,7 @@ class TorchAdafactor(FusedOptimizer):
             "foreach": foreach,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
