@@ -67,10 +67,10 @@ __device__ __forceinline__ void for_items(const ReducingArguments<kCapacity>& a,
     }
     uint32_t* const counters = a.counters + p.counters;
     if (twice)
-      body(Place<Rule, double>{record, p, item, grad, a.work, counters, GradChange<double>{change, sign, scale}},
+      body(Place<Rule, double>{record, p, item, grad, a.work, counters, GradChange<double>{change, false, sign, scale}},
            fresh);
     else
-      body(Place<Rule, float>{record, p, item, grad, a.work, counters, GradChange<float>{change, sign, scale}}, fresh);
+      body(Place<Rule, float>{record, p, item, grad, a.work, counters, GradChange<float>{change, false, sign, scale}}, fresh);
   }
 }
 
