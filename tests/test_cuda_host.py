@@ -22,7 +22,7 @@ from fusedstep.verification import same_bits
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TAG = {dtype: tag for tag, dtype in enumerate(FLOATS)}
-MAX_STATES, MAX_HYPER = 4, 10
+MAX_STATES, MAX_HYPER = 5, 10
 
 
 class Record(ctypes.Structure):
