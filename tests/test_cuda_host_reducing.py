@@ -63,7 +63,7 @@ class HostPlan(KernelPlan):
             tags += [0] * (2 + MAX_STATES - len(tags))
             states = (ctypes.c_void_p * MAX_STATES)(*states)
             records.append(Record(param, states, step, numel, (ctypes.c_uint8 * len(tags))(*tags)))
-            seen = None if slot.tensor is None else self.optimizer.matrices(slot.tensor)
+            seen = None if slot.tensor is None else self.optimizer.matrices(slot.tensor, self.variant)
             matrices.append(Matrices(1, 1, numel, False) if seen is None else Matrices(*seen, True))
         scalars = (Scalar * MAX_HYPER)()
         for scalar, value in zip(scalars, hyper, strict=False):
@@ -73,7 +73,7 @@ class HostPlan(KernelPlan):
                 scalar.value = float(value)
         addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64).copy()
         launches = self.library.host_reducing_step(
-            self.optimizer.rule.encode(),
+            self.rule.encode(),
             len(self.states),
             scalars,
             ctypes.c_bool(maximize),

@@ -151,7 +151,7 @@ __device__ __noinline__ double square_any(const Place<Rule, T>& place, const Sca
   const auto s = scalars;
   const auto change = place.change;
   const Record& record = place.record;
-  const bool flat = place.p.cut == Cut::kFlat;
+  const bool flat = kTakesFlat<Rule> && place.p.cut == Cut::kFlat;
   T total{};
   for_elements(place, pack_of<T>(record.grad_dtype, place.p), [&](int64_t i, T* factors) {
     const T grad = change(load_any<T>(place.grad, record.grad_dtype, i));
@@ -247,10 +247,12 @@ __device__ __noinline__ void apply_any(const Place<Rule, T>& place, const Scalar
   const auto f = finish;
   const auto change = place.change;
   const Record& record = place.record;
-  const bool flat = place.p.cut == Cut::kFlat;
+  [[maybe_unused]] const bool flat = place.p.cut == Cut::kFlat;
   for_elements(place, 1, [&](int64_t i, T* factors) {
     const T grad = change(load_any<T>(place.grad, record.grad_dtype, i));
-    if (flat) finish_line<Rule, T, Span::kFlat>(record, i, Rule::square(grad, s), factors, s);
+    if constexpr (kTakesFlat<Rule>) {
+      if (flat) finish_line<Rule, T, Span::kFlat>(record, i, Rule::square(grad, s), factors, s);
+    }
     T param = load_any<T>(record.param, record.param_dtype, i), state{};
     if constexpr (kState >= 0) state = load_any<T>(record.states[kState], record.state_dtypes[kState], i);
     Rule::update(param, grad, factors, state, s, f);

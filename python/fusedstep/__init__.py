@@ -8,7 +8,7 @@ from .adagrad import Adagrad
 from .adam import Adam
 from .adam_weight_decay import AdamWeightDecay
 from .adamw import AdamW
-from .amos import Amos, amos_scales
+from .amos import Amos, amos_reductions, amos_scales
 from .backends import use_backend
 from .lion import Lion
 from .optimizer import FusedOptimizer
@@ -35,6 +35,7 @@ __all__ = [
     "Options",
     "RMSprop",
     "TorchAdafactor",
+    "amos_reductions",
     "amos_scales",
     "create_optimizer",
     "schedules",

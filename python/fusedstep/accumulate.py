@@ -68,9 +68,12 @@ class GradientAccumulator:
     """
 
     rule = "accumulate"
-    reduces = False
     hyper_names = ("weight",)
     state_names = ()
+
+    @classmethod
+    def rule_of(cls, variant: None) -> tuple[str, bool]:
+        return cls.rule, False
 
     def __init__(
         self,

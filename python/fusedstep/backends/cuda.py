@@ -65,7 +65,6 @@ class CudaPlan(KernelPlan):
 
 class CudaBackend(KernelBackend):
     name = "cuda"
-    reduces = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         if device.type != "cuda":
