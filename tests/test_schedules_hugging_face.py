@@ -374,6 +374,22 @@ def test_the_last_lrs_are_copies():
 # In torch's combinations.
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, fusedstep.AdamW], ids=lambda c: c.__module__)
+def test_a_tensor_lr_in_sequence_is_a_number_in_sequence(make):
+    """The second scheduler, and a group that joins, find the constructor's learning rate, not what the first wrote."""
+    results = []
+    for lr in (LR, torch.tensor(LR, dtype=torch.float64)):
+        made = make([{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)], lr=lr)
+        warmup = schedules.get_scheduler("constant_with_warmup", made, 3)
+        decay = schedules.get_scheduler("polynomial", made, 0, 10)
+        scheduler = lr_scheduler.SequentialLR(made, [warmup, decay], [4])
+        results.append(walk(scheduler, 12))
+        made.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+        assert float(made.param_groups[2]["lr"]) == LR
+    assert results[0] == [pytest.approx(rates, rel=1e-12) for rates in results[1]]
+    assert made.param_groups[0]["lr"] is lr
+
+
 def test_in_sequence():
     """Half of it transformers' own numbers."""
 

@@ -220,11 +220,14 @@ class WarmUp(Schedule):
 
 
 def separate_lr_tensors(optimizer: Any) -> None:
-    """Give every group a learning-rate tensor of its own.
+    """Give every group, and the constructor's options, a learning-rate tensor of their own.
 
-    Schedulers write into a tensor, so that a tensor which several groups share would be written once for each.
+    Schedulers write into a tensor, so that a tensor which several groups share would be written once for each; and what
+    the next scheduler, or a group that joins, takes for the constructor's would be what the last one wrote.
     """
     seen: set[int] = set()
+    if isinstance(optimizer.defaults.get("lr"), Tensor):
+        optimizer.defaults["lr"] = optimizer.defaults["lr"].clone()
     for group in optimizer.param_groups:
         lr = group["lr"]
         if isinstance(lr, Tensor):
