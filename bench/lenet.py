@@ -213,7 +213,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[1]:
         axis.set_xlabel("epoch")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    # Below the line of the constant.
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.95))
     counts = found["images"]
     title = f"LeNet, fusedstep.SGD; {counts['name']}, {counts['train']:,} to learn and {counts['test']:,} to test"
     figure.suptitle(title, x=0.01, ha="left", fontsize=9)
