@@ -205,7 +205,7 @@ def test_a_schedule_that_starts_later(schedule):
         (WarmUp(quadratic, 2), 3, ValueError, "cannot start later"),
         (WarmUp(WarmUp(quadratic, 2), 2), 3, ValueError, "cannot start later"),
     ],
-    ids=str,
+    ids=range(5),
 )
 def test_what_cannot_start_later(schedule, num_update, error, match):
     with pytest.raises(error, match=match):
