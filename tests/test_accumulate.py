@@ -596,6 +596,7 @@ def reduce_in_two_processes(rank, path, results):
         accumulator.all_reduce()
         accumulator.assign()
         results[rank, str(dtype), mean] = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
+    dist.barrier()  # a process that leaves closes the connection that the other may still use
     dist.destroy_process_group()
 
 
