@@ -63,7 +63,7 @@ class HostPlan(KernelPlan):
             tags += [0] * (2 + MAX_STATES - len(tags))
             states = (ctypes.c_void_p * MAX_STATES)(*states)
             records.append(Record(param, states, step, numel, (ctypes.c_uint8 * len(tags))(*tags)))
-            seen = None if slot.tensor is None else self.optimizer.matrices(slot.tensor, self.variant)
+            seen = slot.matrices
             matrices.append(Matrices(1, 1, numel, False) if seen is None else Matrices(*seen, True))
         scalars = (Scalar * MAX_HYPER)()
         for scalar, value in zip(scalars, hyper, strict=False):

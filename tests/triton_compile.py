@@ -31,9 +31,11 @@ def compile_ptx(rule: str, present: int, dtype: str, scaled: bool) -> str:
 
 def compile_reducing_ptx(rule: str, element_state: bool, dtype: str) -> list[str]:
     """The PTX of a reducing rule's kernels for tensors that are all stored in ``dtype``."""
-    dtypes = (*(dtype,) * 4, dtype if element_state else "", dtype)
+    has = reducing.REDUCING_RULES[rule]
+    states = (has.row, has.column, has.element and element_state, has.tensor, has.row2, has.column2)
+    dtypes = (dtype, dtype, *(dtype if state else "" for state in states))
     fixed = reducing.constants(rule, dtypes, False, False) | {"grad_scale_ptr": None, "found_inf_ptr": None}
-    return [ptx_of(kernel, fixed) for kernel in reducing.KERNELS]
+    return [ptx_of(kernel, fixed) for kernel in reducing.kernels_of(rule)]
 
 
 def ptx_of(kernel, fixed: dict) -> str:

@@ -130,62 +130,54 @@ class Amos(FusedOptimizer):
         return self.state_names if group["momentum"] != 0 else self.state_names[:2]
 
     class Variant(NamedTuple):
-        """A parameter's scale; and, if it is reduced, how many dimensions before and after the reduced ones are not."""
-
         eta: float
-        kept: tuple[int, int] | None
-
-        def reduced(self, param: Tensor) -> range:
-            before, after = self.kept
-            return range(before, param.dim() - after)
+        rule: str
 
     def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> Variant:
-        eta, reduce = group["eta"], group["reduce"]
+        eta = group["eta"]
         if isinstance(eta, Mapping):
             if name not in eta:
                 raise ValueError(f"Invalid eta: it has no entry for parameter {name!r} of shape {tuple(param.shape)}")
             eta = eta[name]
+        reduced = self._reduced(group, name, param)
+        if not reduced:
+            return self.Variant(eta, "amos")
+        return self.Variant(eta, "amos_rows" if reduced.stop == param.dim() else "amos_columns")
+
+    @staticmethod
+    def _reduced(group: dict[str, Any], name: str | None, param: Tensor) -> range:
+        """The dimensions over which the statistics of a parameter are reduced."""
+        reduce = group["reduce"]
         dims = reduce.get(name) if isinstance(reduce, Mapping) else reduce
         if not dims or param.dim() == 0:
-            return self.Variant(eta, None)
+            return range(0)
         whose = f"for parameter {name!r} of shape {tuple(param.shape)}"
         if any(not -param.dim() <= dim < param.dim() for dim in dims):
             raise ValueError(f"Invalid reduce {whose}: {tuple(dims)} (it has {param.dim()} dimensions)")
         ordered = sorted({dim % param.dim() for dim in dims})
         if ordered[-1] - ordered[0] + 1 != len(ordered):
             raise ValueError(f"Invalid reduce {whose}: {tuple(dims)} (the dimensions must be neighbours)")
-        return self.Variant(eta, (ordered[0], param.dim() - 1 - ordered[-1]))
+        return range(ordered[0], ordered[-1] + 1)
 
     @classmethod
     def rule_of(cls, variant: Variant) -> tuple[str, bool]:
-        if variant.kept is None:
-            return "amos", False
-        return "amos_columns" if variant.kept[1] else "amos_rows", True
+        return variant.rule, variant.rule != cls.rule
 
-    @staticmethod
-    def matrices(param: Tensor, variant: Variant) -> tuple[int, int, int]:
-        reduced = variant.reduced(param)
-        before, inside, after = (
-            math.prod(shape)
-            for shape in (
-                param.shape[: reduced.start],
-                param.shape[reduced.start : reduced.stop],
-                param.shape[reduced.stop :],
-            )
-        )
-        return (before, inside, after) if variant.kept[1] else (1, before, inside)
+    def matrices(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int, int]:
+        reduced, shape = self._reduced(group, name, param), param.shape
+        before, after = math.prod(shape[: reduced.start]), math.prod(shape[reduced.stop :])
+        inside = math.prod(shape[reduced.start : reduced.stop])
+        return (1, before, inside) if reduced.stop == param.dim() else (before, inside, after)
 
-    def state_shape(self, name: str, param: Tensor, variant: Variant) -> torch.Size:
-        if variant.kept is None or name == "exp_avg":
-            return param.shape
-        reduced = variant.reduced(param)
+    def state_shape(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> torch.Size:
+        reduced = () if key == "exp_avg" else self._reduced(group, name, param)
         return torch.Size(1 if dim in reduced else size for dim, size in enumerate(param.shape))
 
-    def init_state(self, name: str, param: Tensor, group: dict[str, Any], variant: Variant) -> Tensor:
-        if variant.kept is None or name == "exp_avg":
-            return super().init_state(name, param, group, variant)
+    def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
+        if key == "exp_avg" or not self._reduced(group, name, param):
+            return super().init_state(key, group, name, param)
         dtype = torch.promote_types(param.dtype, torch.float32)
-        return torch.zeros(self.state_shape(name, param, variant), dtype=dtype, device=param.device)
+        return torch.zeros(self.state_shape(key, group, name, param), dtype=dtype, device=param.device)
 
     def hyper(self, group: dict[str, Any], variant: Variant) -> tuple[float | Tensor, ...]:
         numbers = (group[name] for name in ("extra_l2", "c_coef", "d_coef", "eps"))

@@ -124,17 +124,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The compiled rule for parameters of a variant, and whether it has sums over rows, columns or tensors."""
         return cls.rule, cls.reduces
 
-    @staticmethod
-    def matrices(param: Tensor, variant: Any) -> tuple[int, int, int] | None:
+    def matrices(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int, int] | None:
         """For a rule that reduces: (batch, rows, columns) of a contiguous parameter; None: it is taken as flat."""
         raise NotImplementedError
 
-    def state_shape(self, name: str, param: Tensor, variant: Any) -> torch.Size | None:
-        """The shape of the state ``name`` of a parameter; None if this parameter does not have the state."""
+    def state_shape(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> torch.Size | None:
+        """The shape of the state ``key`` of a parameter; None if this parameter does not have the state."""
         return param.shape
 
-    def init_state(self, name: str, param: Tensor, group: dict[str, Any], variant: Any) -> Tensor:
-        """The state ``name`` of a parameter before its first step."""
+    def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
+        """The state ``key`` of a parameter before its first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
 
     # Groups and state.
@@ -172,7 +171,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state = self.state[param]
                 self._step_counter(param, param, state, ())
                 for key in self.states_of(group):
-                    state[key] = self.init_state(key, param, group, self.variant_of(group, name, param))
+                    state[key] = self.init_state(key, group, name, param)
         if self._learning_rates is not None:
             self._learning_rates.follow(self.param_groups, self._most_steps)
         self._plans = None
@@ -277,9 +276,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> dict[str, Any]:
         """A parameter's loaded state: our own copies, on its device."""
         adopted = {}
-        variant = self.variant_of(group, param_name, param)
         for name, value in state.items():
-            shape = self.state_shape(name, param, variant) if name in self.state_names else None
+            shape = self.state_shape(name, group, param_name, param) if name in self.state_names else None
             if shape is not None and isinstance(value, Tensor) and value.shape != shape:
                 raise ValueError(
                     f"loaded state dict: '{name}' of parameter {key} has shape {tuple(value.shape)}, "
@@ -318,7 +316,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     checks.check_grad(type(self), group, param, param.grad, what)
                     for state in self.states_of(group):
                         value = self.state[param].get(state) if param in self.state else None
-                        shape = self.state_shape(state, param, variant)
+                        shape = self.state_shape(state, group, name, param)
                         if isinstance(value, Tensor) and shape is not None:
                             checks.check_state(type(self).__name__, state, value, param, shape, backend.dtypes, what)
                 row.append((index, name, param, backend, variant))
@@ -336,7 +334,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 # A parameter that is listed twice is updated twice, one call after the other.
                 bucket = (backend, variant, param.device, backend.bucket(param), seen[param])
                 seen[param] += 1
-                slot = self._slot(index, name, param, group, variant, states, backend)
+                slot = self._slot(index, name, param, group, states, backend, self.rule_of(variant)[1])
                 buckets.setdefault(bucket, []).append(slot)
             for (backend, variant, *_), slots in buckets.items():
                 plans.append(backend.plan(type(self), group_index, group, variant, states, slots))
@@ -348,14 +346,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         name: str | None,
         param: Tensor,
         group: dict[str, Any],
-        variant: Any,
         states: tuple[str, ...],
         backend: backends.Backend,
+        reduces: bool,
     ) -> Slot:
         started = param in self.state or param in self._counters
         if param.grad is None and not started:
             return Slot(index, name, param, None, None, ())
-        tensor = backend.memory(param, self.rule_of(variant)[1])
+        tensor = backend.memory(param, reduces)
         if states or self.step_form != "absent":
             state = self.state[param]
         else:
@@ -363,13 +361,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = self._step_counter(param, tensor, state, states)
         tensors = []
         for key in states:
-            shape = self.state_shape(key, param, variant)
+            shape = self.state_shape(key, group, name, param)
             if shape is None:
                 tensors.append(None)
                 continue
             value = state.get(key)
             if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
-                value = state[key] = self.init_state(key, param, group, variant)
+                value = state[key] = self.init_state(key, group, name, param)
             elif value.device != param.device:
                 value = state[key] = value.to(param.device)
             usable = backend.state_memory(value, tensor)
@@ -377,7 +375,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 value = state[key] = layout.laid_out_as(value, tensor if shape == param.shape else value.contiguous())
                 usable = value
             tensors.append(usable)
-        return Slot(index, name, param, tensor, step, tuple(tensors))
+        matrices = self.matrices(group, name, param) if reduces else None
+        return Slot(index, name, param, tensor, step, tuple(tensors), matrices=matrices)
 
     def _step_counter(self, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]) -> Tensor:
         """The number of updates of ``param`` so far, as one fp32 number on its device."""

@@ -25,6 +25,7 @@ class Slot(NamedTuple):
     step: Tensor | None
     states: tuple[Tensor | None, ...]  # None: the optimizer has the state, but not for this parameter
     into: Tensor | None = None  # what the gradient updates, if not `param` itself
+    matrices: tuple[int, int, int] | None = None  # (batch, rows, columns) for a rule that reduces; None: flat
 
     @property
     def target(self) -> Tensor:
@@ -134,7 +135,7 @@ class KernelPlan(Plan):
             [slot.tensor for slot in slots],
             [slot.step for slot in slots],
             [slot.states for slot in slots],
-            [self._matrices(slot) for slot in slots] if self.reduces else [],
+            [slot.matrices for slot in slots] if self.reduces else [],
         )
         self.stand_ins = [
             (i, slot)
@@ -145,9 +146,6 @@ class KernelPlan(Plan):
         # The compiled plan sees the memory that it updates; whether that still stands for the parameter is seen here.
         apart = [slot.target for _, slot in self.stand_ins] + [target for _, target in self.wrappers]
         self.places = [(target, layout.place(layout.local(target))) for target in apart]
-
-    def _matrices(self, slot: Slot) -> tuple[int, int, int] | None:
-        return None if slot.tensor is None else self.optimizer.matrices(slot.tensor, self.variant)
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         moved = any(layout.place(layout.local(target)) != place for target, place in self.places)

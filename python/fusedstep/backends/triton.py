@@ -143,8 +143,7 @@ class TritonPlan(KernelPlan):
                 pairs = zip(self.states, slot.states, strict=True)
                 states = {name: DTYPES[state.dtype] for name, state in pairs if state is not None}
                 if self.reduces:
-                    factored = self.optimizer.matrices(slot.tensor, self.variant) is not None
-                    named = dtypes_of(states, self.rule, factored)
+                    named = dtypes_of(states, self.rule, slot.matrices is not None)
                 else:
                     named = [states.get(name, "") for name in self.optimizer.state_names]
                 dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *named)
