@@ -25,6 +25,13 @@ OURS = "fusedstep"  # how the names of our own contenders start
 EAGER = f"{OURS} reference"  # an eager implementation, which stands in where nobody else has the optimizer
 
 
+def torch_class(class_name: str) -> type[torch.optim.Optimizer] | None:
+    """The class of torch.optim that fusedstep's class of this name replaces."""
+    # The two forms of Adafactor have one name in transformers and in torch.
+    name = {"Adafactor": "", "TorchAdafactor": "Adafactor"}.get(class_name, class_name)
+    return getattr(torch.optim, name, None)
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """An optimizer with the options it is measured with.
@@ -44,7 +51,7 @@ class Optimizer:
 
     @property
     def torch_class(self) -> type[torch.optim.Optimizer] | None:
-        return getattr(torch.optim, self.class_name, None)
+        return torch_class(self.class_name)
 
     @property
     def our_class(self) -> type[torch.optim.Optimizer] | None:
@@ -77,6 +84,18 @@ OPTIMIZERS: tuple[Optimizer, ...] = (
     Optimizer("Lion", "Lion", {"lr": 0.1, "betas": (0.9, 0.8), "weight_decay": 0.5}, states=1),
     Optimizer("AdaBelief", "AdaBelief", {**_ADAM, "rectify": False}, states=2),
     Optimizer("Amos", "Amos", {"lr": 0.1, "beta": 0.9, "extra_l2": 0.1}, states=2),
+    Optimizer(
+        *("Amos-rows", "Amos", {"lr": 0.1, "beta": 0.9, "extra_l2": 0.1, "reduce": (-1,)}),
+        **{"states": 0, "grad_reads": 2, "elementwise": False},
+    ),
+    Optimizer(
+        *("Adafactor", "Adafactor", {"lr": 0.1, "relative_step": False, "weight_decay": 0.5}),
+        **{"states": 0, "grad_reads": 3, "elementwise": False},
+    ),
+    Optimizer(
+        *("TorchAdafactor", "TorchAdafactor", {"lr": 0.1, "eps": (1e-6, 1e-3), "weight_decay": 0.5}),
+        **{"states": 0, "grad_reads": 3, "elementwise": False},
+    ),
     Optimizer("AdamWeightDecay", "AdamWeightDecay", {"learning_rate": 0.1, "weight_decay_rate": 0.5}, states=2),
 )
 
@@ -199,6 +218,10 @@ PEERS: tuple[Peer, ...] = (
     Peer(
         *("adabelief-pytorch", "adabelief-pytorch", "adabelief_pytorch", ("cpu", "cuda")),
         {"AdaBelief": ("AdaBelief", {"print_change_log": False})},
+    ),
+    Peer(
+        *("transformers", "transformers", "transformers.optimization", ("cpu", "cuda")),
+        {"Adafactor": ("Adafactor", {})},
     ),
     Peer(
         *("apex", "apex", "apex.optimizers", ("cuda",)),

@@ -31,6 +31,7 @@ from .. import backends
 from . import text
 from .demo_results import Run, draw, findings, show
 from .gpt import GPT, Size
+from .peers import torch_class
 from .terminal import positive, progress
 from .timing import OtherLoad
 
@@ -44,6 +45,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Lion": {"lr": 5e-4, "betas": (0.9, 0.95), "weight_decay": 0.5},
     "AdaBelief": {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-12, "weight_decay": 0.1},
     "Amos": {"lr": 3e-2, "eta": 0.1, "beta": 0.98, "momentum": 0.9},
+    "Adafactor": {"lr": 3e-2, "relative_step": False, "beta1": 0.9},
+    "TorchAdafactor": {"lr": 3e-2, "weight_decay": 0.01},
     "AdamWeightDecay": {"learning_rate": 3e-3, "beta_2": 0.95, "weight_decay_rate": 0.1},
 }
 DEFAULT_OPTIMIZER = "AdamW"
@@ -102,7 +105,7 @@ def contenders(
 ) -> tuple[Contender, Contender]:
     """torch's optimizer and ours; where torch has none, ours on the reference backend is the one to compare with."""
     ours = getattr(fusedstep, name)
-    theirs = getattr(torch.optim, name, None)
+    theirs = torch_class(name)
     if theirs is None:
         other = Contender(
             f"fusedstep.{name}, reference",
@@ -112,7 +115,7 @@ def contenders(
     else:
         fused = {"fused": True} if fused_works(theirs, device) else {}
         other = Contender(
-            f"torch.optim.{name}",
+            f"torch.optim.{theirs.__name__}",
             "fused=True" if fused else "default",
             lambda groups: theirs(groups, **fused, **options),
         )
