@@ -195,9 +195,7 @@ def test_every_shape_is_close_to_the_reference(on_host, case):
     for _ in range(3):
         step(optimizers, random(SHAPES, generator))
     assert_close(optimizers)
-    assert optimizers[0].kernel_calls == (
-        5 if case.options.get("reduce") == (0,) else 3
-    )  # rows, columns, scalar
+    assert optimizers[0].kernel_calls == (5 if case.options.get("reduce") == (0,) else 3)  # rows, columns, scalar
 
 
 @by_case
