@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "engine.h"
+#include "norm.h"
 #include "reducing.h"
 
 namespace fusedstep::cpu {
@@ -12,6 +13,8 @@ struct Isa {
   std::string name;
   RunFunction run;
   PhaseFunction run_phase;
+  SumFunction sum;
+  ScaleFunction scale;
 };
 
 const Isa& current();  // the one in use

@@ -22,8 +22,15 @@ class CudaPlan(KernelPlan):
     table = None
 
     def launch(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
+        if coefficient is not None or self.write_grads:
+            raise RuntimeError("backend='cuda' has no kernel that clips or writes gradients")
         from .. import _C
 
         device = self.device

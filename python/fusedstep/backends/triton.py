@@ -119,8 +119,15 @@ class TritonPlan(KernelPlan):
         return copy
 
     def launch(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
+        if coefficient is not None or self.write_grads:
+            raise RuntimeError("backend='triton' has no kernel that clips or writes gradients")
         grad_dtypes = self.native.grad_dtypes()
         if self.launches is None or grad_dtypes != self.grad_dtypes:
             self.launches = self._launches(grad_dtypes)
