@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <stdexcept>
 #include <thread>
 
@@ -101,9 +102,47 @@ void parallel(int threads, const Body& body) {
   }
 }
 
+namespace {
+
+// A thread whose core another program uses begins milliseconds late, and the call waits for it. If that took longer
+// than one thread would have needed for everything, the next short calls are made on one, twice as many each time.
+constexpr int64_t kShort = 1 << 22;  // elements: one thread needs a few milliseconds
+constexpr int kFewestAlone = 16, kMostAlone = 1024;
+std::atomic<int> alone{0}, alone_next{kFewestAlone};
+
+using Clock = std::chrono::steady_clock;
+
+void learn_from(int team, Clock::duration working, Clock::duration waiting) {
+  if (waiting > std::max<Clock::duration>(team * working, std::chrono::microseconds(500))) {
+    alone = alone_next.load();
+    alone_next = std::min(2 * alone, kMostAlone);
+  } else {
+    alone_next = kFewestAlone;
+  }
+}
+
+}  // namespace
+
+void share_out(int threads, int64_t numel, const Share& share) {
+  int team = team_size(threads, numel);
+  const bool learns = team > 1 && numel < kShort;
+  if (learns && alone > 0) {
+    --alone;
+    team = 1;
+  }
+  const Clock::time_point called = Clock::now();
+  Clock::duration working{};
+  parallel(team, [&](int index, int size, const auto&) {
+    const Clock::time_point begun = Clock::now();
+    share(index, size);
+    if (index == 0) working = Clock::now() - begun;
+  });
+  if (learns && team > 1) learn_from(team, working, Clock::now() - called - working);
+}
+
 void step(const Call& call, int threads) {
   const RunFunction run = current().run;
-  parallel(team_size(threads, call.numel), [&](int index, int size, const auto&) {
+  share_out(threads, call.numel, [&](int index, int size) {
     const auto boundary = [&](int64_t i) {
       return i == size ? call.numel : call.numel / size * i / kSplitMultiple * kSplitMultiple;
     };

@@ -32,7 +32,7 @@ struct Pieces {
   // Calls visit(i) for each piece, on a team of threads that have about as many elements each.
   template <class Visit>
   void for_all(int threads, const Visit& visit) const {
-    parallel(team_size(threads, numel), [&](int index, int size, const auto&) {
+    share_out(threads, numel, [&](int index, int size) {
       const auto first_of = [&](int i) {
         const auto before = [](const Piece& piece, int64_t element) { return piece.before < element; };
         const int64_t element = i == size ? numel : numel / size * i;

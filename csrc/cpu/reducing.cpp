@@ -308,11 +308,12 @@ struct RunBuffers {
       factors[Rule::kFactors];
 };
 
-// Calls visit(rows, columns) with constants for the sizes that kernels of convolutions have.
-template <class T, class Visit>
+// Calls visit(rows, columns); for matrices of which both have statistics, with constants for the sizes that kernels of
+// convolutions have.
+template <class Rule, class T, class Visit>
 FUSEDSTEP_FN void visit_size(int64_t rows, int64_t columns, Visit&& visit) {
   using std::integral_constant;
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (sizeof(T) == sizeof(float) && kRows<Rule> && kColumns<Rule>) {
     if (rows == columns) {
       if (rows == 1) return visit(integral_constant<int64_t, 1>{}, integral_constant<int64_t, 1>{});
       if (rows == 3) return visit(integral_constant<int64_t, 3>{}, integral_constant<int64_t, 3>{});
@@ -407,10 +408,10 @@ void take_runs(const Context<Rule, T>& context, const Tile& tile, int64_t index,
       store_at(plain(b.squares.numbers), i, Rule::square(change(load_at(grad, at + i, part)), s), part);
     });
     if (m.factored) {
-      visit_size<T>(m.rows, m.columns, [&](auto rows, auto columns) {
+      visit_size<Rule, T>(m.rows, m.columns, [&](auto rows, auto columns) {
         finish_matrices<Rule, T>(context, b, first, count, kUpdates, rows, columns);
       });
-    } else {
+    } else if constexpr (kTakesFlat<Rule>) {
       finish_lines<Rule, T>(context, line_places<Rule, Span::kFlat>(), at, n, b.squares.numbers, kUpdates,
                             b.first_states.numbers, b.factors[0].numbers, kRun);
     }

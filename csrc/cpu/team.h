@@ -26,4 +26,9 @@ int team_size(int threads, int64_t numel);
 using Body = std::function<void(int index, int size, const std::function<void()>& wait)>;
 void parallel(int threads, const Body& body);
 
+// The same with as many threads as so many elements are worth, for a body that does not wait. Where it is short, it
+// runs on one thread while the others' cores are busy.
+using Share = std::function<void(int index, int size)>;
+void share_out(int threads, int64_t numel, const Share& share);
+
 }  // namespace fusedstep::cpu

@@ -8,7 +8,7 @@ from .adagrad import Adagrad
 from .adam import Adam
 from .adam_weight_decay import AdamWeightDecay
 from .adamw import AdamW
-from .amos import Amos, amos_scales
+from .amos import Amos, amos_reductions, amos_scales
 from .amp import GradScaler
 from .backends import use_backend
 from .clipping import clip_grad_norm_
@@ -38,6 +38,7 @@ __all__ = [
     "Options",
     "RMSprop",
     "TorchAdafactor",
+    "amos_reductions",
     "amos_scales",
     "clip_grad_norm_",
     "create_optimizer",

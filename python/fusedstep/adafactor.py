@@ -134,7 +134,7 @@ class Adafactor(FusedOptimizer):
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names[group["beta1"] is None :]
 
-    def state_shape(self, name: str, param: Tensor) -> torch.Size | None:
+    def state_shape(self, name: str, param: Tensor, variant: Any) -> torch.Size | None:
         if name == "RMS":
             return torch.Size()
         if name == "exp_avg":
@@ -144,12 +144,12 @@ class Adafactor(FusedOptimizer):
         shape = param.shape
         return {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:], "exp_avg_sq": shape}[name]
 
-    def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+    def init_state(self, name: str, param: Tensor, group: dict[str, Any], variant: Any) -> Tensor:
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        return torch.zeros(self.state_shape(name, param), dtype=dtype, device=param.device)
+        return torch.zeros(self.state_shape(name, param, variant), dtype=dtype, device=param.device)
 
     @staticmethod
-    def matrices(param: Tensor) -> tuple[int, int, int] | None:
+    def matrices(param: Tensor, variant: Any) -> tuple[int, int, int] | None:
         if param.dim() < 2:
             return None
         return math.prod(param.shape[:-2]), param.shape[-2], param.shape[-1]

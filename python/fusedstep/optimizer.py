@@ -52,7 +52,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     step_form: ClassVar[Literal["tensor", "int", "absent"]] = "tensor"  # of "step" in the parent class's state_dict
     state_at_construction: ClassVar[bool] = False  # whether the parent class has states before the first step
 
-    reduces: ClassVar[bool] = False  # whether the rule has sums over rows, columns or whole tensors
+    reduces: ClassVar[bool] = False  # whether the rule has such sums as `rule_of` names
 
     Scalars: ClassVar[type]
 
@@ -136,16 +136,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether a step with a sparse gradient leaves the rows that it does not name as they are."""
         return True
 
-    def state_shape(self, name: str, param: Tensor) -> torch.Size | None:
-        """The shape of the state ``name`` of a parameter; None if this parameter does not have the state."""
-        return param.shape
+    @classmethod
+    def rule_of(cls, variant: Any) -> tuple[str, bool]:
+        """The compiled rule for parameters of a variant, and whether it has sums over rows, columns or tensors."""
+        return cls.rule, cls.reduces
 
     @staticmethod
-    def matrices(param: Tensor) -> tuple[int, int, int] | None:
+    def matrices(param: Tensor, variant: Any) -> tuple[int, int, int] | None:
         """For a rule that reduces: (batch, rows, columns) of a contiguous parameter; None: it is taken as flat."""
         raise NotImplementedError
 
-    def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+    def state_shape(self, name: str, param: Tensor, variant: Any) -> torch.Size | None:
+        """The shape of the state ``name`` of a parameter; None if this parameter does not have the state."""
+        return param.shape
+
+    def init_state(self, name: str, param: Tensor, group: dict[str, Any], variant: Any) -> Tensor:
         """The state ``name`` of a parameter before its first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
 
@@ -172,17 +177,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             first = sum(len(g["params"]) for g in self.param_groups[:-1])
             for index, (name, param) in enumerate(_named(group), first):
-                checks.check_param(type(self), param, layout.local(param.detach()), checks.describe(index, name, param))
+                what = checks.describe(index, name, param)
+                reduces = self.rule_of(self.variant_of(group, name, param))[1]
+                checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
                 self._select(param)
         except BaseException:
             self.param_groups.pop()
             raise
         if self.state_at_construction:
-            for _, param in _named(group):
+            for name, param in _named(group):
                 state = self.state[param]
                 self._step_counter(param, param, state, ())
                 for key in self.states_of(group):
-                    state[key] = self.init_state(key, param, group)
+                    state[key] = self.init_state(key, param, group, self.variant_of(group, name, param))
         if self._learning_rates is not None:
             self._learning_rates.follow(self.param_groups, self._most_steps)
         self._plans = None
@@ -208,7 +215,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _select(self, param: Tensor) -> backends.Backend:
         # Frozen weights of a dtype that nothing can update are carried along, as torch does.
         trained = param.requires_grad or param.grad is not None or param in self.state or param in self._counters
-        return backends.select(self._backend, param.device, param.dtype if trained else torch.float32, self.reduces)
+        return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_backend", "_counters", "_learning_rates", "_gradients")
@@ -262,10 +269,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             params = [group["params"] for group in self.param_groups]
             if [len(group) for group in ids] != [len(group) for group in params]:
                 return given  # torch reports the mismatch right after this
-            by_id = dict(zip(chain.from_iterable(ids), chain.from_iterable(params), strict=True))
+            places = ((group, *named) for group in self.param_groups for named in _named(group))
+            by_id = dict(zip(chain.from_iterable(ids), places, strict=True))
             for key, value in given["state"].items():
                 if key in by_id:
-                    loaded[by_id[key]] = self._adopt(key, by_id[key], value)
+                    loaded[by_id[key][-1]] = self._adopt(key, *by_id[key], value)
                 else:
                     rest[key] = value
             return {**given, "state": {}}
@@ -283,11 +291,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         ):
             super().load_state_dict(state_dict)
 
-    def _adopt(self, key: Any, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    def _adopt(
+        self, key: Any, group: dict[str, Any], param_name: str | None, param: Tensor, state: dict[str, Any]
+    ) -> dict[str, Any]:
         """A parameter's loaded state: our own copies, on its device."""
         adopted = {}
+        variant = self.variant_of(group, param_name, param)
         for name, value in state.items():
-            shape = self.state_shape(name, param) if name in self.state_names else None
+            shape = self.state_shape(name, param, variant) if name in self.state_names else None
             if shape is not None and isinstance(value, Tensor) and value.shape != shape:
                 raise ValueError(
                     f"loaded state dict: '{name}' of parameter {key} has shape {tuple(value.shape)}, "
@@ -318,17 +329,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             row = []
             for name, param in _named(group):
-                backend = self._select(param)
+                backend, variant = self._select(param), self.variant_of(group, name, param)
+                reduces = self.rule_of(variant)[1]
                 if param.grad is not None:
                     what = checks.describe(index, name, param)
-                    checks.check_param(type(self), param, layout.local(param.detach()), what)
+                    checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
                     checks.check_grad(type(self), group, param, param.grad, what)
                     for state in self.states_of(group):
                         value = self.state[param].get(state) if param in self.state else None
-                        shape = self.state_shape(state, param)
+                        shape = self.state_shape(state, param, variant)
                         if isinstance(value, Tensor) and shape is not None:
                             checks.check_state(type(self).__name__, state, value, param, shape, backend.dtypes, what)
-                row.append((index, name, param, backend, self.variant_of(group, name, param)))
+                row.append((index, name, param, backend, variant))
                 index += 1
             for variant in {variant for *_, variant in row}:
                 self._hyper_of(group, variant)
@@ -343,7 +355,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 # A parameter that is listed twice is updated twice, one call after the other.
                 bucket = (backend, variant, param.device, backend.bucket(param), seen[param])
                 seen[param] += 1
-                buckets.setdefault(bucket, []).append(self._slot(index, name, param, group, states, backend))
+                slot = self._slot(index, name, param, group, variant, states, backend)
+                buckets.setdefault(bucket, []).append(slot)
             for (backend, variant, *_), slots in buckets.items():
                 plan = backend.plan(type(self), group_index, group, variant, states, slots)
                 plan.zero_grads = self._gradients.options.zero_grads
@@ -357,13 +370,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         name: str | None,
         param: Tensor,
         group: dict[str, Any],
+        variant: Any,
         states: tuple[str, ...],
         backend: backends.Backend,
     ) -> Slot:
         started = param in self.state or param in self._counters
         if param.grad is None and not started:
             return Slot(index, name, param, None, None, ())
-        tensor = backend.memory(param, self.reduces)
+        tensor = backend.memory(param, self.rule_of(variant)[1])
         if states or self.step_form != "absent":
             state = self.state[param]
         else:
@@ -371,13 +385,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = self._step_counter(param, tensor, state, states)
         tensors = []
         for key in states:
-            shape = self.state_shape(key, param)
+            shape = self.state_shape(key, param, variant)
             if shape is None:
                 tensors.append(None)
                 continue
             value = state.get(key)
             if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
-                value = state[key] = self.init_state(key, param, group)
+                value = state[key] = self.init_state(key, param, group, variant)
             elif value.device != param.device:
                 value = state[key] = value.to(param.device)
             usable = backend.state_memory(value, tensor)

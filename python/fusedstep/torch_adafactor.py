@@ -112,7 +112,7 @@ class TorchAdafactor(FusedOptimizer):
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names
 
-    def state_shape(self, name: str, param: Tensor) -> torch.Size | None:
+    def state_shape(self, name: str, param: Tensor, variant: Any) -> torch.Size | None:
         shape = param.shape
         if (len(shape) >= 2) == (name == "variance"):
             return None
@@ -120,8 +120,8 @@ class TorchAdafactor(FusedOptimizer):
             return torch.Size((*shape[:-1], 1))
         return torch.Size((*shape[:-2], 1, *shape[-1:])) if name == "col_var" else shape
 
-    def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
-        return torch.zeros(self.state_shape(name, param), dtype=param.dtype, device=param.device)
+    def init_state(self, name: str, param: Tensor, group: dict[str, Any], variant: Any) -> Tensor:
+        return torch.zeros(self.state_shape(name, param, variant), dtype=param.dtype, device=param.device)
 
     matrices = staticmethod(Adafactor.matrices)
 

@@ -64,11 +64,11 @@ def use_backend(name: str) -> Iterator[None]:
         _default.reset(token)
 
 
-_selected: dict[tuple[str, torch.device, torch.dtype, bool], Backend] = {}
+_selected: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
 
 
-def select(choice: str, device: torch.device, dtype: torch.dtype, reduces: bool = False) -> Backend:
-    """The backend for parameters of ``dtype`` on ``device``, and for a rule that reduces if ``reduces``.
+def select(choice: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for parameters of ``dtype`` on ``device``.
 
     With "auto", CUDA tensors take "cuda", else "triton"; CPU tensors take "cpu"; the rest takes "reference", with one
     warning that says why.
@@ -76,22 +76,15 @@ def select(choice: str, device: torch.device, dtype: torch.dtype, reduces: bool 
     Raises:
         RuntimeError: the backend that was asked for cannot run; the text gives its reasons.
     """
-    key = (choice, device, dtype, reduces)
+    key = (choice, device, dtype)
     if key not in _selected:
         _selected[key] = _select(*key)
     return _selected[key]
 
 
-def _reasons(backend: Backend, device: torch.device, dtype: torch.dtype, reduces: bool) -> list[str]:
-    missing = (
-        ["it has no kernel for rules that reduce over rows and columns"] if reduces and not backend.reduces else []
-    )
-    return backend.reasons(device, dtype) + missing
-
-
-def _select(choice: str, device: torch.device, dtype: torch.dtype, reduces: bool) -> Backend:
+def _select(choice: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if choice != "auto":
-        reasons = _reasons(BACKENDS[choice], device, dtype, reduces)
+        reasons = BACKENDS[choice].reasons(device, dtype)
         if reasons:
             raise RuntimeError(
                 f"backend='{choice}' cannot update {dtype} parameters on {device}: {'; '.join(reasons)}. "
@@ -103,7 +96,7 @@ def _select(choice: str, device: torch.device, dtype: torch.dtype, reduces: bool
     for name in preferred:
         if name not in BACKENDS:
             continue
-        reasons = _reasons(BACKENDS[name], device, dtype, reduces)
+        reasons = BACKENDS[name].reasons(device, dtype)
         if not reasons:
             return BACKENDS[name]
         refused.append(f"{name}: {'; '.join(reasons)}")

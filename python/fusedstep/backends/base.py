@@ -23,7 +23,6 @@ class Backend:
 
     name: str
     dtypes: tuple[torch.dtype, ...] | None = None  # of states; None: every floating one
-    reduces: bool = False  # whether it can run rules that reduce
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         """Why this backend cannot update parameters on ``device`` (of ``dtype``); empty if it can."""

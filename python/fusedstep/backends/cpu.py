@@ -47,7 +47,6 @@ class CpuPlan(KernelPlan):
 
 class CpuBackend(KernelBackend):
     name = "cpu"
-    reduces = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         if device.type != "cpu":

@@ -53,6 +53,7 @@ class Plan:
         self.group = group  # its index among the optimizer's
         self.options = options  # the group itself
         self.variant = variant
+        self.rule, self.reduces = optimizer.rule_of(variant)
         self.states = states
         self.slots = slots
         self.given: list[Tensor | None] | None = None  # gradients in place of the parameters' own
@@ -180,13 +181,13 @@ class KernelPlan(Plan):
 
         slots = self.slots
         self.native = _C.Plan(
-            self.optimizer.rule,
+            self.rule,
             self.states,
             [slot.param for slot in slots],
             [slot.tensor for slot in slots],
             [slot.step for slot in slots],
             [slot.states for slot in slots],
-            [self._matrices(slot) for slot in slots] if self.optimizer.reduces else [],
+            [self._matrices(slot) for slot in slots] if self.reduces else [],
         )
         self.stand_ins = [
             (i, slot)
@@ -199,7 +200,7 @@ class KernelPlan(Plan):
         self.places = [(target, layout.place(layout.local(target))) for target in apart]
 
     def _matrices(self, slot: Slot) -> tuple[int, int, int] | None:
-        return None if slot.tensor is None else self.optimizer.matrices(slot.tensor)
+        return None if slot.tensor is None else self.optimizer.matrices(slot.tensor, self.variant)
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         moved = any(layout.place(layout.local(target)) != place for target, place in self.places)

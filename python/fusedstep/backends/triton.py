@@ -66,7 +66,7 @@ class Launch:
         from ..triton_kernels import step
 
         step.launch(
-            plan.optimizer.rule,
+            plan.rule,
             self.dtypes,
             maximize,
             plan.zero_grads,
@@ -91,7 +91,7 @@ class ReducingLaunch(Launch):
         from ..triton_kernels import reducing
 
         tables = (self.reducing.table, self.reducing.items, self.grads, plan.hyper, self.done)
-        return reducing.launch(plan.optimizer.rule, self.dtypes, maximize, *tables, *flags)
+        return reducing.launch(plan.rule, self.dtypes, maximize, *tables, *flags)
 
 
 class TritonPlan(KernelPlan):
@@ -149,14 +149,14 @@ class TritonPlan(KernelPlan):
             if slot.tensor is not None:
                 pairs = zip(self.states, slot.states, strict=True)
                 states = {name: DTYPES[state.dtype] for name, state in pairs if state is not None}
-                if self.optimizer.reduces:
-                    factored = self.optimizer.matrices(slot.tensor) is not None
-                    named = dtypes_of(states, self.optimizer.rule, factored)
+                if self.reduces:
+                    factored = self.optimizer.matrices(slot.tensor, self.variant) is not None
+                    named = dtypes_of(states, self.rule, factored)
                 else:
                     named = [states.get(name, "") for name in self.optimizer.state_names]
                 dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *named)
                 groups.setdefault(dtypes, []).append(index)
-        kind = ReducingLaunch if self.optimizer.reduces else Launch
+        kind = ReducingLaunch if self.reduces else Launch
         return [kind(dtypes, indices, self) for dtypes, indices in groups.items()]
 
     def _set_hyper(self, hyper: tuple[float | Tensor, ...]) -> None:
@@ -172,7 +172,6 @@ class TritonPlan(KernelPlan):
 
 class TritonBackend(KernelBackend):
     name = "triton"
-    reduces = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         missing = package_reasons() or extension_reasons()

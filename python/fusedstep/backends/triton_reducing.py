@@ -56,12 +56,12 @@ class ReducingTable:
         from ..triton_kernels import reducing
         from ..triton_kernels.reducing_rules import REDUCING_RULES
 
-        names = REDUCING_RULES[plan.optimizer.rule]
+        names = REDUCING_RULES[plan.rule]
         slot = plan.slots[index]
         param, step, *states = plan.native.pointers()[index]
         address = dict(zip(plan.optimizer.state_names, states, strict=False))
         numel = slot.tensor.numel()
-        matrices = plan.optimizer.matrices(slot.tensor)
+        matrices = plan.optimizer.matrices(slot.tensor, plan.variant)
         batch, rows, columns = matrices or (1, 1, numel)
         n_strips = n_row_blocks = 1
         if matrices is None:
