@@ -57,10 +57,20 @@ def doubles(row_ptr, column):
 
 
 @triton.jit
-def load_grad(grad, index, mask, grad_scale_ptr, GRAD: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr):
+def load_grad(
+    grad, index, mask, grad_scale_ptr, coefficient_ptr, GRAD: tl.constexpr, ARITHMETIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr, LEFT: tl.constexpr,
+):  # fmt: skip
+    """A gradient as the rule takes it. LEFT, in the last pass: what then becomes of it in memory."""
     g = load(grad, index, mask, GRAD, ARITHMETIC)
     if grad_scale_ptr is not None:
         g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
+    if coefficient_ptr is not None:
+        g = g * tl.load(coefficient_ptr).to(ARITHMETIC)
+    if LEFT == "zero":
+        store(grad, index, tl.zeros_like(g), mask, GRAD)
+    if LEFT == "changed":
+        store(grad, index, g, mask, GRAD)
     if MAXIMIZE:
         g = -g
     return g
@@ -152,7 +162,8 @@ def finish_matrix(
 
 @triton.jit
 def sum_small(
-    row_ptr, grad, first_matrix, n, grad_scale_ptr, s, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr,
+    row_ptr, grad, first_matrix, n, grad_scale_ptr, coefficient_ptr, s,
+    SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr,
     GRAD: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
     """Several whole small matrices: a lane takes a line, then a matrix."""
@@ -166,7 +177,9 @@ def sum_small(
         sums = tl.zeros([LINES], ARITHMETIC)
         k = 0 * columns
         while k < columns:
-            g = load_grad(grad, line * columns + k, mask, grad_scale_ptr, GRAD, ARITHMETIC, MAXIMIZE)
+            g = load_grad(
+                grad, line * columns + k, mask, grad_scale_ptr, coefficient_ptr, GRAD, ARITHMETIC, MAXIMIZE, ""
+            )
             sums += tl.where(mask, SQUARE(g, s), 0.0)
             k += 1
         states = finish_lines(
@@ -183,7 +196,9 @@ def sum_small(
         sums = tl.zeros([LINES], ARITHMETIC)
         k = 0 * rows
         while k < rows:
-            g = load_grad(grad, begin + k * columns, mask, grad_scale_ptr, GRAD, ARITHMETIC, MAXIMIZE)
+            g = load_grad(
+                grad, begin + k * columns, mask, grad_scale_ptr, coefficient_ptr, GRAD, ARITHMETIC, MAXIMIZE, ""
+            )
             sums += tl.where(mask, SQUARE(g, s), 0.0)
             k += 1
         finish_lines(
@@ -256,10 +271,10 @@ def step_number(row_ptr):
 
 @triton.jit
 def sums_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:  # the same for all programs and launches
         if tl.load(found_inf_ptr) != 0:
@@ -284,7 +299,7 @@ def sums_kernel(
             row_mask = row_lanes < first_row + n
             mask = row_mask[:, None] & (column < columns)[None, :]
             at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
-            g = load_grad(grad, at, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+            g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, "")
             square = tl.where(mask, SQUARE(g, s), 0.0)
             sums += tl.sum(square, axis=0)
             strip = first_column // TILE_COLUMNS
@@ -306,7 +321,7 @@ def sums_kernel(
             begin = matrix * rows * columns
             elements = n * rows * columns
             sum_small(
-                row_ptr, grad, matrix, n, grad_scale_ptr, s, SQUARE, LINE, MATRIX,
+                row_ptr, grad, matrix, n, grad_scale_ptr, coefficient_ptr, s, SQUARE, LINE, MATRIX,
                 DTYPES[1], DTYPES[2], DTYPES[3], ARITHMETIC, MAXIMIZE,
             )  # fmt: skip
         at = 0 * n
@@ -327,10 +342,10 @@ def sums_kernel(
 
 @triton.jit
 def update_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
@@ -352,7 +367,7 @@ def update_kernel(
             row_mask = row_lanes < first_row + n
             mask = row_mask[:, None] & (column < columns)[None, :]
             at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
-            g = load_grad(grad, at, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+            g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, "")
             of_rows = row_factors(row_ptr, matrix + 0 * row_lanes, row_lanes, row_mask, ARITHMETIC)
             factor = of_rows[:, None] * of_columns[None, :]
             direction = tl.where(mask, DIRECTION(g, factor, s), 0.0)
@@ -369,7 +384,7 @@ def update_kernel(
             lanes = at + tl.arange(0, BLOCK)
             i = begin + lanes
             mask = lanes < elements
-            g = load_grad(grad, i, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+            g = load_grad(grad, i, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, "")
             if cut == 1:
                 factor = small_factors(row_ptr, i, mask, ARITHMETIC)
             else:  # the states are for the last pass to write
@@ -402,14 +417,49 @@ def update_elements(
 
 
 @triton.jit
+def zero_item(
+    table_ptr, items_ptr, grads_ptr, GRAD: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What is left of a step that is skipped: zeros in the gradient."""
+    row_ptr, grad, _, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
+    if grad != 0:
+        rows = tl.load(row_ptr + ROWS)
+        columns = tl.load(row_ptr + N_COLUMNS)
+        cut = tl.load(row_ptr + CUT)
+        if cut == 2:
+            column = first_column + tl.arange(0, TILE_COLUMNS)
+            row = first_row
+            while row < first_row + n:
+                row_lanes = row + tl.arange(0, TILE_ROWS)
+                mask = (row_lanes < first_row + n)[:, None] & (column < columns)[None, :]
+                at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
+                store(grad, at, tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32), mask, GRAD)
+                row += TILE_ROWS
+        else:
+            begin = first_column
+            elements = n
+            if cut == 1:
+                begin = matrix * rows * columns
+                elements = n * rows * columns
+            at = 0 * n
+            while at < elements:
+                lanes = at + tl.arange(0, BLOCK)
+                store(grad, begin + lanes, tl.zeros([BLOCK], tl.float32), lanes < elements, GRAD)
+                at += BLOCK
+
+
+@triton.jit
 def apply_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
+            if LEFT == "zero":
+                zero_item(table_ptr, items_ptr, grads_ptr, DTYPES[1], TILE_ROWS, TILE_COLUMNS, BLOCK)
             return
     row_ptr, grad, _, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
     if grad != 0:
@@ -428,7 +478,7 @@ def apply_kernel(
                 row_mask = row_lanes < first_row + n
                 mask = row_mask[:, None] & (column < columns)[None, :]
                 at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
-                g = load_grad(grad, at, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+                g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, LEFT)
                 of_rows = row_factors(row_ptr, matrix + 0 * row_lanes, row_lanes, row_mask, ARITHMETIC)
                 factor = of_rows[:, None] * of_columns[None, :]
                 update_elements(row_ptr, at, mask, g, factor, s, f, UPDATE, DTYPES, ARITHMETIC)
@@ -444,7 +494,7 @@ def apply_kernel(
                 lanes = at + tl.arange(0, BLOCK)
                 i = begin + lanes
                 mask = lanes < elements
-                g = load_grad(grad, i, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+                g = load_grad(grad, i, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, LEFT)
                 if cut == 1:
                     factor = small_factors(row_ptr, i, mask, ARITHMETIC)
                 else:
@@ -469,7 +519,7 @@ def apply_kernel(
 KERNELS = (sums_kernel, update_kernel, apply_kernel)
 
 
-def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, interpreted: bool) -> dict:
+def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, left: str, interpreted: bool) -> dict:
     """The compile-time arguments of the kernels.
 
     ``dtypes`` of param, grad, the state of rows or flat elements, that of columns, of each element and of the tensor:
@@ -483,6 +533,7 @@ def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, interpreted: b
         "DTYPES": dtypes,
         "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
         "MAXIMIZE": maximize,
+        "LEFT": left,
         "TILE_ROWS": rows,
         "TILE_COLUMNS": columns,
         "BLOCK": 16_384 if interpreted else 2048,
@@ -498,6 +549,7 @@ def launch(
     rule: str,
     dtypes: tuple[str, ...],
     maximize: bool,
+    left: str,
     table: Tensor,
     items: Tensor,
     grads: Tensor,
@@ -505,6 +557,7 @@ def launch(
     done: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    coefficient: Tensor | None,
 ) -> int:
     """Queue one update of the tensors of ``table``, all of which have the same dtypes; returns the number of launches.
 
@@ -512,18 +565,20 @@ def launch(
         rule: its name in `REDUCING_RULES`.
         dtypes: as of `constants`.
         maximize: whether gradients are negated.
+        left: in the gradients: "" for what was there, "zero", or "changed" for what the rule used.
         table: int64, (tensors, len(COLUMNS)).
         items: int64, (programs, len(ITEM)).
         grads: int64, (tensors,): addresses of the gradients, 0 for tensors that take no part.
         hyper: float64: the rule's hyperparameters.
         done: int32, one zero; it is zero again afterwards.
         grad_scale, found_inf: one fp32 number each, or None.
+        coefficient: one fp64 number that gradients are multiplied by, or None.
     """
-    fixed = constants(rule, dtypes, maximize, table.device.type == "cpu")
+    fixed = constants(rule, dtypes, maximize, left, table.device.type == "cpu")
     with np.errstate(all="ignore"):  # the interpreter would warn of the means of empty rows
         for kernel in KERNELS:
             kernel[(items.shape[0],)](
-                *(table, items, grads, hyper, done, grad_scale, found_inf, table.shape[0]),
+                *(table, items, grads, hyper, done, grad_scale, found_inf, coefficient, table.shape[0]),
                 **fixed,
                 num_warps=8,
                 enable_fp_fusion=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ class Limits(NamedTuple):
     @property
     def skips(self) -> bool:
         return self.find_nonfinite or self.skip_nonfinite
+
+
+NO_LIMITS = Limits(math.inf, 0.0, False, False, False, False)
 
 
 class Norm:
