@@ -52,7 +52,7 @@ class HostPlan(KernelPlan):
     library = None
     blocks = 3
 
-    def launch(self, hyper, maximize, grad_scale, found_inf):
+    def launch(self, hyper, maximize, grad_scale, found_inf, coefficient=None):
         pointers, grad_dtypes = self.native.pointers(), self.native.grad_dtypes()
         names = self.optimizer.state_names
         records, matrices = [], []
@@ -77,8 +77,8 @@ class HostPlan(KernelPlan):
             self.rule.encode(),
             len(self.states),
             scalars,
-            ctypes.c_bool(maximize),
-            *[None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf)],
+            *map(ctypes.c_bool, (maximize, self.zero_grads, self.write_grads)),
+            *[None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf, coefficient)],
             (Record * len(records))(*records),
             (Matrices * len(matrices))(*matrices),
             ctypes.c_int64(len(records)),
@@ -86,7 +86,7 @@ class HostPlan(KernelPlan):
             self.blocks,
         )
         assert launches > 0, "a counter is not ready for the next step"
-        self.native.increment_written(False)
+        self.native.increment_written(self.zero_grads or self.write_grads)
         self.native.release_grads()
         return launches
 
@@ -145,15 +145,15 @@ FEW_SHAPES = [(), (300,), (0, 3), (50, 3, 3), (2, 20, 31), (70, 136), (65, 517)]
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-12, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-def make(case, values, backend):
+def make(case, values, backend, **options):
     params = [torch.nn.Parameter(value.detach().clone()) for value in values]
     for param in params:
         param.grad_dtype = None
-    return getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options)
+    return getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options, **options)
 
 
-def pair(case, values):
-    return [make(case, values, backend) for backend in ("cpu", "reference")]
+def pair(case, values, **options):
+    return [make(case, values, backend, **options) for backend in ("cpu", "reference")]
 
 
 def random(shapes, generator, dtypes=(torch.float32,)):
@@ -301,4 +301,26 @@ def test_many_tensors_take_few_launches(on_host):
     optimizers = pair(TORCH, random([(2, 2)] * 4001, generator))
     step(optimizers, random([(2, 2)] * 4001, generator))
     assert optimizers[0].kernel_calls == 6
+    assert_close(optimizers)
+
+
+@by_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", [{}, {"zero_grads": True}, {"write_grads": True}], ids=str)
+def test_clipped_gradients_and_what_is_left_of_them(on_host, case, dtype, kept):
+    generator = torch.Generator().manual_seed(12)
+    optimizers = pair(case, random(FEW_SHAPES, generator, (dtype,)), max_grad_norm=1.0, skip_nonfinite=True, **kept)
+    for number in range(3):
+        grads = random(FEW_SHAPES, generator, (dtype,))
+        if number == 1:
+            grads[1][7] = torch.inf
+        before = [t.clone() for t in tensors(optimizers[0])]
+        step(optimizers, grads)
+        if number == 1:
+            for a, b in zip(tensors(optimizers[0]), before, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        for a, b, grad in zip(*[o.param_groups[0]["params"] for o in optimizers], grads, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+            assert "zero_grads" not in kept or not a.grad.any()
+            assert kept or torch.equal(a.grad, grad)
     assert_close(optimizers)

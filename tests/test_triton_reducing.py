@@ -32,9 +32,9 @@ def interpreted():
         pytest.skip("; ".join(reasons))
 
 
-def make(case, values, backend):
+def make(case, values, backend, **options):
     params = [torch.nn.Parameter(value.clone()) for value in values]
-    return getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options)
+    return getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options, **options)
 
 
 def random(shapes, generator, dtype=torch.float32):
@@ -141,3 +141,26 @@ def test_the_code_for_sm_90_rounds_after_every_operation_and_spills_nothing(code
             assert found["approximate"] == 0
             assert found["local"] == 0
         assert kernels[0]["rounded_divisions"] > 0
+
+
+@pytest.mark.parametrize("case", [REDUCING[3], REDUCING[4]], ids=str)
+@pytest.mark.parametrize("kept", [{}, {"zero_grads": True}, {"write_grads": True}], ids=str)
+def test_clipped_gradients_and_what_is_left_of_them(interpreted, case, kept):
+    generator = torch.Generator().manual_seed(12)
+    options = {"max_grad_norm": 1.0, "skip_nonfinite": True, **kept}
+    values = random(SHAPES, generator)
+    optimizers = [make(case, values, backend, **options) for backend in ("triton", "reference")]
+    for number in range(3):
+        grads = random(SHAPES, generator)
+        if number == 1:
+            grads[1][7] = torch.inf
+        before = [t.clone() for t in tensors(optimizers[0])]
+        step(optimizers, grads)
+        if number == 1:
+            for a, b in zip(tensors(optimizers[0]), before, strict=True):
+                assert same_bits(a, b)
+        for a, b, grad in zip(*[o.param_groups[0]["params"] for o in optimizers], grads, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
+            assert "zero_grads" not in kept or not a.grad.any()
+            assert kept or torch.equal(a.grad, grad)
+    assert_close(optimizers)

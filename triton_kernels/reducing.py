@@ -78,11 +78,11 @@ def step_number(row_ptr):
 
 @triton.jit
 def sums_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:  # the same for all programs and launches
         if tl.load(found_inf_ptr) != 0:
@@ -107,7 +107,7 @@ def sums_kernel(
             row_mask = row_lanes < first_row + n
             mask = row_mask[:, None] & (column < columns)[None, :]
             at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
-            g = load_grad(grad, at, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+            g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, "")
             square = tl.where(mask, SQUARE(g, s), 0.0)
             if DTYPES[3] != "":
                 sums += tl.sum(square, axis=0)
@@ -133,7 +133,8 @@ def sums_kernel(
             begin = matrix * rows * columns
             elements = n * rows * columns
             sum_small(
-                row_ptr, grad, matrix, n, grad_scale_ptr, s, SQUARE, LINE, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE,
+                row_ptr, grad, matrix, n, grad_scale_ptr, coefficient_ptr, s,
+                SQUARE, LINE, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE,
             )  # fmt: skip
         if PARAM_SUM:
             at = 0 * n
@@ -155,11 +156,11 @@ def sums_kernel(
 
 @triton.jit
 def update_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
@@ -181,7 +182,7 @@ def update_kernel(
             row_mask = row_lanes < first_row + n
             mask = row_mask[:, None] & (column < columns)[None, :]
             at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
-            g = load_grad(grad, at, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+            g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, "")
             factor = tile_factors(row_ptr, matrix, row_lanes, row_mask, of_columns, False, MATRIX, DTYPES, ARITHMETIC)
             direction = tl.where(mask, DIRECTION(g, factor, s), 0.0)
             total += tl.sum(tl.sum(direction * direction, axis=1).to(tl.float64), axis=0)
@@ -197,7 +198,7 @@ def update_kernel(
             lanes = at + tl.arange(0, BLOCK)
             i = begin + lanes
             mask = lanes < elements
-            g = load_grad(grad, i, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+            g = load_grad(grad, i, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, "")
             if cut == 1:
                 factor = small_factors(row_ptr, i, mask, False, MATRIX, DTYPES, ARITHMETIC)
             else:  # the states are for the last pass to write
@@ -231,15 +232,50 @@ def update_elements(
 
 
 @triton.jit
+def zero_item(
+    table_ptr, items_ptr, grads_ptr, GRAD: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What is left of a step that is skipped: zeros in the gradient."""
+    row_ptr, grad, _, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
+    if grad != 0:
+        rows = tl.load(row_ptr + ROWS)
+        columns = tl.load(row_ptr + N_COLUMNS)
+        cut = tl.load(row_ptr + CUT)
+        if cut == 2:
+            column = first_column + tl.arange(0, TILE_COLUMNS)
+            row = first_row
+            while row < first_row + n:
+                row_lanes = row + tl.arange(0, TILE_ROWS)
+                mask = (row_lanes < first_row + n)[:, None] & (column < columns)[None, :]
+                at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
+                store(grad, at, tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32), mask, GRAD)
+                row += TILE_ROWS
+        else:
+            begin = first_column
+            elements = n
+            if cut == 1:
+                begin = matrix * rows * columns
+                elements = n * rows * columns
+            at = 0 * n
+            while at < elements:
+                lanes = at + tl.arange(0, BLOCK)
+                store(grad, begin + lanes, tl.zeros([BLOCK], tl.float32), lanes < elements, GRAD)
+                at += BLOCK
+
+
+@triton.jit
 def apply_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
+            if LEFT == "zero":
+                zero_item(table_ptr, items_ptr, grads_ptr, DTYPES[1], TILE_ROWS, TILE_COLUMNS, BLOCK)
             return
     row_ptr, grad, _, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
     if grad != 0:
@@ -260,7 +296,7 @@ def apply_kernel(
                 row_mask = row_lanes < first_row + n
                 mask = row_mask[:, None] & (column < columns)[None, :]
                 at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
-                g = load_grad(grad, at, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+                g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, LEFT)
                 factor = tile_factors(
                     row_ptr, matrix, row_lanes, row_mask, of_columns, False, MATRIX, DTYPES, ARITHMETIC
                 )
@@ -280,7 +316,7 @@ def apply_kernel(
                 lanes = at + tl.arange(0, BLOCK)
                 i = begin + lanes
                 mask = lanes < elements
-                g = load_grad(grad, i, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+                g = load_grad(grad, i, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, LEFT)
                 factor = tl.zeros([BLOCK], ARITHMETIC)
                 factor2 = factor
                 if cut == 1:
@@ -310,7 +346,7 @@ def kernels_of(rule: str) -> tuple[triton.JITFunction, ...]:
     return (sums_kernel, update_kernel, apply_kernel) if REDUCING_RULES[rule].direction else (sums_kernel, apply_kernel)
 
 
-def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, interpreted: bool) -> dict:
+def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, left: str, interpreted: bool) -> dict:
     """The compile-time arguments of the kernels.
 
     ``dtypes`` of param, grad, the state of rows or flat elements, that of columns, of each element and of the tensor,
@@ -328,6 +364,7 @@ def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, interpreted: b
         "TILE_ROWS": rows,
         "TILE_COLUMNS": columns,
         "BLOCK": 16_384 if interpreted else 2048,
+        "LEFT": left,
     }
 
 
@@ -340,6 +377,7 @@ def launch(
     rule: str,
     dtypes: tuple[str, ...],
     maximize: bool,
+    left: str,
     table: Tensor,
     items: Tensor,
     grads: Tensor,
@@ -347,6 +385,7 @@ def launch(
     done: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    coefficient: Tensor | None,
 ) -> int:
     """Queue one update of the tensors of ``table``, all of which have the same dtypes; returns the number of launches.
 
@@ -354,19 +393,21 @@ def launch(
         rule: its name in `REDUCING_RULES`.
         dtypes: as of `constants`.
         maximize: whether gradients are negated.
+        left: in the gradients: "" for what was there, "zero", or "changed" for what the rule used.
         table: int64, (tensors, len(COLUMNS)).
         items: int64, (programs, len(ITEM)).
         grads: int64, (tensors,): addresses of the gradients, 0 for tensors that take no part.
         hyper: float64: the rule's hyperparameters.
         done: int32, one zero; it is zero again afterwards.
         grad_scale, found_inf: one fp32 number each, or None.
+        coefficient: one fp64 number that gradients are multiplied by, or None.
     """
-    fixed = constants(rule, dtypes, maximize, table.device.type == "cpu")
+    fixed = constants(rule, dtypes, maximize, left, table.device.type == "cpu")
     kernels = kernels_of(rule)
     with np.errstate(all="ignore"):  # the interpreter would warn of the means of empty rows
         for kernel in kernels:
             kernel[(items.shape[0],)](
-                *(table, items, grads, hyper, done, grad_scale, found_inf, table.shape[0]),
+                *(table, items, grads, hyper, done, grad_scale, found_inf, coefficient, table.shape[0]),
                 **fixed,
                 num_warps=8,
                 enable_fp_fusion=False,

@@ -49,10 +49,20 @@ def doubles(row_ptr, column):
 
 
 @triton.jit
-def load_grad(grad, index, mask, grad_scale_ptr, GRAD: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr):
+def load_grad(
+    grad, index, mask, grad_scale_ptr, coefficient_ptr, GRAD: tl.constexpr, ARITHMETIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr, LEFT: tl.constexpr,
+):  # fmt: skip
+    """A gradient as the rule takes it. LEFT, in the last pass: what then becomes of it in memory."""
     g = load(grad, index, mask, GRAD, ARITHMETIC)
     if grad_scale_ptr is not None:
         g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
+    if coefficient_ptr is not None:
+        g = g * tl.load(coefficient_ptr).to(ARITHMETIC)
+    if LEFT == "zero":
+        store(grad, index, tl.zeros_like(g), mask, GRAD)
+    if LEFT == "changed":
+        store(grad, index, g, mask, GRAD)
     if MAXIMIZE:
         g = -g
     return g
@@ -162,7 +172,8 @@ def finish_matrix(row_ptr, matrix, s, LINE: tl.constexpr, MATRIX: tl.constexpr, 
 
 @triton.jit
 def sum_small(
-    row_ptr, grad, first_matrix, n, grad_scale_ptr, s, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr,
+    row_ptr, grad, first_matrix, n, grad_scale_ptr, coefficient_ptr, s,
+    SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr,
     DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
     """Several whole small matrices: a lane takes a line, then a matrix."""
@@ -177,7 +188,9 @@ def sum_small(
             sums = tl.zeros([LINES], ARITHMETIC)
             k = 0 * columns
             while k < columns:
-                g = load_grad(grad, line * columns + k, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+                g = load_grad(
+                    grad, line * columns + k, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, ""
+                )
                 sums += tl.where(mask, SQUARE(g, s), 0.0)
                 k += 1
             mean = divide(sums, columns.to(ARITHMETIC))
@@ -195,7 +208,17 @@ def sum_small(
             sums = tl.zeros([LINES], ARITHMETIC)
             k = 0 * rows
             while k < rows:
-                g = load_grad(grad, begin + k * columns, mask, grad_scale_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE)
+                g = load_grad(
+                    grad,
+                    begin + k * columns,
+                    mask,
+                    grad_scale_ptr,
+                    coefficient_ptr,
+                    DTYPES[1],
+                    ARITHMETIC,
+                    MAXIMIZE,
+                    "",
+                )
                 sums += tl.where(mask, SQUARE(g, s), 0.0)
                 k += 1
             mean = divide(sums, rows.to(ARITHMETIC))

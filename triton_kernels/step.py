@@ -56,6 +56,7 @@ def update_block(
     lanes,
     mask,
     grad_scale_ptr,
+    coefficient_ptr,
     s,
     UPDATE: tl.constexpr,
     N_NAMED: tl.constexpr,
@@ -67,7 +68,7 @@ def update_block(
     PRESENT: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    ZERO_GRADS: tl.constexpr,
+    LEFT: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Elements ``begin + lanes`` of one tensor; WHOLE: all of them exist, and ``begin`` lies at a multiple of 16 bytes.
@@ -77,10 +78,14 @@ def update_block(
     param = tl.load(row_ptr)
     p = load(param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
     g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
-    if ZERO_GRADS:
-        store(grad, begin, lanes, mask, tl.zeros_like(g), GRAD, WHOLE)
     if grad_scale_ptr is not None:
         g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
+    if coefficient_ptr is not None:
+        g = g * tl.load(coefficient_ptr).to(ARITHMETIC)
+    if LEFT == "zero":
+        store(grad, begin, lanes, mask, tl.zeros_like(g), GRAD, WHOLE)
+    if LEFT == "changed":
+        store(grad, begin, lanes, mask, g, GRAD, WHOLE)
     if MAXIMIZE:
         g = -g
     s0, s1, s2 = p, p, p  # stand in for absent states, which the rule hands back
@@ -107,6 +112,20 @@ def update_block(
 
 
 @triton.jit
+def zero_chunk(chunk_ptr, grads_ptr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """What is left of a step that is skipped: zeros in the gradient."""
+    n = tl.load(chunk_ptr + 1).to(tl.int32)
+    offset = tl.load(chunk_ptr + 2)
+    grad = tl.load(grads_ptr + tl.load(chunk_ptr))
+    if grad != 0:
+        start = 0 * n
+        while start < n:
+            lanes = start + tl.arange(0, BLOCK)
+            store(grad, offset, lanes, lanes < n, tl.zeros([BLOCK], tl.float32), GRAD, False)
+            start += BLOCK
+
+
+@triton.jit
 def step_kernel(
     table_ptr,
     chunks_ptr,
@@ -115,6 +134,7 @@ def step_kernel(
     done_ptr,
     grad_scale_ptr,
     found_inf_ptr,
+    coefficient_ptr,
     n_tensors,
     PREPARE: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -127,13 +147,15 @@ def step_kernel(
     PRESENT: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    ZERO_GRADS: tl.constexpr,
+    LEFT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW: tl.constexpr,
     CHUNK_ROW: tl.constexpr,
 ):
     if found_inf_ptr is not None:  # the same for all programs: nothing is written, nothing is counted
         if tl.load(found_inf_ptr) != 0:
+            if LEFT == "zero":
+                zero_chunk(chunks_ptr + tl.program_id(0).to(tl.int64) * CHUNK_ROW, grads_ptr, GRAD, BLOCK)
             return
     chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * CHUNK_ROW
     tensor = tl.load(chunk_ptr)
@@ -154,14 +176,14 @@ def step_kernel(
         lanes = tl.arange(0, BLOCK)
         while start < whole:
             update_block(
-                row_ptr, grad, offset + start, lanes, None, grad_scale_ptr, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, ZERO_GRADS, True,
+                row_ptr, grad, offset + start, lanes, None, grad_scale_ptr, coefficient_ptr, s,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, LEFT, True,
             )  # fmt: skip
             start += BLOCK
         while start < n:
             update_block(
-                row_ptr, grad, offset + start, lanes, start + lanes < n, grad_scale_ptr, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, ZERO_GRADS, False,
+                row_ptr, grad, offset + start, lanes, start + lanes < n, grad_scale_ptr, coefficient_ptr, s,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, LEFT, False,
             )  # fmt: skip
             start += BLOCK
 
@@ -179,10 +201,11 @@ def step_kernel(
         tl.store(done_ptr, 0)
 
 
-def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, zero_grads: bool, block: int) -> dict:
+def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, left: str, block: int) -> dict:
     """The compile-time arguments of `step_kernel`.
 
     ``dtypes`` of param, grad and every state that the rule names, as "fp32", "bf16" and so on; "" for an absent one.
+    ``left`` in the gradients: "" for what was there, "zero", or "changed" for what the rule used.
     """
     return {
         "PREPARE": RULES[rule].prepare,
@@ -192,7 +215,7 @@ def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, zero_grads: bo
         "PRESENT": sum((dtype != "") << k for k, dtype in enumerate(dtypes[2:])),
         "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
         "MAXIMIZE": maximize,
-        "ZERO_GRADS": zero_grads,
+        "LEFT": left,
         "BLOCK": block,
         "ROW": ROW,
         "CHUNK_ROW": CHUNK_ROW,
@@ -203,7 +226,7 @@ def launch(
     rule: str,
     dtypes: tuple[str, ...],
     maximize: bool,
-    zero_grads: bool,
+    left: str,
     table: Tensor,
     chunks: Tensor,
     grads: Tensor,
@@ -211,6 +234,7 @@ def launch(
     done: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    coefficient: Tensor | None,
     block: int,
 ) -> None:
     """Queue one update of the tensors of ``table``, all of which have the same dtypes.
@@ -219,13 +243,14 @@ def launch(
         rule: its name in `RULES`.
         dtypes: of param, grad and each state that the rule names: "fp32", "bf16", "fp16", "fp64"; "": an absent one.
         maximize: whether gradients are negated.
-        zero_grads: whether each gradient is set to zero when it has been read.
+        left: what becomes of the gradients, as in `constants`.
         table: int64, (tensors, ROW): addresses.
         chunks: int64, (programs, CHUNK_ROW): which elements each program updates.
         grads: int64, (tensors,): addresses of the gradients, 0 for tensors that take no part.
         hyper: float64: the rule's hyperparameters.
         done: int32, one zero; it is zero again afterwards.
         grad_scale, found_inf: one fp32 number each, or None.
+        coefficient: one fp64 number that gradients are multiplied by, or None.
         block: elements that a program updates at a time.
     """
     step_kernel[(chunks.shape[0],)](
@@ -236,8 +261,9 @@ def launch(
         done,
         grad_scale,
         found_inf,
+        coefficient,
         table.shape[0],
-        **constants(rule, dtypes, maximize, zero_grads, block),
+        **constants(rule, dtypes, maximize, left, block),
         num_warps=8,
         enable_fp_fusion=False,
     )

@@ -16,19 +16,27 @@ namespace fusedstep::cpu {
 namespace v2 {
 void run(const Call&, int64_t, int64_t);
 void run_phase(const Wave&, Phase, int64_t, int64_t);
+StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
+void scale_stretch(const Stretch&, int64_t, int64_t, double);
 }  // namespace v2
 namespace v3 {
 void run(const Call&, int64_t, int64_t);
 void run_phase(const Wave&, Phase, int64_t, int64_t);
+StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
+void scale_stretch(const Stretch&, int64_t, int64_t, double);
 }  // namespace v3
 namespace v4 {
 void run(const Call&, int64_t, int64_t);
 void run_phase(const Wave&, Phase, int64_t, int64_t);
+StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
+void scale_stretch(const Stretch&, int64_t, int64_t, double);
 }  // namespace v4
 #else
 inline namespace base {
 void run(const Call&, int64_t, int64_t);
 void run_phase(const Wave&, Phase, int64_t, int64_t);
+StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
+void scale_stretch(const Stretch&, int64_t, int64_t, double);
 }  // namespace base
 #endif
 
@@ -43,12 +51,12 @@ std::vector<Isa> supported() {
   std::vector<Isa> isas;
 #if FUSEDSTEP_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v2")) isas.push_back({"v2", v2::run, v2::run_phase});
-  if (__builtin_cpu_supports("x86-64-v3")) isas.push_back({"v3", v3::run, v3::run_phase});
-  if (__builtin_cpu_supports("x86-64-v4")) isas.push_back({"v4", v4::run, v4::run_phase});
+  if (__builtin_cpu_supports("x86-64-v2")) isas.push_back({"v2", v2::run, v2::run_phase, v2::sum_stretch, v2::scale_stretch});
+  if (__builtin_cpu_supports("x86-64-v3")) isas.push_back({"v3", v3::run, v3::run_phase, v3::sum_stretch, v3::scale_stretch});
+  if (__builtin_cpu_supports("x86-64-v4")) isas.push_back({"v4", v4::run, v4::run_phase, v4::sum_stretch, v4::scale_stretch});
   if (isas.empty()) throw std::runtime_error("fusedstep: the CPU engine needs an x86-64-v2 processor (SSE4.2)");
 #else
-  isas.push_back({"base", base::run, base::run_phase});
+  isas.push_back({"base", base::run, base::run_phase, base::sum_stretch, base::scale_stretch});
 #endif
   return isas;
 }
@@ -115,10 +123,9 @@ void learn_from(int team, Clock::duration working, Clock::duration waiting) {
 
 }  // namespace
 
-void step(const Call& call, int threads) {
-  const RunFunction run = current().run;
-  int team = team_size(threads, call.numel);
-  const bool learns = team > 1 && call.numel < kShort;
+void share_out(int threads, int64_t numel, const Share& share) {
+  int team = team_size(threads, numel);
+  const bool learns = team > 1 && numel < kShort;
   if (learns && alone > 0) {
     --alone;
     team = 1;
@@ -127,14 +134,21 @@ void step(const Call& call, int threads) {
   Clock::duration working{};
   parallel(team, [&](int index, int size, const auto&) {
     const Clock::time_point begun = Clock::now();
+    share(index, size);
+    if (index == 0) working = Clock::now() - begun;
+  });
+  if (learns && team > 1) learn_from(team, working, Clock::now() - called - working);
+}
+
+void step(const Call& call, int threads) {
+  const RunFunction run = current().run;
+  share_out(threads, call.numel, [&](int index, int size) {
     const auto boundary = [&](int64_t i) {
       return i == size ? call.numel : call.numel / size * i / kSplitMultiple * kSplitMultiple;
     };
     const int64_t first = boundary(index), last = boundary(index + 1);
     if (first < last) run(call, first, last);
-    if (index == 0) working = Clock::now() - begun;
   });
-  if (learns && team > 1) learn_from(team, working, Clock::now() - called - working);
   for (int64_t i = 0; i < call.work_size; ++i) *call.work[i].record->step += 1.0f;
 }
 

@@ -16,8 +16,9 @@ void update_loop(const Param& param, const Grad& grad, const State* states, int6
   int64_t i = begin;
   for (; i + kLanes<T> <= end; i += kLanes<T>) {
     Pack<T> p = param.load(i), g = grad.load(i), pack[kMaxStates] = {};
+    g = change(g);
     if (change.zero) grad.store(i, Pack<T>{});
-    if (change.any) g = change.sign * (g / change.scale);
+    if (change.write) grad.store(i, g * change.sign);
     FUSEDSTEP_UNROLL
     for (int k = 0; k < kNamed<Rule>; ++k)
       if (has_state<Rule>(k)) pack[k] = states[k].load(i);
@@ -29,8 +30,9 @@ void update_loop(const Param& param, const Grad& grad, const State* states, int6
   }
   if (const int64_t n = end - i; n > 0) {
     Pack<T> p = param.load_part(i, n), g = grad.load_part(i, n), pack[kMaxStates] = {};
+    g = change(g);
     if (change.zero) grad.store_part(i, n, Pack<T>{});
-    if (change.any) g = change.sign * (g / change.scale);
+    if (change.write) grad.store_part(i, n, g * change.sign);
     FUSEDSTEP_UNROLL
     for (int k = 0; k < kNamed<Rule>; ++k)
       if (has_state<Rule>(k)) pack[k] = states[k].load_part(i, n);
@@ -56,8 +58,7 @@ template <class Rule, class T>
 void update_range(const Call& call, const Work& work, int64_t begin, int64_t end,
                   const typename Rule::template Scalars<T>& scalars) {
   const Record& record = *work.record;
-  const GradChange<T> change{call.maximize || call.grad_scale != 1.0, call.zero_grads, call.maximize ? T(-1) : T(1),
-                             static_cast<T>(call.grad_scale)};
+  const GradChange<T> change = grad_change<T>(call);
   bool uniform = record.grad_dtype == record.param_dtype;
   for (int k = 0; k < kNamed<Rule>; ++k)
     uniform = uniform && (!has_state<Rule>(k) || record.state_dtypes[k] == record.param_dtype);

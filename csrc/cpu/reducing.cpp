@@ -1,96 +1,13 @@
 // The phases of a rule that reduces, compiled once per instruction set (FUSEDSTEP_ISA). It knows dtypes and tails, but
 // no optimizer by name and no threads.
 // clang-format off
-#include "stored.h"  // first: the rules that reducing.h brings in then find packs' square root
+#include "lanes.h"  // first: the rules that reducing.h brings in then find packs' square root
 #include "reducing.h"
 // clang-format on
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
 namespace {
-
-// Sums are kept in 64 bytes of lanes, in one pack or several: the order of additions is then the same on every
-// instruction set.
-template <class T>
-constexpr int kSplit = 64 / kPackBytes;
-template <class T>
-constexpr int64_t kStep = kSplit<T> * kLanes<T>;
-
-struct Whole {};  // pack
-struct Part {     // of a pack
-  int64_t n;
-};
-
-// Parts of packs, and formats known only now, stay out of line: with a copy in every loop this file would take minutes
-// to compile.
-#define FUSEDSTEP_OUT_OF_LINE __attribute__((noinline))
-
-template <class Numbers>
-FUSEDSTEP_FN auto load_at(Numbers numbers, int64_t i, Whole) {
-  return numbers.load(i);
-}
-template <class T>
-FUSEDSTEP_OUT_OF_LINE Pack<T> load_at(AnyStored<T> numbers, int64_t i, Whole) {
-  return numbers.load(i);
-}
-template <class Numbers>
-FUSEDSTEP_OUT_OF_LINE auto load_at(Numbers numbers, int64_t i, Part part) {
-  return numbers.load_part(i, part.n);
-}
-template <class Numbers, class P>
-FUSEDSTEP_FN void store_at(Numbers numbers, int64_t i, P pack, Whole) {
-  numbers.store(i, pack);
-}
-template <class T>
-FUSEDSTEP_OUT_OF_LINE void store_at(AnyStored<T> numbers, int64_t i, Pack<T> pack, Whole) {
-  numbers.store(i, pack);
-}
-template <class Numbers, class P>
-FUSEDSTEP_OUT_OF_LINE void store_at(Numbers numbers, int64_t i, P pack, Part part) {
-  numbers.store_part(i, part.n, pack);
-}
-
-// Zeros in place of what is behind a part.
-template <class T>
-FUSEDSTEP_FN Pack<T> kept(Pack<T> pack, Whole) {
-  return pack;
-}
-template <class T>
-FUSEDSTEP_FN Pack<T> kept(Pack<T> pack, Part part) {
-  for (int64_t i = part.n; i < kLanes<T>; ++i) pack[i] = 0;
-  return pack;
-}
-
-// Calls visit(i, w, size) for the pack of n numbers that begins with the i-th; w numbers the packs of a step.
-template <class T, class Visit>
-FUSEDSTEP_FN void for_packs(int64_t n, Visit&& visit) {
-  int64_t i = 0;
-  for (; i + kStep<T> <= n; i += kStep<T>) {
-    FUSEDSTEP_UNROLL
-    for (int w = 0; w < kSplit<T>; ++w) visit(i + w * kLanes<T>, w, Whole{});
-  }
-  FUSEDSTEP_UNROLL
-  for (int w = 0; w < kSplit<T>; ++w, i += kLanes<T>) {
-    if (i + kLanes<T> <= n)
-      visit(i, w, Whole{});
-    else if (i < n)
-      visit(i, w, Part{n - i});
-  }
-}
-
-template <class T>
-struct Lanes {
-  Pack<T> packs[kSplit<T>] = {};
-
-  FUSEDSTEP_FN T total() const {
-    T lanes[kStep<T>];
-    __builtin_memcpy(lanes, packs, sizeof(lanes));
-    for (int64_t half = kStep<T> / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
-  }
-};
 
 template <class T, class Numbers>
 double sum_of_squares(const Numbers& numbers, int64_t begin, int64_t n) {
@@ -104,11 +21,6 @@ double sum_of_squares(const Numbers& numbers, int64_t begin, int64_t n) {
     sum += lanes.total();
   }
   return sum;
-}
-
-template <class T>
-FUSEDSTEP_FN Pack<T> changed(Pack<T> grad, const GradChange<T>& change) {
-  return change.any ? change.sign * (grad / change.scale) : grad;
 }
 
 // Memory of the arithmetic type.
@@ -128,11 +40,7 @@ struct Context {
 
   const Record& record() const { return *tensor->work->record; }
   const Matrices& matrices() const { return *tensor->work->matrices; }
-  GradChange<T> change() const {
-    const ReducingCall& call = *wave.call;
-    return {call.maximize || call.grad_scale != 1.0, false, call.maximize ? T(-1) : T(1),
-            static_cast<T>(call.grad_scale)};
-  }
+  GradChange<T> change() const { return grad_change<T>(*wave.call); }
   AnyStored<T> state(int k) const { return {record().states[k], record().state_dtypes[k]}; }
 
   void enter(const ReducingTensor& next, Phase phase) {
@@ -183,7 +91,9 @@ FUSEDSTEP_FN void update_elements(const Context<Rule, T>& context, const Param& 
   const GradChange<T> change = context.change();
   for_packs<T>(n, [&](int64_t i, int, auto size) FUSEDSTEP_INLINE {
     Pack<T> p = load_at(param, at + i, size), x{}, own[Rule::kFactors];
-    const Pack<T> g = changed(load_at(grad, at + i, size), change);
+    const Pack<T> g = change(load_at(grad, at + i, size));
+    if (change.zero) store_at(grad, at + i, Pack<T>{}, size);
+    if (change.write) store_at(grad, at + i, g * change.sign, size);
     if constexpr (kHasState) x = load_at(state, at + i, size);
     factors(i, size, own);
     Rule::update(p, g, own, x, s, f);
@@ -261,7 +171,7 @@ FUSEDSTEP_FN double sum_rows(const Context<Rule, T>& context, const Param& param
     Pack<T> squares[kN];
     FUSEDSTEP_UNROLL
     for (int r = 0; r < kN; ++r) {
-      squares[r] = Rule::square(changed(load_at(grad, at + r * stride + i, size), change), s);
+      squares[r] = Rule::square(change(load_at(grad, at + r * stride + i, size)), s);
       lanes[r].packs[w] += squares[r];
       if constexpr (Rule::kParamSum && kN > 1) {
         const Pack<T> p = load_at(param, at + r * stride + i, size);
@@ -372,7 +282,7 @@ void sum_block_directions(const Context<Rule, T>& context, const Tile& tile, int
       for_packs<T>(tile.columns, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
         Pack<T> own[Rule::kFactors];
         factors(i, size, own);
-        const Pack<T> g = changed(load_at(grad, at + i, size), change);
+        const Pack<T> g = change(load_at(grad, at + i, size));
         const Pack<T> direction = kept<T>(Rule::direction(g, own, s), size);
         lanes.packs[w] += direction * direction;
       });
@@ -501,7 +411,7 @@ void take_runs(const Context<Rule, T>& context, const Tile& tile, int64_t index,
     const int64_t left = tile.first + tile.count - first, count = left < at_once ? left : at_once;
     const int64_t at = first * size, n = count * size;
     for_packs<T>(n, [&](int64_t i, int, auto part) FUSEDSTEP_INLINE {
-      store_at(plain(b.squares.numbers), i, Rule::square(changed(load_at(grad, at + i, part), change), s), part);
+      store_at(plain(b.squares.numbers), i, Rule::square(change(load_at(grad, at + i, part)), s), part);
     });
     if (m.factored) {
       visit_size<Rule, T>(m.rows, m.columns, [&](auto rows, auto columns) {
@@ -521,7 +431,7 @@ void take_runs(const Context<Rule, T>& context, const Tile& tile, int64_t index,
       for_packs<T>(n, [&](int64_t i, int w, auto part) FUSEDSTEP_INLINE {
         Pack<T> own[Rule::kFactors];
         factors(i, part, own);
-        const Pack<T> g = changed(load_at(grad, at + i, part), change);
+        const Pack<T> g = change(load_at(grad, at + i, part));
         const Pack<T> direction = kept<T>(Rule::direction(g, own, s), part);
         lanes.packs[w] += direction * direction;
       });

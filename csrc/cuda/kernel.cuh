@@ -13,25 +13,57 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kMinBlocks = 3;  // for each multiprocessor: at most 64 registers a thread
 
-template <int kCapacity>
-struct Arguments {
-  const Record* records;
-  const Chunk* chunks;
-  uint32_t* done;  // blocks that have finished; the last one sets it back to zero
-  int32_t n_records, n_block_chunks, n_small_chunks;
-  bool maximize, zero_grads;
-  const float* grad_scale;
-  const float* found_inf;
-  Scalar hyper[kMaxHyper];
-  const void* grads[kCapacity];
-};
-
 // Pointers that come from a table are generic to the compiler; knowing better gives it the global memory instructions.
 template <class S>
 __device__ __forceinline__ S* global(S* pointer) {
   __builtin_assume(__isGlobal(pointer));
   return pointer;
 }
+
+// What turns the stored gradient into the rule's: divided by scale, multiplied by the coefficient of clipping, and
+// negated to maximize.
+template <class T>
+struct GradChange {
+  bool any, zero, write;  // the stored one is set to zero after it was read, or to what it was changed to
+  T scale, factor, sign;  // factor: the coefficient with the sign, which is 1 or -1
+
+  __device__ __forceinline__ T operator()(T grad) const { return any ? (grad / scale) * factor : grad; }
+};
+
+// The same as it is known before the kernel runs.
+struct GradsBecome {
+  const float* scale;
+  const double* coefficient;
+  bool maximize, zero, write;
+
+  template <class T>
+  __device__ __forceinline__ GradChange<T> change() const {
+    const T sign = maximize ? T(-1) : T(1);
+    const bool any = maximize || scale != nullptr || coefficient != nullptr;
+    return {any,
+            zero,
+            write,
+            scale != nullptr ? static_cast<T>(*global(scale)) : T(1),
+            coefficient != nullptr ? sign * static_cast<T>(*global(coefficient)) : sign,
+            sign};
+  }
+};
+
+inline GradsBecome grads_become(const Call& call) {
+  return {call.grad_scale, call.coefficient, call.maximize, call.zero_grads, call.write_grads};
+}
+
+template <int kCapacity>
+struct Arguments {
+  const Record* records;
+  const Chunk* chunks;
+  uint32_t* done;  // blocks that have finished; the last one sets it back to zero
+  int32_t n_records, n_block_chunks, n_small_chunks;
+  const float* found_inf;
+  GradsBecome grads_become;
+  Scalar hyper[kMaxHyper];
+  const void* grads[kCapacity];
+};
 
 template <class T>
 __device__ __forceinline__ T load_any(const void* data, Dtype dtype, int64_t i) {
@@ -65,15 +97,6 @@ __device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, T 
   }
 }
 
-// What turns the stored gradient into the rule's: divided by scale, then multiplied by sign.
-template <class T>
-struct GradChange {
-  bool any, zero;  // zero: the stored one is set to zero after it was read
-  T sign, scale;
-
-  __device__ __forceinline__ T operator()(T grad) const { return any ? sign * (grad / scale) : grad; }
-};
-
 // Where this thread stands among those that share a chunk.
 struct Team {
   int index, size;
@@ -93,6 +116,7 @@ __device__ __noinline__ void update_any(const Record& record, const void* grad, 
     T param = load_any<T>(record.param, record.param_dtype, i);
     const T g = change(load_any<T>(grad, record.grad_dtype, i));
     if (change.zero) store_any(const_cast<void*>(grad), record.grad_dtype, i, T(0));
+    if (change.write) store_any(const_cast<void*>(grad), record.grad_dtype, i, g * change.sign);
     T states[kMaxStates] = {};
 #pragma unroll
     for (int k = 0; k < kNamed<Rule>; ++k)
@@ -170,7 +194,9 @@ __device__ __forceinline__ void update_packs(const Record& record, const void* g
 #pragma unroll
         for (int k = 0; k < kNamed<Rule>; ++k)
           if (has_state<Rule>(k)) values[k] = load<float>(state[k][u].numbers[i]);
-        update_with<Rule>(p, change(load<float>(g[u].numbers[i])), values, s);
+        const float grad = change(load<float>(g[u].numbers[i]));
+        if (change.write) g[u].numbers[i] = narrow<G>(grad * change.sign);
+        update_with<Rule>(p, grad, values, s);
         param[u].numbers[i] = narrow<P>(p);
 #pragma unroll
         for (int k = 0; k < kNamed<Rule>; ++k)
@@ -178,6 +204,7 @@ __device__ __forceinline__ void update_packs(const Record& record, const void* g
       }
       param[u].store(params + at);
       if (change.zero) Pack<kN, G>{}.store(const_cast<G*>(grads) + at);
+      if (change.write) g[u].store(const_cast<G*>(grads) + at);
 #pragma unroll
       for (int k = 0; k < kNamed<Rule>; ++k)
         if (has_state<Rule>(k)) state[k][u].store(states[k] + at);
@@ -272,14 +299,24 @@ __device__ __forceinline__ void prepare(const Record& record, const double* hype
 
 template <class Rule>
 __device__ __forceinline__ void update(const Record& record, const void* grad, const Chunk& chunk, Team team,
-                                       float sign, const float* grad_scale, bool change, bool zero,
-                                       const Prepared<Rule>& prepared) {
-  const float scale = grad_scale != nullptr ? *global(grad_scale) : 1.0f;
+                                       const GradsBecome& grads_become, const Prepared<Rule>& prepared) {
   if (record.param_dtype == Dtype::kF64)
-    update_any<Rule, double>(record, grad, chunk, 0, team, GradChange<double>{change, zero, sign, scale},
+    update_any<Rule, double>(record, grad, chunk, 0, team, grads_become.change<double>(),
                              prepared.twice);
   else
-    update_single<Rule>(record, grad, chunk, team, GradChange<float>{change, zero, sign, scale}, prepared.single);
+    update_single<Rule>(record, grad, chunk, team, grads_become.change<float>(), prepared.single);
+}
+
+// What is left of a step that is skipped.
+template <int kCapacity>
+__device__ __noinline__ void zero_grads(const Arguments<kCapacity>& a) {
+  for (int item = blockIdx.x; item < a.n_block_chunks + a.n_small_chunks; item += gridDim.x) {
+    const Chunk chunk = a.chunks[item];
+    void* const grad = const_cast<void*>(a.grads[chunk.record]);
+    if (grad == nullptr) continue;
+    const Dtype dtype = a.records[chunk.record].grad_dtype;
+    for (int n = threadIdx.x; n < chunk.n; n += blockDim.x) store_any(grad, dtype, chunk.offset + n, 0.0f);
+  }
 }
 
 template <class Rule, int kCapacity>
@@ -290,7 +327,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   __shared__ bool is_last;
   const auto& a = arguments;
   // The same for all blocks: none counts itself as done, and no step counter moves.
-  if (a.found_inf != nullptr && *global(a.found_inf) != 0.0f) return;
+  if (a.found_inf != nullptr && *global(a.found_inf) != 0.0f) {
+    if (a.grads_become.zero) zero_grads(a);
+    return;
+  }
 
   const int thread = threadIdx.x, warp = thread / kWarp, warps = blockDim.x / kWarp;
   constexpr int kHyper = sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]);
@@ -298,8 +338,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const Scalar& scalar = a.hyper[thread];
     hyper[thread] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
   }
-  const float sign = a.maximize ? -1.0f : 1.0f;
-  const bool change = a.maximize || a.grad_scale != nullptr;
   const int items = a.n_block_chunks + (a.n_small_chunks + warps - 1) / warps;
 
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
@@ -311,8 +349,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       if (thread == 0 && grad != nullptr) prepare<Rule>(record, hyper, &prepared[0]);
       __syncthreads();
       if (grad != nullptr)
-        update<Rule>(record, grad, chunk, Team{thread, static_cast<int>(blockDim.x)}, sign, a.grad_scale, change,
-                     a.zero_grads, prepared[0]);
+        update<Rule>(record, grad, chunk, Team{thread, static_cast<int>(blockDim.x)}, a.grads_become,
+                     prepared[0]);
     } else {
       const int small = (item - a.n_block_chunks) * warps + warp;
       if (small >= a.n_small_chunks) continue;  // of the whole warp; it meets the others at the next barrier
@@ -322,8 +360,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       if (grad == nullptr) continue;
       if (thread % kWarp == 0) prepare<Rule>(record, hyper, &prepared[warp]);
       __syncwarp();
-      update<Rule>(record, grad, chunk, Team{thread % kWarp, kWarp}, sign, a.grad_scale, change, a.zero_grads,
-                   prepared[warp]);
+      update<Rule>(record, grad, chunk, Team{thread % kWarp, kWarp}, a.grads_become, prepared[warp]);
     }
   }
 

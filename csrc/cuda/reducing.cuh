@@ -25,9 +25,8 @@ struct ReducingArguments {
   uint32_t* done;  // blocks that have finished the last launch; the last one sets it back to zero
   char* work;
   int32_t n_records, n_items;
-  bool maximize;
-  const float* grad_scale;
   const float* found_inf;
+  GradsBecome grads_become;
   Scalar hyper[kMaxHyper];
   const void* grads[kCapacity];
 };
@@ -42,8 +41,6 @@ __device__ __forceinline__ void for_items(const ReducingArguments<kCapacity>& a,
     const Scalar& scalar = a.hyper[thread];
     shared.hyper[thread] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
   }
-  const float sign = a.maximize ? -1.0f : 1.0f, scale = a.grad_scale != nullptr ? *global(a.grad_scale) : 1.0f;
-  const bool change = a.maximize || a.grad_scale != nullptr;
   int prepared = -1;  // the record whose scalars are there
   for (int i = blockIdx.x; i < a.n_items; i += gridDim.x) {
     const Item& item = a.items[i];
@@ -67,10 +64,10 @@ __device__ __forceinline__ void for_items(const ReducingArguments<kCapacity>& a,
     }
     uint32_t* const counters = a.counters + p.counters;
     if (twice)
-      body(Place<Rule, double>{record, p, item, grad, a.work, counters, GradChange<double>{change, false, sign, scale}},
+      body(Place<Rule, double>{record, p, item, grad, a.work, counters, a.grads_become.template change<double>()},
            fresh);
     else
-      body(Place<Rule, float>{record, p, item, grad, a.work, counters, GradChange<float>{change, false, sign, scale}}, fresh);
+      body(Place<Rule, float>{record, p, item, grad, a.work, counters, a.grads_become.template change<float>()}, fresh);
   }
 }
 
@@ -118,11 +115,36 @@ __global__ void __launch_bounds__(kThreads, kReducingBlocks)
   });
 }
 
+// What is left of a step that is skipped.
+template <int kCapacity>
+__device__ __noinline__ void zero_grads(const ReducingArguments<kCapacity>& a) {
+  for (int i = blockIdx.x; i < a.n_items; i += gridDim.x) {
+    const Item& item = a.items[i];
+    void* const grad = const_cast<void*>(a.grads[item.record]);
+    if (grad == nullptr) continue;
+    const Partition& p = a.partitions[item.record];
+    const Dtype dtype = a.records[item.record].grad_dtype;
+    const bool tiles = p.cut == Cut::kTiles;
+    const int64_t matrix = p.rows * p.columns;
+    const int64_t begin = tiles                   ? item.matrix * matrix + item.row * p.columns + item.column
+                          : p.cut == Cut::kFlat ? item.column
+                                                : item.matrix * matrix;
+    const int64_t width = tiles || p.cut == Cut::kFlat ? item.n_columns : item.n_rows * matrix;
+    for (int row = 0; row < (tiles ? item.n_rows : 1); ++row) {
+      for (int64_t n = threadIdx.x; n < width; n += kThreads)
+        store_any(grad, dtype, begin + row * p.columns + n, 0.0f);
+    }
+  }
+}
+
 template <class Rule, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kReducingBlocks)
     apply_kernel(const __grid_constant__ ReducingArguments<kCapacity> a) {
   __shared__ Shared<Rule> shared;
-  if (is_skipped(a)) return;
+  if (is_skipped(a)) {
+    if (a.grads_become.zero) zero_grads(a);
+    return;
+  }
   for_items<Rule>(a, shared, [&](const auto& place, bool fresh) {
     using T = decltype(place.change.sign);
     const auto& s = pick<T>(shared.scalars);
@@ -161,9 +183,8 @@ void set_arguments(ReducingArguments<kCapacity>* a, const Call& call, const Redu
   a->work = work;
   a->n_records = static_cast<int32_t>(segment.n_records);
   a->n_items = static_cast<int32_t>(segment.n_block_chunks);
-  a->maximize = call.maximize;
-  a->grad_scale = call.grad_scale;
   a->found_inf = call.found_inf;
+  a->grads_become = grads_become(call);
   for (int k = 0; k < kMaxHyper; ++k) a->hyper[k] = call.hyper[k];
   for (int64_t i = 0; i < segment.n_records; ++i) a->grads[i] = call.grads[segment.first_record + i];
 }

@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from . import backends, checks, layout
 from .backends.plan import Plan, Slot
+from .gradients import GradientOptions, Gradients
 from .schedules import on_device
 
 
@@ -59,12 +60,28 @@ class FusedOptimizer(torch.optim.Optimizer):
     _plans: list[Plan] | None = None
     _watch: Any = None
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
+    _finds_nonfinite: bool = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        backend: str | None = None,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        skip_nonfinite: bool = False,
+        write_grads: bool = False,
+        zero_grads: bool = False,
+    ) -> None:
         checks.check_implementation(defaults)
         self.check_group(on_device.at_the_beginning(defaults))
         self._backend = backends.check_choice(backend)
+        self._gradients = Gradients(
+            GradientOptions(max_grad_norm, norm_type, error_if_nonfinite, skip_nonfinite, write_grads, zero_grads)
+        )
         self._counters: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
         self._learning_rates = on_device.LearningRates(self._backend)
@@ -200,12 +217,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {key: vars(self)[key] for key in ("_backend", "_counters", "_learning_rates")}
+        kept = ("_backend", "_counters", "_learning_rates", "_gradients")
+        return super().__getstate__() | {key: vars(self)[key] for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
         self.__dict__.setdefault("_learning_rates", on_device.LearningRates(self._backend)).renew(self.param_groups)
         for group in self.param_groups:  # checkpoints of the parent class, or older than an option
             for option, value in self.defaults.items():
@@ -337,7 +356,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 slot = self._slot(index, name, param, group, states, backend, self.rule_of(variant)[1])
                 buckets.setdefault(bucket, []).append(slot)
             for (backend, variant, *_), slots in buckets.items():
-                plans.append(backend.plan(type(self), group_index, group, variant, states, slots))
+                plan = backend.plan(type(self), group_index, group, variant, states, slots)
+                plan.zero_grads = self._gradients.options.zero_grads
+                plan.write_grads = self._gradients.options.write_grads
+                plans.append(plan)
         return plans
 
     def _slot(
@@ -427,13 +449,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plans = plans
         return plans
 
-    def _update(self) -> None:
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients in the last step that needed it, unscaled and before clipping; None before that.
+
+        A new fp32 number (fp64 if all parameters are) on the parameters' device, which is not waited for. Steps need
+        it with ``max_grad_norm``, ``error_if_nonfinite`` or ``skip_nonfinite``, and under `fusedstep.GradScaler`.
+        """
+        return self._gradients.norm(self.param_groups)
+
+    def _update(self, max_grad_norm: float | None = None) -> None:
+        gradients = self._gradients
+        limits = gradients.options.limits(max_grad_norm, self._finds_nonfinite)
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
             found_inf = None
         elif found_inf.device.type == "cpu" and found_inf.item() != 0:
-            return
+            return gradients.skip(self.param_groups)
+        if self._plans is None and limits is not None and limits.skips:
+            found = found_inf if self._finds_nonfinite else None
+            if gradients.skip_unplanned(self.param_groups, limits, grad_scale, found):
+                return
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
         plans, groups = self._prepare_plans(), self.param_groups
         try:
@@ -444,9 +481,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.clips():
             self._clip(plans, grad_scale)
             grad_scale = None
-        self.kernel_calls = 0
+        self.kernel_calls, coefficient = 0, None
+        if limits is not None:
+            try:
+                self.kernel_calls, coefficient, found_inf = gradients.reduce(plans, limits, grad_scale, found_inf)
+            except BaseException:
+                self._plans = None
+                raise
         for plan, hyper in zip(plans, hypers, strict=True):
-            self.kernel_calls += plan.step(hyper, bool(groups[plan.group]["maximize"]), grad_scale, found_inf)
+            maximize = bool(groups[plan.group]["maximize"])
+            self.kernel_calls += plan.step(hyper, maximize, grad_scale, found_inf, coefficient)
         self.kernel_calls += self._learning_rates.end_step(found_inf)
 
     @torch.no_grad()
@@ -491,25 +535,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             post_hook(self, args, kwargs)
         return loss
 
-    def _plain_step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _plain_step(self, closure: Callable[[], Any] | None = None, *, max_grad_norm: float | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        self._update(max_grad_norm)
         return loss
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, max_grad_norm: float | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         All parameters are checked before the first is written: if this raises, nothing has changed.
 
         Args:
             closure: reevaluates the model and returns the loss, which is returned.
+            max_grad_norm: in place of the constructor's in this step; infinity: no clipping.
 
         Raises:
+            ValueError, TypeError: ``max_grad_norm`` is out of range.
             RuntimeError: a gradient is sparse, or of another shape, device or kind of number than its parameter; or
-                the backend that was asked for cannot run.
+                the backend that was asked for cannot run; or the norm is not finite, with ``error_if_nonfinite``.
         """
         if not (
             self._optimizer_step_pre_hooks
@@ -518,12 +564,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             or torch_optimizer._global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()
         ):
-            return self._plain_step(closure)
+            return self._plain_step(closure, max_grad_norm=max_grad_norm)
         args = (self,) if closure is None else (self, closure)
+        kwargs = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
         if torch.autograd._profiler_enabled():
             with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
-                return self._hooked_step(args, {})
-        return self._hooked_step(args, {})
+                return self._hooked_step(args, kwargs)
+        return self._hooked_step(args, kwargs)
 
     # torch would wrap `step` in a profiler range and in its hooks: ours opens the range only while profiling.
     step.hooked = True  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from .base import KernelBackend
 from .native import extension_reasons
+from .norm import NO_LIMITS, Limits
 from .plan import KernelPlan
 from .triton_reducing import ReducingTable, dtypes_of
 
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
+    from .norm import Norm
+    from .plan import Plan
 
 NAMES = ("fp32", "bf16", "fp16", "fp64")  # by the tags of csrc/numeric.h
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -69,7 +73,7 @@ class Launch:
             plan.rule,
             self.dtypes,
             maximize,
-            plan.zero_grads,
+            plan.left,
             self.table,
             self.chunks,
             self.grads,
@@ -91,11 +95,32 @@ class ReducingLaunch(Launch):
         from ..triton_kernels import reducing
 
         tables = (self.reducing.table, self.reducing.items, self.grads, plan.hyper, self.done)
-        return reducing.launch(plan.rule, self.dtypes, maximize, *tables, *flags)
+        return reducing.launch(plan.rule, self.dtypes, maximize, plan.left, *tables, *flags)
+
+
+class NormLaunch(Launch):
+    """The gradients of a plan that have the same dtype: what one call sums."""
+
+    def build(self, indices: list[int], plan: TritonPlan) -> None:
+        sizes = enumerate(plan.slots[index].tensor.numel() for index in indices)
+        chunks = [(row, min(MAX_CHUNK, n - at), at) for row, n in sizes for at in range(0, n, MAX_CHUNK)]
+        self.chunks = plan.upload(torch.tensor(chunks or [(0, 0, 0)], dtype=torch.int64))
+        self.sums = torch.empty((len(self.chunks), 2), dtype=torch.float64, device=plan.device)
+
+    def add(self, norm: Norm, limits: Limits, numbers: Tensor, first: bool, last: bool, flags: list) -> None:
+        """Queue the sums, which are added to those in ``norm`` unless they are the ``first``."""
+        from ..triton_kernels import norm as kernels
+        from ..triton_kernels.step import block_size
+
+        memory = self.chunks, self.grads, self.sums, norm.numbers, self.done, numbers, norm.found_inf
+        kernels.launch(*self.dtypes, first, last, limits, *memory, *flags, block_size(self.chunks.device))
 
 
 class TritonPlan(KernelPlan):
     launches: list[Launch] | None = None
+    sums: list[NormLaunch] | None = None
+    sums_dtypes: list[int] | None = None
+    limits: tuple[float, ...] | None = None
     grad_dtypes: list[int] | None = None
     hyper_values: tuple[float, ...] | None = None
     hyper: Tensor | None = None
@@ -103,10 +128,6 @@ class TritonPlan(KernelPlan):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.captured: list[Tensor] = []
-
-    @property
-    def device(self) -> torch.device:
-        return next(slot.tensor.device for slot in self.slots if slot.tensor is not None)
 
     def upload(self, host: Tensor) -> Tensor:
         """A copy on the plan's device, without waiting for it."""
@@ -119,7 +140,12 @@ class TritonPlan(KernelPlan):
         return copy
 
     def launch(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
         grad_dtypes = self.native.grad_dtypes()
         if self.launches is None or grad_dtypes != self.grad_dtypes:
@@ -127,14 +153,40 @@ class TritonPlan(KernelPlan):
             self.grad_dtypes = grad_dtypes
         self._set_hyper(hyper)
         flags = [None if t is None else t.to(self.device, torch.float32) for t in (grad_scale, found_inf)]
+        flags.append(None if coefficient is None else coefficient.to(self.device))
         addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64)
         calls = 0
         for group in self.launches:
             if group.set_grads(addresses, self):
                 calls += group.run(self, maximize, flags)
-        self.native.increment_written(self.zero_grads)
+        self.native.increment_written(self.zero_grads or self.write_grads)
         self.native.release_grads()
         return calls
+
+    @property
+    def left(self) -> str:
+        """What becomes of the gradients, in the kernels' words."""
+        return "zero" if self.zero_grads else "changed" if self.write_grads else ""
+
+    def norm_launches(self) -> list[NormLaunch]:
+        """Those that sum the gradients that take part."""
+        grad_dtypes = self.native.grad_dtypes()
+        if self.sums is None or grad_dtypes != self.sums_dtypes:
+            groups: dict[str, list[int]] = {}
+            for index, slot in enumerate(self.slots):
+                if slot.tensor is not None:
+                    groups.setdefault(NAMES[grad_dtypes[index]], []).append(index)
+            self.sums = [NormLaunch((dtype,), indices, self) for dtype, indices in groups.items()]
+            self.sums_dtypes = grad_dtypes
+        addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64)
+        return [launch for launch in self.sums if launch.set_grads(addresses, self)]
+
+    def limit_numbers(self, limits: Limits) -> Tensor:
+        """The limits that are numbers, in device memory."""
+        if limits[:2] != self.limits:
+            self.limits = limits[:2]
+            self.numbers = self.upload(torch.tensor(self.limits, dtype=torch.float64))
+        return self.numbers
 
     def _launches(self, grad_dtypes: list[int]) -> list[Launch]:
         groups: dict[tuple[str, ...], list[int]] = {}
@@ -180,6 +232,24 @@ class TritonBackend(KernelBackend):
         elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return ["it needs a GPU of compute capability 8.0 or newer"]
         return self.dtype_reasons(dtype)
+
+    def norm(
+        self,
+        plans: Sequence[Plan],
+        norm: Norm,
+        limits: Limits | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> int:
+        launches = [launch for plan in plans for launch in plan.norm_launches()]
+        flags = [None if t is None else t.to(norm.device, torch.float32) for t in (grad_scale, found_inf)]
+        finishes = limits is not None
+        limits = limits or NO_LIMITS
+        numbers = plans[-1].limit_numbers(limits)
+        for launch in launches:
+            first, last = launch is launches[0], finishes and launch is launches[-1]
+            launch.add(norm, limits, numbers, first, last, flags)
+        return len(launches)
 
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
         from ..triton_kernels import schedule
