@@ -158,60 +158,32 @@ struct Block {
   }
 };
 
-// The sums of kN rows; returns that of the parameter's squares. All are read together: more streams keep more memory
-// accesses in flight than one.
-template <class Rule, class T, int kN, class Param, class Grad>
-FUSEDSTEP_FN double sum_rows(const Context<Rule, T>& context, const Param& param, const Grad& grad, int64_t at,
-                             int64_t stride, int64_t n, T* row_sums, T* column_sums) {
-  const auto s = context.scalars;
-  const GradChange<T> change = context.change();
-  Lanes<T> lanes[kN];
-  [[maybe_unused]] Lanes<T> of_param[kN];
-  for_packs<T>(n, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
-    Pack<T> squares[kN];
-    FUSEDSTEP_UNROLL
-    for (int r = 0; r < kN; ++r) {
-      squares[r] = Rule::square(change(load_at(grad, at + r * stride + i, size)), s);
-      lanes[r].packs[w] += squares[r];
-      if constexpr (Rule::kParamSum && kN > 1) {
-        const Pack<T> p = load_at(param, at + r * stride + i, size);
-        of_param[r].packs[w] += p * p;
-      }
-    }
-    const auto sums = plain(column_sums);
-    if constexpr (kN == 4) {
-      store_at(sums, i, load_at(sums, i, size) + ((squares[0] + squares[1]) + (squares[2] + squares[3])), size);
-    } else {
-      store_at(sums, i, load_at(sums, i, size) + squares[0], size);
-    }
-  });
-  double sum = 0.0;
-  FUSEDSTEP_UNROLL
-  for (int r = 0; r < kN; ++r) {
-    row_sums[r] = lanes[r].total();
-    if constexpr (Rule::kParamSum && kN > 1) sum += of_param[r].total();
-  }
-  // A row that is alone may be long.
-  if constexpr (Rule::kParamSum && kN == 1) sum = sum_of_squares<T>(param, at, n);
-  return sum;
-}
-
+// Row after row, as they lie in memory: that is read faster than several rows at once.
 template <class Rule, class T, class Param, class Grad>
 void sum_block(const Context<Rule, T>& context, const Tile& tile, int64_t index, const Param& param, const Grad& grad) {
   const Block<Rule, T> block(context, tile);
-  const int64_t stride = block.m.columns;
-  double sum = 0.0;
-  for (int64_t first = 0; first < tile.rows; first += kRowBlock) {
-    T* const columns = block.column_sums(first);
-    for (int64_t j = 0; j < tile.columns; ++j) columns[j] = 0;
-    const int64_t last = first + kRowBlock < tile.rows ? first + kRowBlock : tile.rows;
-    int64_t row = first;
-    for (; row + 4 <= last; row += 4)
-      sum += sum_rows<Rule, T, 4>(context, param, grad, block.at + row * stride, stride, tile.columns,
-                                  block.row_sums() + row, columns);
-    for (; row < last; ++row)
-      sum += sum_rows<Rule, T, 1>(context, param, grad, block.at + row * stride, stride, tile.columns,
-                                  block.row_sums() + row, columns);
+  const auto s = context.scalars;
+  const GradChange<T> change = context.change();
+  [[maybe_unused]] double sum = 0.0;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    T* const columns = block.column_sums(row);
+    if (row % kRowBlock == 0) {
+      for (int64_t j = 0; j < tile.columns; ++j) columns[j] = 0;
+    }
+    const int64_t at = block.at + row * block.m.columns;
+    Lanes<T> squares;
+    [[maybe_unused]] Lanes<T> of_param;
+    for_packs<T>(tile.columns, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
+      const Pack<T> square = Rule::square(change(load_at(grad, at + i, size)), s);
+      squares.packs[w] += square;
+      store_at(plain(columns), i, load_at(plain(columns), i, size) + square, size);
+      if constexpr (Rule::kParamSum) {
+        const Pack<T> p = load_at(param, at + i, size);
+        of_param.packs[w] += p * p;
+      }
+    });
+    block.row_sums()[row] = squares.total();
+    if constexpr (Rule::kParamSum) sum += of_param.total();
   }
   if constexpr (Rule::kParamSum) block.tensor.param_sums[index] = sum;
 }
