@@ -23,6 +23,7 @@ COLUMNS = (
     *("batch", "rows", "columns", "numel", "cut"),
     *("row_factors", "column_factors", "matrix_factors", "row_sums", "column_sums"),
     *("param_sums", "update_sums", "totals", "counters", "n_items", "n_row_blocks", "n_strips"),
+    *("average", "copy"),
 )
 FLAT, SMALL, TILES = 0, 1, 2  # how a tensor is cut into items
 ITEM = ("tensor", "index", "matrix", "row", "column", "n")
@@ -30,6 +31,7 @@ PARAM, STEP, ROW_STATE, COLUMN_STATE, ELEMENT_STATE, TENSOR_STATE = (tl.constexp
 BATCH, ROWS, N_COLUMNS, NUMEL, CUT = (tl.constexpr(k) for k in range(6, 11))
 ROW_FACTORS, COLUMN_FACTORS, MATRIX_FACTORS, ROW_SUMS, COLUMN_SUMS = (tl.constexpr(k) for k in range(11, 16))
 PARAM_SUMS, UPDATE_SUMS, TOTALS, COUNTERS, N_ITEMS, N_ROW_BLOCKS, N_STRIPS = (tl.constexpr(k) for k in range(16, 23))
+AVERAGE, COPY = (tl.constexpr(k) for k in (23, 24))
 TABLE_ROW = tl.constexpr(len(COLUMNS))
 ITEM_ROW = tl.constexpr(len(ITEM))
 LINES = tl.constexpr(256)  # that are finished at once
@@ -271,10 +273,12 @@ def step_number(row_ptr):
 
 @triton.jit
 def sums_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
+    average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, LEFT: tl.constexpr,
+    FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:  # the same for all programs and launches
         if tl.load(found_inf_ptr) != 0:
@@ -342,10 +346,12 @@ def sums_kernel(
 
 @triton.jit
 def update_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
+    average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, LEFT: tl.constexpr,
+    FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
@@ -414,6 +420,18 @@ def update_elements(
     else:
         p, _ = UPDATE(p, g, factor, p, s, f, False)
     store(param, at, p, mask, DTYPES[0])
+    return widen(narrow(p, DTYPES[0]), DTYPES[0], ARITHMETIC)  # as it is stored
+
+
+@triton.jit
+def follow(row_ptr, at, mask, p, average_weight_ptr, ARITHMETIC: tl.constexpr, FOLLOWERS: tl.constexpr):
+    """Update the average and the copy of parameters ``p``."""
+    if FOLLOWERS[0] != "":
+        average = load(tl.load(row_ptr + AVERAGE), at, mask, FOLLOWERS[0], ARITHMETIC)
+        average = average + tl.load(average_weight_ptr).to(ARITHMETIC) * (p - average)
+        store(tl.load(row_ptr + AVERAGE), at, average, mask, FOLLOWERS[0])
+    if FOLLOWERS[1] != "":
+        store(tl.load(row_ptr + COPY), at, p, mask, FOLLOWERS[1])
 
 
 @triton.jit
@@ -451,10 +469,12 @@ def zero_item(
 
 @triton.jit
 def apply_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
+    average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, LEFT: tl.constexpr,
+    FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
@@ -481,7 +501,8 @@ def apply_kernel(
                 g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, LEFT)
                 of_rows = row_factors(row_ptr, matrix + 0 * row_lanes, row_lanes, row_mask, ARITHMETIC)
                 factor = of_rows[:, None] * of_columns[None, :]
-                update_elements(row_ptr, at, mask, g, factor, s, f, UPDATE, DTYPES, ARITHMETIC)
+                p = update_elements(row_ptr, at, mask, g, factor, s, f, UPDATE, DTYPES, ARITHMETIC)
+                follow(row_ptr, at, mask, p, average_weight_ptr, ARITHMETIC, FOLLOWERS)
                 row += TILE_ROWS
         else:
             begin = first_column
@@ -501,7 +522,8 @@ def apply_kernel(
                     state = load(tl.load(row_ptr + ROW_STATE), i, mask, DTYPES[2], ARITHMETIC)
                     state, factor = LINE(SQUARE(g, s), state, s)
                     store(tl.load(row_ptr + ROW_STATE), i, state, mask, DTYPES[2])
-                update_elements(row_ptr, i, mask, g, factor, s, f, UPDATE, DTYPES, ARITHMETIC)
+                p = update_elements(row_ptr, i, mask, g, factor, s, f, UPDATE, DTYPES, ARITHMETIC)
+                follow(row_ptr, i, mask, p, average_weight_ptr, ARITHMETIC, FOLLOWERS)
                 at += BLOCK
 
     # The last program to come here advances the counters: all have read the steps by then.
@@ -519,7 +541,9 @@ def apply_kernel(
 KERNELS = (sums_kernel, update_kernel, apply_kernel)
 
 
-def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, left: str, interpreted: bool) -> dict:
+def constants(
+    rule: str, dtypes: tuple[str, ...], followers: tuple[str, str], maximize: bool, left: str, interpreted: bool
+) -> dict:
     """The compile-time arguments of the kernels.
 
     ``dtypes`` of param, grad, the state of rows or flat elements, that of columns, of each element and of the tensor:
@@ -534,6 +558,7 @@ def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, left: str, int
         "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
         "MAXIMIZE": maximize,
         "LEFT": left,
+        "FOLLOWERS": followers,
         "TILE_ROWS": rows,
         "TILE_COLUMNS": columns,
         "BLOCK": 16_384 if interpreted else 2048,
@@ -548,6 +573,7 @@ def tile(interpreted: bool) -> tuple[int, int]:
 def launch(
     rule: str,
     dtypes: tuple[str, ...],
+    followers: tuple[str, str],
     maximize: bool,
     left: str,
     table: Tensor,
@@ -558,12 +584,14 @@ def launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     coefficient: Tensor | None,
+    average_weight: Tensor | None,
 ) -> int:
     """Queue one update of the tensors of ``table``, all of which have the same dtypes; returns the number of launches.
 
     Args:
         rule: its name in `REDUCING_RULES`.
         dtypes: as of `constants`.
+        followers: dtypes of the averages and the copies of the parameters.
         maximize: whether gradients are negated.
         left: in the gradients: "" for what was there, "zero", or "changed" for what the rule used.
         table: int64, (tensors, len(COLUMNS)).
@@ -573,12 +601,13 @@ def launch(
         done: int32, one zero; it is zero again afterwards.
         grad_scale, found_inf: one fp32 number each, or None.
         coefficient: one fp64 number that gradients are multiplied by, or None.
+        average_weight: of the parameter in its average, one fp64 number; None where there are no averages.
     """
-    fixed = constants(rule, dtypes, maximize, left, table.device.type == "cpu")
+    fixed = constants(rule, dtypes, followers, maximize, left, table.device.type == "cpu")
     with np.errstate(all="ignore"):  # the interpreter would warn of the means of empty rows
         for kernel in KERNELS:
             kernel[(items.shape[0],)](
-                *(table, items, grads, hyper, done, grad_scale, found_inf, coefficient, table.shape[0]),
+                *(table, items, grads, hyper, done, grad_scale, found_inf, coefficient, average_weight, table.shape[0]),
                 **fixed,
                 num_warps=8,
                 enable_fp_fusion=False,
