@@ -19,6 +19,7 @@ from torch import Tensor
 import fusedstep
 
 from .. import backends
+from . import chain
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 OURS = "fusedstep"  # how the names of our own contenders start
@@ -38,6 +39,7 @@ class Optimizer:
 
     ``states`` is the number of states of the parameter's shape and ``grad_reads`` how often the gradient must be read;
     both count the bytes that a step has to move. ``elementwise``: no element's update depends on another element.
+    ``chain``: what is done to the gradients before the step, a kind of `chain.Chain`.
     ``every_case``: by default it is measured on every case, not only on those with `models.Case.every_optimizer`.
     ``others_tolerance``: what the implementations that are not ours are allowed, where it is more than ours.
     """
@@ -50,6 +52,7 @@ class Optimizer:
     elementwise: bool = True
     every_case: bool = False
     others_tolerance: float | None = None
+    chain: str = ""
 
     @property
     def torch_class(self) -> type[torch.optim.Optimizer] | None:
@@ -74,6 +77,8 @@ FP32_SUMS = 5e-3
 
 OPTIMIZERS: tuple[Optimizer, ...] = (
     Optimizer("AdamW", "AdamW", _ADAM, states=2, every_case=True),
+    Optimizer("clip+AdamW", "AdamW", _ADAM, states=2, grad_reads=2, every_case=True, chain=chain.CLIP),
+    Optimizer("unscale+clip+AdamW", "AdamW", _ADAM, states=2, grad_reads=2, every_case=True, chain=chain.WHOLE),
     Optimizer("AdamW-amsgrad", "AdamW", {**_ADAM, "amsgrad": True}, states=3),
     Optimizer("Adam", "Adam", _ADAM, states=2),
     Optimizer("SGD", "SGD", _SGD, states=0),
@@ -145,6 +150,8 @@ def torch_contenders(optimizer: Optimizer) -> list[Contender]:
         missing = [option for option in variant if option not in accepted]
         reasons = tuple(f"torch.optim.{optimizer.class_name} has no option '{option}'" for option in missing)
         build = functools.partial(made, **optimizer.options, **variant)
+        if optimizer.chain:
+            build = chain.chained(build, optimizer.chain, ours=False)
         contenders.append(Contender(name, build, reasons, optimizer.others_tolerance))
     return contenders
 
@@ -173,6 +180,10 @@ def our_contenders(
             contenders.append(Contender(f"{OURS} {name}", _cannot_build, reasons))
         else:
             build = functools.partial(made, **optimizer.options, backend=name)
+            if optimizer.chain:
+                build = chain.chained(
+                    functools.partial(build, max_grad_norm=chain.MAX_NORM), optimizer.chain, ours=True
+                )
             contenders.append(Contender(f"{OURS} {name}", build, backend_reasons(name, device, dtype)))
     return contenders
 
@@ -305,7 +316,8 @@ def contenders(
     optimizer: Optimizer, device: torch.device, dtype: torch.dtype, backend_names: Sequence[str]
 ) -> list[Contender]:
     """Everybody who has this optimizer; those with `reasons` cannot run."""
-    in_torch, in_others = torch_contenders(optimizer), peer_contenders(optimizer, device, dtype)
+    in_torch = torch_contenders(optimizer)
+    in_others = [] if optimizer.chain else peer_contenders(optimizer, device, dtype)
     if not in_torch and not in_others and "reference" not in backend_names:
         backend_names = (*backend_names, "reference")  # an eager implementation to compare with
     return [*in_torch, *our_contenders(optimizer, device, dtype, backend_names), *in_others]

@@ -129,7 +129,7 @@ class NormTable {
 
 int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uintptr_t work, const py::tuple& hyper,
               bool maximize, const py::object& grad_scale, const py::object& found_inf, const py::object& coefficient,
-              bool zero_grads, bool write_grads) {
+              bool zero_grads, bool write_grads, double average_weight) {
   if (plan.size() != 0 && plan.device() != Device::kCuda) throw std::invalid_argument("the plan is not on a GPU");
   if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
   cuda::Call call{};
@@ -140,6 +140,7 @@ int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uint
   call.coefficient = to_coefficient(coefficient, plan);
   call.zero_grads = zero_grads;
   call.write_grads = write_grads;
+  call.average_weight = average_weight;
   call.device_table = reinterpret_cast<char*>(device_table);
   call.device = plan.device_index();
   call.stream = current_stream(plan.device_index());

@@ -21,8 +21,9 @@ void read_hyper(const Plan& plan, const py::tuple& hyper, double* numbers) {
 
 // What the CPU engine needs to know of a plan's step; `work` is the memory behind it.
 cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, double coefficient,
-                   bool zero_grads, bool write_grads, std::vector<cpu::Work>* work) {
-  cpu::Call call{plan.rule(), {}, maximize, grad_scale, coefficient, zero_grads, write_grads, nullptr, 0, 0};
+                   bool zero_grads, bool write_grads, double average_weight, std::vector<cpu::Work>* work) {
+  cpu::Call call{plan.rule(),    {},      maximize, grad_scale, coefficient, zero_grads, write_grads,
+                 average_weight, nullptr, 0,        0};
   read_hyper(plan, hyper, call.hyper);
   work->reserve(plan.size());
   for (size_t i = 0; i < plan.size(); ++i) {
@@ -36,8 +37,9 @@ cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, doub
 }
 
 cpu::ReducingCall cpu_reducing_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale,
-                                    double coefficient, bool zero_grads, bool write_grads) {
-  cpu::ReducingCall call{plan.reducing_rule(), {}, maximize, grad_scale, coefficient, zero_grads, write_grads, {}, 0};
+                                    double coefficient, bool zero_grads, bool write_grads, double average_weight) {
+  cpu::ReducingCall call{plan.reducing_rule(), {},          maximize,       grad_scale, coefficient,
+                         zero_grads,           write_grads, average_weight, {},         0};
   read_hyper(plan, hyper, call.hyper);
   for (size_t i = 0; i < plan.size(); ++i) {
     if (!plan.active(i)) continue;
@@ -61,21 +63,22 @@ void take_step(Plan& plan, bool writes_grads, const Step& step) {
 }
 
 void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, double coefficient, bool zero_grads,
-              bool write_grads, int threads) {
+              bool write_grads, double average_weight, int threads) {
   if (plan.reduces()) {
     const cpu::ReducingCall call =
-        cpu_reducing_call(plan, hyper, maximize, grad_scale, coefficient, zero_grads, write_grads);
+        cpu_reducing_call(plan, hyper, maximize, grad_scale, coefficient, zero_grads, write_grads, average_weight);
     return take_step(plan, zero_grads || write_grads, [&] { cpu::reducing_step(call, threads); });
   }
   std::vector<cpu::Work> work;
-  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, coefficient, zero_grads, write_grads, &work);
+  const cpu::Call call =
+      cpu_call(plan, hyper, maximize, grad_scale, coefficient, zero_grads, write_grads, average_weight, &work);
   take_step(plan, zero_grads || write_grads, [&] { cpu::step(call, threads); });
 }
 
 void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int64_t first,
                    int64_t last) {
   std::vector<cpu::Work> work;
-  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, 1.0, false, false, &work);
+  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, 1.0, false, false, 0.0, &work);
   if (first < 0 || first > last || last > call.numel) throw std::invalid_argument("the range is not one of the plan");
   cpu::run_range(call, first, last);
 }
@@ -105,6 +108,13 @@ py::list pointers(const Plan& plan) {
     for (const void* state : record.states) row.append(address(state));
     rows.append(row);
   }
+  return rows;
+}
+
+py::list follower_pointers(const Plan& plan) {
+  py::list rows;
+  for (const Record& record : plan.records())
+    rows.append(py::make_tuple(reinterpret_cast<uintptr_t>(record.average), reinterpret_cast<uintptr_t>(record.copy)));
   return rows;
 }
 
@@ -149,6 +159,8 @@ PYBIND11_MODULE(_C, m) {
             return plan.gather(borrow, grads) == Gathered::kReady;
           },
           py::arg("borrow"), py::arg("grads") = py::none())
+      .def("follow", &Plan::follow, py::arg("averages"), py::arg("copies"))
+      .def("follower_pointers", &follower_pointers, "[average, copy] of each tensor, as addresses")
       .def("borrowed", &Plan::borrowed, "whether gather() found gradients that it does not hold")
       .def("odd_grads", &Plan::odd_grads)
       .def("drop_grad", &Plan::drop_grad)
@@ -164,7 +176,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::dict&, const py::list&>(), py::arg("state"), py::arg("param_groups"))
       .def("unchanged", &Watch::unchanged, py::arg("state"), py::arg("param_groups"));
   m.def("cpu_step", &cpu_step, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
-        py::arg("coefficient"), py::arg("zero_grads"), py::arg("write_grads"), py::arg("threads"));
+        py::arg("coefficient"), py::arg("zero_grads"), py::arg("write_grads"), py::arg("average_weight"),
+        py::arg("threads"));
   bind_norm(m);
   m.def("cpu_run_range", &cpu_run_range, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
         py::arg("first"), py::arg("last"),

@@ -15,12 +15,12 @@ struct Norm {
 
 // What the norm decides.
 struct NormLimits {
-  double max_norm;         // coefficient: 1, or what brings the norm down to this
-  double epsilon;          // added to the norm before max_norm is divided by it
-  bool by_largest;         // the norm is the largest absolute value, not the root of the sum of squares
-  bool nan_if_nonfinite;   // the coefficient is NaN if the norm is not finite
-  bool find_nonfinite;     // a step with a gradient that is not finite is to be skipped
-  bool skip_nonfinite;     // so is a step whose norm is not finite
+  double max_norm;        // coefficient: 1, or what brings the norm down to this
+  double epsilon;         // added to the norm before max_norm is divided by it
+  bool by_largest;        // the norm is the largest absolute value, not the root of the sum of squares
+  bool nan_if_nonfinite;  // the coefficient is NaN if the norm is not finite
+  bool find_nonfinite;    // a step with a gradient that is not finite is to be skipped
+  bool skip_nonfinite;    // so is a step whose norm is not finite
 };
 
 inline namespace FUSEDSTEP_ISA {
@@ -34,8 +34,8 @@ FUSEDSTEP_FN void finish_norm(Norm& n, float* found_inf, const NormLimits& limit
   n.norm = limits.by_largest ? n.largest / grad_scale : square_root(n.sum_of_squares);
   n.coefficient = minimum(1.0, limits.max_norm / (n.norm + limits.epsilon));
   if (limits.nan_if_nonfinite) n.coefficient = n.coefficient + (n.norm - n.norm);
-  const bool skips = skipped || (limits.find_nonfinite && !is_finite(n.largest)) ||
-                     (limits.skip_nonfinite && !is_finite(n.norm));
+  const bool skips =
+      skipped || (limits.find_nonfinite && !is_finite(n.largest)) || (limits.skip_nonfinite && !is_finite(n.norm));
   *found_inf = skips ? 1.0f : 0.0f;
 }
 

@@ -76,7 +76,8 @@ py::object cpu_sums(const py::list& tensors, double grad_scale, int threads) {
 
 void cpu_scale(const py::list& tensors, double factor, int threads) {
   std::vector<cpu::Stretch> stretches;
-  if (!view_stretches(tensors, &stretches)) throw std::invalid_argument("a tensor is not plain dense memory on the CPU");
+  if (!view_stretches(tensors, &stretches))
+    throw std::invalid_argument("a tensor is not plain dense memory on the CPU");
   run(false, [&] { cpu::scale_stretches(stretches, factor, threads); });
   increment_versions(tensors);
 }

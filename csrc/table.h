@@ -12,7 +12,11 @@ struct Record {
   void* states[kMaxStates];
   float* step;  // updates done so far; in the engine's own memory (host or device)
   int64_t numel;
-  Dtype param_dtype, grad_dtype, state_dtypes[kMaxStates];
+  void* average;  // of the parameter over the steps, in fp32 (fp64 for a fp64 parameter); null: none
+  void* copy;     // the parameter in copy_dtype, after each step; null: none
+  Dtype param_dtype, grad_dtype, state_dtypes[kMaxStates], copy_dtype;
+
+  constexpr bool has_followers() const { return average != nullptr || copy != nullptr; }
 };
 
 // How a reducing rule sees a record: contiguous matrices [batch, rows, columns]; or, if it is not factored, one number

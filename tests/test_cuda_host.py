@@ -32,7 +32,10 @@ class Record(ctypes.Structure):
         ("states", ctypes.c_void_p * MAX_STATES),
         ("step", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
+        ("average", ctypes.c_void_p),
+        ("copy", ctypes.c_void_p),
         ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
+        ("copy_dtype", ctypes.c_uint8),
     ]
 
 
@@ -76,6 +79,8 @@ def run_on_host(
     coefficient=None,
     zero=False,
     write=False,
+    average_weight=0.0,
+    followers=None,
     tensor_hyper=False,
     blocks=3,
     threads=64,
@@ -92,8 +97,12 @@ def run_on_host(
         tags = [TAG[dtype] for dtype in dtypes] + [0] * (2 + MAX_STATES - len(dtypes))
         pointers = (ctypes.c_void_p * MAX_STATES)(*[None if s is None else s.data_ptr() for s in state])
         records.append(
-            Record(param.data_ptr(), pointers, step.data_ptr(), param.numel(), (ctypes.c_uint8 * len(tags))(*tags))
+            Record(
+                param.data_ptr(), pointers, step.data_ptr(), param.numel(), dtypes=(ctypes.c_uint8 * len(tags))(*tags)
+            )
         )
+    for record, (average, copy) in zip(records, followers or (), strict=False):
+        record.average, record.copy, record.copy_dtype = average.data_ptr(), copy.data_ptr(), TAG[copy.dtype]
     hyper = (Scalar * MAX_HYPER)()
     for scalar, value in zip(hyper, optimizer.hyper(group, optimizer.variant_of(group, None, None)), strict=False):
         if tensor_hyper:
@@ -110,6 +119,7 @@ def run_on_host(
         ctypes.c_bool(zero),
         ctypes.c_bool(write),
         *flags,
+        ctypes.c_double(average_weight),
         (Record * len(records))(*records),
         ctypes.c_int64(len(records)),
         (ctypes.c_void_p * len(addresses))(*addresses),
@@ -236,15 +246,53 @@ def test_clipped_gradients_and_what_is_left_of_them_have_the_references_bits(lib
     pair.assert_same()
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "copy_dtype", "offset"),
+    [
+        (torch.float32, torch.bfloat16, 0),
+        (torch.float32, torch.float16, 1),
+        (torch.bfloat16, torch.float16, 0),
+        (torch.float64, torch.bfloat16, 0),
+    ],
+    ids=str,
+)
+def test_averages_and_copies_have_the_references_bits(library, case, dtype, copy_dtype, offset):
+    generator = torch.Generator().manual_seed(9)
+    sizes = [5, 0, 1200, 40, 9001]
+    pair = Pair(case, sizes, dtype, offset=offset)
+    wide = torch.promote_types(dtype, torch.float32)
+    followers = []
+    for param in pair.kernel.param_groups[0]["params"]:
+        followers.append(
+            (inside(param.detach().to(wide), offset), inside(torch.zeros(param.numel()).to(copy_dtype), 1))
+        )
+    expected = [average.clone() for (_, average), _ in followers]
+    for number in range(4):
+        grads = random_grads(sizes, generator, dtype)
+        grads[3] = None if number == 2 else grads[3]
+        pair.step(
+            *(library, grads, offset),
+            found_inf=torch.tensor(float(number == 1)),
+            average_weight=0.3,
+            followers=[(average, copy) for (_, average), (_, copy) in followers],
+        )
+        for i, param in enumerate(pair.reference.param_groups[0]["params"]):
+            if number != 1 and grads[i] is not None:
+                expected[i] = expected[i] + 0.3 * (param.detach().to(wide) - expected[i])
+                assert same_bits(followers[i][1][1], param.detach().to(copy_dtype))
+            assert same_bits(followers[i][0][1], expected[i])
+            for buffer, values in followers[i]:
+                assert (buffer == 7.0).sum() >= buffer.numel() - values.numel()
+    pair.assert_same()
+
+
 def host_norm(library, plans, limits, grad_scale=None, found_inf=None, blocks=3):
     """(sum of squares, largest, norm, coefficient, whether the step is skipped) of the gradients of several plans."""
     norm, flag = torch.full((4,), float("nan"), dtype=torch.float64), torch.full((), 5.0)
     values = (ctypes.c_double * 6)(*limits)
     for number, grads in enumerate(plans):
-        records = [
-            Record(None, (ctypes.c_void_p * MAX_STATES)(), None, 0 if g is None else g.numel(), (ctypes.c_uint8 * 7)())
-            for g in grads
-        ]
+        records = [Record(None, (ctypes.c_void_p * MAX_STATES)(), None, 0 if g is None else g.numel()) for g in grads]
         for record, grad in zip(records, grads, strict=True):
             record.dtypes[1] = 0 if grad is None else TAG[grad.dtype]
         addresses = [None if g is None else (g.data_ptr() or 64) for g in grads]
@@ -408,7 +456,7 @@ def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, d
         for (_, total), (_, g), step in zip(sums, grads, steps, strict=True):
             tags = (ctypes.c_uint8 * (2 + MAX_STATES))(TAG[dtype], TAG[g.dtype])
             pointers = (ctypes.c_void_p * MAX_STATES)()
-            records.append(Record(total.data_ptr(), pointers, step.data_ptr(), total.numel(), tags))
+            records.append(Record(total.data_ptr(), pointers, step.data_ptr(), total.numel(), dtypes=tags))
         hyper = (Scalar * MAX_HYPER)()
         hyper[0].value = weight
         skipped = 5 if number == 1 else None
@@ -419,7 +467,7 @@ def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, d
             ctypes.c_bool(False),
             ctypes.c_bool(zero),
             ctypes.c_bool(False),
-            *(None, None, None),
+            *(None, None, None, ctypes.c_double(0.0)),
             (Record * len(records))(*records),
             ctypes.c_int64(len(records)),
             (ctypes.c_void_p * len(addresses))(*addresses),

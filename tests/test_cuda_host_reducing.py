@@ -34,7 +34,10 @@ class Record(ctypes.Structure):
         ("states", ctypes.c_void_p * MAX_STATES),
         ("step", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
+        ("average", ctypes.c_void_p),
+        ("copy", ctypes.c_void_p),
         ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
+        ("copy_dtype", ctypes.c_uint8),
     ]
 
 
@@ -63,7 +66,13 @@ class HostPlan(KernelPlan):
             tags += [0 if found.get(name) is None else TAG[found[name].dtype] for name in names]
             tags += [0] * (2 + MAX_STATES - len(tags))
             states = (ctypes.c_void_p * MAX_STATES)(*states)
-            records.append(Record(param, states, step, numel, (ctypes.c_uint8 * len(tags))(*tags)))
+            record = Record(param, states, step, numel, dtypes=(ctypes.c_uint8 * len(tags))(*tags))
+            for name in ("average", "copy"):
+                follower = getattr(slot, name)
+                if follower is not None:
+                    setattr(record, name, follower.data_ptr())
+                    record.copy_dtype = TAG[follower.dtype]
+            records.append(record)
             seen = slot.matrices
             matrices.append(Matrices(1, 1, numel, False) if seen is None else Matrices(*seen, True))
         scalars = (Scalar * MAX_HYPER)()
@@ -79,6 +88,7 @@ class HostPlan(KernelPlan):
             scalars,
             *map(ctypes.c_bool, (maximize, self.zero_grads, self.write_grads)),
             *[None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf, coefficient)],
+            ctypes.c_double(self.average_weight),
             (Record * len(records))(*records),
             (Matrices * len(matrices))(*matrices),
             ctypes.c_int64(len(records)),
@@ -324,3 +334,19 @@ def test_clipped_gradients_and_what_is_left_of_them(on_host, case, dtype, kept):
             assert "zero_grads" not in kept or not a.grad.any()
             assert kept or torch.equal(a.grad, grad)
     assert_close(optimizers)
+
+
+@by_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_averages_and_copies_follow_the_parameters(on_host, case, dtype):
+    generator = torch.Generator().manual_seed(13)
+    values = random(FEW_SHAPES, generator, (dtype,))
+    optimizer = make(case, values, "cpu", ema_decay=0.75, weights_copy=torch.float16)
+    params = optimizer.param_groups[0]["params"]
+    expected = [v.to(torch.promote_types(dtype, torch.float32)) for v in values]
+    for _ in range(3):
+        step([optimizer], random(FEW_SHAPES, generator, (dtype,)))
+        for i, param in enumerate(params):
+            expected[i] = expected[i] + 0.25 * (param.detach().to(expected[i].dtype) - expected[i])
+            assert same_bits(optimizer.state[param]["ema"], expected[i])
+            assert same_bits(optimizer.copies[param], param.detach().to(torch.float16))

@@ -267,3 +267,22 @@ def test_the_kernel_that_sums_compiles_for_a_gpu():
     for counts in json.loads(done.stdout):
         assert counts["wide_loads"] > 0
         assert counts["fma"] == counts["local"] == counts["approximate"] == 0
+
+
+@pytest.mark.parametrize("case", CASES[2:6], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_averages_and_copies_have_the_references_bits(interpreted, case, dtype):
+    generator = torch.Generator().manual_seed(13)
+    sizes = [5, 17_000, 0, 40]
+    values = random(sizes, generator, (dtype,))
+    optimizers = []
+    for backend in ("triton", "reference"):
+        params = [torch.nn.Parameter(v.clone()) for v in values]
+        options = {**case.options, "ema_decay": 0.7, "weights_copy": torch.bfloat16}
+        optimizers.append(getattr(fusedstep, case.optimizer)(params, backend=backend, **options))
+    for _ in range(2):
+        step(optimizers, random(sizes, generator, (dtype,)))
+    assert_same(optimizers)
+    for a, b in zip(*[o.param_groups[0]["params"] for o in optimizers], strict=True):
+        assert same_bits(optimizers[0].copies[a], optimizers[1].copies[b])
+        assert same_bits(optimizers[0].copies[a], a.detach().to(torch.bfloat16))

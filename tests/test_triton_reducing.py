@@ -164,3 +164,18 @@ def test_clipped_gradients_and_what_is_left_of_them(interpreted, case, kept):
             assert "zero_grads" not in kept or not a.grad.any()
             assert kept or torch.equal(a.grad, grad)
     assert_close(optimizers)
+
+
+@pytest.mark.parametrize("case", [REDUCING[3], REDUCING[4]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_averages_and_copies_follow_the_parameters(interpreted, case, dtype):
+    generator = torch.Generator().manual_seed(13)
+    values = random(SHAPES, generator, dtype)
+    optimizer = make(case, values, "triton", ema_decay=0.75, weights_copy=torch.float16)
+    expected = [v.float() for v in values]
+    for _ in range(2):
+        step([optimizer], random(SHAPES, generator, dtype))
+        for i, param in enumerate(optimizer.param_groups[0]["params"]):
+            expected[i] = expected[i] + 0.25 * (param.detach().float() - expected[i])
+            assert same_bits(optimizer.state[param]["ema"], expected[i])
+            assert same_bits(optimizer.copies[param], param.detach().to(torch.float16))

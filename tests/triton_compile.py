@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 POINTERS = {
     **{"table_ptr": "*i64", "chunks_ptr": "*i64", "grads_ptr": "*i64", "hyper_ptr": "*fp64", "done_ptr": "*i32"},
-    **{"grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "coefficient_ptr": "*fp64"},
+    **{"grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "coefficient_ptr": "*fp64", "average_weight_ptr": "*fp64"},
     **{"sums_ptr": "*fp64", "norm_ptr": "*fp64", "limits_ptr": "*fp64", "found_before_ptr": "*fp32"},
 }
 
@@ -24,9 +24,9 @@ POINTERS = {
 def compile_ptx(rule: str, present: int, dtype: str, scaled: bool) -> str:
     """The kernel's PTX for tensors that are all stored in ``dtype``; bit k of ``present``: whether there is state k."""
     states = tuple(dtype if present >> k & 1 else "" for k in range(RULES[rule].n_named))
-    fixed = constants(rule, (dtype, dtype, *states), maximize=False, left="", block=2048)
+    fixed = constants(rule, (dtype, dtype, *states), ("", ""), maximize=False, left="", block=2048)
     if not scaled:
-        fixed |= {"grad_scale_ptr": None, "found_inf_ptr": None, "coefficient_ptr": None}
+        fixed |= {"grad_scale_ptr": None, "found_inf_ptr": None, "coefficient_ptr": None, "average_weight_ptr": None}
     return ptx_of(step_kernel, fixed)
 
 
@@ -36,7 +36,7 @@ def compile_reducing_ptx(rule: str, element_state: bool, dtype: str) -> list[str
     states = (has.row, has.column, has.element and element_state, has.tensor, has.row2, has.column2)
     dtypes = (dtype, dtype, *(dtype if state else "" for state in states))
     absent = dict.fromkeys(("grad_scale_ptr", "found_inf_ptr", "coefficient_ptr"))
-    fixed = reducing.constants(rule, dtypes, False, "", False) | absent
+    fixed = reducing.constants(rule, dtypes, ("", ""), False, "", False) | absent
     return [ptx_of(kernel, fixed) for kernel in reducing.kernels_of(rule)]
 
 

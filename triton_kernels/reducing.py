@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .numeric import square_root
+from .numeric import narrow, square_root, widen
 from .reducing_lines import (
+    AVERAGE,
     COLUMN_SUMS,
+    COPY,
     COUNTERS,
     CUT,
     ELEMENT_STATE,
@@ -78,11 +80,12 @@ def step_number(row_ptr):
 
 @triton.jit
 def sums_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
+    average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, LEFT: tl.constexpr,
+    BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:  # the same for all programs and launches
         if tl.load(found_inf_ptr) != 0:
@@ -156,11 +159,12 @@ def sums_kernel(
 
 @triton.jit
 def update_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
+    average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, LEFT: tl.constexpr,
+    BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
@@ -229,6 +233,18 @@ def update_elements(
     else:
         p, _ = UPDATE(p, g, factor, factor2, p, s, f, False)
     store(param, at, p, mask, DTYPES[0])
+    return widen(narrow(p, DTYPES[0]), DTYPES[0], ARITHMETIC)  # as it is stored
+
+
+@triton.jit
+def follow(row_ptr, at, mask, p, average_weight_ptr, ARITHMETIC: tl.constexpr, FOLLOWERS: tl.constexpr):
+    """Update the average and the copy of parameters ``p``."""
+    if FOLLOWERS[0] != "":
+        average = load(tl.load(row_ptr + AVERAGE), at, mask, FOLLOWERS[0], ARITHMETIC)
+        average = average + tl.load(average_weight_ptr).to(ARITHMETIC) * (p - average)
+        store(tl.load(row_ptr + AVERAGE), at, average, mask, FOLLOWERS[0])
+    if FOLLOWERS[1] != "":
+        store(tl.load(row_ptr + COPY), at, p, mask, FOLLOWERS[1])
 
 
 @triton.jit
@@ -266,11 +282,12 @@ def zero_item(
 
 @triton.jit
 def apply_kernel(
-    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr, n_tensors,
+    table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
+    average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, LEFT: tl.constexpr,
+    BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
@@ -303,7 +320,8 @@ def apply_kernel(
                 factor2 = tile_factors(
                     row_ptr, matrix, row_lanes, row_mask, of_columns2, TWO, MATRIX, DTYPES, ARITHMETIC
                 )
-                update_elements(row_ptr, at, mask, g, factor, factor2, s, f, UPDATE, DTYPES, ARITHMETIC)
+                p = update_elements(row_ptr, at, mask, g, factor, factor2, s, f, UPDATE, DTYPES, ARITHMETIC)
+                follow(row_ptr, at, mask, p, average_weight_ptr, ARITHMETIC, FOLLOWERS)
                 row += TILE_ROWS
         else:
             begin = first_column
@@ -326,7 +344,8 @@ def apply_kernel(
                     state = load(tl.load(row_ptr + ROW_STATE), i, mask, DTYPES[2], ARITHMETIC)
                     state, _unused, factor, factor2 = LINE(SQUARE(g, s), state, state, s)
                     store(tl.load(row_ptr + ROW_STATE), i, state, mask, DTYPES[2])
-                update_elements(row_ptr, i, mask, g, factor, factor2, s, f, UPDATE, DTYPES, ARITHMETIC)
+                p = update_elements(row_ptr, i, mask, g, factor, factor2, s, f, UPDATE, DTYPES, ARITHMETIC)
+                follow(row_ptr, i, mask, p, average_weight_ptr, ARITHMETIC, FOLLOWERS)
                 at += BLOCK
 
     # The last program to come here advances the counters: all have read the steps by then.
@@ -346,7 +365,9 @@ def kernels_of(rule: str) -> tuple[triton.JITFunction, ...]:
     return (sums_kernel, update_kernel, apply_kernel) if REDUCING_RULES[rule].direction else (sums_kernel, apply_kernel)
 
 
-def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, left: str, interpreted: bool) -> dict:
+def constants(
+    rule: str, dtypes: tuple[str, ...], followers: tuple[str, str], maximize: bool, left: str, interpreted: bool
+) -> dict:
     """The compile-time arguments of the kernels.
 
     ``dtypes`` of param, grad, the state of rows or flat elements, that of columns, of each element and of the tensor,
@@ -365,6 +386,7 @@ def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, left: str, int
         "TILE_COLUMNS": columns,
         "BLOCK": 16_384 if interpreted else 2048,
         "LEFT": left,
+        "FOLLOWERS": followers,
     }
 
 
@@ -376,6 +398,7 @@ def tile(interpreted: bool) -> tuple[int, int]:
 def launch(
     rule: str,
     dtypes: tuple[str, ...],
+    followers: tuple[str, str],
     maximize: bool,
     left: str,
     table: Tensor,
@@ -386,12 +409,14 @@ def launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     coefficient: Tensor | None,
+    average_weight: Tensor | None,
 ) -> int:
     """Queue one update of the tensors of ``table``, all of which have the same dtypes; returns the number of launches.
 
     Args:
         rule: its name in `REDUCING_RULES`.
         dtypes: as of `constants`.
+        followers: dtypes of the averages and the copies of the parameters.
         maximize: whether gradients are negated.
         left: in the gradients: "" for what was there, "zero", or "changed" for what the rule used.
         table: int64, (tensors, len(COLUMNS)).
@@ -401,13 +426,14 @@ def launch(
         done: int32, one zero; it is zero again afterwards.
         grad_scale, found_inf: one fp32 number each, or None.
         coefficient: one fp64 number that gradients are multiplied by, or None.
+        average_weight: of the parameter in its average, one fp64 number; None where there are no averages.
     """
-    fixed = constants(rule, dtypes, maximize, left, table.device.type == "cpu")
+    fixed = constants(rule, dtypes, followers, maximize, left, table.device.type == "cpu")
     kernels = kernels_of(rule)
     with np.errstate(all="ignore"):  # the interpreter would warn of the means of empty rows
         for kernel in kernels:
             kernel[(items.shape[0],)](
-                *(table, items, grads, hyper, done, grad_scale, found_inf, coefficient, table.shape[0]),
+                *(table, items, grads, hyper, done, grad_scale, found_inf, coefficient, average_weight, table.shape[0]),
                 **fixed,
                 num_warps=8,
                 enable_fp_fusion=False,

@@ -12,7 +12,7 @@ COLUMNS = (
     *("batch", "rows", "columns", "numel", "cut"),
     *("row_factors", "column_factors", "matrix_factors", "row_sums", "column_sums"),
     *("param_sums", "update_sums", "totals", "counters", "n_items", "n_row_blocks", "n_strips"),
-    *("row_state2", "column_state2"),
+    *("row_state2", "column_state2", "average", "copy"),
 )
 WORK = COLUMNS[COLUMNS.index("row_factors") : COLUMNS.index("counters")]  # addresses of work memory
 FLAT, SMALL, TILES = 0, 1, 2  # how a tensor is cut into items
@@ -21,7 +21,7 @@ PARAM, STEP, ROW_STATE, COLUMN_STATE, ELEMENT_STATE, TENSOR_STATE = (tl.constexp
 BATCH, ROWS, N_COLUMNS, NUMEL, CUT = (tl.constexpr(k) for k in range(6, 11))
 ROW_FACTORS, COLUMN_FACTORS, MATRIX_FACTORS, ROW_SUMS, COLUMN_SUMS = (tl.constexpr(k) for k in range(11, 16))
 PARAM_SUMS, UPDATE_SUMS, TOTALS, COUNTERS, N_ITEMS, N_ROW_BLOCKS, N_STRIPS = (tl.constexpr(k) for k in range(16, 23))
-ROW_STATE2, COLUMN_STATE2 = tl.constexpr(23), tl.constexpr(24)
+ROW_STATE2, COLUMN_STATE2, AVERAGE, COPY = (tl.constexpr(k) for k in range(23, 27))
 TABLE_ROW = tl.constexpr(len(COLUMNS))
 ITEM_ROW = tl.constexpr(len(ITEM))
 LINES = tl.constexpr(256)  # that are finished at once

@@ -13,7 +13,8 @@ from torch import Tensor
 from .numeric import divide, narrow, widen
 from .rules import RULES
 
-ROW = 8  # int64 numbers of a tensor in the table: param, step, up to four states
+ROW = 10  # int64 numbers of a tensor in the table: param, step, up to five states, average, copy
+AVERAGE, COPY = (tl.constexpr(k) for k in (7, 8))  # their places
 CHUNK_ROW = 3  # of a chunk: tensor, elements, offset
 
 
@@ -57,6 +58,7 @@ def update_block(
     mask,
     grad_scale_ptr,
     coefficient_ptr,
+    average_weight_ptr,
     s,
     UPDATE: tl.constexpr,
     N_NAMED: tl.constexpr,
@@ -69,6 +71,7 @@ def update_block(
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     LEFT: tl.constexpr,
+    FOLLOWERS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Elements ``begin + lanes`` of one tensor; WHOLE: all of them exist, and ``begin`` lies at a multiple of 16 bytes.
@@ -103,6 +106,14 @@ def update_block(
     else:
         p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s, PRESENT)
     store(param, begin, lanes, mask, p, PARAM, WHOLE)
+    if FOLLOWERS != ("", ""):
+        p = widen(narrow(p, PARAM), PARAM, ARITHMETIC)  # as it is stored
+    if FOLLOWERS[0] != "":
+        average = load(tl.load(row_ptr + AVERAGE), begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, WHOLE)
+        average = average + tl.load(average_weight_ptr).to(ARITHMETIC) * (p - average)
+        store(tl.load(row_ptr + AVERAGE), begin, lanes, mask, average, FOLLOWERS[0], WHOLE)
+    if FOLLOWERS[1] != "":
+        store(tl.load(row_ptr + COPY), begin, lanes, mask, p, FOLLOWERS[1], WHOLE)
     if STATE0 != "":
         store(tl.load(row_ptr + 2), begin, lanes, mask, s0, STATE0, WHOLE)
     if STATE1 != "":
@@ -135,6 +146,7 @@ def step_kernel(
     grad_scale_ptr,
     found_inf_ptr,
     coefficient_ptr,
+    average_weight_ptr,
     n_tensors,
     PREPARE: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -148,6 +160,7 @@ def step_kernel(
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     LEFT: tl.constexpr,
+    FOLLOWERS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW: tl.constexpr,
     CHUNK_ROW: tl.constexpr,
@@ -169,6 +182,8 @@ def step_kernel(
         addresses = tl.load(row_ptr) | grad
         for k in tl.static_range(N_NAMED):
             addresses = addresses | tl.load(row_ptr + 2 + k)
+        if FOLLOWERS != ("", ""):
+            addresses = addresses | tl.load(row_ptr + AVERAGE) | tl.load(row_ptr + COPY)
         whole = 0 * n
         if addresses % 16 == 0:
             whole = n // BLOCK * BLOCK
@@ -176,14 +191,17 @@ def step_kernel(
         lanes = tl.arange(0, BLOCK)
         while start < whole:
             update_block(
-                row_ptr, grad, offset + start, lanes, None, grad_scale_ptr, coefficient_ptr, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, LEFT, True,
+                row_ptr, grad, offset + start, lanes, None, grad_scale_ptr, coefficient_ptr, average_weight_ptr, s,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS,
+                True,
             )  # fmt: skip
             start += BLOCK
         while start < n:
             update_block(
-                row_ptr, grad, offset + start, lanes, start + lanes < n, grad_scale_ptr, coefficient_ptr, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, LEFT, False,
+                row_ptr, grad, offset + start, lanes, start + lanes < n,
+                grad_scale_ptr, coefficient_ptr, average_weight_ptr, s,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS,
+                False,
             )  # fmt: skip
             start += BLOCK
 
@@ -201,10 +219,13 @@ def step_kernel(
         tl.store(done_ptr, 0)
 
 
-def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, left: str, block: int) -> dict:
+def constants(
+    rule: str, dtypes: tuple[str, ...], followers: tuple[str, str], maximize: bool, left: str, block: int
+) -> dict:
     """The compile-time arguments of `step_kernel`.
 
     ``dtypes`` of param, grad and every state that the rule names, as "fp32", "bf16" and so on; "" for an absent one.
+    ``followers``: of the parameters' averages and copies.
     ``left`` in the gradients: "" for what was there, "zero", or "changed" for what the rule used.
     """
     return {
@@ -216,6 +237,7 @@ def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, left: str, blo
         "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
         "MAXIMIZE": maximize,
         "LEFT": left,
+        "FOLLOWERS": followers,
         "BLOCK": block,
         "ROW": ROW,
         "CHUNK_ROW": CHUNK_ROW,
@@ -225,6 +247,7 @@ def constants(rule: str, dtypes: tuple[str, ...], maximize: bool, left: str, blo
 def launch(
     rule: str,
     dtypes: tuple[str, ...],
+    followers: tuple[str, str],
     maximize: bool,
     left: str,
     table: Tensor,
@@ -235,6 +258,7 @@ def launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     coefficient: Tensor | None,
+    average_weight: Tensor | None,
     block: int,
 ) -> None:
     """Queue one update of the tensors of ``table``, all of which have the same dtypes.
@@ -242,6 +266,7 @@ def launch(
     Args:
         rule: its name in `RULES`.
         dtypes: of param, grad and each state that the rule names: "fp32", "bf16", "fp16", "fp64"; "": an absent one.
+        followers: dtypes of the averages and the copies of the parameters.
         maximize: whether gradients are negated.
         left: what becomes of the gradients, as in `constants`.
         table: int64, (tensors, ROW): addresses.
@@ -251,6 +276,7 @@ def launch(
         done: int32, one zero; it is zero again afterwards.
         grad_scale, found_inf: one fp32 number each, or None.
         coefficient: one fp64 number that gradients are multiplied by, or None.
+        average_weight: of the parameter in its average, one fp64 number; None where there are no averages.
         block: elements that a program updates at a time.
     """
     step_kernel[(chunks.shape[0],)](
@@ -262,8 +288,9 @@ def launch(
         grad_scale,
         found_inf,
         coefficient,
+        average_weight,
         table.shape[0],
-        **constants(rule, dtypes, maximize, left, block),
+        **constants(rule, dtypes, followers, maximize, left, block),
         num_warps=8,
         enable_fp_fusion=False,
     )

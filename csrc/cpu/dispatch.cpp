@@ -51,9 +51,12 @@ std::vector<Isa> supported() {
   std::vector<Isa> isas;
 #if FUSEDSTEP_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v2")) isas.push_back({"v2", v2::run, v2::run_phase, v2::sum_stretch, v2::scale_stretch});
-  if (__builtin_cpu_supports("x86-64-v3")) isas.push_back({"v3", v3::run, v3::run_phase, v3::sum_stretch, v3::scale_stretch});
-  if (__builtin_cpu_supports("x86-64-v4")) isas.push_back({"v4", v4::run, v4::run_phase, v4::sum_stretch, v4::scale_stretch});
+  if (__builtin_cpu_supports("x86-64-v2"))
+    isas.push_back({"v2", v2::run, v2::run_phase, v2::sum_stretch, v2::scale_stretch});
+  if (__builtin_cpu_supports("x86-64-v3"))
+    isas.push_back({"v3", v3::run, v3::run_phase, v3::sum_stretch, v3::scale_stretch});
+  if (__builtin_cpu_supports("x86-64-v4"))
+    isas.push_back({"v4", v4::run, v4::run_phase, v4::sum_stretch, v4::scale_stretch});
   if (isas.empty()) throw std::runtime_error("fusedstep: the CPU engine needs an x86-64-v2 processor (SSE4.2)");
 #else
   isas.push_back({"base", base::run, base::run_phase, base::sum_stretch, base::scale_stretch});

@@ -3,6 +3,7 @@
 // clang-format off
 #include "stored.h"  // first: the rules that engine.h brings in then find packs' square root
 #include "engine.h"
+#include "followers.h"
 // clang-format on
 
 namespace fusedstep::cpu {
@@ -106,10 +107,17 @@ void run_rule(const Call& call, int64_t first, int64_t last) {
     const int64_t begin = first > work.begin ? first - work.begin : 0;
     const int64_t end = last - work.begin < work.record->numel ? last - work.begin : work.record->numel;
     if (begin >= end) continue;
-    if (work.record->param_dtype == Dtype::kF64)
-      update_range<Rule, double>(call, work, begin, end, twice.at(call, *work.record));
-    else
-      update_range<Rule, float>(call, work, begin, end, single.at(call, *work.record));
+    const int64_t at_once = work.record->has_followers() ? kFollowed : end - begin;
+    for (int64_t at = begin; at < end; at += at_once) {
+      const int64_t to = end - at < at_once ? end : at + at_once;
+      if (work.record->param_dtype == Dtype::kF64) {
+        update_range<Rule, double>(call, work, at, to, twice.at(call, *work.record));
+        if (work.record->has_followers()) follow<double>(*work.record, at, to, call.average_weight);
+      } else {
+        update_range<Rule, float>(call, work, at, to, single.at(call, *work.record));
+        if (work.record->has_followers()) follow<float>(*work.record, at, to, static_cast<float>(call.average_weight));
+      }
+    }
   }
 }
 

@@ -54,9 +54,8 @@ StretchSums sum_stored(const S* data, int64_t n, T grad_scale) {
 template <class T, class S>
 void scale_stored(S* data, int64_t n, T factor) {
   const Stored<T, S> numbers{data};
-  for_packs<T>(n, [&](int64_t i, int, auto size) FUSEDSTEP_INLINE {
-    store_at(numbers, i, load_at(numbers, i, size) * factor, size);
-  });
+  for_packs<T>(n, [&](int64_t i, int, auto size)
+                      FUSEDSTEP_INLINE { store_at(numbers, i, load_at(numbers, i, size) * factor, size); });
 }
 
 template <class Visit>
@@ -82,7 +81,8 @@ StretchSums sum_stretch(const Stretch& stretch, int64_t begin, int64_t n, double
 }
 
 void scale_stretch(const Stretch& stretch, int64_t begin, int64_t n, double factor) {
-  visit_stretch(stretch, begin, [&](auto* data, auto one) { scale_stored(data, n, static_cast<decltype(one)>(factor)); });
+  visit_stretch(stretch, begin,
+                [&](auto* data, auto one) { scale_stored(data, n, static_cast<decltype(one)>(factor)); });
 }
 
 }  // namespace FUSEDSTEP_ISA

@@ -2,6 +2,7 @@
 // no optimizer by name and no threads.
 // clang-format off
 #include "lanes.h"  // first: the rules that reducing.h brings in then find packs' square root
+#include "followers.h"
 #include "reducing.h"
 // clang-format on
 
@@ -100,6 +101,8 @@ FUSEDSTEP_FN void update_elements(const Context<Rule, T>& context, const Param& 
     store_at(param, at + i, p, size);
     if constexpr (kHasState) store_at(state, at + i, x, size);
   });
+  if (context.record().has_followers())
+    follow<T>(context.record(), at, at + n, static_cast<T>(context.wave.call->average_weight));
 }
 
 // New states and factors of n lines, from the mean of each; the states begin at `at` in their tensors. Whether they are

@@ -78,8 +78,9 @@ template <class T, class Call>
 FUSEDSTEP_FN GradChange<T> grad_change(const Call& call) {
   const T sign = call.maximize ? T(-1) : T(1);
   const bool any = call.maximize || call.grad_scale != 1.0 || call.coefficient != 1.0;
-  return {any,  call.zero_grads, call.write_grads, static_cast<T>(call.grad_scale),
-          sign * static_cast<T>(call.coefficient), sign};
+  return {
+      any, call.zero_grads, call.write_grads, static_cast<T>(call.grad_scale), sign * static_cast<T>(call.coefficient),
+      sign};
 }
 
 }  // namespace FUSEDSTEP_ISA

@@ -24,6 +24,7 @@ void launch(const Call& call, const Table& table, size_t index) {
   a.n_small_chunks = static_cast<int32_t>(segment.n_small_chunks);
   a.found_inf = call.found_inf;
   a.grads_become = grads_become(call);
+  a.average_weight = call.average_weight;
   std::copy(std::begin(call.hyper), std::end(call.hyper), a.hyper);
   std::copy_n(call.grads + segment.first_record, segment.n_records, a.grads);
 

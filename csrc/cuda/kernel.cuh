@@ -61,6 +61,7 @@ struct Arguments {
   int32_t n_records, n_block_chunks, n_small_chunks;
   const float* found_inf;
   GradsBecome grads_become;
+  double average_weight;
   Scalar hyper[kMaxHyper];
   const void* grads[kCapacity];
 };
@@ -97,10 +98,42 @@ __device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, T 
   }
 }
 
-// Where this thread stands among those that share a chunk.
+// Where this thread stands among those that share a chunk: a block, or a warp.
 struct Team {
   int index, size;
+
+  __device__ __forceinline__ void wait() const {
+    if (size == kWarp)
+      __syncwarp();
+    else
+      __syncthreads();
+  }
 };
+
+// What is updated after a parameter, while it is still in the caches: its average over the steps, and its copy in a
+// narrower dtype.
+constexpr int kFollowed = 8192;  // elements that a team updates before their followers
+
+template <class T>
+__device__ __noinline__ void follow(const Record& record, int64_t offset, int64_t n, Team team, T weight) {
+  T* const average = static_cast<T*>(record.average);
+#pragma unroll 4
+  for (int64_t i = offset + team.index; i < offset + n; i += team.size) {
+    const T param = load_any<T>(record.param, record.param_dtype, i);
+    if (average != nullptr) {
+      const T before = global(average)[i];
+      global(average)[i] = before + weight * (param - before);
+    }
+    if (record.copy != nullptr) store_any(record.copy, record.copy_dtype, i, param);
+  }
+}
+
+__device__ __forceinline__ void follow_any(const Record& record, int64_t offset, int64_t n, Team team, double weight) {
+  if (record.param_dtype == Dtype::kF64)
+    follow<double>(record, offset, n, team, weight);
+  else
+    follow<float>(record, offset, n, team, static_cast<float>(weight));
+}
 
 // The ways through a chunk other than fp32's are functions that are called, not inlined: inlined they would take
 // registers from it, and a call is little beside a chunk.
@@ -301,8 +334,7 @@ template <class Rule>
 __device__ __forceinline__ void update(const Record& record, const void* grad, const Chunk& chunk, Team team,
                                        const GradsBecome& grads_become, const Prepared<Rule>& prepared) {
   if (record.param_dtype == Dtype::kF64)
-    update_any<Rule, double>(record, grad, chunk, 0, team, grads_become.change<double>(),
-                             prepared.twice);
+    update_any<Rule, double>(record, grad, chunk, 0, team, grads_become.change<double>(), prepared.twice);
   else
     update_single<Rule>(record, grad, chunk, team, grads_become.change<float>(), prepared.single);
 }
@@ -316,6 +348,22 @@ __device__ __noinline__ void zero_grads(const Arguments<kCapacity>& a) {
     if (grad == nullptr) continue;
     const Dtype dtype = a.records[chunk.record].grad_dtype;
     for (int n = threadIdx.x; n < chunk.n; n += blockDim.x) store_any(grad, dtype, chunk.offset + n, 0.0f);
+  }
+}
+
+// The same and what follows it, piece by piece.
+template <class Rule>
+__device__ __forceinline__ void update_and_follow(const Record& record, const void* grad, const Chunk& chunk, Team team,
+                                                  const GradsBecome& grads_become, double average_weight,
+                                                  const Prepared<Rule>& prepared) {
+  const bool follows = record.has_followers();
+  const int at_once = follows ? kFollowed : chunk.n;
+  for (int at = 0; at < chunk.n; at += at_once) {
+    const Chunk piece{chunk.record, min(chunk.n - at, at_once), chunk.offset + at};
+    update<Rule>(record, grad, piece, team, grads_become, prepared);
+    if (!follows) continue;
+    team.wait();  // another thread may have written what this one reads
+    follow_any(record, piece.offset, piece.n, team, average_weight);
   }
 }
 
@@ -342,26 +390,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     __syncthreads();  // hyper is there, and nobody needs the last item's `prepared` any more
-    if (item < a.n_block_chunks) {
-      const Chunk chunk = a.chunks[item];
-      const void* grad = a.grads[chunk.record];
-      const Record& record = a.records[chunk.record];
-      if (thread == 0 && grad != nullptr) prepare<Rule>(record, hyper, &prepared[0]);
-      __syncthreads();
-      if (grad != nullptr)
-        update<Rule>(record, grad, chunk, Team{thread, static_cast<int>(blockDim.x)}, a.grads_become,
-                     prepared[0]);
-    } else {
-      const int small = (item - a.n_block_chunks) * warps + warp;
-      if (small >= a.n_small_chunks) continue;  // of the whole warp; it meets the others at the next barrier
-      const Chunk chunk = a.chunks[a.n_block_chunks + small];
-      const void* grad = a.grads[chunk.record];
-      const Record& record = a.records[chunk.record];
-      if (grad == nullptr) continue;
-      if (thread % kWarp == 0) prepare<Rule>(record, hyper, &prepared[warp]);
-      __syncwarp();
-      update<Rule>(record, grad, chunk, Team{thread % kWarp, kWarp}, a.grads_become, prepared[warp]);
-    }
+    // The block takes one chunk, or each of its warps takes one.
+    const bool whole = item < a.n_block_chunks;
+    const int index = whole ? item : a.n_block_chunks + (item - a.n_block_chunks) * warps + warp;
+    if (index >= a.n_block_chunks + a.n_small_chunks) continue;  // the whole warp; it meets the others at the barrier
+    const Chunk chunk = a.chunks[index];
+    const void* grad = a.grads[chunk.record];
+    const Record& record = a.records[chunk.record];
+    if (grad == nullptr) continue;
+    const Team team = whole ? Team{thread, static_cast<int>(blockDim.x)} : Team{thread % kWarp, kWarp};
+    Prepared<Rule>& mine = prepared[whole ? 0 : warp];
+    if (team.index == 0) prepare<Rule>(record, hyper, &mine);
+    team.wait();
+    update_and_follow<Rule>(record, grad, chunk, team, a.grads_become, a.average_weight, mine);
   }
 
   // The last block to come here advances the counters: by then every block has read those that it needed.

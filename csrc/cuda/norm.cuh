@@ -24,7 +24,8 @@ struct NormArguments {
   const void* grads[kCapacity];
 };
 
-// What one thread has seen of a chunk. Of fp32 arithmetic at most kMaxChunk / kThreads squares come together in a float.
+// What one thread has seen of a chunk. Of fp32 arithmetic at most kMaxChunk / kThreads squares come together in a
+// float.
 template <class T>
 struct Seen {
   T sum, largest;

@@ -27,6 +27,7 @@ struct ReducingArguments {
   int32_t n_records, n_items;
   const float* found_inf;
   GradsBecome grads_become;
+  double average_weight;
   Scalar hyper[kMaxHyper];
   const void* grads[kCapacity];
 };
@@ -115,6 +116,20 @@ __global__ void __launch_bounds__(kThreads, kReducingBlocks)
   });
 }
 
+// Calls body(begin, n) for each run of neighbours among an item's elements.
+template <class Body>
+__device__ __forceinline__ void for_runs(const Partition& p, const Item& item, Body&& body) {
+  const int64_t matrix = item.matrix * p.rows * p.columns;
+  if (p.cut == Cut::kFlat) {
+    body(int64_t{item.column}, int64_t{item.n_columns});
+  } else if (p.cut == Cut::kSmall) {
+    body(matrix, item.n_rows * p.rows * p.columns);
+  } else {
+    for (int row = 0; row < item.n_rows; ++row)
+      body(matrix + (item.row + row) * p.columns + item.column, int64_t{item.n_columns});
+  }
+}
+
 // What is left of a step that is skipped.
 template <int kCapacity>
 __device__ __noinline__ void zero_grads(const ReducingArguments<kCapacity>& a) {
@@ -122,18 +137,10 @@ __device__ __noinline__ void zero_grads(const ReducingArguments<kCapacity>& a) {
     const Item& item = a.items[i];
     void* const grad = const_cast<void*>(a.grads[item.record]);
     if (grad == nullptr) continue;
-    const Partition& p = a.partitions[item.record];
     const Dtype dtype = a.records[item.record].grad_dtype;
-    const bool tiles = p.cut == Cut::kTiles;
-    const int64_t matrix = p.rows * p.columns;
-    const int64_t begin = tiles                   ? item.matrix * matrix + item.row * p.columns + item.column
-                          : p.cut == Cut::kFlat ? item.column
-                                                : item.matrix * matrix;
-    const int64_t width = tiles || p.cut == Cut::kFlat ? item.n_columns : item.n_rows * matrix;
-    for (int row = 0; row < (tiles ? item.n_rows : 1); ++row) {
-      for (int64_t n = threadIdx.x; n < width; n += kThreads)
-        store_any(grad, dtype, begin + row * p.columns + n, 0.0f);
-    }
+    for_runs(a.partitions[item.record], item, [&](int64_t begin, int64_t n) {
+      for (int64_t i = begin + threadIdx.x; i < begin + n; i += kThreads) store_any(grad, dtype, i, 0.0f);
+    });
   }
 }
 
@@ -159,6 +166,12 @@ __global__ void __launch_bounds__(kThreads, kReducingBlocks)
       __syncthreads();
     }
     apply_item<Rule, T>(place, s, f);
+    if (place.record.has_followers()) {
+      __syncthreads();  // another thread may have written what this one reads
+      for_runs(place.p, place.item, [&](int64_t begin, int64_t n) {
+        follow_any(place.record, begin, n, Team{static_cast<int>(threadIdx.x), kThreads}, a.average_weight);
+      });
+    }
   });
   // The last block to come here advances the step counters: by then every block has read those that it needed.
   if (!last_of(a.done, gridDim.x, &shared.is_last)) return;
@@ -185,6 +198,7 @@ void set_arguments(ReducingArguments<kCapacity>* a, const Call& call, const Redu
   a->n_items = static_cast<int32_t>(segment.n_block_chunks);
   a->found_inf = call.found_inf;
   a->grads_become = grads_become(call);
+  a->average_weight = call.average_weight;
   for (int k = 0; k < kMaxHyper; ++k) a->hyper[k] = call.hyper[k];
   for (int64_t i = 0; i < segment.n_records; ++i) a->grads[i] = call.grads[segment.first_record + i];
 }

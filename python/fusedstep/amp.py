@@ -27,7 +27,7 @@ class GradScaler(torch.amp.GradScaler):
 
     Example:
         >>> scaler = fusedstep.GradScaler("cuda")
-        >>> optimizer = fusedstep.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
+        >>> optimizer = some_class(model.parameters(), max_grad_norm=1.0)  # any of this package
         >>> with torch.autocast("cuda", torch.float16):
         ...     loss = model(batch)
         >>> scaler.scale(loss).backward()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import backends, checks, layout
+from . import averages, backends, checks, layout
 from .backends.plan import Plan, Slot
 from .gradients import GradientOptions, Gradients
 from .schedules import on_device
@@ -75,6 +75,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         write_grads: bool = False,
         zero_grads: bool = False,
+        ema_decay: float | None = None,
+        weights_copy: torch.dtype | None = None,
     ) -> None:
         checks.check_implementation(defaults)
         self.check_group(on_device.at_the_beginning(defaults))
@@ -82,6 +84,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._gradients = Gradients(
             GradientOptions(max_grad_norm, norm_type, error_if_nonfinite, skip_nonfinite, write_grads, zero_grads)
         )
+        self._followers = averages.Followers(ema_decay, weights_copy)
         self._counters: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
         self._learning_rates = on_device.LearningRates(self._backend)
@@ -217,7 +220,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_backend", "_counters", "_learning_rates", "_gradients")
+        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers")
         return super().__getstate__() | {key: vars(self)[key] for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -225,6 +228,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
+        self.__dict__.setdefault("_followers", averages.Followers())
         self.__dict__.setdefault("_learning_rates", on_device.LearningRates(self._backend)).renew(self.param_groups)
         for group in self.param_groups:  # checkpoints of the parent class, or older than an option
             for option, value in self.defaults.items():
@@ -296,6 +300,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A parameter's loaded state: our own copies, on its device."""
         adopted = {}
         for name, value in state.items():
+            if name == averages.KEY:
+                value = self._followers.adopt(param, value, key)
+                if value is not None:
+                    adopted[name] = value
+                continue
             shape = self.state_shape(name, group, param_name, param) if name in self.state_names else None
             if shape is not None and isinstance(value, Tensor) and value.shape != shape:
                 raise ValueError(
@@ -333,6 +342,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     what = checks.describe(index, name, param)
                     checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
                     checks.check_grad(type(self), group, param, param.grad, what)
+                    if self._followers.any:
+                        self._followers.check(type(self).__name__, param, self.state.get(param, {}), what)
                     for state in self.states_of(group):
                         value = self.state[param].get(state) if param in self.state else None
                         shape = self.state_shape(state, group, name, param)
@@ -359,6 +370,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 plan = backend.plan(type(self), group_index, group, variant, states, slots)
                 plan.zero_grads = self._gradients.options.zero_grads
                 plan.write_grads = self._gradients.options.write_grads
+                plan.average_weight = self._followers.average_weight
                 plans.append(plan)
         return plans
 
@@ -376,7 +388,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if param.grad is None and not started:
             return Slot(index, name, param, None, None, ())
         tensor = backend.memory(param, reduces)
-        if states or self.step_form != "absent":
+        if states or self.step_form != "absent" or self._followers.ema_decay is not None:
             state = self.state[param]
         else:
             state = {}
@@ -397,8 +409,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 value = state[key] = layout.laid_out_as(value, tensor if shape == param.shape else value.contiguous())
                 usable = value
             tensors.append(usable)
+        followers = self._followers.of(param, tensor, state, backend) if self._followers.any else ()
         matrices = self.matrices(group, name, param) if reduces else None
-        return Slot(index, name, param, tensor, step, tuple(tensors), matrices=matrices)
+        return Slot(index, name, param, tensor, step, tuple(tensors), None, matrices, *followers)
 
     def _step_counter(self, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]) -> Tensor:
         """The number of updates of ``param`` so far, as one fp32 number on its device."""
@@ -458,7 +471,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         return self._gradients.norm(self.param_groups)
 
+    @property
+    def copies(self) -> dict[Tensor, Tensor]:
+        """Each parameter's copy in the dtype ``weights_copy``, which every step writes beside the parameter."""
+        named = ((group, name, param) for group in self.param_groups for name, param in _named(group))
+        reducing = ((param, self.rule_of(self.variant_of(group, name, param))[1]) for group, name, param in named)
+        with torch.no_grad():
+            return self._followers.copies_of((p, self._select(p).memory(p, reduces)) for p, reduces in reducing)
+
+    def renew_copies(self) -> None:
+        """Write `copies` anew, after something else than a step has changed the parameters."""
+        self._followers.renew_copies()
+
+    def swap_ema(self) -> contextlib.AbstractContextManager[None]:
+        """Exchange the parameters, in their place in memory, with their averages for the time of a ``with`` block.
+
+        `copies` are renewed too. A parameter that no step has updated yet is its own average. Meanwhile ``step`` raises
+        RuntimeError, and the state that `state_dict` shows as "ema" is the weights.
+
+        Raises:
+            RuntimeError: the optimizer has no ``ema_decay``, or the averages are in place already.
+        """
+        return averages.swapped(self)
+
     def _update(self, max_grad_norm: float | None = None) -> None:
+        if self._followers.swapped:
+            raise RuntimeError("step() inside swap_ema(): the parameters are the averages there; leave the block first")
         gradients = self._gradients
         limits = gradients.options.limits(max_grad_norm, self._finds_nonfinite)
         grad_scale = getattr(self, "grad_scale", None)

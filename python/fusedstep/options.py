@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Options(TypedDict, total=False):
@@ -20,6 +23,11 @@ class Options(TypedDict, total=False):
         write_grads: leave in ``.grad`` the gradient that the rule has used, unscaled and clipped.
         zero_grads: leave zeros in ``.grad``, set in the pass that read it. In a skipped step too, or a non-finite
             gradient would stay for ever.
+        ema_decay: in [0, 1): keep an average of each parameter, ``ema = ema_decay * ema + (1 - ema_decay) * param``
+            after each of its steps, which begins as the parameter before the first one. It is the state "ema" of the
+            parameter, in fp32 or wider; ``with optimizer.swap_ema():`` puts the averages in the parameters' place.
+        weights_copy: torch.bfloat16 or torch.float16: each step writes the parameter in that dtype too, rounded to
+            nearest even, into ``optimizer.copies[param]``.
 
     Raises:
         ValueError, TypeError: an option is out of range or contradicts another one.
@@ -32,3 +40,5 @@ class Options(TypedDict, total=False):
     skip_nonfinite: bool
     write_grads: bool
     zero_grads: bool
+    ema_decay: float | None
+    weights_copy: torch.dtype | None

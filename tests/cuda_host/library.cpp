@@ -22,7 +22,7 @@ void set_reverse(int reverse) {
 
 // One step over records; grads[i] null: takes no part. Returns the number of launches.
 int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, bool write_grads, const float* grad_scale,
-              const float* found_inf, const double* coefficient, const Record* records, int64_t n_records,
+              const float* found_inf, const double* coefficient, double average_weight, const Record* records, int64_t n_records,
               const void* const* grads, int multiprocessors, unsigned blocks, unsigned threads) {
   const Table table = build_table(std::vector<Record>(records, records + n_records), multiprocessors);
   std::vector<char> bytes = table.bytes();
@@ -41,6 +41,7 @@ int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, boo
     a.n_small_chunks = static_cast<int32_t>(segment.n_small_chunks);
     a.found_inf = found_inf;
     a.grads_become = {grad_scale, coefficient, maximize, zero_grads, write_grads};
+    a.average_weight = average_weight;
     for (int k = 0; k < kMaxHyper; ++k) a.hyper[k] = hyper[k];
     for (int64_t k = 0; k < segment.n_records; ++k) a.grads[k] = grads[segment.first_record + k];
     visit_rule(static_cast<RuleId>(rule), [&](auto r) {

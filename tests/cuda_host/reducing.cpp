@@ -24,7 +24,7 @@ int record_size() {
 // of launches, or -1 if a counter is left over.
 int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool maximize, bool zero_grads,
                        bool write_grads, const float* grad_scale, const float* found_inf, const double* coefficient,
-                       const Record* records, const Matrices* matrices, int64_t n_records,
+                       double average_weight, const Record* records, const Matrices* matrices, int64_t n_records,
                        const void* const* grads, unsigned blocks) {
   int launches = 0;
   const auto step = [&](auto r) {
@@ -43,6 +43,7 @@ int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool
     call.coefficient = coefficient;
     call.zero_grads = zero_grads;
     call.write_grads = write_grads;
+    call.average_weight = average_weight;
     call.device_table = bytes.data();
     call.grads = grads;
     static ReducingArguments<kMaxTensorsPerLaunch> a;

@@ -40,7 +40,8 @@ class CpuPlan(KernelPlan):
         scale = 1.0 if grad_scale is None else float(grad_scale)
         factor = 1.0 if coefficient is None else float(coefficient)
         _C.cpu_step(
-            self.native, hyper, maximize, scale, factor, self.zero_grads, self.write_grads, torch.get_num_threads()
+            *(self.native, hyper, maximize, scale, factor),
+            *(self.zero_grads, self.write_grads, self.average_weight, torch.get_num_threads()),
         )
         return 1
 

@@ -54,6 +54,7 @@ class CudaPlan(KernelPlan):
             None if coefficient is None else coefficient.to(device, non_blocking=True),
             self.zero_grads,
             self.write_grads,
+            self.average_weight,
         )
 
     def add_to_norm(

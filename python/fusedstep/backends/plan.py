@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, layout
+from .. import averages, checks, layout
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
@@ -27,6 +27,8 @@ class Slot(NamedTuple):
     states: tuple[Tensor | None, ...]  # None: the optimizer has the state, but not for this parameter
     into: Tensor | None = None  # what the gradient updates, if not `param` itself
     matrices: tuple[int, int, int] | None = None  # (batch, rows, columns) for a rule that reduces; None: flat
+    average: Tensor | None = None  # over the steps, of `tensor`
+    copy: Tensor | None = None  # of `tensor`, in a narrower dtype
 
     @property
     def target(self) -> Tensor:
@@ -38,6 +40,7 @@ class Plan:
 
     zero_grads = False  # whether a step sets each gradient to zero as it reads it
     write_grads = False  # or to what it was changed to before the rule took it
+    average_weight = 0.0  # of the new parameter in its average
 
     def __init__(
         self,
@@ -151,10 +154,17 @@ class Plan:
         calls = self.rows_plan.step(*step)
         for rows in self.rows:
             rows.write_back()
+            slot = self.slots[rows.index]
+            if slot.average is not None or slot.copy is not None:  # all rows move towards the parameter
+                self._follow(slot, step[3])
             if self.zero_grads or self.write_grads:
                 self._leave_in(self._own_grad(rows.index), rows.grad_of_rows())
         self.rows, self.rows_plan = [], None
         return calls
+
+    @torch.no_grad()
+    def _follow(self, slot: Slot, found_inf: Tensor | None) -> None:
+        averages.follow(layout.local(slot.param.detach()), slot.average, slot.copy, self.average_weight, found_inf)
 
     def _own_grad(self, index: int) -> Tensor:
         """What a step leaves zeros or the changed gradient in, where the kernel sees a copy."""
@@ -190,6 +200,8 @@ class KernelPlan(Plan):
             [slot.states for slot in slots],
             [slot.matrices for slot in slots] if self.reduces else [],
         )
+        if any(slot.average is not None or slot.copy is not None for slot in slots):
+            self.native.follow([slot.average for slot in slots], [slot.copy for slot in slots])
         self.stand_ins = [
             (i, slot)
             for i, slot in enumerate(slots)
@@ -257,6 +269,7 @@ class KernelPlan(Plan):
         step = hyper, maximize, grad_scale, found_inf, coefficient
         rows_calls = self._step_rows(*step)
         if not self.native.any_active():
+            self.given = None
             return rows_calls
         launch = self._staged_launch if self.stand_ins or self.wrappers else self.launch
         calls = launch(*step)
@@ -265,7 +278,7 @@ class KernelPlan(Plan):
                 own = self._own_grad(index)
                 if own is not None:  # those of rows are their plan's
                     self._leave_in(own, grad)
-        self.odd_grads = {}
+        self.odd_grads, self.given = {}, None
         return rows_calls + calls
 
     def _staged_launch(

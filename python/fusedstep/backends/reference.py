@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import layout
+from .. import averages, layout
 from .base import Backend
 from .plan import Plan, Slot
 
@@ -74,6 +74,7 @@ class ReferencePlan(Plan):
             own = self._own_grad(index)
             if own is not None and own is not grad:  # those of rows are their plan's
                 self._leave_in(own, grad)
+        self.given = None
         return 0
 
     def update(
@@ -107,6 +108,8 @@ class ReferencePlan(Plan):
         states = [targets[n].to(arithmetic) if n in targets else None for n in self.optimizer.state_names]
         param, *states = self.optimizer.update(memory.to(arithmetic), grad, *states, scalars)
         memory.copy_(param)
+        followers = [None if tensor is None else real_memory(tensor) for tensor in (slot.average, slot.copy)]
+        averages.follow(memory, *followers, self.average_weight, None)
         if layout.is_wrapper(slot.tensor):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(slot.tensor)
         for name, state in zip(self.optimizer.state_names, states, strict=True):

@@ -32,8 +32,11 @@ MAX_CHUNK = 65_536  # elements of one program
 class Launch:
     """The tensors of a plan that have the same dtypes: what one call updates."""
 
-    def __init__(self, dtypes: tuple[str, ...], indices: list[int], plan: TritonPlan) -> None:
+    def __init__(
+        self, dtypes: tuple[str, ...], indices: list[int], plan: TritonPlan, followers: tuple[str, str] = ("", "")
+    ) -> None:
         self.dtypes = dtypes
+        self.followers = followers
         self.indices = np.array(indices)
         self.done = torch.zeros(1, dtype=torch.int32, device=plan.device)
         self.addresses: np.ndarray | None = None
@@ -42,14 +45,15 @@ class Launch:
 
     def build(self, indices: list[int], plan: TritonPlan) -> None:
         """Upload what does not change from step to step."""
-        from ..triton_kernels.step import ROW
+        from ..triton_kernels.step import AVERAGE, COPY, ROW
 
         rows = np.zeros((len(indices), ROW), dtype=np.int64)
-        pointers = plan.native.pointers()
+        pointers, followers = plan.native.pointers(), plan.native.follower_pointers()
         chunks = []
         for row, index in enumerate(indices):
             addresses = pointers[index]
             rows[row, : len(addresses)] = addresses
+            rows[row, [AVERAGE.value, COPY.value]] = followers[index]
             numel = plan.slots[index].tensor.numel()
             chunks += [(row, min(MAX_CHUNK, numel - at), at) for at in range(0, numel, MAX_CHUNK)]
         # A program for nothing, so that the counters of a group of empty tensors advance too.
@@ -72,6 +76,7 @@ class Launch:
         step.launch(
             plan.rule,
             self.dtypes,
+            self.followers,
             maximize,
             plan.left,
             self.table,
@@ -95,7 +100,7 @@ class ReducingLaunch(Launch):
         from ..triton_kernels import reducing
 
         tables = (self.reducing.table, self.reducing.items, self.grads, plan.hyper, self.done)
-        return reducing.launch(plan.rule, self.dtypes, maximize, plan.left, *tables, *flags)
+        return reducing.launch(plan.rule, self.dtypes, self.followers, maximize, plan.left, *tables, *flags)
 
 
 class NormLaunch(Launch):
@@ -121,6 +126,7 @@ class TritonPlan(KernelPlan):
     sums: list[NormLaunch] | None = None
     sums_dtypes: list[int] | None = None
     limits: tuple[float, ...] | None = None
+    weight: Tensor | None = None
     grad_dtypes: list[int] | None = None
     hyper_values: tuple[float, ...] | None = None
     hyper: Tensor | None = None
@@ -154,6 +160,7 @@ class TritonPlan(KernelPlan):
         self._set_hyper(hyper)
         flags = [None if t is None else t.to(self.device, torch.float32) for t in (grad_scale, found_inf)]
         flags.append(None if coefficient is None else coefficient.to(self.device))
+        flags.append(self._weight())
         addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64)
         calls = 0
         for group in self.launches:
@@ -188,8 +195,14 @@ class TritonPlan(KernelPlan):
             self.numbers = self.upload(torch.tensor(self.limits, dtype=torch.float64))
         return self.numbers
 
+    def _weight(self) -> Tensor | None:
+        """The weight of a parameter in its average, in device memory."""
+        if self.weight is None and any(slot.average is not None for slot in self.slots):
+            self.weight = self.upload(torch.tensor(self.average_weight, dtype=torch.float64))
+        return self.weight
+
     def _launches(self, grad_dtypes: list[int]) -> list[Launch]:
-        groups: dict[tuple[str, ...], list[int]] = {}
+        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
         for index, slot in enumerate(self.slots):
             if slot.tensor is not None:
                 pairs = zip(self.states, slot.states, strict=True)
@@ -199,9 +212,10 @@ class TritonPlan(KernelPlan):
                 else:
                     named = [states.get(name, "") for name in self.optimizer.state_names]
                 dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *named)
-                groups.setdefault(dtypes, []).append(index)
+                followers = tuple("" if t is None else DTYPES[t.dtype] for t in (slot.average, slot.copy))
+                groups.setdefault((dtypes, followers), []).append(index)
         kind = ReducingLaunch if self.reduces else Launch
-        return [kind(dtypes, indices, self) for dtypes, indices in groups.items()]
+        return [kind(dtypes, indices, self, followers) for (dtypes, followers), indices in groups.items()]
 
     def _set_hyper(self, hyper: tuple[float | Tensor, ...]) -> None:
         """Put the hyperparameters into device memory in float64, the numbers only if one has changed."""

@@ -59,6 +59,7 @@ class ReducingTable:
         names = REDUCING_RULES[plan.rule]
         slot = plan.slots[index]
         param, step, *states = plan.native.pointers()[index]
+        average, copy = plan.native.follower_pointers()[index]
         address = dict(zip(plan.optimizer.state_names, states, strict=False))
         numel = slot.tensor.numel()
         matrices = slot.matrices
@@ -111,5 +112,7 @@ class ReducingTable:
             "n_items": len(items),
             "n_row_blocks": n_row_blocks,
             "n_strips": n_strips,
+            "average": average,
+            "copy": copy,
             "items": [(number, *item) for number, item in enumerate(items)],
         }
