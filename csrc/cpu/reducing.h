@@ -31,7 +31,7 @@ void reducing_step(const ReducingCall& call, int threads);
 // What follows is between the two parts of the engine.
 
 constexpr int64_t kRun = 1024;       // elements that are worked on at once, where statistics are local
-constexpr int64_t kRowBlock = 128;   // rows whose columns are summed together
+constexpr int64_t kRowBlock = 64;    // rows whose columns are summed together
 constexpr int64_t kLineBlock = 512;  // lines that are finished together
 
 // A tensor in a wave. Matrices of up to kRun elements, and flat tensors, are cut into runs of whole matrices

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kTileElements = 1 << 16;
 // Parameters and gradients of a wave's share for one thread are about as large as the caches behind it.
 constexpr int64_t kWaveElementsPerThread = 1 << 19;
+constexpr int64_t kBlockColumns = 4096;  // at least, where there are: memory is read along rows
 constexpr int64_t kAlignment = 64;
 
 int64_t pieces(int64_t n, int64_t size) {
@@ -57,7 +58,8 @@ void cut_runs(Wave& wave, ReducingTensor& tensor, int64_t at) {
 void cut_blocks(Wave& wave, ReducingTensor& tensor, int64_t at) {
   const Matrices& m = *tensor.work->matrices;
   const int64_t some_rows = std::max<int64_t>(m.rows, 1), some_columns = std::max<int64_t>(m.columns, 1);
-  const int64_t block_rows = std::min(kRowBlock, some_rows), target = kTileElements / block_rows;
+  const int64_t block_rows = std::min(kRowBlock, some_rows),
+                target = std::max(kTileElements / block_rows, kBlockColumns);
   // A multiple of the widest pack, so that only a matrix's last columns are a part of one.
   tensor.block_columns = pieces(pieces(some_columns, std::max<int64_t>(some_columns / target, 1)), 16) * 16;
   tensor.row_blocks = pieces(m.rows, kRowBlock);
