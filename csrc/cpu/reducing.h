@@ -44,7 +44,7 @@ struct ReducingTensor {
   int64_t row_blocks, column_blocks, block_columns;
   int64_t first_tile, tiles;
   char *row_sums, *column_sums;        // [batch][column_blocks][rows], [batch][row_blocks][columns]
-  char *row_factors, *column_factors;  // [kMaxFactors][batch][rows], [kMaxFactors][batch][columns]
+  char *row_factors, *column_factors;  // [factors][batch][rows], [factors][batch][columns]
   double* row_totals;                  // [batch][blocks of kLineBlock rows]: of the rows' first state
   double *param_sums, *update_sums;    // [tiles]: of squares
 

@@ -31,14 +31,15 @@ struct Memory {
   }
 };
 
-void place(ReducingTensor& tensor, Memory& memory) {
+void place(ReducingTensor& tensor, LineFactors factors, Memory& memory) {
   const Matrices& m = *tensor.work->matrices;
   const int64_t number = tensor.work->record->param_dtype == Dtype::kF64 ? sizeof(double) : sizeof(float);
   if (tensor.blocks) {
-    tensor.row_sums = memory.take(m.batch * tensor.column_blocks * m.rows * number);
-    tensor.column_sums = memory.take(m.batch * tensor.row_blocks * m.columns * number);
-    tensor.row_factors = memory.take(kMaxFactors * m.batch * m.rows * number);
-    tensor.column_factors = memory.take(kMaxFactors * m.batch * m.columns * number);
+    const int64_t rows = m.batch * m.rows * number, columns = m.batch * m.columns * number;
+    if (factors.of_row > 0) tensor.row_sums = memory.take(tensor.column_blocks * rows);
+    if (factors.of_column > 0) tensor.column_sums = memory.take(tensor.row_blocks * columns);
+    tensor.row_factors = memory.take(factors.of_row * rows);
+    tensor.column_factors = memory.take(factors.of_column * columns);
     tensor.row_totals = reinterpret_cast<double*>(memory.take(m.batch * tensor.line_blocks() * 8));
   }
   tensor.param_sums = reinterpret_cast<double*>(memory.take(tensor.tiles * 8));
@@ -111,11 +112,12 @@ std::vector<Wave> cut(const ReducingCall& call, int64_t wave_elements) {
 void reducing_step(const ReducingCall& call, int threads) {
   const int team = team_size(threads, call.numel);
   std::vector<Wave> waves = cut(call, kWaveElementsPerThread * team);
+  const LineFactors factors = visit_reducing_rule(call.rule, [](auto rule) { return kLineFactors<decltype(rule)>; });
   // A thread may be in the next wave while another is still in this one: they take turns in two parts of the memory.
   int64_t bytes[2] = {0, 0};
   for (size_t i = 0; i < waves.size(); ++i) {
     Memory count{nullptr};
-    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, count);
+    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, factors, count);
     bytes[i % 2] = std::max(bytes[i % 2], count.used);
   }
   const std::align_val_t alignment{kAlignment};
@@ -124,7 +126,7 @@ void reducing_step(const ReducingCall& call, int threads) {
       static_cast<char*>(::operator new(static_cast<size_t>(bytes[0] + bytes[1]), alignment)), release);
   for (size_t i = 0; i < waves.size(); ++i) {
     Memory part{memory.get() + (i % 2) * bytes[0]};
-    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, part);
+    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, factors, part);
   }
 
   const PhaseFunction run_phase = current().run_phase;
