@@ -485,6 +485,24 @@ def test_clip_grad_norm_is_torchs(norm_type, limit, foreach):
         assert a.grad is b.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-6, atol=0)
 
 
+def test_clip_grad_norm_of_an_empty_generator_says_so():
+    with pytest.warns(UserWarning, match="`parameters` is an empty generator") as told:
+        assert fusedstep.clip_grad_norm_((p for p in ()), 1.0) == 0
+    assert told[0].filename == __file__
+
+
+def test_clip_grad_norm_scales_a_gradient_as_often_as_it_is_given():
+    params = [torch.nn.Parameter(torch.zeros(400_000)), torch.nn.Parameter(torch.zeros(7))]
+    twins = copies(params)
+    for a, b in zip(params, twins, strict=True):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    norm = fusedstep.clip_grad_norm_([params[0], *params, params[0]], 1.0)
+    torch.testing.assert_close(norm, torch_clip([twins[0], *twins, twins[0]], 1.0))
+    for a, b in zip(params, twins, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
 def test_clip_grad_norm_of_gradients_that_are_not_plain():
     part = torch.nn.Parameter(torch.zeros(8)[::2])
     part.grad = torch.ones(8)[::2]
