@@ -153,7 +153,7 @@ class Gradients:
         if not limits.skips:
             return calls, coefficient, found_inf
         if limits.find_nonfinite:
-            found_inf.copy_(last.found_inf, non_blocking=True)
+            found_inf.copy_(last.found_inf, non_blocking=found_inf.is_cuda)
         return calls, coefficient, last.found_inf
 
     def _reduce(
