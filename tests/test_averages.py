@@ -148,6 +148,30 @@ def test_a_parameter_that_joins_late_or_misses_a_step(backend):
         torch.testing.assert_close(average, truth, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_skipped_step_with_a_sparse_gradient_leaves_every_byte(momentum, dtype, backend):
+    param = torch.nn.Parameter(normal(6, 3, dtype=dtype))
+    options = {"ema_decay": 0.6, "weights_copy": torch.bfloat16, "skip_nonfinite": True, "write_grads": True}
+    mine = fusedstep.SGD([param], 0.5, momentum, backend=backend, **options)
+    rows = normal(2, 3, dtype=dtype)
+    param.grad = torch.sparse_coo_tensor(torch.tensor([[1, 2]]), rows, (6, 3), check_invariants=True)
+    mine.step()
+    averages(mine)[0][4:] = -0.0
+    with torch.no_grad():
+        param[4:] = -0.0
+    values = torch.tensor([[1.0, 2048, 3], [0.1, 1, float("nan")]], dtype=dtype)
+    param.grad = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), values, (6, 3), check_invariants=True)
+    memory = [param, averages(mine)[0], mine.copies[param]]
+    before, versions = [t.detach().clone() for t in memory], [t._version for t in memory]
+    mine.step()
+    assert versions == [t._version for t in memory]
+    for new, old in zip(memory, before, strict=True):
+        assert torch.equal(new, old)
+        assert torch.equal(new.signbit(), old.signbit())
+    assert torch.equal(param.grad._values().nan_to_num(), values.nan_to_num())
+
+
 @by_case
 def test_a_skipped_step_leaves_the_averages(case, backend):
     mine = ours(case, parameters(), backend, ema_decay=0.8, weights_copy=torch.bfloat16, skip_nonfinite=True)

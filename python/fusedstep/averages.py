@@ -135,11 +135,10 @@ def average_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def follow(memory: Tensor, average: Tensor | None, copy: Tensor | None, weight: float, skipped: Tensor | None) -> None:
-    """Update what follows the parameter in ``memory``, unless the step was skipped: the reference for the kernels."""
+def follow(memory: Tensor, average: Tensor | None, copy: Tensor | None, weight: float) -> None:
+    """Update what follows the parameter in ``memory``: the reference for the kernels."""
     if average is not None:
-        change = weight * (memory.to(average.dtype) - average)
-        average.add_(change if skipped is None else torch.where(skipped.to(change.device) != 0, 0, change))
+        average.add_(weight * (memory.to(average.dtype) - average))
     if copy is not None:
         copy.copy_(memory)
 
