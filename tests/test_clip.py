@@ -1,5 +1,6 @@
 """Clipping in the step, judged by torch.nn.utils.clip_grad_norm_ and torch.optim; and `clip_grad_norm_`."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -423,11 +424,12 @@ def test_a_bad_limit_of_a_step_raises_before_anything_is_written(backend):
     mine = ours(ADAMW, parameters(), backend)
     step(mine)
     give_grads(mine)
-    before = snapshot(mine)
+    before, called = snapshot(mine), []
     for bad, error in ((-1, ValueError), ("1", TypeError)):
         with pytest.raises(error, match="Invalid max_grad_norm"):
-            mine.step(max_grad_norm=bad)
+            mine.step(lambda: called.append(1), max_grad_norm=bad)
     assert_untouched(before, mine)
+    assert not called
 
 
 def test_two_ways_of_clipping_contradict_each_other():
@@ -436,6 +438,41 @@ def test_two_ways_of_clipping_contradict_each_other():
             fusedstep.AdamWeightDecay(parameters(), max_grad_norm=1.0, **own)
     with pytest.raises(ValueError, match="write_grads=True cannot go with clipvalue or clipnorm"):
         fusedstep.AdamWeightDecay(parameters(), clipnorm=1.0, write_grads=True)
+
+
+@pytest.mark.parametrize("own", ["clipvalue", "clipnorm", "global_clipnorm"])
+def test_two_ways_of_clipping_contradict_each_other_in_a_group_and_a_step(own):
+    mine = fusedstep.AdamWeightDecay(parameters(), max_grad_norm=1.0)
+    words = "it is the norm of all groups together" if "global" in own else "contradict each other: clip in one way"
+    with pytest.raises(ValueError, match=words):
+        mine.add_param_group({"params": parameters(), own: 1.0})
+    assert len(mine.param_groups) == 1
+    if own != "global_clipnorm":  # of which a step can have its own
+        mine = fusedstep.AdamWeightDecay(parameters(), **{own: 1.0})
+        give_grads(mine)
+        before = snapshot(mine)
+        with pytest.raises(ValueError, match=r"step\(max_grad_norm=0.5\) contradicts .*: clip in one way"):
+            mine.step(max_grad_norm=0.5)
+        assert_untouched(before, mine)
+
+
+@pytest.mark.parametrize("also", [{}, {"global_clipnorm": 0.5}], ids=str)
+@pytest.mark.parametrize("option", ["error_if_nonfinite", "skip_nonfinite"])
+def test_gradients_that_clipping_makes_finite_are_seen_before(option, also, backend):
+    mine = fusedstep.AdamWeightDecay(parameters(), clipvalue=0.3, backend=backend, **also, **{option: True})
+    plain = fusedstep.AdamWeightDecay(copies(parameters_of(mine)), clipvalue=0.3, backend=backend, **also)
+    refused = pytest.raises(RuntimeError, match="is non-finite") if "error" in option else contextlib.nullcontext()
+    for _ in range(2):
+        give_grads(mine, plain)
+        plain.step()
+        mine.step()
+        give_grads(mine)
+        parameters_of(mine)[0].grad[0, 0] = math.inf
+        before = snapshot(mine)
+        with refused:
+            mine.step()
+        assert_untouched(before, mine)
+    assert_same(mine, plain, rtol=0, atol=0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -41,6 +41,13 @@ class Followers:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
+    def refuse_swapped(self, what: str) -> None:
+        """Raise RuntimeError if the parameters are the averages, which ``what`` would take for the weights."""
+        if self.swapped:
+            raise RuntimeError(
+                f"{what} inside swap_ema(): the parameters are the averages there; leave the block first"
+            )
+
     @property
     def average_weight(self) -> float:
         """The weight of the new parameter in the average."""

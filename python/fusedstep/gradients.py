@@ -80,8 +80,6 @@ class GradientOptions:
         """What a step decides by the norm, ``max_grad_norm`` in place of the option; None if it needs no norm."""
         if max_grad_norm is None:
             max_grad_norm = self.max_grad_norm
-        else:
-            check_max_norm("max_grad_norm", max_grad_norm)
         if max_grad_norm is None and not (find_nonfinite or self.error_if_nonfinite or self.skip_nonfinite):
             return None
         return Limits(

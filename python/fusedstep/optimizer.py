@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
@@ -15,7 +16,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from . import averages, backends, checks, layout
 from .backends.plan import Plan, Slot
-from .gradients import GradientOptions, Gradients
+from .gradients import GradientOptions, Gradients, check_max_norm
 from .schedules import on_device
 
 
@@ -494,9 +495,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         return averages.swapped(self)
 
-    def _update(self, max_grad_norm: float | None = None) -> None:
-        if self._followers.swapped:
-            raise RuntimeError("step() inside swap_ema(): the parameters are the averages there; leave the block first")
+    def _check_call(self, max_grad_norm: float | None) -> None:
+        """Raise if a step cannot be made now, or not so, before the closure has changed anything."""
+        self._followers.refuse_swapped("step()")
+        if max_grad_norm is None:
+            return
+        check_max_norm("max_grad_norm", max_grad_norm)
+        if self.clips():
+            raise ValueError(
+                f"step(max_grad_norm={max_grad_norm}) contradicts the optimizer's own options, which clip gradients "
+                "otherwise: clip in one way"
+            )
+
+    def _update(self, max_grad_norm: float | None) -> None:
         gradients = self._gradients
         limits = gradients.options.limits(max_grad_norm, self._finds_nonfinite)
         grad_scale = getattr(self, "grad_scale", None)
@@ -516,16 +527,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         except BaseException:
             self._plans = None  # and with the plans their references to the gradients
             raise
-        if self.clips():
-            self._clip(plans, grad_scale)
-            grad_scale = None
         self.kernel_calls, coefficient = 0, None
-        if limits is not None:
-            try:
-                self.kernel_calls, coefficient, found_inf = gradients.reduce(plans, limits, grad_scale, found_inf)
-            except BaseException:
-                self._plans = None
-                raise
+        try:
+            if self.clips():
+                if limits is not None:  # what is not finite may be finite once it is clipped
+                    given = limits._replace(max_norm=math.inf)
+                    self.kernel_calls, _, found_inf = gradients.reduce(plans, given, grad_scale, found_inf)
+                    limits = None if limits.max_norm == math.inf else limits._replace(skip_nonfinite=False)
+                self._clip(plans, grad_scale)
+                grad_scale = None
+            if limits is not None:
+                calls, coefficient, found_inf = gradients.reduce(plans, limits, grad_scale, found_inf)
+                self.kernel_calls += calls
+        except BaseException:
+            self._plans = None
+            raise
         for plan, hyper in zip(plans, hypers, strict=True):
             maximize = bool(groups[plan.group]["maximize"])
             self.kernel_calls += plan.step(hyper, maximize, grad_scale, found_inf, coefficient)
@@ -574,6 +590,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _plain_step(self, closure: Callable[[], Any] | None = None, *, max_grad_norm: float | None = None) -> Any:
+        self._check_call(max_grad_norm)
         loss = None
         if closure is not None:
             with torch.enable_grad():
