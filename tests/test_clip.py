@@ -172,6 +172,16 @@ def test_parameters_of_two_backends_have_one_norm():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_the_norm_of_complex_gradients_is_as_wide_as_they_are(dtype):
+    param = torch.nn.Parameter(torch.randn(4, dtype=dtype))
+    mine = fusedstep.SGD([param], 0.1, max_grad_norm=0.5, backend="reference")
+    param.grad = torch.randn_like(param)
+    mine.step()
+    norm = torch.linalg.vector_norm(param.grad)
+    torch.testing.assert_close(mine.grad_norm, norm)
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
 def test_the_coalesced_values_of_a_sparse_gradient_count(name, backend):
     params = [torch.nn.Parameter(normal(6, 3)), torch.nn.Parameter(normal(4))]
@@ -369,6 +379,41 @@ def test_gradients_are_zeroed_in_the_step(name, limit, backend):
         assert places == [p.grad.data_ptr() for p in params]
         assert not any(p.grad.any() for p in params)
     assert_same(mine, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("option", ["write_grads", "zero_grads"])
+def test_a_parameter_that_is_listed_twice_has_its_gradient_twice(option, backend):
+    params = parameters(dtype=torch.float32)
+    twins = copies(params)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        mine = fusedstep.SGD([params[0], *params], 0.1, backend=backend, **{option: True})
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        expected = torch.optim.SGD([twins[0], *twins], 0.1)
+    for _ in range(2):
+        for a, b in zip(params, twins, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.grad_scale = torch.tensor(0.5)
+        mine.step()
+        for b in twins:
+            b.grad.mul_(2.0)
+        expected.step()
+        for a, b in zip(params, twins, strict=True):
+            torch.testing.assert_close(a, b)
+            assert torch.equal(a.grad, b.grad if option == "write_grads" else torch.zeros_like(b))
+
+
+@pytest.mark.parametrize("norm_type", [2, math.inf])
+def test_a_scale_may_be_any_tensor_of_one_number(norm_type, backend):
+    options = {"max_grad_norm": 0.1, "norm_type": norm_type}
+    params, shapes = parameters(), ((), (1,), (1, 1))
+    optimizers = [ours(ADAMW, copies(params), backend, **options) for _ in shapes]
+    give_grads(*optimizers)
+    for optimizer, shape in zip(optimizers, shapes, strict=True):
+        optimizer.grad_scale = torch.full(shape, 4.0)
+        optimizer.found_inf = torch.zeros(shape)
+        optimizer.step()
+        assert_same(optimizer, optimizers[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", [fusedstep.GradScaler, torch.amp.GradScaler])

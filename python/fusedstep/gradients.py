@@ -112,7 +112,7 @@ class Gradients:
         """A copy of the last norm; in fp64 if all parameters are."""
         if self.last is None:
             return None
-        twice = all(param.dtype == torch.float64 for param in _params(groups))
+        twice = all(param.dtype in (torch.float64, torch.complex128) for param in _params(groups))
         return self.last.norm.to(torch.float64 if twice else torch.float32, copy=True)
 
     def are_local(self, optimizer: FusedOptimizer) -> bool:

@@ -361,16 +361,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             states = self.states_of(group)
             buckets: dict[Any, list[Slot]] = {}
             seen: Counter[Tensor] = Counter()
+            listed = Counter(param for _, _, param, *_ in row)
             for index, name, param, backend, variant in row:
-                # A parameter that is listed twice is updated twice, one call after the other.
-                bucket = (backend, variant, param.device, backend.bucket(param), seen[param])
+                # A parameter that is listed twice is updated twice, one call after the other; the last one may write
+                # to its gradient.
                 seen[param] += 1
+                is_last = seen[param] == listed[param]
+                bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)
                 slot = self._slot(index, name, param, group, states, backend, self.rule_of(variant)[1])
                 buckets.setdefault(bucket, []).append(slot)
-            for (backend, variant, *_), slots in buckets.items():
+            for (backend, variant, *_, is_last), slots in buckets.items():
                 plan = backend.plan(type(self), group_index, group, variant, states, slots)
-                plan.zero_grads = self._gradients.options.zero_grads
-                plan.write_grads = self._gradients.options.write_grads
+                plan.zero_grads = is_last and self._gradients.options.zero_grads
+                plan.write_grads = is_last and self._gradients.options.write_grads
                 plan.average_weight = self._followers.average_weight
                 plans.append(plan)
         return plans
@@ -511,6 +514,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         gradients = self._gradients
         limits = gradients.options.limits(max_grad_norm, self._finds_nonfinite)
         grad_scale = getattr(self, "grad_scale", None)
+        if isinstance(grad_scale, Tensor) and grad_scale.dim() > 0:
+            grad_scale = grad_scale.reshape(())
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
             found_inf = None
