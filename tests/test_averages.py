@@ -10,6 +10,7 @@ from support import (
     CHECKPOINT_CASES,
     MOMENTUM,
     assert_same,
+    assert_untouched,
     by_case,
     copies,
     give_grads,
@@ -17,6 +18,7 @@ from support import (
     ours,
     parameters,
     parameters_of,
+    snapshot,
     step,
 )
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -214,6 +216,65 @@ def test_weights_and_averages_change_places_and_come_back(dtype, fails, backend)
         assert torch.equal(mine.copies[param], weight.to(torch.bfloat16))
     step(mine, twin)
     assert_same(mine, twin, rtol=0, atol=0)
+
+
+def test_parameters_that_share_memory_change_places_and_come_back(backend):
+    first = torch.nn.Parameter(normal(5))
+    params = [first, torch.nn.Parameter(first.detach()), torch.nn.Parameter(normal(3))]
+    mine = ours(MOMENTUM, params, backend, ema_decay=0.5)
+    for _ in range(2):
+        step(mine)
+    weights, means = [p.detach().clone() for p in params], [a.clone() for a in averages(mine)]
+    with mine.swap_ema():
+        assert torch.equal(params[2], means[2])
+    for param, weight, mean, average in zip(params, weights, means, averages(mine), strict=True):
+        assert torch.equal(param, weight)
+        assert torch.equal(average, mean)
+
+
+def test_a_parameter_that_is_listed_twice_changes_places_once(backend):
+    param = torch.nn.Parameter(normal(5))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        mine = fusedstep.SGD([param, param], 0.1, ema_decay=0.5, backend=backend)
+    param.grad = normal(5)
+    mine.step()
+    weight, mean = param.detach().clone(), averages(mine)[0].clone()
+    with mine.swap_ema():
+        assert torch.equal(param, mean)
+    assert torch.equal(param, weight)
+    assert torch.equal(averages(mine)[0], mean)
+
+
+def test_what_would_take_averages_for_weights_is_refused_meanwhile(backend):
+    mine = ours(ADAMW, parameters(), backend, ema_decay=0.5)
+    step(mine)
+    saved, called = copy.deepcopy(mine.state_dict()), []
+    acts = {
+        r"load_state_dict\(\)": lambda: mine.load_state_dict(saved),
+        "copying or pickling the optimizer": lambda: copy.deepcopy(mine),
+        r"step\(\)": lambda: mine.step(lambda: called.append(1)),
+    }
+    with mine.swap_ema():
+        before = snapshot(mine)
+        for words, act in acts.items():
+            with pytest.raises(RuntimeError, match=words + r" inside swap_ema\(\)"):
+                act()
+        assert_untouched(before, mine)
+    assert not called
+    copy.deepcopy(mine).load_state_dict(saved)
+
+
+def test_an_average_that_does_not_fit_stays_and_so_do_the_weights(backend):
+    mine = ours(ADAMW, parameters(), backend, ema_decay=0.5)
+    step(mine)
+    mine.state[parameters_of(mine)[1]]["ema"] = torch.zeros(1)
+    before = snapshot(mine)
+    with (
+        pytest.raises(RuntimeError, match=r"state 'ema' has shape \(1,\).* parameter 1, shape \(7,\)"),
+        mine.swap_ema(),
+    ):
+        pass
+    assert_untouched(before, mine)
 
 
 def test_without_averages_there_is_nothing_to_exchange(backend):

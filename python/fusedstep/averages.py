@@ -36,6 +36,7 @@ class Followers:
         self.swapped = False
 
     def __getstate__(self) -> dict[str, Any]:
+        self.refuse_swapped("copying or pickling the optimizer")
         return {"ema_decay": self.ema_decay, "weights_copy": self.weights_copy}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,25 +159,30 @@ def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
         raise RuntimeError("there are no averages of the weights; give the optimizer ema_decay")
     if followers.swapped:
         raise RuntimeError("the weights are already exchanged with their averages")
-    params = (param for group in optimizer.param_groups for param in group["params"])
+    # A parameter that is listed twice would change places twice.
+    params = dict.fromkeys(param for group in optimizer.param_groups for param in group["params"])
     pairs = [(param, optimizer.state[param][KEY]) for param in params if KEY in optimizer.state.get(param, ())]
-    wide: list[Tensor | None] = []
-    with torch.no_grad():
-        for param, average in pairs:
-            weights = param.clone()
-            # What a narrower parameter cannot hold would be lost on the way back.
-            wide.append(None if param.dtype == average.dtype else average.clone())
-            param.copy_(average)
-            average.copy_(weights)
-        followers.renew_copies()
+    for index, param in enumerate(params):
+        what = checks.describe(index, None, param)
+        followers.check(type(optimizer).__name__, param, optimizer.state.get(param, {}), what)
+    exchanged: list[tuple[Tensor, Tensor, Tensor | None]] = []
     followers.swapped = True
     try:
+        with torch.no_grad():
+            for param, average in pairs:
+                weights = param.clone()
+                # What a narrower parameter cannot hold would be lost on the way back.
+                kept = None if param.dtype == average.dtype else average.clone()
+                param.copy_(average)
+                average.copy_(weights)
+                exchanged.append((param, average, kept))
+            followers.renew_copies()
         yield
     finally:
-        followers.swapped = False
         with torch.no_grad():
-            for (param, average), kept in zip(pairs, wide, strict=True):
+            for param, average, kept in reversed(exchanged):  # parameters may share memory
                 averages = param.clone() if kept is None else kept
                 param.copy_(average)
                 average.copy_(averages)
             followers.renew_copies()
+        followers.swapped = False

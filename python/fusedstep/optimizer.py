@@ -264,6 +264,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: groups do not match, or a state's shape is not its parameter's; nothing is changed then.
         """
+        self._followers.refuse_swapped("load_state_dict()")
         followed = self._learning_rates.followed(self.param_groups)
         loaded: dict[Tensor, dict[str, Any]] = {}
         rest: dict[Any, Any] = {}
@@ -490,11 +491,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     def swap_ema(self) -> contextlib.AbstractContextManager[None]:
         """Exchange the parameters, in their place in memory, with their averages for the time of a ``with`` block.
 
-        `copies` are renewed too. A parameter that no step has updated yet is its own average. Meanwhile ``step`` raises
-        RuntimeError, and the state that `state_dict` shows as "ema" is the weights.
+        `copies` are renewed too. A parameter that no step has updated yet is its own average. Meanwhile ``step``,
+        ``load_state_dict`` and copying or pickling the optimizer raise RuntimeError, and the state that `state_dict`
+        shows as "ema" is the weights.
 
         Raises:
-            RuntimeError: the optimizer has no ``ema_decay``, or the averages are in place already.
+            RuntimeError: the optimizer has no ``ema_decay``, or the averages are in place already, or one of them does
+                not fit its parameter.
         """
         return averages.swapped(self)
 
