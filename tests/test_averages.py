@@ -311,10 +311,13 @@ def test_checkpoints_with_and_without_averages_load_into_each_other(case, backen
     for _ in range(2):
         step(plain, mine)
     saved = copy.deepcopy(mine.state_dict())
-    mine.load_state_dict(copy.deepcopy(plain.state_dict()))
+    with pytest.warns(UserWarning, match=r"without an average of the weights \('ema'\): theirs begins") as told:
+        mine.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert len(told) == 1
     start = [p.detach().clone() for p in parameters_of(mine)]
-    with pytest.warns(UserWarning, match=r"has averages of the weights \('ema'\), which are dropped"):
+    with pytest.warns(UserWarning, match=r"has averages of the weights \('ema'\), which are dropped") as told:
         plain.load_state_dict(saved)
+    assert len(told) == 1
     assert not any("ema" in state for state in plain.state.values())
     step(plain, mine)
     for param, average, weight in zip(parameters_of(mine), averages(mine), start, strict=True):
@@ -323,13 +326,42 @@ def test_checkpoints_with_and_without_averages_load_into_each_other(case, backen
         assert torch.equal(a, b)
 
 
-def test_a_loaded_average_of_another_shape_is_refused(backend):
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad"])
+def test_a_checkpoint_from_before_the_first_step_needs_no_words(name, backend):
+    make = getattr(fusedstep, name)
+    mine = make(parameters(), ema_decay=0.9, backend=backend)
+    mine.load_state_dict(make(parameters(), backend=backend).state_dict())
+    make(parameters(), backend=backend).load_state_dict(mine.state_dict())
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (torch.zeros(3, 3), r"has shape \(3, 3\), expected \(7,\)"),
+        (torch.zeros(7, dtype=torch.complex64), "has dtype torch.complex64, expected a floating one"),
+        (torch.zeros(7, dtype=torch.int64), "has dtype torch.int64, expected a floating one"),
+        ("mean", r"is 'mean' of type str, expected a tensor of shape \(7,\)"),
+    ],
+    ids=str,
+)
+def test_a_loaded_average_that_does_not_fit_is_refused(bad, words, ema_decay, backend):
     mine = ours(ADAMW, parameters(), backend, ema_decay=0.9)
     step(mine)
     saved = copy.deepcopy(mine.state_dict())
-    saved["state"][1]["ema"] = torch.zeros(3, 3)
-    with pytest.raises(ValueError, match=r"'ema' of parameter 1 has shape \(3, 3\), expected \(7,\)"):
-        mine.load_state_dict(saved)
+    saved["state"][1]["ema"] = bad
+    other = ours(ADAMW, copies(parameters_of(mine)), backend, ema_decay=ema_decay)
+    step(other)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="'ema' of parameter 1 " + words):
+        other.load_state_dict(saved)
+    assert_untouched(before, other)
+
+
+def test_a_loaded_average_in_a_narrower_dtype_is_widened(backend):
+    mine = ours(ADAMW, parameters(), backend, ema_decay=0.9)
+    step(mine)
+    saved = copy.deepcopy(mine.state_dict())
     saved["state"][1]["ema"] = torch.zeros(7, dtype=torch.bfloat16)
     mine.load_state_dict(saved)
     step(mine)
@@ -344,6 +376,11 @@ def test_copies_are_there_before_the_first_step_and_renewed_on_demand(backend):
         with torch.no_grad():
             param.mul_(2.0)
     mine.renew_copies()
+    assert all(torch.equal(narrow, param.detach().half()) for param, narrow in mine.copies.items())
+    with torch.no_grad():
+        for param in parameters_of(mine):
+            param.mul_(2.0)
+    mine.load_state_dict(mine.state_dict())  # with the weights of the checkpoint, in most cases
     assert all(torch.equal(narrow, param.detach().half()) for param, narrow in mine.copies.items())
     assert mine.state_dict()["state"] == {}
 

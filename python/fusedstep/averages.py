@@ -117,25 +117,27 @@ class Followers:
         for param, copy in self.copies.items():
             copy.copy_(param)
 
-    def adopt(self, param: Tensor, value: Any, key: Any) -> Tensor | None:
-        """A loaded average as it is kept; None, with a warning, if there is none to be kept."""
-        if not isinstance(value, Tensor):
-            return None
-        if value.shape != param.shape:
-            raise ValueError(
-                f"loaded state dict: '{KEY}' of parameter {key} has shape {tuple(value.shape)}, "
-                f"expected {tuple(param.shape)}"
-            )
-        if self.ema_decay is None:
+    def adopt(self, param: Tensor, value: Tensor) -> Tensor:
+        """A loaded average as it is kept."""
+        if layout.is_wrapper(value) or layout.is_wrapper(param):
+            return value.detach().to(param.device, average_dtype(param), copy=True)
+        return layout.dense_like(param, average_dtype(param)).copy_(value.detach())
+
+    def report(self, states: Iterable[dict[str, Any]]) -> None:
+        """Warn if loaded ``states`` were made with another choice about averages than this one."""
+        started = [state for state in states if isinstance(state, dict) and float(state.get("step", 1)) > 0]
+        if self.ema_decay is None and any(isinstance(state.get(KEY), Tensor) for state in started):
             warnings.warn(
                 "the loaded state has averages of the weights ('ema'), which are dropped because this optimizer was "
                 "made without ema_decay",
                 stacklevel=2,
             )
-            return None
-        if layout.is_wrapper(value) or layout.is_wrapper(param):
-            return value.detach().to(param.device, average_dtype(param), copy=True)
-        return layout.dense_like(param, average_dtype(param)).copy_(value.detach())
+        if self.ema_decay is not None and not all(isinstance(state.get(KEY), Tensor) for state in started):
+            warnings.warn(
+                "the loaded state has parameters without an average of the weights ('ema'): theirs begins as the "
+                "parameter before its next step",
+                stacklevel=2,
+            )
 
 
 def average_dtype(param: Tensor) -> torch.dtype:

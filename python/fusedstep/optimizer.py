@@ -259,10 +259,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Load a state, this class's or the torch class's of the same name.
 
         Tensors are copied, keep their own dtype (torch casts them to the parameter's) and take the parameter's device
-        and layout.
+        and layout. `copies` are renewed.
 
         Raises:
-            ValueError: groups do not match, or a state's shape is not its parameter's; nothing is changed then.
+            ValueError: groups do not match, or a state cannot be its parameter's; nothing is changed then.
+            RuntimeError: this is inside `swap_ema`.
         """
         self._followers.refuse_swapped("load_state_dict()")
         followed = self._learning_rates.followed(self.param_groups)
@@ -281,6 +282,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     loaded[by_id[key][-1]] = self._adopt(key, *by_id[key], value)
                 else:
                     rest[key] = value
+            self._followers.report(given["state"][key] for key in by_id if key in given["state"])
             return {**given, "state": {}}
 
         def give_state(_: Any) -> None:
@@ -288,6 +290,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.state.update(rest)
             self._counters.clear()
             self._learning_rates.read_numbers(self.param_groups, followed, self._most_steps)
+            self._followers.renew_copies()
 
         # Last before torch's own work and first after it, so that hooks of the user see what torch would show them.
         with (
@@ -302,17 +305,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A parameter's loaded state: our own copies, on its device."""
         adopted = {}
         for name, value in state.items():
+            shape = None
+            if name in self.state_names:
+                shape = self.state_shape(name, group, param_name, param)
+            elif name == averages.KEY:
+                shape = param.shape
+            if name == "step" or shape is not None:
+                checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape)
             if name == averages.KEY:
-                value = self._followers.adopt(param, value, key)
-                if value is not None:
-                    adopted[name] = value
+                if isinstance(value, Tensor) and self._followers.ema_decay is not None:
+                    adopted[name] = self._followers.adopt(param, value)
                 continue
-            shape = self.state_shape(name, group, param_name, param) if name in self.state_names else None
-            if shape is not None and isinstance(value, Tensor) and value.shape != shape:
-                raise ValueError(
-                    f"loaded state dict: '{name}' of parameter {key} has shape {tuple(value.shape)}, "
-                    f"expected {tuple(shape)}"
-                )
             if isinstance(value, Tensor):
                 value = value.detach()
                 value = value.to_dense() if value.is_sparse else value
