@@ -277,6 +277,24 @@ def test_a_non_finite_norm_raises_before_anything_is_written(case, backend, bad)
 
 
 @by_case
+@pytest.mark.parametrize("option", ["error_if_nonfinite", "skip_nonfinite"])
+def test_a_non_finite_norm_creates_no_state(case, option, backend):
+    """Neither in the first step nor in the first one of a parameter."""
+    mine = ours(case, parameters(), backend, ema_decay=0.9, **{option: True})
+    refused = pytest.raises(RuntimeError, match="is non-finite") if "error" in option else contextlib.nullcontext()
+    for skip in ((3,), ()):
+        give_grads(mine, skip=skip)
+        before, saved = snapshot(mine), copy.deepcopy(mine.state_dict()["state"])
+        parameters_of(mine)[0].grad.fill_(math.nan)
+        with refused:
+            mine.step()
+        assert_untouched(before, mine)
+        assert mine.state_dict()["state"].keys() == saved.keys()
+        assert not mine.grad_norm.isfinite()
+        step(mine, skip=skip)
+
+
+@by_case
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("when", [0, 1])
 def test_a_step_with_a_non_finite_norm_can_be_skipped(case, backend, bad, when):

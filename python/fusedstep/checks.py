@@ -199,3 +199,12 @@ def check_grad(cls: type[FusedOptimizer], group: dict[str, Any], param: Tensor, 
         raise RuntimeError(f"{optimizer}: the gradient is on {grad.device}, it must be on the device of {what}")
     if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
         raise RuntimeError(f"{optimizer}: the gradient has dtype {grad.dtype}, it must be floating like {what}")
+
+
+def check_norm_is_local(cls: type[FusedOptimizer], param: Tensor, what: str) -> None:
+    """Raise if the gradient of ``param`` is spread over processes, where its norm is not known."""
+    if layout.is_wrapper(param):
+        raise RuntimeError(
+            f"{cls.__name__}: the norm of gradients of {type(param).__name__} parameters ({what}) would be that of the "
+            "local part alone; call torch.nn.utils.clip_grad_norm_ before step()"
+        )

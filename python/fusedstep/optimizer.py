@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from . import averages, backends, checks, layout
 from .backends.plan import Plan, Slot
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .schedules import on_device
+
+Place: TypeAlias = tuple[int, str | None, Tensor, backends.Backend, Any]  # index, name, parameter, backend, variant
 
 
 def _named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
@@ -330,13 +332,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Plans.
 
-    def _build(self) -> list[Plan]:
-        """Look every tensor up, create missing states, and plan one kernel call per group, backend and device.
-
-        Raises before any state is created.
-        """
+    @torch.no_grad()
+    def _look_up(self, needs_norm: bool) -> list[list[Place]]:
+        """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created."""
         self._learning_rates.settle(self.param_groups)
-        chosen: list[list[tuple[int, str | None, Tensor, backends.Backend, Any]]] = []
+        chosen: list[list[Place]] = []
         index = 0
         for group in self.param_groups:
             row = []
@@ -347,6 +347,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     what = checks.describe(index, name, param)
                     checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
                     checks.check_grad(type(self), group, param, param.grad, what)
+                    if needs_norm:
+                        checks.check_norm_is_local(type(self), param, what)
                     if self._followers.any:
                         self._followers.check(type(self).__name__, param, self.state.get(param, {}), what)
                     for state in self.states_of(group):
@@ -359,7 +361,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             for variant in {variant for *_, variant in row}:
                 self._hyper_of(group, variant)
             chosen.append(row)
+        return chosen
 
+    def _build(self, chosen: list[list[Place]]) -> list[Plan]:
+        """Create missing states, and plan one kernel call per group, backend and device."""
         plans = []
         for group_index, (group, row) in enumerate(zip(self.param_groups, chosen, strict=True)):
             states = self.states_of(group)
@@ -446,8 +451,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step.
 
-    def _prepare_plans(self) -> list[Plan]:
-        """Plans whose every pointer is checked; nothing has been updated when this raises."""
+    def _plans_that_fit(self) -> list[Plan] | None:
+        """The plans of the last step with this step's gradients, every pointer checked; None: new ones are needed."""
         plans = self._plans
         if (
             plans is not None
@@ -461,8 +466,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._plans = None  # and with the plans their references to the gradients
                 raise
         self._plans = None
+        return None
+
+    def _new_plans(self, chosen: list[list[Place]]) -> list[Plan]:
+        """Plans with this step's gradients; nothing has been updated when this raises."""
         with torch.no_grad():
-            plans = self._build()
+            plans = self._build(chosen)
         self._watch = backends.watch(self.state, self.param_groups)
         for plan in plans:
             if not plan.gather():
@@ -526,13 +535,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
             found_inf = None
         elif found_inf.device.type == "cpu" and found_inf.item() != 0:
+            if limits is not None:
+                gradients.measure(self, limits, grad_scale, found_inf)
             return gradients.skip(self.param_groups)
-        if self._plans is None and limits is not None and limits.skips:
-            found = found_inf if self._finds_nonfinite else None
-            if gradients.skip_unplanned(self.param_groups, limits, grad_scale, found):
-                return
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
-        plans, groups = self._prepare_plans(), self.param_groups
+        plans, groups = self._plans_that_fit(), self.param_groups
+        if plans is None:
+            chosen = self._look_up(limits is not None)
+            if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
+                return
+            plans = self._new_plans(chosen)
         try:
             hypers = [self._hyper_of(groups[plan.group], plan.variant) for plan in plans]
         except BaseException:

@@ -109,14 +109,11 @@ class Plan:
         Raises:
             RuntimeError: they are spread over processes, whose norm is not known here.
         """
-        for slot in self.slots:
-            if layout.is_wrapper(slot.target):
-                raise RuntimeError(
-                    f"{self.optimizer.__name__}: the norm of gradients of {type(slot.target).__name__} parameters "
-                    f"({checks.describe(slot.index, slot.name, slot.param)}) would be that of the local part alone; "
-                    "call torch.nn.utils.clip_grad_norm_ before step()"
-                )
         active = self.grads_in_use()
+        for index, _ in active:
+            slot = self.slots[index]
+            what = checks.describe(slot.index, slot.name, slot.param)
+            checks.check_norm_is_local(self.optimizer, slot.target, what)
         return active[0][1].device if active else None
 
     def _grad_of(self, index: int, grads: list[Tensor | None] | None) -> Tensor | None:
