@@ -10,6 +10,7 @@ from support import (
     CHECKPOINT_CASES,
     MOMENTUM,
     assert_same,
+    assert_untouched,
     by_case,
     copies,
     give_grads,
@@ -17,6 +18,7 @@ from support import (
     ours,
     parameters,
     parameters_of,
+    snapshot,
     step,
 )
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -148,6 +150,30 @@ def test_a_parameter_that_joins_late_or_misses_a_step(backend):
         torch.testing.assert_close(average, truth, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_skipped_step_with_a_sparse_gradient_leaves_every_byte(momentum, dtype, backend):
+    param = torch.nn.Parameter(normal(6, 3, dtype=dtype))
+    options = {"ema_decay": 0.6, "weights_copy": torch.bfloat16, "skip_nonfinite": True, "write_grads": True}
+    mine = fusedstep.SGD([param], 0.5, momentum, backend=backend, **options)
+    rows = normal(2, 3, dtype=dtype)
+    param.grad = torch.sparse_coo_tensor(torch.tensor([[1, 2]]), rows, (6, 3), check_invariants=True)
+    mine.step()
+    averages(mine)[0][4:] = -0.0
+    with torch.no_grad():
+        param[4:] = -0.0
+    values = torch.tensor([[1.0, 2048, 3], [0.1, 1, float("nan")]], dtype=dtype)
+    param.grad = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), values, (6, 3), check_invariants=True)
+    memory = [param, averages(mine)[0], mine.copies[param]]
+    before, versions = [t.detach().clone() for t in memory], [t._version for t in memory]
+    mine.step()
+    assert versions == [t._version for t in memory]
+    for new, old in zip(memory, before, strict=True):
+        assert torch.equal(new, old)
+        assert torch.equal(new.signbit(), old.signbit())
+    assert torch.equal(param.grad._values().nan_to_num(), values.nan_to_num())
+
+
 @by_case
 def test_a_skipped_step_leaves_the_averages(case, backend):
     mine = ours(case, parameters(), backend, ema_decay=0.8, weights_copy=torch.bfloat16, skip_nonfinite=True)
@@ -192,6 +218,65 @@ def test_weights_and_averages_change_places_and_come_back(dtype, fails, backend)
     assert_same(mine, twin, rtol=0, atol=0)
 
 
+def test_parameters_that_share_memory_change_places_and_come_back(backend):
+    first = torch.nn.Parameter(normal(5))
+    params = [first, torch.nn.Parameter(first.detach()), torch.nn.Parameter(normal(3))]
+    mine = ours(MOMENTUM, params, backend, ema_decay=0.5)
+    for _ in range(2):
+        step(mine)
+    weights, means = [p.detach().clone() for p in params], [a.clone() for a in averages(mine)]
+    with mine.swap_ema():
+        assert torch.equal(params[2], means[2])
+    for param, weight, mean, average in zip(params, weights, means, averages(mine), strict=True):
+        assert torch.equal(param, weight)
+        assert torch.equal(average, mean)
+
+
+def test_a_parameter_that_is_listed_twice_changes_places_once(backend):
+    param = torch.nn.Parameter(normal(5))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        mine = fusedstep.SGD([param, param], 0.1, ema_decay=0.5, backend=backend)
+    param.grad = normal(5)
+    mine.step()
+    weight, mean = param.detach().clone(), averages(mine)[0].clone()
+    with mine.swap_ema():
+        assert torch.equal(param, mean)
+    assert torch.equal(param, weight)
+    assert torch.equal(averages(mine)[0], mean)
+
+
+def test_what_would_take_averages_for_weights_is_refused_meanwhile(backend):
+    mine = ours(ADAMW, parameters(), backend, ema_decay=0.5)
+    step(mine)
+    saved, called = copy.deepcopy(mine.state_dict()), []
+    acts = {
+        r"load_state_dict\(\)": lambda: mine.load_state_dict(saved),
+        "copying or pickling the optimizer": lambda: copy.deepcopy(mine),
+        r"step\(\)": lambda: mine.step(lambda: called.append(1)),
+    }
+    with mine.swap_ema():
+        before = snapshot(mine)
+        for words, act in acts.items():
+            with pytest.raises(RuntimeError, match=words + r" inside swap_ema\(\)"):
+                act()
+        assert_untouched(before, mine)
+    assert not called
+    copy.deepcopy(mine).load_state_dict(saved)
+
+
+def test_an_average_that_does_not_fit_stays_and_so_do_the_weights(backend):
+    mine = ours(ADAMW, parameters(), backend, ema_decay=0.5)
+    step(mine)
+    mine.state[parameters_of(mine)[1]]["ema"] = torch.zeros(1)
+    before = snapshot(mine)
+    with (
+        pytest.raises(RuntimeError, match=r"state 'ema' has shape \(1,\).* parameter 1, shape \(7,\)"),
+        mine.swap_ema(),
+    ):
+        pass
+    assert_untouched(before, mine)
+
+
 def test_without_averages_there_is_nothing_to_exchange(backend):
     mine = ours(ADAMW, parameters(), backend)
     with pytest.raises(RuntimeError, match="give the optimizer ema_decay"), mine.swap_ema():
@@ -226,10 +311,13 @@ def test_checkpoints_with_and_without_averages_load_into_each_other(case, backen
     for _ in range(2):
         step(plain, mine)
     saved = copy.deepcopy(mine.state_dict())
-    mine.load_state_dict(copy.deepcopy(plain.state_dict()))
+    with pytest.warns(UserWarning, match=r"without an average of the weights \('ema'\): theirs begins") as told:
+        mine.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert len(told) == 1
     start = [p.detach().clone() for p in parameters_of(mine)]
-    with pytest.warns(UserWarning, match=r"has averages of the weights \('ema'\), which are dropped"):
+    with pytest.warns(UserWarning, match=r"has averages of the weights \('ema'\), which are dropped") as told:
         plain.load_state_dict(saved)
+    assert len(told) == 1
     assert not any("ema" in state for state in plain.state.values())
     step(plain, mine)
     for param, average, weight in zip(parameters_of(mine), averages(mine), start, strict=True):
@@ -238,13 +326,42 @@ def test_checkpoints_with_and_without_averages_load_into_each_other(case, backen
         assert torch.equal(a, b)
 
 
-def test_a_loaded_average_of_another_shape_is_refused(backend):
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad"])
+def test_a_checkpoint_from_before_the_first_step_needs_no_words(name, backend):
+    make = getattr(fusedstep, name)
+    mine = make(parameters(), ema_decay=0.9, backend=backend)
+    mine.load_state_dict(make(parameters(), backend=backend).state_dict())
+    make(parameters(), backend=backend).load_state_dict(mine.state_dict())
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (torch.zeros(3, 3), r"has shape \(3, 3\), expected \(7,\)"),
+        (torch.zeros(7, dtype=torch.complex64), "has dtype torch.complex64, expected a floating one"),
+        (torch.zeros(7, dtype=torch.int64), "has dtype torch.int64, expected a floating one"),
+        ("mean", r"is 'mean' of type str, expected a tensor of shape \(7,\)"),
+    ],
+    ids=str,
+)
+def test_a_loaded_average_that_does_not_fit_is_refused(bad, words, ema_decay, backend):
     mine = ours(ADAMW, parameters(), backend, ema_decay=0.9)
     step(mine)
     saved = copy.deepcopy(mine.state_dict())
-    saved["state"][1]["ema"] = torch.zeros(3, 3)
-    with pytest.raises(ValueError, match=r"'ema' of parameter 1 has shape \(3, 3\), expected \(7,\)"):
-        mine.load_state_dict(saved)
+    saved["state"][1]["ema"] = bad
+    other = ours(ADAMW, copies(parameters_of(mine)), backend, ema_decay=ema_decay)
+    step(other)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="'ema' of parameter 1 " + words):
+        other.load_state_dict(saved)
+    assert_untouched(before, other)
+
+
+def test_a_loaded_average_in_a_narrower_dtype_is_widened(backend):
+    mine = ours(ADAMW, parameters(), backend, ema_decay=0.9)
+    step(mine)
+    saved = copy.deepcopy(mine.state_dict())
     saved["state"][1]["ema"] = torch.zeros(7, dtype=torch.bfloat16)
     mine.load_state_dict(saved)
     step(mine)
@@ -259,6 +376,11 @@ def test_copies_are_there_before_the_first_step_and_renewed_on_demand(backend):
         with torch.no_grad():
             param.mul_(2.0)
     mine.renew_copies()
+    assert all(torch.equal(narrow, param.detach().half()) for param, narrow in mine.copies.items())
+    with torch.no_grad():
+        for param in parameters_of(mine):
+            param.mul_(2.0)
+    mine.load_state_dict(mine.state_dict())  # with the weights of the checkpoint, in most cases
     assert all(torch.equal(narrow, param.detach().half()) for param, narrow in mine.copies.items())
     assert mine.state_dict()["state"] == {}
 

@@ -1,5 +1,6 @@
 """Clipping in the step, judged by torch.nn.utils.clip_grad_norm_ and torch.optim; and `clip_grad_norm_`."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -171,6 +172,16 @@ def test_parameters_of_two_backends_have_one_norm():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_the_norm_of_complex_gradients_is_as_wide_as_they_are(dtype):
+    param = torch.nn.Parameter(torch.randn(4, dtype=dtype))
+    mine = fusedstep.SGD([param], 0.1, max_grad_norm=0.5, backend="reference")
+    param.grad = torch.randn_like(param)
+    mine.step()
+    norm = torch.linalg.vector_norm(param.grad)
+    torch.testing.assert_close(mine.grad_norm, norm)
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
 def test_the_coalesced_values_of_a_sparse_gradient_count(name, backend):
     params = [torch.nn.Parameter(normal(6, 3)), torch.nn.Parameter(normal(4))]
@@ -263,6 +274,24 @@ def test_a_non_finite_norm_raises_before_anything_is_written(case, backend, bad)
             assert_untouched(before, mine)
         else:
             mine.step()
+
+
+@by_case
+@pytest.mark.parametrize("option", ["error_if_nonfinite", "skip_nonfinite"])
+def test_a_non_finite_norm_creates_no_state(case, option, backend):
+    """Neither in the first step nor in the first one of a parameter."""
+    mine = ours(case, parameters(), backend, ema_decay=0.9, **{option: True})
+    refused = pytest.raises(RuntimeError, match="is non-finite") if "error" in option else contextlib.nullcontext()
+    for skip in ((3,), ()):
+        give_grads(mine, skip=skip)
+        before, saved = snapshot(mine), copy.deepcopy(mine.state_dict()["state"])
+        parameters_of(mine)[0].grad.fill_(math.nan)
+        with refused:
+            mine.step()
+        assert_untouched(before, mine)
+        assert mine.state_dict()["state"].keys() == saved.keys()
+        assert not mine.grad_norm.isfinite()
+        step(mine, skip=skip)
 
 
 @by_case
@@ -370,6 +399,41 @@ def test_gradients_are_zeroed_in_the_step(name, limit, backend):
     assert_same(mine, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("option", ["write_grads", "zero_grads"])
+def test_a_parameter_that_is_listed_twice_has_its_gradient_twice(option, backend):
+    params = parameters(dtype=torch.float32)
+    twins = copies(params)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        mine = fusedstep.SGD([params[0], *params], 0.1, backend=backend, **{option: True})
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        expected = torch.optim.SGD([twins[0], *twins], 0.1)
+    for _ in range(2):
+        for a, b in zip(params, twins, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.grad_scale = torch.tensor(0.5)
+        mine.step()
+        for b in twins:
+            b.grad.mul_(2.0)
+        expected.step()
+        for a, b in zip(params, twins, strict=True):
+            torch.testing.assert_close(a, b)
+            assert torch.equal(a.grad, b.grad if option == "write_grads" else torch.zeros_like(b))
+
+
+@pytest.mark.parametrize("norm_type", [2, math.inf])
+def test_a_scale_may_be_any_tensor_of_one_number(norm_type, backend):
+    options = {"max_grad_norm": 0.1, "norm_type": norm_type}
+    params, shapes = parameters(), ((), (1,), (1, 1))
+    optimizers = [ours(ADAMW, copies(params), backend, **options) for _ in shapes]
+    give_grads(*optimizers)
+    for optimizer, shape in zip(optimizers, shapes, strict=True):
+        optimizer.grad_scale = torch.full(shape, 4.0)
+        optimizer.found_inf = torch.zeros(shape)
+        optimizer.step()
+        assert_same(optimizer, optimizers[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", [fusedstep.GradScaler, torch.amp.GradScaler])
 def test_a_skipped_step_zeroes_gradients_too(backend, kind):
     mine = ours(ADAMW, parameters(), backend, zero_grads=True)
@@ -423,11 +487,12 @@ def test_a_bad_limit_of_a_step_raises_before_anything_is_written(backend):
     mine = ours(ADAMW, parameters(), backend)
     step(mine)
     give_grads(mine)
-    before = snapshot(mine)
+    before, called = snapshot(mine), []
     for bad, error in ((-1, ValueError), ("1", TypeError)):
         with pytest.raises(error, match="Invalid max_grad_norm"):
-            mine.step(max_grad_norm=bad)
+            mine.step(lambda: called.append(1), max_grad_norm=bad)
     assert_untouched(before, mine)
+    assert not called
 
 
 def test_two_ways_of_clipping_contradict_each_other():
@@ -436,6 +501,41 @@ def test_two_ways_of_clipping_contradict_each_other():
             fusedstep.AdamWeightDecay(parameters(), max_grad_norm=1.0, **own)
     with pytest.raises(ValueError, match="write_grads=True cannot go with clipvalue or clipnorm"):
         fusedstep.AdamWeightDecay(parameters(), clipnorm=1.0, write_grads=True)
+
+
+@pytest.mark.parametrize("own", ["clipvalue", "clipnorm", "global_clipnorm"])
+def test_two_ways_of_clipping_contradict_each_other_in_a_group_and_a_step(own):
+    mine = fusedstep.AdamWeightDecay(parameters(), max_grad_norm=1.0)
+    words = "it is the norm of all groups together" if "global" in own else "contradict each other: clip in one way"
+    with pytest.raises(ValueError, match=words):
+        mine.add_param_group({"params": parameters(), own: 1.0})
+    assert len(mine.param_groups) == 1
+    if own != "global_clipnorm":  # of which a step can have its own
+        mine = fusedstep.AdamWeightDecay(parameters(), **{own: 1.0})
+        give_grads(mine)
+        before = snapshot(mine)
+        with pytest.raises(ValueError, match=r"step\(max_grad_norm=0.5\) contradicts .*: clip in one way"):
+            mine.step(max_grad_norm=0.5)
+        assert_untouched(before, mine)
+
+
+@pytest.mark.parametrize("also", [{}, {"global_clipnorm": 0.5}], ids=str)
+@pytest.mark.parametrize("option", ["error_if_nonfinite", "skip_nonfinite"])
+def test_gradients_that_clipping_makes_finite_are_seen_before(option, also, backend):
+    mine = fusedstep.AdamWeightDecay(parameters(), clipvalue=0.3, backend=backend, **also, **{option: True})
+    plain = fusedstep.AdamWeightDecay(copies(parameters_of(mine)), clipvalue=0.3, backend=backend, **also)
+    refused = pytest.raises(RuntimeError, match="is non-finite") if "error" in option else contextlib.nullcontext()
+    for _ in range(2):
+        give_grads(mine, plain)
+        plain.step()
+        mine.step()
+        give_grads(mine)
+        parameters_of(mine)[0].grad[0, 0] = math.inf
+        before = snapshot(mine)
+        with refused:
+            mine.step()
+        assert_untouched(before, mine)
+    assert_same(mine, plain, rtol=0, atol=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -483,6 +583,24 @@ def test_clip_grad_norm_is_torchs(norm_type, limit, foreach):
     torch.testing.assert_close(norm, torch_clip(twins, limit, norm_type, foreach=foreach))
     for a, b in zip(params, twins, strict=True):
         assert a.grad is b.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-6, atol=0)
+
+
+def test_clip_grad_norm_of_an_empty_generator_says_so():
+    with pytest.warns(UserWarning, match="`parameters` is an empty generator") as told:
+        assert fusedstep.clip_grad_norm_((p for p in ()), 1.0) == 0
+    assert told[0].filename == __file__
+
+
+def test_clip_grad_norm_scales_a_gradient_as_often_as_it_is_given():
+    params = [torch.nn.Parameter(torch.zeros(400_000)), torch.nn.Parameter(torch.zeros(7))]
+    twins = copies(params)
+    for a, b in zip(params, twins, strict=True):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    norm = fusedstep.clip_grad_norm_([params[0], *params, params[0]], 1.0)
+    torch.testing.assert_close(norm, torch_clip([twins[0], *twins, twins[0]], 1.0))
+    for a, b in zip(params, twins, strict=True):
+        assert torch.equal(a.grad, b.grad)
 
 
 def test_clip_grad_norm_of_gradients_that_are_not_plain():

@@ -182,3 +182,25 @@ def test_one_norm_over_several_devices(kernel):
     assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(8000.0))
     for param in params:
         torch.testing.assert_close(param.detach(), torch.full_like(param, 1.0 - 2.0 / math.sqrt(8000.0)))
+
+
+@pytest.mark.parametrize("norm_type", [2, math.inf])
+@pytest.mark.parametrize("order", [("cpu", DEVICE), (DEVICE, "cpu")], ids=str)
+def test_one_norm_over_the_host_and_a_busy_gpu(norm_type, order):
+    params = [torch.nn.Parameter(torch.ones(1000, device=device)) for device in order]
+    optimizer = fusedstep.SGD(params, 1.0, max_grad_norm=1.0, norm_type=norm_type)
+    optimizer.grad_scale = torch.tensor(4.0, device=DEVICE)
+    for size in (2.0, 3.0):  # in the second step nothing is built, which would wait for the GPU
+        with torch.no_grad():
+            for param in params:
+                param.fill_(1.0)
+                param.grad = torch.zeros_like(param)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)
+        for param in params:
+            param.grad.fill_(4.0 * size)
+        optimizer.step()
+        norm = size if norm_type == math.inf else size * math.sqrt(2000.0)
+        assert optimizer.grad_norm.item() == pytest.approx(norm)
+        for param in params:
+            torch.testing.assert_close(param.detach(), torch.full_like(param, 1.0 - size / (norm + 1e-6)))

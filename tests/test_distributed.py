@@ -6,6 +6,8 @@ import pytest
 import torch
 from support import ADAMW, CHECKPOINT_CASES, EXACT, by_kind, copies, ours, parameters, parameters_of, step, theirs
 
+import fusedstep
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
@@ -75,6 +77,50 @@ def test_dtensor_parameters(case, backend, mesh):
     for a, b, c in zip(*map(parameters_of, (mine, again, expected)), strict=True):
         torch.testing.assert_close(a.full_tensor(), c.detach(), **EXACT)
         assert torch.equal(a.full_tensor(), b.full_tensor())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "option", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}, {"error_if_nonfinite": True}], ids=str
+)
+def test_a_norm_over_processes_is_refused_before_states_are_made(option, backend, mesh):
+    values = [p.detach() for p in parameters()]
+    mine = ours(ADAMW, distributed(values, mesh), backend, **option)
+    give(mine, theirs(ADAMW, parameters()))
+    with pytest.raises(RuntimeError, match=r"the norm of gradients of DTensor parameters \(parameter 0, .*local part"):
+        mine.step()
+    assert not mine.state
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_frozen_parameter_may_be_anywhere(backend, mesh):
+    params = [*distributed([torch.randn(4, 3)], mesh), *parameters()]
+    mine = ours(ADAMW, params, backend, max_grad_norm=0.1)
+    plain = ours(ADAMW, copies(params[1:]), backend, max_grad_norm=0.1)
+    for a, b in zip(params[1:], parameters_of(plain), strict=True):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    mine.step()
+    plain.step()
+    for a, b in zip(params[1:], parameters_of(plain), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_scaler_that_joins_after_the_first_step(backend, mesh):
+    values = [p.detach() for p in parameters()]
+    mine = ours(ADAMW, distributed(values, mesh), backend)
+    plain = theirs(ADAMW, [torch.nn.Parameter(v.clone()) for v in values])
+    give(mine, plain)
+    mine.step()
+    plain.step()
+    scaler = fusedstep.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    give(mine, plain)
+    scaler.step(mine)
+    plain.step()
+    for a, b in zip(*map(parameters_of, (mine, plain)), strict=True):
+        torch.testing.assert_close(a.full_tensor(), b.detach(), **EXACT)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

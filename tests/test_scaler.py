@@ -235,6 +235,18 @@ def test_error_if_nonfinite_leaves_skipping_to_the_scaler(backend):
     assert all(state["step"] == 2 for state in mine.state.values())
 
 
+@pytest.mark.parametrize("kind", [fusedstep.GradScaler, torch.amp.GradScaler])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_norm_of_a_skipped_step_is_its_own(kind, first, backend):
+    mine = ours(ADAMW, parameters(), backend, max_grad_norm=1.0)
+    scaler = kind("cpu", init_scale=4.0)
+    for number in range(int(first), 3):
+        give_scaled_grads(number, (1,), (scaler, mine))
+        scaler.step(mine)
+        scaler.update()
+        assert mine.grad_norm.isfinite() == (number != 1)
+
+
 def test_the_scale_of_the_user_besides(backend):
     mine, expected = pair(ADAMW, backend)
     scaler, _ = scalers(4.0)

@@ -224,6 +224,28 @@ def test_a_state_of_another_shape(case, backend):
     step(mine)
 
 
+@pytest.mark.parametrize(
+    ("key", "bad", "words"),
+    [
+        ("step", torch.ones(2), r"is a tensor of shape \(2,\) and dtype torch.float32, expected a number"),
+        ("step", "3", "is '3' of type str, expected a number"),
+        ("step", None, "is None of type NoneType, expected a number"),
+        ("exp_avg", torch.ones(7, dtype=torch.int64), "has dtype torch.int64, expected a floating one"),
+        ("exp_avg", torch.ones(7, dtype=torch.complex64), "has dtype torch.complex64, expected a floating one"),
+        ("exp_avg", "x", r"is 'x' of type str, expected a tensor of shape \(7,\)"),
+    ],
+    ids=str,
+)
+def test_a_state_that_cannot_be_one_is_refused(key, bad, words, backend):
+    mine = ours(ADAMW, parameters(), backend)
+    step(mine)
+    saved, before = copy.deepcopy(mine.state_dict()), snapshot(mine)
+    saved["state"][1][key] = bad
+    with pytest.raises(ValueError, match=f"'{key}' of parameter 1 {words}"):
+        mine.load_state_dict(saved)
+    assert_untouched(before, mine)
+
+
 def test_groups_that_do_not_match(backend):
     mine, expected = pair(ADAMW, backend)
     step(mine, expected)

@@ -13,7 +13,6 @@ from torch.optim.optimizer import ParamsT
 
 from . import checks
 from .adam import Adam
-from .gradients import GradientOptions
 from .optimizer import FusedOptimizer
 from .options import Options
 
@@ -108,23 +107,29 @@ class AdamWeightDecay(Adam):
             "foreach": foreach,
         }
         FusedOptimizer.__init__(self, params, defaults, **options)
-        self._gradients.options = self._with_own_clipping(self._gradients.options)
+        limit = self.defaults["global_clipnorm"]
+        if limit is not None:
+            # Without torch's 1e-6, and with TensorFlow's answer to an infinite norm.
+            self._gradients.options = dataclasses.replace(
+                self._gradients.options, max_grad_norm=limit, epsilon=0.0, nan_if_nonfinite=True
+            )
 
-    def _with_own_clipping(self, options: GradientOptions) -> GradientOptions:
-        """The options about gradients with the global norm limited as Keras does it."""
-        own = {key: self.defaults[key] for key in _CLIPS if self.defaults[key] is not None}
-        if own and options.max_grad_norm is not None:
+    def _check_clipping(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if what a group clips by contradicts the options of the optimizer."""
+        limit = group["global_clipnorm"]
+        if limit != self.defaults["global_clipnorm"]:
+            raise ValueError(
+                f"global_clipnorm={limit} of a group: it is the norm of all groups together; give it to the constructor"
+            )
+        own = {key: group[key] for key in _CLIPS if group[key] is not None}
+        options = self._gradients.options
+        if own and options.max_grad_norm is not None and not options.nan_if_nonfinite:  # not global_clipnorm's own
             raise ValueError(
                 f"max_grad_norm={options.max_grad_norm} and {', '.join(f'{k}={v}' for k, v in own.items())} contradict "
                 "each other: clip in one way"
             )
         if options.write_grads and own.keys() - {"global_clipnorm"}:
             raise ValueError("write_grads=True cannot go with clipvalue or clipnorm, which work on copies of gradients")
-        if self.defaults["global_clipnorm"] is None:
-            return options
-        # Without torch's 1e-6, and with TensorFlow's answer to an infinite norm.
-        limit = self.defaults["global_clipnorm"]
-        return dataclasses.replace(options, max_grad_norm=limit, epsilon=0.0, nan_if_nonfinite=True)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])
@@ -147,6 +152,8 @@ class AdamWeightDecay(Adam):
             ValueError, TypeError: an option is out of range, or there are patterns but no names.
             RuntimeError: the backend that was asked for cannot run, with its reasons.
         """
+        if isinstance(param_group, dict):
+            self._check_clipping({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         patterns = group["include_in_weight_decay"] or group["exclude_from_weight_decay"]

@@ -36,10 +36,18 @@ class Followers:
         self.swapped = False
 
     def __getstate__(self) -> dict[str, Any]:
+        self.refuse_swapped("copying or pickling the optimizer")
         return {"ema_decay": self.ema_decay, "weights_copy": self.weights_copy}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
+
+    def refuse_swapped(self, what: str) -> None:
+        """Raise RuntimeError if the parameters are the averages, which ``what`` would take for the weights."""
+        if self.swapped:
+            raise RuntimeError(
+                f"{what} inside swap_ema(): the parameters are the averages there; leave the block first"
+            )
 
     @property
     def average_weight(self) -> float:
@@ -109,25 +117,27 @@ class Followers:
         for param, copy in self.copies.items():
             copy.copy_(param)
 
-    def adopt(self, param: Tensor, value: Any, key: Any) -> Tensor | None:
-        """A loaded average as it is kept; None, with a warning, if there is none to be kept."""
-        if not isinstance(value, Tensor):
-            return None
-        if value.shape != param.shape:
-            raise ValueError(
-                f"loaded state dict: '{KEY}' of parameter {key} has shape {tuple(value.shape)}, "
-                f"expected {tuple(param.shape)}"
-            )
-        if self.ema_decay is None:
+    def adopt(self, param: Tensor, value: Tensor) -> Tensor:
+        """A loaded average as it is kept."""
+        if layout.is_wrapper(value) or layout.is_wrapper(param):
+            return value.detach().to(param.device, average_dtype(param), copy=True)
+        return layout.dense_like(param, average_dtype(param)).copy_(value.detach())
+
+    def report(self, states: Iterable[dict[str, Any]]) -> None:
+        """Warn if loaded ``states`` were made with another choice about averages than this one."""
+        started = [state for state in states if isinstance(state, dict) and float(state.get("step", 1)) > 0]
+        if self.ema_decay is None and any(isinstance(state.get(KEY), Tensor) for state in started):
             warnings.warn(
                 "the loaded state has averages of the weights ('ema'), which are dropped because this optimizer was "
                 "made without ema_decay",
                 stacklevel=2,
             )
-            return None
-        if layout.is_wrapper(value) or layout.is_wrapper(param):
-            return value.detach().to(param.device, average_dtype(param), copy=True)
-        return layout.dense_like(param, average_dtype(param)).copy_(value.detach())
+        if self.ema_decay is not None and not all(isinstance(state.get(KEY), Tensor) for state in started):
+            warnings.warn(
+                "the loaded state has parameters without an average of the weights ('ema'): theirs begins as the "
+                "parameter before its next step",
+                stacklevel=2,
+            )
 
 
 def average_dtype(param: Tensor) -> torch.dtype:
@@ -135,11 +145,10 @@ def average_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def follow(memory: Tensor, average: Tensor | None, copy: Tensor | None, weight: float, skipped: Tensor | None) -> None:
-    """Update what follows the parameter in ``memory``, unless the step was skipped: the reference for the kernels."""
+def follow(memory: Tensor, average: Tensor | None, copy: Tensor | None, weight: float) -> None:
+    """Update what follows the parameter in ``memory``: the reference for the kernels."""
     if average is not None:
-        change = weight * (memory.to(average.dtype) - average)
-        average.add_(change if skipped is None else torch.where(skipped.to(change.device) != 0, 0, change))
+        average.add_(weight * (memory.to(average.dtype) - average))
     if copy is not None:
         copy.copy_(memory)
 
@@ -152,25 +161,30 @@ def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
         raise RuntimeError("there are no averages of the weights; give the optimizer ema_decay")
     if followers.swapped:
         raise RuntimeError("the weights are already exchanged with their averages")
-    params = (param for group in optimizer.param_groups for param in group["params"])
+    # A parameter that is listed twice would change places twice.
+    params = dict.fromkeys(param for group in optimizer.param_groups for param in group["params"])
     pairs = [(param, optimizer.state[param][KEY]) for param in params if KEY in optimizer.state.get(param, ())]
-    wide: list[Tensor | None] = []
-    with torch.no_grad():
-        for param, average in pairs:
-            weights = param.clone()
-            # What a narrower parameter cannot hold would be lost on the way back.
-            wide.append(None if param.dtype == average.dtype else average.clone())
-            param.copy_(average)
-            average.copy_(weights)
-        followers.renew_copies()
+    for index, param in enumerate(params):
+        what = checks.describe(index, None, param)
+        followers.check(type(optimizer).__name__, param, optimizer.state.get(param, {}), what)
+    exchanged: list[tuple[Tensor, Tensor, Tensor | None]] = []
     followers.swapped = True
     try:
+        with torch.no_grad():
+            for param, average in pairs:
+                weights = param.clone()
+                # What a narrower parameter cannot hold would be lost on the way back.
+                kept = None if param.dtype == average.dtype else average.clone()
+                param.copy_(average)
+                average.copy_(weights)
+                exchanged.append((param, average, kept))
+            followers.renew_copies()
         yield
     finally:
-        followers.swapped = False
         with torch.no_grad():
-            for (param, average), kept in zip(pairs, wide, strict=True):
+            for param, average, kept in reversed(exchanged):  # parameters may share memory
                 averages = param.clone() if kept is None else kept
                 param.copy_(average)
                 average.copy_(averages)
             followers.renew_copies()
+        followers.swapped = False

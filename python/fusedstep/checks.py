@@ -153,6 +153,30 @@ def check_state(
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
 
 
+def check_loaded(label: str, value: Any, param: Tensor, shape: torch.Size | None) -> None:
+    """Raise ValueError unless a loaded ``value`` can be a state of ``param``: its step, or for a ``shape`` a tensor."""
+    if shape is None:
+        number = isinstance(value, Real) or (
+            isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+        )
+        if not number:
+            raise ValueError(f"loaded state dict: {label} is {_kind(value)}, expected a number")
+    elif isinstance(value, Tensor):
+        if value.shape != shape:
+            raise ValueError(f"loaded state dict: {label} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+        if value.is_complex() != param.is_complex() or not (value.is_floating_point() or value.is_complex()):
+            expected = "a complex" if param.is_complex() else "a floating"
+            raise ValueError(f"loaded state dict: {label} has dtype {value.dtype}, expected {expected} one")
+    elif not (value is None or isinstance(value, Real)):  # a parent class may have those where it has not started
+        raise ValueError(f"loaded state dict: {label} is {_kind(value)}, expected a tensor of shape {tuple(shape)}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
 def check_no_decay(optimizer: str, weight_decay: float, what: str) -> None:
     """Raise unless ``weight_decay`` is 0, as the sparse gradient of the parameter that ``what`` describes needs it."""
     if weight_decay != 0:
@@ -175,3 +199,12 @@ def check_grad(cls: type[FusedOptimizer], group: dict[str, Any], param: Tensor, 
         raise RuntimeError(f"{optimizer}: the gradient is on {grad.device}, it must be on the device of {what}")
     if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
         raise RuntimeError(f"{optimizer}: the gradient has dtype {grad.dtype}, it must be floating like {what}")
+
+
+def check_norm_is_local(cls: type[FusedOptimizer], param: Tensor, what: str) -> None:
+    """Raise if the gradient of ``param`` is spread over processes, where its norm is not known."""
+    if layout.is_wrapper(param):
+        raise RuntimeError(
+            f"{cls.__name__}: the norm of gradients of {type(param).__name__} parameters ({what}) would be that of the "
+            "local part alone; call torch.nn.utils.clip_grad_norm_ before step()"
+        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import types
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -45,7 +47,14 @@ def clip_grad_norm_(
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
-    parameters = list(parameters)
+    else:
+        is_generator = isinstance(parameters, types.GeneratorType)
+        parameters = list(parameters)
+        if is_generator and not parameters:
+            warnings.warn(
+                "`parameters` is an empty generator, no gradient clipping will occur.",
+                stacklevel=3,
+            )
     grads = [param.grad for param in parameters if param.grad is not None]
     order = float(norm_type)
     sums = None
@@ -53,7 +62,8 @@ def clip_grad_norm_(
         from . import _C
 
         threads = torch.get_num_threads()
-        if not any(map(layout.is_wrapper, grads)):
+        # One that is given twice is to be scaled twice, which threads cannot do at the same time.
+        if len(set(map(id, grads))) == len(grads) and not any(map(layout.is_wrapper, grads)):
             sums = _C.cpu_sums(grads, 1.0, threads)
     if sums is None:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)

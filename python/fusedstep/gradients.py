@@ -80,8 +80,6 @@ class GradientOptions:
         """What a step decides by the norm, ``max_grad_norm`` in place of the option; None if it needs no norm."""
         if max_grad_norm is None:
             max_grad_norm = self.max_grad_norm
-        else:
-            check_max_norm("max_grad_norm", max_grad_norm)
         if max_grad_norm is None and not (find_nonfinite or self.error_if_nonfinite or self.skip_nonfinite):
             return None
         return Limits(
@@ -102,7 +100,7 @@ class Gradients:
         self.norms: dict[torch.device, Norm] = {}
         self.last: Norm | None = None  # of the last step that needed it
         self.any_seen = False  # whether that step had gradients
-        self._local = True
+        self._local: bool | None = None  # None: not looked at yet
 
     def __getstate__(self) -> GradientOptions:
         return self.options
@@ -114,12 +112,12 @@ class Gradients:
         """A copy of the last norm; in fp64 if all parameters are."""
         if self.last is None:
             return None
-        twice = all(param.dtype == torch.float64 for param in _params(groups))
+        twice = all(param.dtype in (torch.float64, torch.complex128) for param in _params(groups))
         return self.last.norm.to(torch.float64 if twice else torch.float32, copy=True)
 
     def are_local(self, optimizer: FusedOptimizer) -> bool:
         """Whether all of the gradients are in this process."""
-        if optimizer._plans is None:
+        if self._local is None or optimizer._plans is None:
             self._local = not any(map(layout.is_wrapper, _params(optimizer.param_groups)))
         return self._local
 
@@ -146,14 +144,12 @@ class Gradients:
         """
         calls = self._reduce(plans, limits, grad_scale, found_inf)
         last = self.last
-        # This waits for the device.
-        if self.options.error_if_nonfinite and last.found_inf.item() == 0 and not math.isfinite(last.norm.item()):
-            raise_nonfinite(self.options.norm_type)
+        self._check_finite()
         coefficient = None if limits.max_norm == math.inf else last.coefficient
         if not limits.skips:
             return calls, coefficient, found_inf
         if limits.find_nonfinite:
-            found_inf.copy_(last.found_inf, non_blocking=True)
+            found_inf.copy_(last.found_inf, non_blocking=found_inf.is_cuda)
         return calls, coefficient, last.found_inf
 
     def _reduce(
@@ -196,28 +192,46 @@ class Gradients:
         self.last.finish(limits, grad_scale, found_inf)
 
     @torch.no_grad()
-    def skip_unplanned(
-        self,
-        groups: list[dict[str, Any]],
-        limits: Limits,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
-        """Whether the step is to be skipped, found out before any state is created; not asked of a GPU.
+    def measure(
+        self, optimizer: FusedOptimizer, limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Take the norm where there are no plans, as `reduce` does."""
+        if not self.are_local(optimizer):
+            return
+        grads = _grads(optimizer.param_groups)
+        self.any_seen = bool(grads)
+        self._take_sums([sums([grad], grad_scale, grad.device) for grad in grads], limits, grad_scale, found_inf)
 
-        ``found_inf`` is then set, and what is done in a skipped step has been done.
+    @torch.no_grad()
+    def skip_unplanned(
+        self, optimizer: FusedOptimizer, limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> bool:
+        """Whether the step is to be skipped, found out before any state is created; a GPU is asked only if it must be.
+
+        What is done in a skipped step has then been done.
+
+        Raises:
+            RuntimeError: the norm is not finite, with ``error_if_nonfinite``.
         """
-        grads = [layout.local(grad) for grad in _grads(groups)]
-        if any(grad.is_cuda for grad in grads):
+        raises = self.options.error_if_nonfinite
+        if not (raises or limits.skips) or not self.are_local(optimizer):
             return False
-        self._take_sums([sums([grad], grad_scale, grad.device) for grad in grads], limits, grad_scale, None)
-        if self.last.found_inf.item() == 0:
+        if not raises and any(grad.is_cuda for grad in _grads(optimizer.param_groups)):
             return False
-        self.any_seen = True
-        if found_inf is not None:
+        self.measure(optimizer, limits, grad_scale, found_inf)
+        self._check_finite()
+        if not limits.skips or self.last.found_inf.item() == 0:
+            return False
+        if limits.find_nonfinite:
             found_inf.fill_(1)
-        self.skip(groups)
+        self.skip(optimizer.param_groups)
         return True
+
+    def _check_finite(self) -> None:
+        """Raise if the norm is not finite, which is an error, unless the step is skipped; this waits for the device."""
+        last = self.last
+        if self.options.error_if_nonfinite and last.found_inf.item() == 0 and not math.isfinite(last.norm.item()):
+            raise_nonfinite(self.options.norm_type)
 
     @torch.no_grad()
     def skip(self, groups: list[dict[str, Any]]) -> None:

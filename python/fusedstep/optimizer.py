@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from . import averages, backends, checks, layout
 from .backends.plan import Plan, Slot
-from .gradients import GradientOptions, Gradients
+from .gradients import GradientOptions, Gradients, check_max_norm
 from .schedules import on_device
+
+Place: TypeAlias = tuple[int, str | None, Tensor, backends.Backend, Any]  # index, name, parameter, backend, variant
 
 
 def _named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
@@ -258,11 +261,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Load a state, this class's or the torch class's of the same name.
 
         Tensors are copied, keep their own dtype (torch casts them to the parameter's) and take the parameter's device
-        and layout.
+        and layout. `copies` are renewed.
 
         Raises:
-            ValueError: groups do not match, or a state's shape is not its parameter's; nothing is changed then.
+            ValueError: groups do not match, or a state cannot be its parameter's; nothing is changed then.
+            RuntimeError: this is inside `swap_ema`.
         """
+        self._followers.refuse_swapped("load_state_dict()")
         followed = self._learning_rates.followed(self.param_groups)
         loaded: dict[Tensor, dict[str, Any]] = {}
         rest: dict[Any, Any] = {}
@@ -279,6 +284,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     loaded[by_id[key][-1]] = self._adopt(key, *by_id[key], value)
                 else:
                     rest[key] = value
+            self._followers.report(given["state"][key] for key in by_id if key in given["state"])
             return {**given, "state": {}}
 
         def give_state(_: Any) -> None:
@@ -286,6 +292,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.state.update(rest)
             self._counters.clear()
             self._learning_rates.read_numbers(self.param_groups, followed, self._most_steps)
+            self._followers.renew_copies()
 
         # Last before torch's own work and first after it, so that hooks of the user see what torch would show them.
         with (
@@ -300,17 +307,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A parameter's loaded state: our own copies, on its device."""
         adopted = {}
         for name, value in state.items():
+            shape = None
+            if name in self.state_names:
+                shape = self.state_shape(name, group, param_name, param)
+            elif name == averages.KEY:
+                shape = param.shape
+            if name == "step" or shape is not None:
+                checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape)
             if name == averages.KEY:
-                value = self._followers.adopt(param, value, key)
-                if value is not None:
-                    adopted[name] = value
+                if isinstance(value, Tensor) and self._followers.ema_decay is not None:
+                    adopted[name] = self._followers.adopt(param, value)
                 continue
-            shape = self.state_shape(name, group, param_name, param) if name in self.state_names else None
-            if shape is not None and isinstance(value, Tensor) and value.shape != shape:
-                raise ValueError(
-                    f"loaded state dict: '{name}' of parameter {key} has shape {tuple(value.shape)}, "
-                    f"expected {tuple(shape)}"
-                )
             if isinstance(value, Tensor):
                 value = value.detach()
                 value = value.to_dense() if value.is_sparse else value
@@ -325,13 +332,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Plans.
 
-    def _build(self) -> list[Plan]:
-        """Look every tensor up, create missing states, and plan one kernel call per group, backend and device.
-
-        Raises before any state is created.
-        """
+    @torch.no_grad()
+    def _look_up(self, needs_norm: bool) -> list[list[Place]]:
+        """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created."""
         self._learning_rates.settle(self.param_groups)
-        chosen: list[list[tuple[int, str | None, Tensor, backends.Backend, Any]]] = []
+        chosen: list[list[Place]] = []
         index = 0
         for group in self.param_groups:
             row = []
@@ -342,6 +347,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     what = checks.describe(index, name, param)
                     checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
                     checks.check_grad(type(self), group, param, param.grad, what)
+                    if needs_norm:
+                        checks.check_norm_is_local(type(self), param, what)
                     if self._followers.any:
                         self._followers.check(type(self).__name__, param, self.state.get(param, {}), what)
                     for state in self.states_of(group):
@@ -354,22 +361,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             for variant in {variant for *_, variant in row}:
                 self._hyper_of(group, variant)
             chosen.append(row)
+        return chosen
 
+    def _build(self, chosen: list[list[Place]]) -> list[Plan]:
+        """Create missing states, and plan one kernel call per group, backend and device."""
         plans = []
         for group_index, (group, row) in enumerate(zip(self.param_groups, chosen, strict=True)):
             states = self.states_of(group)
             buckets: dict[Any, list[Slot]] = {}
             seen: Counter[Tensor] = Counter()
+            listed = Counter(param for _, _, param, *_ in row)
             for index, name, param, backend, variant in row:
-                # A parameter that is listed twice is updated twice, one call after the other.
-                bucket = (backend, variant, param.device, backend.bucket(param), seen[param])
+                # A parameter that is listed twice is updated twice, one call after the other; the last one may write
+                # to its gradient.
                 seen[param] += 1
+                is_last = seen[param] == listed[param]
+                bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)
                 slot = self._slot(index, name, param, group, states, backend, self.rule_of(variant)[1])
                 buckets.setdefault(bucket, []).append(slot)
-            for (backend, variant, *_), slots in buckets.items():
+            for (backend, variant, *_, is_last), slots in buckets.items():
                 plan = backend.plan(type(self), group_index, group, variant, states, slots)
-                plan.zero_grads = self._gradients.options.zero_grads
-                plan.write_grads = self._gradients.options.write_grads
+                plan.zero_grads = is_last and self._gradients.options.zero_grads
+                plan.write_grads = is_last and self._gradients.options.write_grads
                 plan.average_weight = self._followers.average_weight
                 plans.append(plan)
         return plans
@@ -438,8 +451,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step.
 
-    def _prepare_plans(self) -> list[Plan]:
-        """Plans whose every pointer is checked; nothing has been updated when this raises."""
+    def _plans_that_fit(self) -> list[Plan] | None:
+        """The plans of the last step with this step's gradients, every pointer checked; None: new ones are needed."""
         plans = self._plans
         if (
             plans is not None
@@ -453,8 +466,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._plans = None  # and with the plans their references to the gradients
                 raise
         self._plans = None
+        return None
+
+    def _new_plans(self, chosen: list[list[Place]]) -> list[Plan]:
+        """Plans with this step's gradients; nothing has been updated when this raises."""
         with torch.no_grad():
-            plans = self._build()
+            plans = self._build(chosen)
         self._watch = backends.watch(self.state, self.param_groups)
         for plan in plans:
             if not plan.gather():
@@ -486,46 +503,68 @@ class FusedOptimizer(torch.optim.Optimizer):
     def swap_ema(self) -> contextlib.AbstractContextManager[None]:
         """Exchange the parameters, in their place in memory, with their averages for the time of a ``with`` block.
 
-        `copies` are renewed too. A parameter that no step has updated yet is its own average. Meanwhile ``step`` raises
-        RuntimeError, and the state that `state_dict` shows as "ema" is the weights.
+        `copies` are renewed too. A parameter that no step has updated yet is its own average. Meanwhile ``step``,
+        ``load_state_dict`` and copying or pickling the optimizer raise RuntimeError, and the state that `state_dict`
+        shows as "ema" is the weights.
 
         Raises:
-            RuntimeError: the optimizer has no ``ema_decay``, or the averages are in place already.
+            RuntimeError: the optimizer has no ``ema_decay``, or the averages are in place already, or one of them does
+                not fit its parameter.
         """
         return averages.swapped(self)
 
-    def _update(self, max_grad_norm: float | None = None) -> None:
-        if self._followers.swapped:
-            raise RuntimeError("step() inside swap_ema(): the parameters are the averages there; leave the block first")
+    def _check_call(self, max_grad_norm: float | None) -> None:
+        """Raise if a step cannot be made now, or not so, before the closure has changed anything."""
+        self._followers.refuse_swapped("step()")
+        if max_grad_norm is None:
+            return
+        check_max_norm("max_grad_norm", max_grad_norm)
+        if self.clips():
+            raise ValueError(
+                f"step(max_grad_norm={max_grad_norm}) contradicts the optimizer's own options, which clip gradients "
+                "otherwise: clip in one way"
+            )
+
+    def _update(self, max_grad_norm: float | None) -> None:
         gradients = self._gradients
         limits = gradients.options.limits(max_grad_norm, self._finds_nonfinite)
         grad_scale = getattr(self, "grad_scale", None)
+        if isinstance(grad_scale, Tensor) and grad_scale.dim() > 0:
+            grad_scale = grad_scale.reshape(())
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
             found_inf = None
         elif found_inf.device.type == "cpu" and found_inf.item() != 0:
+            if limits is not None:
+                gradients.measure(self, limits, grad_scale, found_inf)
             return gradients.skip(self.param_groups)
-        if self._plans is None and limits is not None and limits.skips:
-            found = found_inf if self._finds_nonfinite else None
-            if gradients.skip_unplanned(self.param_groups, limits, grad_scale, found):
-                return
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
-        plans, groups = self._prepare_plans(), self.param_groups
+        plans, groups = self._plans_that_fit(), self.param_groups
+        if plans is None:
+            chosen = self._look_up(limits is not None)
+            if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
+                return
+            plans = self._new_plans(chosen)
         try:
             hypers = [self._hyper_of(groups[plan.group], plan.variant) for plan in plans]
         except BaseException:
             self._plans = None  # and with the plans their references to the gradients
             raise
-        if self.clips():
-            self._clip(plans, grad_scale)
-            grad_scale = None
         self.kernel_calls, coefficient = 0, None
-        if limits is not None:
-            try:
-                self.kernel_calls, coefficient, found_inf = gradients.reduce(plans, limits, grad_scale, found_inf)
-            except BaseException:
-                self._plans = None
-                raise
+        try:
+            if self.clips():
+                if limits is not None:  # what is not finite may be finite once it is clipped
+                    given = limits._replace(max_norm=math.inf)
+                    self.kernel_calls, _, found_inf = gradients.reduce(plans, given, grad_scale, found_inf)
+                    limits = None if limits.max_norm == math.inf else limits._replace(skip_nonfinite=False)
+                self._clip(plans, grad_scale)
+                grad_scale = None
+            if limits is not None:
+                calls, coefficient, found_inf = gradients.reduce(plans, limits, grad_scale, found_inf)
+                self.kernel_calls += calls
+        except BaseException:
+            self._plans = None
+            raise
         for plan, hyper in zip(plans, hypers, strict=True):
             maximize = bool(groups[plan.group]["maximize"])
             self.kernel_calls += plan.step(hyper, maximize, grad_scale, found_inf, coefficient)
@@ -574,6 +613,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _plain_step(self, closure: Callable[[], Any] | None = None, *, max_grad_norm: float | None = None) -> Any:
+        self._check_call(max_grad_norm)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -41,13 +41,13 @@ class Norm:
 
     def add(self, sum_of_squares: Tensor, largest: Tensor) -> None:
         """Add the sums over other gradients."""
-        self.sum_of_squares.add_(sum_of_squares.to(self.device, non_blocking=True))
-        self.largest.copy_(torch.maximum(self.largest, largest.to(self.device, non_blocking=True)))
+        self.sum_of_squares.add_(moved(sum_of_squares, self.device))
+        self.largest.copy_(torch.maximum(self.largest, moved(largest, self.device)))
 
     def finish(self, limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """From the sums to what they decide."""
         if limits.by_largest:
-            scale = 1.0 if grad_scale is None else grad_scale.to(self.norm, non_blocking=True)
+            scale = 1.0 if grad_scale is None else moved(grad_scale, self.device).to(self.norm)
             self.norm.copy_(self.largest / scale)
         else:
             self.norm.copy_(self.sum_of_squares.sqrt())
@@ -57,12 +57,17 @@ class Norm:
         self.coefficient.copy_(coefficient)
         skipped = torch.zeros_like(self.norm, dtype=torch.bool)
         if found_inf is not None:
-            skipped = skipped | (found_inf.to(self.device, non_blocking=True).reshape(()) != 0)
+            skipped = skipped | (moved(found_inf, self.device).reshape(()) != 0)
         if limits.find_nonfinite:
             skipped = skipped | ~self.largest.isfinite()
         if limits.skip_nonfinite:
             skipped = skipped | ~self.norm.isfinite()
         self.found_inf.copy_(skipped)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; the host waits for it only where it reads it itself."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def sums(grads: Iterable[Tensor], grad_scale: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:

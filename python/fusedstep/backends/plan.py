@@ -109,14 +109,11 @@ class Plan:
         Raises:
             RuntimeError: they are spread over processes, whose norm is not known here.
         """
-        for slot in self.slots:
-            if layout.is_wrapper(slot.target):
-                raise RuntimeError(
-                    f"{self.optimizer.__name__}: the norm of gradients of {type(slot.target).__name__} parameters "
-                    f"({checks.describe(slot.index, slot.name, slot.param)}) would be that of the local part alone; "
-                    "call torch.nn.utils.clip_grad_norm_ before step()"
-                )
         active = self.grads_in_use()
+        for index, _ in active:
+            slot = self.slots[index]
+            what = checks.describe(slot.index, slot.name, slot.param)
+            checks.check_norm_is_local(self.optimizer, slot.target, what)
         return active[0][1].device if active else None
 
     def _grad_of(self, index: int, grads: list[Tensor | None] | None) -> Tensor | None:
@@ -148,34 +145,44 @@ class Plan:
                 plan.replace_grad(i, rows.grad)
             self.rows_plan = plan
 
-    def _step_rows(self, *step: Any) -> int:
+    def _step_rows(
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None,
+    ) -> int:
         if self.rows_plan is None:
             return 0
-        calls = self.rows_plan.step(*step)
+        calls = 0
+        # To find the rows has made the host wait already.
+        skipped = found_inf is not None and found_inf.item() != 0
+        if not skipped:
+            calls = self.rows_plan.step(hyper, maximize, grad_scale, found_inf, coefficient)
         for rows in self.rows:
-            rows.write_back()
-            slot = self.slots[rows.index]
-            if slot.average is not None or slot.copy is not None:  # all rows move towards the parameter
-                self._follow(slot, step[3])
+            if not skipped:
+                rows.write_back()
+                self._follow(self.slots[rows.index])  # all rows move towards the parameter
             if self.zero_grads or self.write_grads:
-                self._leave_in(self._own_grad(rows.index), rows.grad_of_rows())
+                self._leave_in(self._own_grad(rows.index), rows.grad_of_rows(), skipped)
         self.rows, self.rows_plan = [], None
         return calls
 
     @torch.no_grad()
-    def _follow(self, slot: Slot, found_inf: Tensor | None) -> None:
-        averages.follow(layout.local(slot.param.detach()), slot.average, slot.copy, self.average_weight, found_inf)
+    def _follow(self, slot: Slot) -> None:
+        averages.follow(layout.local(slot.param.detach()), slot.average, slot.copy, self.average_weight)
 
     def _own_grad(self, index: int) -> Tensor:
         """What a step leaves zeros or the changed gradient in, where the kernel sees a copy."""
         return self.slots[index].param.grad if self.given is None else self.given[index]
 
     @torch.no_grad()
-    def _leave_in(self, grad: Tensor, changed: Tensor) -> None:
+    def _leave_in(self, grad: Tensor, changed: Tensor, skipped: bool) -> None:
         """Do to a parameter's own ``grad`` what a kernel has done to the copy of it that it was given."""
         if self.zero_grads:
             grad.zero_()
-        elif self.write_grads:
+        elif self.write_grads and not skipped:
             if grad.layout == torch.sparse_coo and changed.layout == torch.strided:
                 changed = changed.sparse_mask(grad.coalesce())
             layout.local(grad).copy_(changed)
@@ -273,11 +280,13 @@ class KernelPlan(Plan):
             return rows_calls
         launch = self._staged_launch if self.stand_ins or self.wrappers else self.launch
         calls = launch(*step)
-        if self.zero_grads or self.write_grads:
+        if self.odd_grads and (self.zero_grads or self.write_grads):
+            # Copies that a GPU has skipped are as they were.
+            skipped = found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0
             for index, grad in self.odd_grads.items():  # the kernel saw copies
                 own = self._own_grad(index)
                 if own is not None:  # those of rows are their plan's
-                    self._leave_in(own, grad)
+                    self._leave_in(own, grad, skipped)
         self.odd_grads, self.given = {}, None
         return rows_calls + calls
 

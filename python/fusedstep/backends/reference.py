@@ -73,7 +73,7 @@ class ReferencePlan(Plan):
                 grad.zero_()
             own = self._own_grad(index)
             if own is not None and own is not grad:  # those of rows are their plan's
-                self._leave_in(own, grad)
+                self._leave_in(own, grad, skipped)
         self.given = None
         return 0
 
@@ -109,7 +109,7 @@ class ReferencePlan(Plan):
         param, *states = self.optimizer.update(memory.to(arithmetic), grad, *states, scalars)
         memory.copy_(param)
         followers = [None if tensor is None else real_memory(tensor) for tensor in (slot.average, slot.copy)]
-        averages.follow(memory, *followers, self.average_weight, None)
+        averages.follow(memory, *followers, self.average_weight)
         if layout.is_wrapper(slot.tensor):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(slot.tensor)
         for name, state in zip(self.optimizer.state_names, states, strict=True):
