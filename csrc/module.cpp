@@ -73,7 +73,9 @@ void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, doub
                    int64_t last) {
   std::vector<cpu::Work> work;
   const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, false, &work);
-  if (first < 0 || first > last || last > call.numel) throw std::invalid_argument("the range is not one of the plan");
+  if (first < 0 || first > last || last > call.numel || cpu::whole_blocks(call, first) != first ||
+      cpu::whole_blocks(call, last) != last)
+    throw std::invalid_argument("the range is not one of the plan");
   cpu::run_range(call, first, last);
 }
 
@@ -137,9 +139,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedstep's compiled engines";
   py::class_<Plan>(m, "Plan")
       .def(py::init<const std::string&, const std::vector<std::string>&, const py::list&, const py::list&,
-                    const py::list&, const py::list&, const py::list&>(),
+                    const py::list&, const py::list&, const py::list&, const py::list&>(),
            py::arg("rule"), py::arg("state_names"), py::arg("owners"), py::arg("tensors"), py::arg("steps"),
-           py::arg("states"), py::arg("matrices") = py::list())
+           py::arg("states"), py::arg("matrices") = py::list(), py::arg("precision") = py::list())
       .def(
           "gather",
           [](Plan& plan, bool borrow, const py::object& grads) {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import backends, checks, layout
+from . import backends, checks, layout, precision
 from .backends.plan import Plan, Slot
 from .schedules import on_device
 
@@ -51,6 +52,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     step_form: ClassVar[Literal["tensor", "int", "absent"]] = "tensor"  # of "step" in the parent class's state_dict
     state_at_construction: ClassVar[bool] = False  # whether the parent class has states before the first step
 
+    non_negative: ClassVar[tuple[str, ...]] = ()  # states that an 8-bit code stores without a sign
+
     reduces: ClassVar[bool] = False  # whether the rule has sums over rows, columns or whole tensors
 
     Scalars: ClassVar[type]
@@ -60,9 +63,25 @@ class FusedOptimizer(torch.optim.Optimizer):
     _watch: Any = None
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
+    _precision: precision.Precision = precision.PLAIN
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        backend: str | None = None,
+        state_dtype: precision.StateDtype = None,
+        wide_states: Sequence[str] = precision.WIDE_STATES,
+        master_weights: bool | Literal["split"] = False,
+        kahan: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        rounding_seed: int = 0,
+    ) -> None:
         checks.check_implementation(defaults)
+        self._precision = precision.Precision.checked(
+            state_dtype, master_weights, rounding, kahan, wide_states, rounding_seed
+        )
         self.check_group(on_device.at_the_beginning(defaults))
         self._backend = backends.check_choice(backend)
         self._counters: dict[Tensor, Tensor] = {}
@@ -155,17 +174,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             first = sum(len(g["params"]) for g in self.param_groups[:-1])
             for index, (name, param) in enumerate(_named(group), first):
-                checks.check_param(type(self), param, layout.local(param.detach()), checks.describe(index, name, param))
+                what = checks.describe(index, name, param)
+                checks.check_param(type(self), param, layout.local(param.detach()), what)
+                self._precision.check_param(type(self).__name__, self.reduces, param, name, what)
                 self._select(param)
         except BaseException:
             self.param_groups.pop()
             raise
         if self.state_at_construction:
-            for _, param in _named(group):
+            for name, param in _named(group):
                 state = self.state[param]
                 self._step_counter(param, param, state, ())
+                self._settle(param, name, group)
                 for key in self.states_of(group):
-                    state[key] = self.init_state(key, param, group)
+                    if key not in state:
+                        state[key] = self.init_state(key, param, group)
         if self._learning_rates is not None:
             self._learning_rates.follow(self.param_groups, self._most_steps)
         self._plans = None
@@ -194,7 +217,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32, self.reduces)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {key: vars(self)[key] for key in ("_backend", "_counters", "_learning_rates")}
+        kept = ("_backend", "_counters", "_learning_rates", "_precision")
+        return super().__getstate__() | {key: vars(self)[key] for key in kept if key in vars(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -209,6 +233,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> StateDict:
         """The state as the torch class of this name would write it; tensors are not copied."""
         state_dict = super().state_dict()
+        if self._precision.rounding == "stochastic":
+            state_dict["rounding_seed"] = self._precision.rounding_seed
         self._learning_rates.write_numbers(self.param_groups, state_dict["param_groups"], self._most_steps)
         if self.step_form == "int":
             state_dict["state"] = {
@@ -229,7 +255,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Load a state, this class's or the torch class's of the same name.
 
         Tensors are copied, keep their own dtype (torch casts them to the parameter's) and take the parameter's device
-        and layout.
+        and layout. What was saved with other precision options is converted in the next step, of which one warning
+        tells here.
 
         Raises:
             ValueError: groups do not match, or a state's shape is not its parameter's; nothing is changed then.
@@ -237,12 +264,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         followed = self._learning_rates.followed(self.param_groups)
         loaded: dict[Tensor, dict[str, Any]] = {}
         rest: dict[Any, Any] = {}
+        options = self._precision
 
         def take_state(_: Any, given: StateDict) -> StateDict:
             ids = [group["params"] for group in given["param_groups"]]
             params = [group["params"] for group in self.param_groups]
             if [len(group) for group in ids] != [len(group) for group in params]:
                 return given  # torch reports the mismatch right after this
+            nonlocal options
+            options = options.with_seed_of(given)
             by_id = dict(zip(chain.from_iterable(ids), chain.from_iterable(params), strict=True))
             for key, value in given["state"].items():
                 if key in by_id:
@@ -255,6 +285,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.state.update(loaded)
             self.state.update(rest)
             self._counters.clear()
+            self._precision = options
             self._learning_rates.read_numbers(self.param_groups, followed, self._most_steps)
 
         # Last before torch's own work and first after it, so that hooks of the user see what torch would show them.
@@ -263,10 +294,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.register_load_state_dict_post_hook(give_state, prepend=True),
         ):
             super().load_state_dict(state_dict)
+        names = {param: name for group in self.param_groups for name, param in _named(group)}
+        precision.warn_of_conversions(self, loaded, names)
 
     def _adopt(self, key: Any, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """A parameter's loaded state: our own copies, on its device."""
         adopted = {}
+        if precision.foreign(state):
+            state = precision.adopted(key, param, state, self.non_negative)
         for name, value in state.items():
             shape = self.state_shape(name, param) if name in self.state_names else None
             if shape is not None and isinstance(value, Tensor) and value.shape != shape:
@@ -305,9 +340,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     checks.check_param(type(self), param, layout.local(param.detach()), what)
                     checks.check_grad(type(self), group, param, param.grad, what)
                     for state in self.states_of(group):
-                        value = self.state[param].get(state) if param in self.state else None
-                        shape = self.state_shape(state, param)
-                        if isinstance(value, Tensor) and shape is not None:
+                        kept = self.state[param] if param in self.state else {}
+                        value, shape = kept.get(state), self.state_shape(state, param)
+                        if isinstance(value, Tensor) and shape is not None and not precision.is_coded(kept, state):
                             checks.check_state(type(self).__name__, state, value, param, shape, backend.dtypes, what)
                 row.append((index, name, param, backend, self.variant_of(group, name, param)))
                 index += 1
@@ -342,11 +377,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         if param.grad is None and not started:
             return Slot(index, name, param, None, None, ())
         tensor = backend.memory(param, self.reduces)
-        if states or self.step_form != "absent":
+        if states or self.step_form != "absent" or self._precision.keeps(param):
             state = self.state[param]
         else:
             state = {}
         step = self._step_counter(param, tensor, state, states)
+        storage = None
+        if self._settle(param, name, group):
+            storage = self._precision.storage(state, states, param, tensor, backend.state_memory)
         tensors = []
         for key in states:
             shape = self.state_shape(key, param)
@@ -363,7 +401,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 value = state[key] = layout.laid_out_as(value, tensor if shape == param.shape else value.contiguous())
                 usable = value
             tensors.append(usable)
-        return Slot(index, name, param, tensor, step, tuple(tensors))
+        return Slot(index, name, param, tensor, step, tuple(tensors), storage=storage)
+
+    def _settle(self, param: Tensor, name: str | None, group: dict[str, Any]) -> bool:
+        """Bring a parameter's state into the form that the precision options ask for; False: it needs none."""
+        if self._precision.plain and not precision.foreign(self.state.get(param, {})):
+            return False
+        make, states = partial(self.init_state, group=group), self.states_of(group)
+        self._precision.settle(self.state[param], states, param, name, make, self.non_negative)
+        return True
 
     def _step_counter(self, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]) -> Tensor:
         """The number of updates of ``param`` so far, as one fp32 number on its device."""
@@ -371,10 +417,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             holder, key = state, "step"
             count = state.get("step", 0.0)
         else:
-            holder, key = self._counters, param
+            saved = self._precision.counts(param)
+            holder, key = (state, "step") if saved else (self._counters, param)
+            count = state.pop("step", self._counters.get(param))  # of other options too
             missing = all(state.get(name) is None for name in states)
             # Whoever has no buffer, because momentum was 0 so far or the state was cleared, is at its first step.
-            count = 0.0 if missing else self._counters.get(param, 1.0)
+            if count is None or (missing and (states or not saved)):
+                count = 0.0 if missing else 1.0
         if not (
             isinstance(count, Tensor)
             and count.dtype == torch.float32
@@ -385,7 +434,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 count = count.detach().reshape(()).to(tensor.device, torch.float32, copy=True)
             else:
                 count = torch.tensor(float(count), dtype=torch.float32, device=tensor.device)
-            holder[key] = count
+        holder[key] = count
         return count
 
     # The step.

@@ -11,6 +11,7 @@ from .. import checks, layout
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
+    from ..precision import Storage
     from . import Backend
     from .sparse import Rows
 
@@ -25,6 +26,7 @@ class Slot(NamedTuple):
     step: Tensor | None
     states: tuple[Tensor | None, ...]  # None: the optimizer has the state, but not for this parameter
     into: Tensor | None = None  # what the gradient updates, if not `param` itself
+    storage: Storage | None = None  # None: weight and states are numbers of their dtypes
 
     @property
     def target(self) -> Tensor:
@@ -86,9 +88,10 @@ class Plan:
             return None
         what = checks.describe(slot.index, slot.name, slot.param)
         checks.check_grad(self.optimizer, self.options, slot.param, grad, what)
-        if grad.layout == torch.sparse_coo and not (
-            self.optimizer.changes_rows_alone(self.options) and grad.sparse_dim()
-        ):
+        # Rows cannot be taken out of blocks, and a weight has more to it than its row: both stay as they are in a dense
+        # step without gradient.
+        rows_alone = self.optimizer.changes_rows_alone(self.options) and slot.storage is None
+        if grad.layout == torch.sparse_coo and not (rows_alone and grad.sparse_dim()):
             grad = grad.to_dense()
         return grad
 
@@ -134,6 +137,7 @@ class KernelPlan(Plan):
             [slot.step for slot in slots],
             [slot.states for slot in slots],
             [self._matrices(slot) for slot in slots] if self.optimizer.reduces else [],
+            [self._precision(slot) for slot in slots] if any(slot.storage for slot in slots) else [],
         )
         self.stand_ins = [
             (i, slot)
@@ -147,6 +151,13 @@ class KernelPlan(Plan):
 
     def _matrices(self, slot: Slot) -> tuple[int, int, int] | None:
         return None if slot.tensor is None else self.optimizer.matrices(slot.tensor)
+
+    @staticmethod
+    def _precision(slot: Slot) -> tuple[Any, ...] | None:
+        if slot.storage is None:
+            return None
+        form, companion, scales, seed = slot.storage
+        return int(form), companion, scales, seed, slot.index
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         moved = any(layout.place(layout.local(target)) != place for target, place in self.places)
