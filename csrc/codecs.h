@@ -51,11 +51,15 @@ struct Philox {
 template <class S>
 FUSEDSTEP_FN S narrow_stochastic(float x, uint32_t random);
 
+// In bf16, as the upper half of the result. F and W are float and uint32_t, or vectors of them.
+template <class W, class F>
+FUSEDSTEP_FN W stochastic_upper_half(F x, W random) {
+  const W bits = bit_cast<W>(x), quiet_nan = W{} + 0x7fc00000u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : bits + random;
+}
 template <>
 FUSEDSTEP_FN BF16 narrow_stochastic<BF16>(float x, uint32_t random) {
-  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  const uint32_t narrowed = magnitude > 0x7f800000u ? 0x7fc0u : (magnitude + random) >> 16;
-  return BF16{static_cast<uint16_t>(narrowed | (bits >> 16 & 0x8000u))};
+  return BF16{static_cast<uint16_t>(stochastic_upper_half<uint32_t>(x, random) >> 16)};
 }
 template <>
 FUSEDSTEP_FN F16 narrow_stochastic<F16>(float x, uint32_t random) {
@@ -71,18 +75,21 @@ FUSEDSTEP_FN F16 narrow_stochastic<F16>(float x, uint32_t random) {
 
 // An fp32 number as bf16, rounded to nearest with ties away from zero, and the lower 16 bits, which together are exact:
 // to nearest even, two fp32 numbers would share some pairs.
-FUSEDSTEP_FN BF16 upper_half(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return BF16{static_cast<uint16_t>(is_nan ? 0x7fc0u : (bits + 0x8000u) >> 16)};
-}
-FUSEDSTEP_FN int16_t lower_half(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return static_cast<int16_t>(is_nan ? 0u : bits & 0xffffu);
-}
-FUSEDSTEP_FN float join(BF16 upper, int16_t lower) {
-  return bit_cast<float>((uint32_t{upper.bits} << 16) + static_cast<uint32_t>(int32_t{lower}));
+template <class W, class F>
+struct Split {
+  W upper, lower;  // in the upper half of each
+
+  FUSEDSTEP_FN explicit Split(F x) {
+    const W given = bit_cast<W>(x), quiet_nan = W{} + 0x7fc00000u;
+    const W bits = (given & 0x7fffffffu) > 0x7f800000u ? quiet_nan : given;
+    upper = bits + 0x8000u;
+    lower = bits << 16;
+  }
+};
+// From both, each in the upper half of a word.
+template <class F, class W>
+FUSEDSTEP_FN F join(W upper, W lower) {
+  return bit_cast<F>(upper + (lower >> 16) - ((lower >> 31) << 16));
 }
 
 // What storing x as `narrowed` has lost, in the same format; nothing where that is infinite or not a number.
@@ -117,33 +124,33 @@ struct Block {
   }
 };
 
-// The nearest whole number of x in [0, 2^22].
-FUSEDSTEP_FN int32_t nearest(float x) {
-  return static_cast<int32_t>(bit_cast<uint32_t>(x + 0x1p23f) - 0x4b000000u);
+// The code of x is the lowest byte of the result. F and W are float and uint32_t, or vectors of them.
+template <class W, class F>
+FUSEDSTEP_FN W encode_signed(F x, const Block& block) {
+  const W bits = bit_cast<W>(x);
+  const F relative = bit_cast<F>(bits & block.keep) * block.inverse;
+  const W root = ((bit_cast<W>(relative) >> 1) + 0x1fc00000u) | (bits & 0x80000000u);
+  return bit_cast<W>(bit_cast<F>(root) * 127.0f + 0x1.8p23f);  // rounded to a whole number by the addition
+}
+template <class W, class F>
+FUSEDSTEP_FN W encode_unsigned(F x, const Block& block) {
+  const F relative = bit_cast<F>(bit_cast<W>(x) & block.keep) * block.inverse;
+  const F root = bit_cast<F>((bit_cast<W>(relative) >> 2) + (0x2fa00000u + (8u << 23)));  // 256 times the root
+  const W number = bit_cast<W>(root + 0x1p23f), first = W{} + 0x4b000001u;
+  return (number > first ? number : first) - 1u;
 }
 
-FUSEDSTEP_FN int8_t encode_signed(float x, const Block& block) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const float relative = bit_cast<float>(bits & block.keep) * block.inverse;
-  const float root = bit_cast<float>((bit_cast<uint32_t>(relative) >> 1) + 0x1fc00000u);
-  const int32_t code = nearest(root * 127.0f), sign = static_cast<int32_t>(bits) >> 31;
-  return static_cast<int8_t>((code ^ sign) - sign);
+// code: a signed one as a number.
+template <class W, class F>
+FUSEDSTEP_FN F decode_signed(F code, float scale) {
+  const W root = bit_cast<W>(code * (1.0f / 127.0f)), zero{};
+  const W relative = ((root - 0x1fc00000u) << 1) | (root & 0x80000000u);
+  return bit_cast<F>(code == F{} ? zero : relative) * scale;
 }
-FUSEDSTEP_FN uint8_t encode_unsigned(float x, const Block& block) {
-  const float relative = bit_cast<float>(bit_cast<uint32_t>(x) & block.keep) * block.inverse;
-  const float root = bit_cast<float>((bit_cast<uint32_t>(relative) >> 2) + 0x2fa00000u);
-  const int32_t code = nearest(root * 256.0f) - 1;
-  return static_cast<uint8_t>(block.keep == 0 || code < 0 ? 0 : code);
-}
-FUSEDSTEP_FN float decode(int8_t code, float scale) {
-  const int32_t number = code, sign = number >> 31, magnitude = (number ^ sign) - sign;
-  const float root = static_cast<float>(magnitude) * (1.0f / 127.0f);
-  const uint32_t relative = magnitude == 0 ? 0u : (bit_cast<uint32_t>(root) - 0x1fc00000u) << 1;
-  return bit_cast<float>(relative | (static_cast<uint32_t>(sign) & 0x80000000u)) * scale;
-}
-FUSEDSTEP_FN float decode(uint8_t code, float scale) {
-  const float root = static_cast<float>(int32_t{code} + 1) * (1.0f / 256.0f);
-  return bit_cast<float>((bit_cast<uint32_t>(root) - 0x2fa00000u) << 2) * scale;
+// code: an unsigned one as a number, plus 1.
+template <class W, class F>
+FUSEDSTEP_FN F decode_unsigned(F code, float scale) {
+  return bit_cast<F>((bit_cast<W>(code) - (0x2fa00000u + (8u << 23))) << 2) * scale;
 }
 
 }  // namespace FUSEDSTEP_ISA
