@@ -140,7 +140,9 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
     # first copy, and that one must run everywhere.
     for isa, flags in (X86_ISAS if is_x86() else {"base": []}).items():
         command = [*cxx, *CXX_FLAGS, *flags, f"-DFUSEDSTEP_ISA={isa}"]
-        units += [(csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.{isa}.o", command) for name in ("engine", "tiles", "reducing")]
+        units += [
+            (csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.{isa}.o", command) for name in ("engine", "tiles", "reducing")
+        ]
     if nvcc:
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
         supported = set(listed.stdout.split()) or None  # before CUDA 11.5 there was no such list

@@ -100,8 +100,8 @@ FUSEDSTEP_FN S lost(float x, S narrowed) {
   return narrow<S>(finite ? x - wide : 0.0f);
 }
 
-// 8-bit states. A number is stored as a multiple of its block's scale, the largest magnitude in it, and that multiple as
-// one of 127 (with its sign) or 256 evenly spaced values of its root: the square root for numbers with a sign, the
+// 8-bit states. A number is stored as a multiple of its block's scale, the largest magnitude in it, and that multiple
+// as one of 127 (with its sign) or 256 evenly spaced values of its root: the square root for numbers with a sign, the
 // fourth root for those that are never negative, whose dynamic range is the square of the gradient's. The root is taken
 // as x86's famous trick does, by halving the exponent and the fraction together: an integer shift, exactly invertible.
 // Without a sign no code stands for zero (in a block that has a scale): a second moment that vanishes while the first

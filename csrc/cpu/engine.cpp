@@ -67,8 +67,7 @@ struct Prepared {
 };
 
 template <class Rule, class T>
-void update_range(const Call& call, const Work& work, int64_t begin, int64_t end,
-                  const Prepared<Rule, T>& prepared) {
+void update_range(const Call& call, const Work& work, int64_t begin, int64_t end, const Prepared<Rule, T>& prepared) {
   const Record& record = *work.record;
   const auto& scalars = prepared.scalars;
   const GradChange<T> change{call.maximize || call.grad_scale != 1.0, call.zero_grads, call.maximize ? T(-1) : T(1),

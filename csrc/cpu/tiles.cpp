@@ -295,8 +295,8 @@ void decode_block(const Code* codes, float scale, int64_t n, float* to) {
   }
   for (int64_t i = 0; i < kTile; i += kLanes<float>) {
     const FloatPack code = widen_bytes(from + i);
-    const FloatPack wide = std::is_signed_v<Code> ? decode_signed<WordPack>(code, scale)
-                                                  : decode_unsigned<WordPack>(code, scale);
+    const FloatPack wide =
+        std::is_signed_v<Code> ? decode_signed<WordPack>(code, scale) : decode_unsigned<WordPack>(code, scale);
     store_pack<float, float>(to + i, wide);
   }
   if (n < kTile) std::memset(to + n, 0, static_cast<size_t>(kTile - n) * sizeof(float));
@@ -317,8 +317,8 @@ void encode_block(Code* codes, float* scale, int64_t n, const float* from) {
   Code* const to = n < kTile ? padded : codes;
   for (int64_t i = 0; i < kTile; i += kLanes<float>) {
     const FloatPack wide = wide_pack(from + i);
-    store_lowest_bytes(to + i, std::is_signed_v<Code> ? encode_signed<WordPack>(wide, block)
-                                                      : encode_unsigned<WordPack>(wide, block));
+    store_lowest_bytes(
+        to + i, std::is_signed_v<Code> ? encode_signed<WordPack>(wide, block) : encode_unsigned<WordPack>(wide, block));
   }
   if (n < kTile) std::memcpy(codes, padded, static_cast<size_t>(n));
   *scale = Block::scale(largest);

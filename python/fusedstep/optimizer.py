@@ -214,7 +214,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _select(self, param: Tensor) -> backends.Backend:
         # Frozen weights of a dtype that nothing can update are carried along, as torch does.
         trained = param.requires_grad or param.grad is not None or param in self.state or param in self._counters
-        return backends.select(self._backend, param.device, param.dtype if trained else torch.float32, self.reduces)
+        dtype = param.dtype if trained else torch.float32
+        return backends.select(self._backend, param.device, dtype, self.reduces, self._precision.stores(param))
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_backend", "_counters", "_learning_rates", "_precision")
@@ -340,7 +341,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     checks.check_param(type(self), param, layout.local(param.detach()), what)
                     checks.check_grad(type(self), group, param, param.grad, what)
                     for state in self.states_of(group):
-                        kept = self.state[param] if param in self.state else {}
+                        kept = self.state.get(param, {})
                         value, shape = kept.get(state), self.state_shape(state, param)
                         if isinstance(value, Tensor) and shape is not None and not precision.is_coded(kept, state):
                             checks.check_state(type(self).__name__, state, value, param, shape, backend.dtypes, what)

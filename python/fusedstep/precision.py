@@ -83,7 +83,9 @@ class Precision:
         if not isinstance(kahan, bool):
             raise ValueError(f"Invalid kahan: {kahan!r} (it must be True or False)")
         if not isinstance(rounding_seed, int) or isinstance(rounding_seed, bool) or not 0 <= rounding_seed < 2**63:
-            raise ValueError(f"Invalid rounding_seed: {rounding_seed!r} (it must be a whole number from 0 to 2**63 - 1)")
+            raise ValueError(
+                f"Invalid rounding_seed: {rounding_seed!r} (it must be a whole number from 0 to 2**63 - 1)"
+            )
         if isinstance(wide_states, str):
             raise ValueError(f"Invalid wide_states: {wide_states!r} (it must be a sequence of regular expressions)")
         try:
@@ -128,6 +130,10 @@ class Precision:
     def keeps(self, param: Tensor) -> bool:
         """Whether something is kept for a parameter even where its rule has no state."""
         return self.form_of(param) is not Form.PLAIN
+
+    def stores(self, param: Tensor) -> bool:
+        """Whether a parameter's kernel must know more than dtypes."""
+        return self.keeps(param) or (self.state_dtype == "8bit" and param.dtype in NARROWABLE)
 
     def format_of(self, param: Tensor, name: str | None) -> StateDtype:
         """The format of a parameter's states; None: whatever they have."""
@@ -350,7 +356,9 @@ def adopted(key: Any, param: Tensor, state: dict[str, Any], non_negative: tuple[
     for name, value in state.items():
         if isinstance(value, Tensor) and value.dtype in CODES and value.shape == param.shape:
             like = layout.dense_like(param)
-            adopted[name], adopted[scale_name(name)] = laid_out_as(value.to(param.device), state[scale_name(name)], like)
+            adopted[name], adopted[scale_name(name)] = laid_out_as(
+                value.to(param.device), state[scale_name(name)], like
+            )
     return adopted
 
 

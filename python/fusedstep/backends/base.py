@@ -21,6 +21,7 @@ class Backend:
     name: str
     dtypes: tuple[torch.dtype, ...] | None = None  # of states; None: every floating one
     reduces: bool = False  # whether it can run rules that reduce
+    stores: bool = False  # whether it takes weights and states in the forms of the precision options
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         """Why this backend cannot update parameters on ``device`` (of ``dtype``); empty if it can."""

@@ -34,6 +34,7 @@ class CpuPlan(KernelPlan):
 class CpuBackend(KernelBackend):
     name = "cpu"
     reduces = True
+    stores = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         if device.type != "cpu":

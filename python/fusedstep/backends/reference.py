@@ -149,6 +149,7 @@ def real_memory(tensor: Tensor) -> Tensor:
 class ReferenceBackend(Backend):
     name = "reference"
     reduces = True
+    stores = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
