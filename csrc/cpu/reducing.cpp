@@ -130,8 +130,7 @@ struct Context {
   const Matrices& matrices() const { return *tensor->work->matrices; }
   GradChange<T> change() const {
     const ReducingCall& call = *wave.call;
-    return {call.maximize || call.grad_scale != 1.0, false, call.maximize ? T(-1) : T(1),
-            static_cast<T>(call.grad_scale)};
+    return {call.maximize || call.grad_scale != 1.0, false, call.maximize ? T(-1) : T(1), static_cast<T>(call.grad_scale)};
   }
   AnyStored<T> state(int k) const { return {record().states[k], record().state_dtypes[k]}; }
 
