@@ -107,6 +107,20 @@ py::list pointers(const Plan& plan) {
   return rows;
 }
 
+py::list storage(const Plan& plan) {
+  py::list rows;
+  for (const Record& record : plan.records()) {
+    const Precision& precision = record.precision;
+    py::list row;
+    row.append(reinterpret_cast<uintptr_t>(precision.companion));
+    for (const void* scales : precision.scales) row.append(reinterpret_cast<uintptr_t>(scales));
+    row.append(precision.seed);
+    row.append(precision.index);
+    rows.append(row);
+  }
+  return rows;
+}
+
 // One int64 address per tensor, 0 for those that take no part; empty tensors that do have address 16.
 py::bytes grad_pointers(const Plan& plan) {
   std::vector<int64_t> addresses(plan.size());
@@ -155,6 +169,7 @@ PYBIND11_MODULE(_C, m) {
       .def("release_grads", &Plan::release_grads)
       .def("increment_written", &Plan::increment_written, py::arg("grads_too"))
       .def("pointers", &pointers, "[param, step, states...] of each tensor, as addresses")
+      .def("storage", &storage, "[companion, scales..., seed, index] of each tensor")
       .def("grad_pointers", &grad_pointers)
       .def("grad_dtypes", &grad_dtypes, "of each tensor in this step: 0 fp32, 1 bf16, 2 fp16, 3 fp64")
       .def("any_active", &Plan::any_active, "whether a tensor takes part in this step")

@@ -16,13 +16,25 @@ import fusedstep
 from fusedstep import _C, schedules
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES
+from fusedstep.precision import COMPANIONS, scale_name
 from fusedstep.schedules import on_device
 from fusedstep.verification import same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TAG = {dtype: tag for tag, dtype in enumerate(FLOATS)}
-MAX_STATES, MAX_HYPER = 4, 10
+TAG = {dtype: tag for tag, dtype in enumerate((*FLOATS, torch.int8, torch.uint8))}
+MAX_STATES, MAX_HYPER = 5, 10
+
+
+class Precision(ctypes.Structure):
+    _fields_ = [
+        ("companion", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p * MAX_STATES),
+        ("seed", ctypes.c_uint64),
+        ("index", ctypes.c_uint32),
+        ("form", ctypes.c_uint8),
+        ("in_blocks", ctypes.c_bool),
+    ]
 
 
 class Record(ctypes.Structure):
@@ -32,6 +44,7 @@ class Record(ctypes.Structure):
         ("step", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
         ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
+        ("precision", Precision),
     ]
 
 
@@ -65,6 +78,22 @@ def inside(values, offset):
     return buffer, view
 
 
+def precision_of(optimizer, index, param):
+    options, state = optimizer._precision, optimizer.state[param]
+    form = options.form_of(param)
+    scales = [state.get(scale_name(name)) for name in optimizer.state_names]
+    pointers = [None if s is None else s.data_ptr() for s in scales] + [None] * (MAX_STATES - len(scales))
+    companion = state.get(COMPANIONS.get(form))
+    return Precision(
+        None if companion is None else companion.data_ptr(),
+        (ctypes.c_void_p * MAX_STATES)(*pointers),
+        options.rounding_seed,
+        index,
+        int(form),
+        any(pointers),
+    )
+
+
 def run_on_host(
     library, optimizer, grads, *, grad_scale=None, found_inf=None, tensor_hyper=False, blocks=3, threads=64
 ):
@@ -72,16 +101,16 @@ def run_on_host(
     group = optimizer.param_groups[0]
     states = optimizer.states_of(group)
     records, keep = [], []
-    for param, grad in zip(group["params"], grads, strict=True):
+    for index, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
         state = [optimizer.state[param].get(name) for name in optimizer.state_names]
-        step = optimizer.state[param]["step"] if optimizer.step_form != "absent" else optimizer._counters[param]
+        step = optimizer.state[param].get("step", optimizer._counters.get(param))
         dtypes = [param.dtype, param.dtype if grad is None else grad.dtype]
         dtypes += [param.dtype if s is None else s.dtype for s in state]
         tags = [TAG[dtype] for dtype in dtypes] + [0] * (2 + MAX_STATES - len(dtypes))
         pointers = (ctypes.c_void_p * MAX_STATES)(*[None if s is None else s.data_ptr() for s in state])
-        records.append(
-            Record(param.data_ptr(), pointers, step.data_ptr(), param.numel(), (ctypes.c_uint8 * len(tags))(*tags))
-        )
+        tags = (ctypes.c_uint8 * len(tags))(*tags)
+        stored = precision_of(optimizer, index, param)
+        records.append(Record(param.data_ptr(), pointers, step.data_ptr(), param.numel(), tags, stored))
     hyper = (Scalar * MAX_HYPER)()
     for scalar, value in zip(hyper, optimizer.hyper(group, optimizer.variant_of(group, None, None)), strict=False):
         if tensor_hyper:

@@ -36,6 +36,13 @@ def compile_reducing_ptx(rule: str, element_state: bool, dtype: str) -> list[str
     return [ptx_of(kernel, fixed) for kernel in reducing.KERNELS]
 
 
+def compile_stored_ptx(form: str, state: str) -> str:
+    """The PTX of Adam's kernel for bf16 weights in a form, with states in "i8" (and "u8") or a dtype."""
+    dtypes = ("bf16", "bf16", state, "u8" if state == "i8" else state, "")
+    fixed = constants("adam", dtypes, maximize=False, zero_grads=False, block=2048, form=form)
+    return ptx_of(step_kernel, fixed | {"grad_scale_ptr": None, "found_inf_ptr": None})
+
+
 def ptx_of(kernel, fixed: dict) -> str:
     """The PTX of a kernel with its compile-time arguments."""
     names = kernel.arg_names
@@ -69,6 +76,9 @@ def count(ptx: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "stored":
+        print(json.dumps([count(compile_stored_ptx(*variant.split(","))) for variant in sys.argv[2:]]))
+        sys.exit()
     reduces = sys.argv[1] == "reducing"
     variants = [tuple(variant.split(",")) for variant in sys.argv[1 + reduces :]]
     if reduces:

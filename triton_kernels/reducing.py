@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .numeric import divide, narrow, square_root, widen
 from .reducing_rules import REDUCING_RULES
-from .step import pointer
+from .stored import pointer
 
 # Columns of the table: int64 numbers and addresses of a tensor.
 COLUMNS = (

@@ -5,12 +5,11 @@
 // one atomic counter.
 #pragma once
 
-#include "engine.h"
+#include "stored.cuh"
 
 namespace fusedstep::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kMinBlocks = 3;  // for each multiprocessor: at most 64 registers a thread
 
 template <int kCapacity>
@@ -25,13 +24,6 @@ struct Arguments {
   Scalar hyper[kMaxHyper];
   const void* grads[kCapacity];
 };
-
-// Pointers that come from a table are generic to the compiler; knowing better gives it the global memory instructions.
-template <class S>
-__device__ __forceinline__ S* global(S* pointer) {
-  __builtin_assume(__isGlobal(pointer));
-  return pointer;
-}
 
 template <class T>
 __device__ __forceinline__ T load_any(const void* data, Dtype dtype, int64_t i) {
@@ -65,20 +57,6 @@ __device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, T 
   }
 }
 
-// What turns the stored gradient into the rule's: divided by scale, then multiplied by sign.
-template <class T>
-struct GradChange {
-  bool any, zero;  // zero: the stored one is set to zero after it was read
-  T sign, scale;
-
-  __device__ __forceinline__ T operator()(T grad) const { return any ? sign * (grad / scale) : grad; }
-};
-
-// Where this thread stands among those that share a chunk.
-struct Team {
-  int index, size;
-};
-
 // The ways through a chunk other than fp32's are functions that are called, not inlined: inlined they would take
 // registers from it, and a call is little beside a chunk.
 
@@ -104,10 +82,6 @@ __device__ __noinline__ void update_any(const Record& record, const void* grad, 
       if (has_state<Rule>(k)) store_any(record.states[k], record.state_dtypes[k], i, states[k]);
   }
 }
-
-struct alignas(16) Vector {
-  uint32_t words[4];
-};
 
 // kN numbers stored as S, by 16-byte accesses.
 template <int kN, class S>
@@ -278,6 +252,8 @@ __device__ __forceinline__ void update(const Record& record, const void* grad, c
   if (record.param_dtype == Dtype::kF64)
     update_any<Rule, double>(record, grad, chunk, 0, team, GradChange<double>{change, zero, sign, scale},
                              prepared.twice);
+  else if (!is_plain(record))
+    update_stored<Rule>(record, grad, chunk, team, GradChange<float>{change, zero, sign, scale}, prepared.single);
   else
     update_single<Rule>(record, grad, chunk, team, GradChange<float>{change, zero, sign, scale}, prepared.single);
 }

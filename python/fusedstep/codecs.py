@@ -63,7 +63,7 @@ def narrow_stochastic(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 numbers as bf16, rounded to nearest (ties away from zero), and 16-bit remainders: both together are exact."""
+    """fp32 numbers as bf16, to nearest (ties away from zero), and 16-bit remainders: both together are exact."""
     bits = bits_of(x)
     bits = torch.where((bits & 0x7FFFFFFF) > INFINITY, QUIET_NAN, bits)
     upper = (bits.to(torch.int64) + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)

@@ -2,6 +2,7 @@
 
 Two statements are checked for each row. The backend gives the same bits as the reference implementation, over several
 steps; and the reference stays within a stated number of units in the last place (ULP) of the same steps in float64.
+The precision options are rows of their own, whose states and companions of weights count among the tensors.
 Sums over rows, columns and tensors have an order of their own on each backend: of a rule that has any, backend and
 reference are both held to float64, with the backend's states.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .cases import Case, gradient, layouts, select_cases
+from .cases import Case, gradient, layouts, precision_cases, select_cases
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -155,7 +156,11 @@ def checks_of(
     for dtype in dtypes or ():
         if dtype not in DTYPES:
             raise ValueError(f"Invalid dtype: {dtype!r} (it must be one of {', '.join(DTYPES)})")
-    return [(c, d, b) for b in names for c in select_cases(optimizers) for d in dtypes or DTYPES]
+    chosen = [(c, d) for c in select_cases(optimizers) for d in dtypes or DTYPES]
+    chosen += [
+        (c, d) for c, d in precision_cases() if (not optimizers or c.optimizer in optimizers) and d in (dtypes or DTYPES)
+    ]
+    return [(c, d, b) for b in names for c, d in chosen]
 
 
 def verify(

@@ -66,6 +66,7 @@ class CudaPlan(KernelPlan):
 class CudaBackend(KernelBackend):
     name = "cuda"
     reduces = True
+    stores = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         if device.type != "cuda":

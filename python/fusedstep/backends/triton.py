@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NAMES = ("fp32", "bf16", "fp16", "fp64")  # by the tags of csrc/numeric.h
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+CODES = {torch.int8: "i8", torch.uint8: "u8"}  # of states
 OLDEST = (3, 6)
 MAX_CHUNK = 65_536  # elements of one program
 
@@ -28,8 +29,9 @@ MAX_CHUNK = 65_536  # elements of one program
 class Launch:
     """The tensors of a plan that have the same dtypes: what one call updates."""
 
-    def __init__(self, dtypes: tuple[str, ...], indices: list[int], plan: TritonPlan) -> None:
+    def __init__(self, dtypes: tuple[str, ...], form: str, indices: list[int], plan: TritonPlan) -> None:
         self.dtypes = dtypes
+        self.form = form
         self.indices = np.array(indices)
         self.done = torch.zeros(1, dtype=torch.int32, device=plan.device)
         self.addresses: np.ndarray | None = None
@@ -41,10 +43,10 @@ class Launch:
         from ..triton_kernels.step import ROW
 
         rows = np.zeros((len(indices), ROW), dtype=np.int64)
-        pointers = plan.native.pointers()
+        pointers, storage = plan.native.pointers(), plan.native.storage()
         chunks = []
         for row, index in enumerate(indices):
-            addresses = pointers[index]
+            addresses = [*pointers[index], *storage[index]]
             rows[row, : len(addresses)] = addresses
             numel = plan.slots[index].tensor.numel()
             chunks += [(row, min(MAX_CHUNK, numel - at), at) for at in range(0, numel, MAX_CHUNK)]
@@ -68,6 +70,7 @@ class Launch:
         step.launch(
             plan.optimizer.rule,
             self.dtypes,
+            self.form,
             maximize,
             plan.zero_grads,
             self.table,
@@ -137,20 +140,21 @@ class TritonPlan(KernelPlan):
         return calls
 
     def _launches(self, grad_dtypes: list[int]) -> list[Launch]:
-        groups: dict[tuple[str, ...], list[int]] = {}
+        groups: dict[tuple[tuple[str, ...], str], list[int]] = {}
         for index, slot in enumerate(self.slots):
             if slot.tensor is not None:
                 pairs = zip(self.states, slot.states, strict=True)
-                states = {name: DTYPES[state.dtype] for name, state in pairs if state is not None}
+                states = {name: (DTYPES | CODES)[state.dtype] for name, state in pairs if state is not None}
                 if self.optimizer.reduces:
                     factored = self.optimizer.matrices(slot.tensor) is not None
                     named = dtypes_of(states, self.optimizer.rule, factored)
                 else:
                     named = [states.get(name, "") for name in self.optimizer.state_names]
                 dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *named)
-                groups.setdefault(dtypes, []).append(index)
+                form = "plain" if slot.storage is None else slot.storage.form.name.lower()
+                groups.setdefault((dtypes, form), []).append(index)
         kind = ReducingLaunch if self.optimizer.reduces else Launch
-        return [kind(dtypes, indices, self) for dtypes, indices in groups.items()]
+        return [kind(dtypes, form, indices, self) for (dtypes, form), indices in groups.items()]
 
     def _set_hyper(self, hyper: tuple[float | Tensor, ...]) -> None:
         """Put the hyperparameters into device memory in float64, the numbers only if one has changed."""
@@ -166,6 +170,7 @@ class TritonPlan(KernelPlan):
 class TritonBackend(KernelBackend):
     name = "triton"
     reduces = True
+    stores = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         missing = package_reasons() or extension_reasons()
