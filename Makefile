@@ -39,12 +39,15 @@ build: $(DEPS)
 	$(INSTALL)
 	@touch $(BUILT)
 
+# The package has no module to run, and its script may lie beside another interpreter.
+CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'
+
 lint: $(DEPS)
-	@$(PY) -m ruff --version >/dev/null 2>&1 && $(PY) -m clang_format --version >/dev/null 2>&1 || \
+	@$(PY) -m ruff --version >/dev/null 2>&1 && $(CLANG_FORMAT) --version >/dev/null 2>&1 || \
 	  { $(call requirements,p["optional-dependencies"]["lint"]) && $(PIP) install -q -r $(VENV)/requirements.txt; }
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(CLANG_FORMAT) --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/fusedstep/_C.*.so

@@ -134,14 +134,15 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     csrc = ROOT / "csrc"
     units = [(source, f"{source.stem}.o", [*cxx, *CXX_FLAGS, *includes]) for source in sorted(csrc.glob("*.cpp"))]
-    generic = ("dispatch", "reducing_dispatch")
+    generic = ("dispatch", "reducing_dispatch", "norm_dispatch")
     units += [(csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.o", [*cxx, *CXX_FLAGS]) for name in generic]
     # The oldest instruction set comes first: of an inline function that several objects carry, the linker keeps the
     # first copy, and that one must run everywhere.
     for isa, flags in (X86_ISAS if is_x86() else {"base": []}).items():
         command = [*cxx, *CXX_FLAGS, *flags, f"-DFUSEDSTEP_ISA={isa}"]
         units += [
-            (csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.{isa}.o", command) for name in ("engine", "tiles", "reducing")
+            (csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.{isa}.o", command)
+            for name in ("engine", "tiles", "reducing", "norm")
         ]
     if nvcc:
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)

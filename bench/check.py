@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import chain
 from .peers import Optimizer
 
 # The gradient changes its size and sign from step to step: with a constant one, Adam's first steps do not depend on its
@@ -42,11 +43,13 @@ def fill_grads(params: Sequence[Tensor]) -> None:
         param.grad.view(-1)[::3].neg_()
 
 
-def take_steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
+def take_steps(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], factors: Sequence[float] = GRAD_FACTORS
+) -> Iterator[None]:
     """Take the steps of the check and pause after each; in the end the gradients are again what they were."""
     scale = 1.0
     try:
-        for factor in GRAD_FACTORS:
+        for factor in factors:
             _scale_grads(params, factor / scale)
             scale = factor
             optimizer.step()
@@ -69,6 +72,9 @@ def expected(optimizer: Optimizer, params: Sequence[Tensor], dtype: torch.dtype)
     not if it is float32, whose rounding is below the tolerance.
     """
     results = []
+    factors: Sequence[float] = GRAD_FACTORS
+    if optimizer.chain:
+        factors = [f * c for f, c in zip(factors, chain.coefficients(params, factors), strict=True)]
     for param in params:
         result = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
         size = PIECE if optimizer.elementwise else max(1, param.numel())
@@ -78,7 +84,7 @@ def expected(optimizer: Optimizer, params: Sequence[Tensor], dtype: torch.dtype)
             wide = piece.to(torch.float64).view(shape).requires_grad_()
             wide.grad = grad.to(torch.float64).view(shape)
             reference = _reference(optimizer, wide)
-            for _ in take_steps(reference, [wide]):
+            for _ in take_steps(reference, [wide], factors):
                 if dtype != torch.float32:
                     states = [value for value in reference.state[wide].values() if isinstance(value, Tensor)]
                     for stored in (wide, *(state for state in states if state.shape == wide.shape)):

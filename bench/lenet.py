@@ -10,7 +10,6 @@ optimizer is `fusedstep.SGD`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -18,7 +17,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import fusedstep
 
 from .. import backends, schedules
 from . import images, results
+from .terminal import positive, progress
 
 DEFAULT_FOLDER = Path("build", "lenet")
 LR, BATCH, EPOCHS = 0.3, 256, 30
@@ -213,7 +213,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[1]:
         axis.set_xlabel("epoch")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    # Below the line of the constant.
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.95))
     counts = found["images"]
     title = f"LeNet, fusedstep.SGD; {counts['name']}, {counts['train']:,} to learn and {counts['test']:,} to test"
     figure.suptitle(title, x=0.01, ha="left", fontsize=9)
@@ -222,13 +223,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 # The command
-
-
-def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or larger")
-    return number
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -244,8 +238,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         help="Fashion-MNIST's four IDX files, plain or .gz (default: the digits that scikit-learn ships)",
     )
-    add("--epochs", metavar="N", type=_positive, default=EPOCHS, help="(default: %(default)s)")
-    add("--batch", metavar="N", type=_positive, default=BATCH, help="(default: %(default)s)")
+    add("--epochs", metavar="N", type=positive, default=EPOCHS, help="(default: %(default)s)")
+    add("--batch", metavar="N", type=positive, default=BATCH, help="(default: %(default)s)")
     add("--lr", type=float, default=LR, help="largest learning rate (default: %(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="(default: %(default)s)")
     add("--backend", choices=backends.CHOICES, help="of fusedstep (default: auto)")
@@ -259,34 +253,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--json", action="store_true", help="print the results as JSON and nothing else")
     return parser
-
-
-@contextlib.contextmanager
-def _progress(names: Sequence[str], epochs: int, wanted: bool) -> Iterator[Callable[[int, Run], None]]:
-    """Something to tell how far a run is; bars on a terminal's standard error."""
-    if not wanted:
-        yield lambda epoch, run: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[found]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks = {name: progress.add_task(name, total=epochs, found="", start=False) for name in names}
-
-        def report(epoch: int, run: Run) -> None:
-            if epoch == 1:
-                progress.start_task(tasks[run.schedule])
-            found = f"loss {run.train_loss[-1]:.3f}, test accuracy {run.test_accuracy[-1]:.1%}"
-            progress.update(tasks[run.schedule], completed=epoch, found=found)
-
-        yield report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -307,7 +273,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             data,
             **{name: getattr(data, name).to(device) for name in ("train", "train_labels", "test", "test_labels")},
         )
-        with _progress(list(chosen), args.epochs, not args.json) as report:
+        with progress(list(chosen), args.epochs, not args.json) as bars:
+
+            def report(epoch: int, run: Run) -> None:
+                found = f"loss {run.train_loss[-1]:.3f}, test accuracy {run.test_accuracy[-1]:.1%}"
+                bars(run.schedule, epoch, found)
+
             common = {"epochs": args.epochs, "batch": args.batch, "seed": args.seed, "backend": args.backend}
             runs = [train(data, name, schedule, **common, report=report) for name, schedule in chosen.items()]
     except Diverged as error:

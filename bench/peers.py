@@ -19,10 +19,18 @@ from torch import Tensor
 import fusedstep
 
 from .. import backends
+from . import chain
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 OURS = "fusedstep"  # how the names of our own contenders start
 EAGER = f"{OURS} reference"  # an eager implementation, which stands in where nobody else has the optimizer
+
+
+def torch_class(class_name: str) -> type[torch.optim.Optimizer] | None:
+    """The class of torch.optim that fusedstep's class of this name replaces."""
+    # The two forms of Adafactor have one name in transformers and in torch.
+    name = {"Adafactor": "", "TorchAdafactor": "Adafactor"}.get(class_name, class_name)
+    return getattr(torch.optim, name, None)
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,9 @@ class Optimizer:
 
     ``states`` is the number of states of the parameter's shape and ``grad_reads`` how often the gradient must be read;
     both count the bytes that a step has to move. ``elementwise``: no element's update depends on another element.
+    ``chain``: what is done to the gradients before the step, a kind of `chain.Chain`.
     ``every_case``: by default it is measured on every case, not only on those with `models.Case.every_optimizer`.
+    ``others_tolerance``: what the implementations that are not ours are allowed, where it is more than ours.
     """
 
     name: str
@@ -41,10 +51,12 @@ class Optimizer:
     grad_reads: int = 1
     elementwise: bool = True
     every_case: bool = False
+    others_tolerance: float | None = None
+    chain: str = ""
 
     @property
     def torch_class(self) -> type[torch.optim.Optimizer] | None:
-        return getattr(torch.optim, self.class_name, None)
+        return torch_class(self.class_name)
 
     @property
     def our_class(self) -> type[torch.optim.Optimizer] | None:
@@ -60,8 +72,13 @@ class Optimizer:
 _ADAM = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.5}
 _SGD = {"lr": 0.1, "weight_decay": 0.5}
 
+# A norm that is summed up in fp32, as torch does on the CPU, is off by this much for the 38 M elements of an embedding.
+FP32_SUMS = 5e-3
+
 OPTIMIZERS: tuple[Optimizer, ...] = (
     Optimizer("AdamW", "AdamW", _ADAM, states=2, every_case=True),
+    Optimizer("clip+AdamW", "AdamW", _ADAM, states=2, grad_reads=2, every_case=True, chain=chain.CLIP),
+    Optimizer("unscale+clip+AdamW", "AdamW", _ADAM, states=2, grad_reads=2, every_case=True, chain=chain.WHOLE),
     Optimizer("AdamW-amsgrad", "AdamW", {**_ADAM, "amsgrad": True}, states=3),
     Optimizer("Adam", "Adam", _ADAM, states=2),
     Optimizer("SGD", "SGD", _SGD, states=0),
@@ -77,6 +94,18 @@ OPTIMIZERS: tuple[Optimizer, ...] = (
     Optimizer("Lion", "Lion", {"lr": 0.1, "betas": (0.9, 0.8), "weight_decay": 0.5}, states=1),
     Optimizer("AdaBelief", "AdaBelief", {**_ADAM, "rectify": False}, states=2),
     Optimizer("Amos", "Amos", {"lr": 0.1, "beta": 0.9, "extra_l2": 0.1}, states=2),
+    Optimizer(
+        *("Amos-rows", "Amos", {"lr": 0.1, "beta": 0.9, "extra_l2": 0.1, "reduce": (-1,)}),
+        **{"states": 0, "grad_reads": 2, "elementwise": False},
+    ),
+    Optimizer(
+        *("Adafactor", "Adafactor", {"lr": 0.1, "relative_step": False, "weight_decay": 0.5}),
+        **{"states": 0, "grad_reads": 3, "elementwise": False, "others_tolerance": FP32_SUMS},
+    ),
+    Optimizer(
+        *("TorchAdafactor", "TorchAdafactor", {"lr": 0.1, "eps": (1e-6, 1e-3), "weight_decay": 0.5}),
+        **{"states": 0, "grad_reads": 3, "elementwise": False, "others_tolerance": FP32_SUMS},
+    ),
     Optimizer("AdamWeightDecay", "AdamWeightDecay", {"learning_rate": 0.1, "weight_decay_rate": 0.5}, states=2),
 )
 
@@ -120,7 +149,10 @@ def torch_contenders(optimizer: Optimizer) -> list[Contender]:
         variant = {option: value for option, value in wanted.items() if value or option in accepted}
         missing = [option for option in variant if option not in accepted]
         reasons = tuple(f"torch.optim.{optimizer.class_name} has no option '{option}'" for option in missing)
-        contenders.append(Contender(name, functools.partial(made, **optimizer.options, **variant), reasons))
+        build = functools.partial(made, **optimizer.options, **variant)
+        if optimizer.chain:
+            build = chain.chained(build, optimizer.chain, ours=False)
+        contenders.append(Contender(name, build, reasons, optimizer.others_tolerance))
     return contenders
 
 
@@ -148,6 +180,10 @@ def our_contenders(
             contenders.append(Contender(f"{OURS} {name}", _cannot_build, reasons))
         else:
             build = functools.partial(made, **optimizer.options, backend=name)
+            if optimizer.chain:
+                build = chain.chained(
+                    functools.partial(build, max_grad_norm=chain.MAX_NORM), optimizer.chain, ours=True
+                )
             contenders.append(Contender(f"{OURS} {name}", build, backend_reasons(name, device, dtype)))
     return contenders
 
@@ -199,6 +235,10 @@ PEERS: tuple[Peer, ...] = (
     Peer(
         *("adabelief-pytorch", "adabelief-pytorch", "adabelief_pytorch", ("cpu", "cuda")),
         {"AdaBelief": ("AdaBelief", {"print_change_log": False})},
+    ),
+    Peer(
+        *("transformers", "transformers", "transformers.optimization", ("cpu", "cuda")),
+        {"Adafactor": ("Adafactor", {})},
     ),
     Peer(
         *("apex", "apex", "apex.optimizers", ("cuda",)),
@@ -260,7 +300,7 @@ def peer_contenders(optimizer: Optimizer, device: torch.device, dtype: torch.dty
                 lacks = [option for option in options if option not in inspect.signature(made).parameters]
                 reasons += [f"has no option '{option}'" for option in lacks]
                 build = functools.partial(_quietly, made, options)
-        contenders.append(Contender(peer.name, build, tuple(reasons), peer.tolerance))
+        contenders.append(Contender(peer.name, build, tuple(reasons), peer.tolerance or optimizer.others_tolerance))
     return contenders
 
 
@@ -276,7 +316,8 @@ def contenders(
     optimizer: Optimizer, device: torch.device, dtype: torch.dtype, backend_names: Sequence[str]
 ) -> list[Contender]:
     """Everybody who has this optimizer; those with `reasons` cannot run."""
-    in_torch, in_others = torch_contenders(optimizer), peer_contenders(optimizer, device, dtype)
+    in_torch = torch_contenders(optimizer)
+    in_others = [] if optimizer.chain else peer_contenders(optimizer, device, dtype)
     if not in_torch and not in_others and "reference" not in backend_names:
         backend_names = (*backend_names, "reference")  # an eager implementation to compare with
     return [*in_torch, *our_contenders(optimizer, device, dtype, backend_names), *in_others]

@@ -1,8 +1,8 @@
 """`fusedstep bench --precision`: what each precision option costs in bytes and time, all of it measured.
 
 Bytes moved are those of the memory pages that one step reads and writes, as the kernel of Linux counts them; memory is
-what the process has grown by for weights, states and whatever else lives on after a step. Neither knows what the options
-should cost.
+what the process has grown by for weights, states and whatever else lives on after a step. Neither knows what the
+options should cost.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ MODES: list[tuple[str, torch.dtype, dict[str, Any] | None]] = [
 ]
 
 
-def make(n: int, dtype: torch.dtype, options: dict[str, Any] | None) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+def make(
+    n: int, dtype: torch.dtype, options: dict[str, Any] | None
+) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
     """AdamW over one tensor with a gradient, after its first steps."""
     param = torch.nn.Parameter(torch.empty(n, dtype=dtype).uniform_(-1, 1))
     param.grad = torch.empty_like(param).uniform_(-1, 1)
@@ -53,7 +55,8 @@ def make(n: int, dtype: torch.dtype, options: dict[str, Any] | None) -> tuple[to
 
 def pages(field: str) -> int:
     """Bytes of this process's memory for which a field of /proc/self/smaps counts."""
-    return sum(map(int, re.findall(rf"^{field}: +([0-9]+) kB", Path("/proc/self/smaps").read_text(), re.MULTILINE))) << 10
+    lines = re.findall(rf"^{field}: +([0-9]+) kB", Path("/proc/self/smaps").read_text(), re.MULTILINE)
+    return sum(map(int, lines)) << 10
 
 
 def written_pages() -> int:

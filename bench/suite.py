@@ -108,6 +108,8 @@ class Bench:
                 report(f"check {contender.name}")
                 made = self._check(contender, rows[contender.name], params, start, right)
                 if made is not None:
+                    if optimizer.chain:
+                        made.begin_timing()
                     park_states(made, params)
                     built[contender.name] = made
         del right, start
@@ -252,7 +254,10 @@ class Bench:
         for contender in contenders:
             if keys[contender.name] not in self.host_times:
                 params = check.make_parameters([(1,)] * case.tensors, DTYPES[dtype], self.device)
-                samplers[contender.name] = functools.partial(timing.host_sample, contender.build(params))
+                made = contender.build(params)
+                if configuration.optimizer.chain:
+                    made.begin_timing()
+                samplers[contender.name] = functools.partial(timing.host_sample, made)
         if samplers:
             for name, taken in self._interleaved(samplers, 0.4).items():  # fewer: this varies less than memory does
                 self.host_times[keys[name]] = {

@@ -91,6 +91,9 @@ template <class F, class W>
 FUSEDSTEP_FN F join(W upper, W lower) {
   return bit_cast<F>(upper + (lower >> 16) - ((lower >> 31) << 16));
 }
+FUSEDSTEP_FN float join(BF16 upper, int16_t lower) {
+  return join<float>(uint32_t{upper.bits} << 16, static_cast<uint32_t>(static_cast<uint16_t>(lower)) << 16);
+}
 
 // What storing x as `narrowed` has lost, in the same format; nothing where that is infinite or not a number.
 template <class S>

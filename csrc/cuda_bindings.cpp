@@ -2,7 +2,9 @@
 
 #include <pybind11/stl.h>
 
+#include "cuda/norm.h"
 #include "cuda/reducing.h"
+#include "norm_bindings.h"
 #include "plan.h"
 
 namespace fusedstep {
@@ -52,6 +54,15 @@ cuda::Scalar to_scalar(PyObject* value, const Plan& plan) {
   return cuda::Scalar{to_double(value), nullptr, Dtype::kF64};
 }
 
+const double* to_coefficient(const py::object& tensor, const Plan& plan) {
+  if (tensor.is_none()) return nullptr;
+  TensorView view;
+  if (!view_tensor(tensor.ptr(), &view) || !view.dtype_known || view.dtype != Dtype::kF64 || view.numel() != 1 ||
+      view.device != Device::kCuda || view.device_index != plan.device_index())
+    throw std::invalid_argument("coefficient must be one fp64 number on the parameters' device");
+  return static_cast<const double*>(view.data);
+}
+
 const float* to_flag(const py::object& tensor, const Plan& plan, const char* name) {
   if (tensor.is_none()) return nullptr;
   TensorView view;
@@ -61,9 +72,64 @@ const float* to_flag(const py::object& tensor, const Plan& plan, const char* nam
   return static_cast<const float*>(view.data);
 }
 
+// An empty tensor has no address, and takes part all the same: its step counts.
+std::vector<const void*> addresses_of_grads(const Plan& plan) {
+  static const char kNowhere = 0;
+  std::vector<const void*> grads(plan.size(), nullptr);
+  for (size_t i = 0; i < plan.size(); ++i) {
+    if (plan.active(i)) grads[i] = plan.grad(i) != nullptr ? plan.grad(i) : &kNowhere;
+  }
+  return grads;
+}
+
+// The chunks that a plan's gradients are summed in; its memory holds the table's bytes, and behind them, on a multiple
+// of 16, the sums.
+class NormTable {
+ public:
+  NormTable(const Plan& plan, int multiprocessors) : table_(cuda::build_table(plan.records(), multiprocessors)) {}
+
+  std::vector<char> bytes() const {
+    std::vector<char> bytes = table_.bytes();
+    bytes.resize(offset() + table_.chunks.size() * sizeof(cuda::ChunkSums), 0);
+    return bytes;
+  }
+  bool fits(const Plan& plan) const {
+    for (size_t i = 0; i < plan.size(); ++i) {
+      if (plan.active(i) && plan.records()[i].grad_dtype != table_.records[i].grad_dtype) return false;
+    }
+    return true;
+  }
+
+  // Adds this plan's sums to those in `norm`, or replaces them if it is the first of several; the last one finishes.
+  int launch(const Plan& plan, uintptr_t memory, uintptr_t norm, const py::object& grad_scale,
+             const py::object& found_inf_before, const py::object& limits, uintptr_t found_inf, bool first) const {
+    plan.check_borrowed();
+    const std::vector<const void*> grads = addresses_of_grads(plan);
+    cuda::NormCall call{};
+    call.device_table = reinterpret_cast<char*>(memory);
+    call.sums = reinterpret_cast<cuda::ChunkSums*>(memory + offset());
+    call.grads = grads.data();
+    call.grad_scale = to_flag(grad_scale, plan, "grad_scale");
+    call.found_inf_before = to_flag(found_inf_before, plan, "found_inf");
+    call.found_inf = reinterpret_cast<float*>(found_inf);
+    call.norm = reinterpret_cast<Norm*>(norm);
+    call.first = first;
+    call.last = !limits.is_none();
+    if (call.last) call.limits = to_limits(limits);
+    call.device = plan.device_index();
+    call.stream = current_stream(plan.device_index());
+    return cuda::add_to_norm(call, table_);
+  }
+
+ private:
+  size_t offset() const { return (table_.size_in_bytes() + 15) / 16 * 16; }
+
+  cuda::Table table_;
+};
+
 int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uintptr_t work, const py::tuple& hyper,
-              bool maximize, const py::object& grad_scale, const py::object& found_inf, bool zero_grads) {
-  if (plan.reduces() && zero_grads) throw std::invalid_argument("a rule that reduces reads gradients more than once");
+              bool maximize, const py::object& grad_scale, const py::object& found_inf, const py::object& coefficient,
+              bool zero_grads, bool write_grads, double average_weight) {
   if (plan.size() != 0 && plan.device() != Device::kCuda) throw std::invalid_argument("the plan is not on a GPU");
   if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
   cuda::Call call{};
@@ -71,20 +137,18 @@ int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uint
   call.maximize = maximize;
   call.grad_scale = to_flag(grad_scale, plan, "grad_scale");
   call.found_inf = to_flag(found_inf, plan, "found_inf");
+  call.coefficient = to_coefficient(coefficient, plan);
   call.zero_grads = zero_grads;
+  call.write_grads = write_grads;
+  call.average_weight = average_weight;
   call.device_table = reinterpret_cast<char*>(device_table);
   call.device = plan.device_index();
   call.stream = current_stream(plan.device_index());
   plan.check_borrowed();
-  // An empty tensor has no address, and takes part all the same: its step counts.
-  static const char kNowhere = 0;
-  std::vector<const void*> grads(plan.size(), nullptr);
-  for (size_t i = 0; i < plan.size(); ++i) {
-    if (plan.active(i)) grads[i] = plan.grad(i) != nullptr ? plan.grad(i) : &kNowhere;
-  }
+  const std::vector<const void*> grads = addresses_of_grads(plan);
   call.grads = grads.data();
   const int launches = table.step(call, plan, reinterpret_cast<char*>(work));
-  plan.increment_written(zero_grads);
+  plan.increment_written(zero_grads || write_grads);
   plan.release_grads();
   return launches;
 }
@@ -102,6 +166,16 @@ void bind_cuda(py::module_& m) {
       .def_property_readonly("work_bytes", &DeviceTable::work_bytes)
       .def("fits", &DeviceTable::fits);
   m.def("cuda_step", &cuda_step);
+  py::class_<NormTable>(m, "CudaNormTable")
+      .def(py::init<const Plan&, int>(), py::arg("plan"), py::arg("multiprocessors"))
+      .def("bytes",
+           [](const NormTable& table) {
+             const std::vector<char> bytes = table.bytes();
+             return py::bytearray(bytes.data(), bytes.size());
+           })
+      .def("fits", &NormTable::fits)
+      .def("launch", &NormTable::launch, py::arg("plan"), py::arg("memory"), py::arg("norm"), py::arg("grad_scale"),
+           py::arg("found_inf_before"), py::arg("limits"), py::arg("found_inf"), py::arg("first"));
   m.def(
       "cuda_advance_schedules",
       [](uintptr_t values, uintptr_t table, int n, uintptr_t found_inf, int device) {

@@ -48,7 +48,7 @@ Table build_table(const std::vector<Record>& records, int multiprocessors) {
 
 std::vector<char> Table::bytes() const {
   const size_t n_records = records.size() * sizeof(Record), n_chunks = chunks.size() * sizeof(Chunk);
-  std::vector<char> bytes(n_records + n_chunks + segments.size() * sizeof(uint32_t), 0);
+  std::vector<char> bytes(size_in_bytes(), 0);
   if (n_records != 0) std::memcpy(bytes.data(), records.data(), n_records);
   if (n_chunks != 0) std::memcpy(bytes.data() + n_records, chunks.data(), n_chunks);
   return bytes;

@@ -5,6 +5,7 @@
 #include "cpu/engine.h"
 #include "cpu/reducing.h"
 #include "cuda_bindings.h"
+#include "norm_bindings.h"
 #include "plan.h"
 #include "schedule.h"
 #include "watch.h"
@@ -19,9 +20,10 @@ void read_hyper(const Plan& plan, const py::tuple& hyper, double* numbers) {
 }
 
 // What the CPU engine needs to know of a plan's step; `work` is the memory behind it.
-cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, bool zero_grads,
-                   std::vector<cpu::Work>* work) {
-  cpu::Call call{plan.rule(), {}, maximize, grad_scale, zero_grads, nullptr, 0, 0};
+cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, double coefficient,
+                   bool zero_grads, bool write_grads, double average_weight, std::vector<cpu::Work>* work) {
+  cpu::Call call{plan.rule(),    {},      maximize, grad_scale, coefficient, zero_grads, write_grads,
+                 average_weight, nullptr, 0,        0};
   read_hyper(plan, hyper, call.hyper);
   work->reserve(plan.size());
   for (size_t i = 0; i < plan.size(); ++i) {
@@ -34,8 +36,10 @@ cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, doub
   return call;
 }
 
-cpu::ReducingCall cpu_reducing_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale) {
-  cpu::ReducingCall call{plan.reducing_rule(), {}, maximize, grad_scale, {}, 0};
+cpu::ReducingCall cpu_reducing_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale,
+                                    double coefficient, bool zero_grads, bool write_grads, double average_weight) {
+  cpu::ReducingCall call{plan.reducing_rule(), {},          maximize,       grad_scale, coefficient,
+                         zero_grads,           write_grads, average_weight, {},         0};
   read_hyper(plan, hyper, call.hyper);
   for (size_t i = 0; i < plan.size(); ++i) {
     if (!plan.active(i)) continue;
@@ -46,7 +50,7 @@ cpu::ReducingCall cpu_reducing_call(const Plan& plan, const py::tuple& hyper, bo
 }
 
 template <class Step>
-void take_step(Plan& plan, bool zero_grads, const Step& step) {
+void take_step(Plan& plan, bool writes_grads, const Step& step) {
   plan.check_borrowed();
   if (plan.borrowed()) {
     step();
@@ -54,25 +58,27 @@ void take_step(Plan& plan, bool zero_grads, const Step& step) {
     const py::gil_scoped_release release;
     step();
   }
-  plan.increment_written(zero_grads);
+  plan.increment_written(writes_grads);
   plan.release_grads();
 }
 
-void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, bool zero_grads, int threads) {
+void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, double coefficient, bool zero_grads,
+              bool write_grads, double average_weight, int threads) {
   if (plan.reduces()) {
-    if (zero_grads) throw std::invalid_argument("a rule that reduces reads gradients more than once");
-    const cpu::ReducingCall call = cpu_reducing_call(plan, hyper, maximize, grad_scale);
-    return take_step(plan, false, [&] { cpu::reducing_step(call, threads); });
+    const cpu::ReducingCall call =
+        cpu_reducing_call(plan, hyper, maximize, grad_scale, coefficient, zero_grads, write_grads, average_weight);
+    return take_step(plan, zero_grads || write_grads, [&] { cpu::reducing_step(call, threads); });
   }
   std::vector<cpu::Work> work;
-  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, zero_grads, &work);
-  take_step(plan, zero_grads, [&] { cpu::step(call, threads); });
+  const cpu::Call call =
+      cpu_call(plan, hyper, maximize, grad_scale, coefficient, zero_grads, write_grads, average_weight, &work);
+  take_step(plan, zero_grads || write_grads, [&] { cpu::step(call, threads); });
 }
 
 void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int64_t first,
                    int64_t last) {
   std::vector<cpu::Work> work;
-  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, false, &work);
+  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, 1.0, false, false, 0.0, &work);
   if (first < 0 || first > last || last > call.numel || cpu::whole_blocks(call, first) != first ||
       cpu::whole_blocks(call, last) != last)
     throw std::invalid_argument("the range is not one of the plan");
@@ -121,6 +127,13 @@ py::list storage(const Plan& plan) {
   return rows;
 }
 
+py::list follower_pointers(const Plan& plan) {
+  py::list rows;
+  for (const Record& record : plan.records())
+    rows.append(py::make_tuple(reinterpret_cast<uintptr_t>(record.average), reinterpret_cast<uintptr_t>(record.copy)));
+  return rows;
+}
+
 // One int64 address per tensor, 0 for those that take no part; empty tensors that do have address 16.
 py::bytes grad_pointers(const Plan& plan) {
   std::vector<int64_t> addresses(plan.size());
@@ -162,6 +175,8 @@ PYBIND11_MODULE(_C, m) {
             return plan.gather(borrow, grads) == Gathered::kReady;
           },
           py::arg("borrow"), py::arg("grads") = py::none())
+      .def("follow", &Plan::follow, py::arg("averages"), py::arg("copies"))
+      .def("follower_pointers", &follower_pointers, "[average, copy] of each tensor, as addresses")
       .def("borrowed", &Plan::borrowed, "whether gather() found gradients that it does not hold")
       .def("odd_grads", &Plan::odd_grads)
       .def("drop_grad", &Plan::drop_grad)
@@ -178,7 +193,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::dict&, const py::list&>(), py::arg("state"), py::arg("param_groups"))
       .def("unchanged", &Watch::unchanged, py::arg("state"), py::arg("param_groups"));
   m.def("cpu_step", &cpu_step, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
-        py::arg("zero_grads"), py::arg("threads"));
+        py::arg("coefficient"), py::arg("zero_grads"), py::arg("write_grads"), py::arg("average_weight"),
+        py::arg("threads"));
+  bind_norm(m);
   m.def("cpu_run_range", &cpu_run_range, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
         py::arg("first"), py::arg("last"),
         "update some of the elements, counted through all tensors, without counting it as a step: for tests");

@@ -35,6 +35,8 @@ class Plan {
   Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& owners,
        const py::list& tensors, const py::list& steps, const py::list& states, const py::list& matrices,
        const py::list& precision);
+  // Of each parameter an average over the steps and a copy in a narrower dtype, laid out like its tensor; or None.
+  void follow(const py::list& averages, const py::list& copies);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -92,6 +94,7 @@ class Plan {
   Device device_ = Device::kOther;
   int32_t device_index_ = 0;
   py::list owners_, tensors_, steps_, states_;
+  py::tuple followers_;
   std::vector<MemoryWatch> state_memory_;  // of the steps and states of all tensors
   std::vector<MemoryWatch> param_memory_;  // of the tensors that have states, in their order
   std::vector<GradWatch> grad_watches_;

@@ -30,7 +30,16 @@ namespace fusedstep {
 constexpr int kMaxFactors = 2;  // that a line hands to its elements
 
 // The list of all reducing rules; visit_reducing_rule below gives each its type.
-enum class ReducingRuleId : int { kAdafactor, kAdafactorMomentum, kTorchAdafactor, kCount };
+enum class ReducingRuleId : int {
+  kAdafactor,
+  kAdafactorMomentum,
+  kTorchAdafactor,
+  kAmosRows,
+  kAmosRowsMomentum,
+  kAmosColumns,
+  kAmosColumnsMomentum,
+  kCount,
+};
 
 // What a state has a number for.
 enum class Span : uint8_t {
@@ -216,6 +225,57 @@ struct TorchAdafactor {
   }
 };
 
+// Amos with statistics of whole rows or columns.
+template <Span kLine, bool kMomentum>
+struct AmosOfLines {
+  using Elementwise = Amos<kMomentum>;
+  static constexpr const char* kName = kLine == Span::kRow ? "amos_rows" : "amos_columns";
+  static constexpr auto& kHyper = Elementwise::kHyper;
+  static constexpr auto& kStateNames = Elementwise::kStateNames;
+  static constexpr auto& kPresent = Elementwise::kPresent;
+  static constexpr Span kSpans[] = {kLine, kLine, Span::kElement};
+  static constexpr int kFactors = 2;
+  static constexpr bool kRowMean = false, kParamSum = false, kUpdateSum = false;
+
+  template <class T>
+  using Scalars = typename Elementwise::template Scalars<T>;
+  template <class T>
+  struct Finish {};
+
+  template <class T>
+  static FUSEDSTEP_FN Scalars<T> prepare(const double* hyper, int64_t step) {
+    return Elementwise::template prepare<T>(hyper, step);
+  }
+
+  template <class T, class S>
+  static FUSEDSTEP_FN T square(T grad, const S& s) {
+    const T clipped = Elementwise::clip(grad, s);
+    return clipped * clipped;
+  }
+
+  template <class T, class S>
+  static FUSEDSTEP_FN void line(T mean, T* states, T* factors, const S& s) {
+    const auto f = Elementwise::advance(mean, states[0], states[1], s);
+    factors[0] = s.init_lr * f.reciprocal_root / f.divisor;
+    factors[1] = f.l2 / f.divisor;
+  }
+
+  template <class T>
+  static FUSEDSTEP_FN Finish<T> finish(const Scalars<T>&, double, double) {
+    return {};
+  }
+
+  template <class T, class S, class F>
+  static FUSEDSTEP_FN void update(T& param, T grad, const T* factors, T& exp_avg, const S& s, const F&) {
+    T delta = factors[0] * Elementwise::clip(grad, s) + factors[1] * param;
+    if constexpr (kMomentum) {
+      exp_avg = s.momentum * exp_avg + s.one_minus_momentum * delta;
+      delta = exp_avg;
+    }
+    param = param - delta;
+  }
+};
+
 // An engine compiles itself once for each rule, through visit_reducing_rule.
 template <class Visitor>
 auto visit_reducing_rule(ReducingRuleId rule, Visitor&& visitor) {
@@ -224,6 +284,14 @@ auto visit_reducing_rule(ReducingRuleId rule, Visitor&& visitor) {
       return visitor(Adafactor<false>{});
     case ReducingRuleId::kAdafactorMomentum:
       return visitor(Adafactor<true>{});
+    case ReducingRuleId::kAmosRows:
+      return visitor(AmosOfLines<Span::kRow, false>{});
+    case ReducingRuleId::kAmosRowsMomentum:
+      return visitor(AmosOfLines<Span::kRow, true>{});
+    case ReducingRuleId::kAmosColumns:
+      return visitor(AmosOfLines<Span::kColumn, false>{});
+    case ReducingRuleId::kAmosColumnsMomentum:
+      return visitor(AmosOfLines<Span::kColumn, true>{});
     default:
       return visitor(TorchAdafactor{});
   }
@@ -245,6 +313,8 @@ template <class Rule>
 constexpr bool kRows = kPlace<Rule, Span::kRow> >= 0;
 template <class Rule>
 constexpr bool kColumns = kPlace<Rule, Span::kColumn> >= 0;
+template <class Rule>
+constexpr bool kTakesFlat = kPlace<Rule, Span::kFlat> >= 0;  // tensors that are no matrices
 template <class Rule>
 constexpr int kLineStates = [] {
   int n = 0;

@@ -365,16 +365,32 @@ struct Amos {
   }
 
   template <class T, class S>
-  static FUSEDSTEP_FN void update(T& param, T grad, T& exp_avg_sq, T& decay, T& exp_avg, const S& s) {
+  static FUSEDSTEP_FN T clip(T grad, const S& s) {
+    const T zero{};
+    return s.clip_value != 0 ? maximum(minimum(grad, zero + s.clip_value), zero - s.clip_value) : grad;
+  }
+
+  // What an update makes of its statistics.
+  template <class T>
+  struct Factors {
+    T reciprocal_root, l2, divisor;
+  };
+  template <class T, class S>
+  static FUSEDSTEP_FN Factors<T> advance(T grad_sq, T& exp_avg_sq, T& decay, const S& s) {
     const T zero{}, one = zero + 1.0f, half = zero + 0.5f;
-    if (s.clip_value != 0) grad = maximum(minimum(grad, zero + s.clip_value), zero - s.clip_value);
-    const T grad_sq = grad * grad;
     exp_avg_sq = s.beta * exp_avg_sq + s.one_minus_beta * grad_sq;
     const T reciprocal = s.bias_correction / maximum(exp_avg_sq, zero + s.eps);
     const T gamma = s.lr_squared * (reciprocal * grad_sq) / square_root(one + s.c * decay);
-    T delta = s.init_lr * (square_root(reciprocal) * grad) + (half * gamma + s.extra_l2) * param;
-    delta = delta / (one + s.d * decay);
+    const Factors<T> factors{square_root(reciprocal), half * gamma + s.extra_l2, one + s.d * decay};
     decay = decay + gamma * (one + decay);
+    return factors;
+  }
+
+  template <class T, class S>
+  static FUSEDSTEP_FN void update(T& param, T grad, T& exp_avg_sq, T& decay, T& exp_avg, const S& s) {
+    grad = clip(grad, s);
+    const Factors<T> f = advance(T(grad * grad), exp_avg_sq, decay, s);
+    T delta = (s.init_lr * (f.reciprocal_root * grad) + f.l2 * param) / f.divisor;
     if constexpr (kMomentum) {
       exp_avg = s.momentum * exp_avg + s.one_minus_momentum * delta;
       delta = exp_avg;

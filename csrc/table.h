@@ -23,8 +23,12 @@ struct Record {
   void* states[kMaxStates];
   float* step;  // updates done so far; in the engine's own memory (host or device)
   int64_t numel;
-  Dtype param_dtype, grad_dtype, state_dtypes[kMaxStates];
+  void* average;  // of the parameter over the steps, in fp32 (fp64 for a fp64 parameter); null: none
+  void* copy;     // the parameter in copy_dtype, after each step; null: none
+  Dtype param_dtype, grad_dtype, state_dtypes[kMaxStates], copy_dtype;
   Precision precision;
+
+  constexpr bool has_followers() const { return average != nullptr || copy != nullptr; }
 };
 
 // Whether every number of a record is stored in its dtype, one after the other.

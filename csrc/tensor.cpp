@@ -139,6 +139,8 @@ bool view_by_attributes(PyObject* tensor, TensorView* view) {
 struct Slots {
   int storage = -1, data = -1, offset = -1;
   int layout = -1, layout_end = -1;
+  int kind = -1;  // the word with dtype, device and flags: what lies behind them is padding, never written
+  uintptr_t kind_mask = 0;
   int autograd = -1, grad = -1;
   const void* no_grad = nullptr;  // what stands for "no gradient"
 
@@ -249,8 +251,22 @@ const Negation& negation() {
   return found;
 }
 
-bool same_words(const void* const* a, const void* const* b, int from, int to) {
-  return std::equal(a + from, a + to, b + from);
+uintptr_t bits_that_differ(const void* a, const void* b) {
+  return reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b);
+}
+
+// `layout` holds the words from at.layout on of some tensor.
+bool same_layout_words(const Slots& at, const std::vector<const void*>& layout, const void* const* impl) {
+  const auto kind = layout.begin() + (at.kind - at.layout);
+  return (bits_that_differ(*kind, impl[at.kind]) & at.kind_mask) == 0 &&
+         std::equal(layout.begin(), kind, impl + at.layout) && std::equal(kind + 1, layout.end(), impl + at.kind + 1);
+}
+
+// All bytes up to the last one in which a bit is set.
+uintptr_t bytes_to_last(uintptr_t bits) {
+  uintptr_t mask = 0;
+  for (; bits != 0; bits >>= 8) mask = mask << 8 | 0xff;
+  return mask;
 }
 
 // The dispatch keys are the last of the words that describe a tensor.
@@ -264,21 +280,25 @@ void find_layout(Slots* slots) {
     const int end = negation().keys_slot() + 1;
     int begin = find_word(impl, end, as_word(50021)) - 1;  // the number of dimensions comes before the sizes
     if (begin <= slots->storage || slots->offset < begin || slots->offset >= end || impl[begin] != as_word(2)) return;
-    const std::vector<const void*> before(impl + begin, impl + end);
-    const auto differs = [&](const py::object& other) {
-      return !std::equal(before.begin(), before.end(), words(other) + begin);
-    };
     using namespace py::literals;
-    bool proved = same_words(impl, words(empty(50021, 3)), begin, end);
-    proved = proved && differs(empty(3, 50021).attr("t")()) && differs(empty(50021, 4).attr("narrow")(1, 0, 3));
-    for (const char* dtype : {"bfloat16", "int32", "float64"})
-      proved = proved && differs(empty(50021, 3, "dtype"_a = torch.attr(dtype)));
-    proved = proved && differs(empty(50021, 3, "device"_a = "meta")) && differs(torch.attr("_neg_view")(tensor));
-    tensor.attr("t_")();
-    proved = proved && words(tensor) == impl && differs(tensor);
-    if (!proved) return;
-    slots->layout = begin;
-    slots->layout_end = end;
+    const auto of_dtype = [&](const char* dtype) { return empty(50021, 3, "dtype"_a = torch.attr(dtype)); };
+    const py::object integers = of_dtype("int32");
+    const std::vector<const void*> before(impl + begin, impl + end);
+    tensor.attr("t_")();  // changes a flag of the same object, and no padding
+    if (words(tensor) != impl) return;
+    Slots found = *slots;
+    found.layout = begin;
+    found.layout_end = end;
+    found.kind = begin;
+    while (found.kind < end && before[found.kind - begin] == words(integers)[found.kind]) ++found.kind;
+    if (found.kind == end) return;
+    found.kind_mask = bytes_to_last(bits_that_differ(before[found.kind - begin], impl[found.kind]));
+    const auto differs = [&](const py::object& other) { return !same_layout_words(found, before, words(other)); };
+    bool proved = !differs(empty(50021, 3)) && differs(tensor) && differs(empty(50021, 4).attr("narrow")(1, 0, 3));
+    for (const char* dtype : {"bfloat16", "int32", "float64"}) proved = proved && differs(of_dtype(dtype));
+    proved =
+        proved && differs(empty(50021, 3, "device"_a = "meta")) && differs(torch.attr("_neg_view")(empty(50021, 3)));
+    if (proved) *slots = found;
   } catch (py::error_already_set&) {
     return;
   }
@@ -412,7 +432,7 @@ GradWatch::Seen GradWatch::look(PyObject* param, const void** data) const {
   if (autograd == nullptr) return Seen::kNone;
   const auto* grad = static_cast<const void* const*>(autograd[at.grad]);
   if (grad == at.no_grad) return Seen::kNone;
-  if (!std::equal(layout_.begin(), layout_.end(), grad + at.layout)) return Seen::kUnknown;
+  if (!same_layout_words(at, layout_, grad)) return Seen::kUnknown;
   const auto* storage = static_cast<const void* const*>(grad[at.storage]);
   const auto* base = static_cast<const char*>(storage[at.data]);
   if (base == nullptr && !empty_) return Seen::kUnknown;

@@ -42,7 +42,7 @@ class Amos(Formula):
 
     options: ClassVar[dict] = {
         **{"lr": 1e-3, "eta": 1.0, "beta": 0.999, "momentum": 0.0, "clip_value": None, "extra_l2": 0.0},
-        **{"c_coef": 0.25, "d_coef": 0.25, "eps": 2.0**-125},
+        **{"c_coef": 0.25, "d_coef": 0.25, "eps": 2.0**-125, "reduce": None},
     }
 
     def states_of(self, group):
@@ -54,7 +54,8 @@ class Amos(Formula):
         if group["clip_value"]:
             g = g.clip(-group["clip_value"], group["clip_value"])
         v, b = state["exp_avg_sq"], state["decay"]
-        g2 = g.square()
+        reduce = group["reduce"].get(name) if isinstance(group["reduce"], dict) else group["reduce"]
+        g2 = g.square().mean(dim=reduce, keepdim=True) if reduce else g.square()
         v.copy_(v * beta + g2 * (1 - beta))
         v_hat = v.clip(min=group["eps"]) / (1 - beta**t)
         gamma = torch.rsqrt(1 + group["c_coef"] * math.sqrt(xi) * b) * xi**2 / v_hat * g2

@@ -378,6 +378,30 @@ def test_copies_go_on_by_themselves(backend, copied):
 # Whole steps.
 
 
+@by_clearing
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD], ids=lambda c: c.__name__)
+def test_an_optimizer_of_torch_takes_a_16_bit_sum_rounded_once(make, dtype, set_to_none, backend):
+    params = parameters(dtype=dtype)
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    mine, expected = make(params, lr=0.1), make(others, lr=0.1)
+    accumulator = GradientAccumulator(mine, set_to_none=set_to_none, backend=backend)
+    for _ in range(2):
+        rounds = []
+        for _ in range(3):
+            rounds.append(give(params))
+            accumulator()
+        accumulator.assign()
+        for param, grad in zip(others, total(rounds), strict=True):
+            param.grad = grad.to(dtype)
+        assert_equal([p.grad for p in params], [p.grad for p in others])
+        mine.step()
+        expected.step()
+        accumulator.reset()
+        assert all(p.grad is None if set_to_none else p.grad.dtype == dtype and not p.grad.any() for p in params)
+    assert_equal(params, others)
+
+
 def model_and_batches(dtype, n=8):
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1)).to(dtype)
@@ -572,6 +596,7 @@ def reduce_in_two_processes(rank, path, results):
         accumulator.all_reduce()
         accumulator.assign()
         results[rank, str(dtype), mean] = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
+    dist.barrier()  # a process that leaves closes the connection that the other may still use
     dist.destroy_process_group()
 
 

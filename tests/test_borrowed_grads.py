@@ -1,5 +1,6 @@
 """Gradients that a step finds in torch's own memory, without the Python objects for them: all that may change there."""
 
+import ctypes
 import gc
 
 import pytest
@@ -35,9 +36,20 @@ def plain(param):
     return torch.randn_like(param)
 
 
+def litter():
+    """Leaves blocks full of something to whoever allocates next: padding of a new object is what was there before."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    sizes = torch.randint(64, 512, (500,)).tolist()
+    blocks = [ctypes.memset(libc.malloc(size), number % 256, size) for number, size in enumerate(sizes)]
+    for block in blocks:
+        libc.free(block)
+
+
 def test_gradients_are_borrowed_from_the_second_step_on():
     mine, theirs = twins()
-    for step in range(4):
+    for step in range(40):
+        litter()
         both_step(mine, theirs, plain)
         assert borrowed(mine) == (step > 0)
 

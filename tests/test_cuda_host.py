@@ -5,6 +5,7 @@ This proves the kernel's own logic: chunks, dtypes, tails, skipped tensors, step
 
 import ctypes
 import itertools
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -43,7 +44,10 @@ class Record(ctypes.Structure):
         ("states", ctypes.c_void_p * MAX_STATES),
         ("step", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
+        ("average", ctypes.c_void_p),
+        ("copy", ctypes.c_void_p),
         ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
+        ("copy_dtype", ctypes.c_uint8),
         ("precision", Precision),
     ]
 
@@ -95,7 +99,20 @@ def precision_of(optimizer, index, param):
 
 
 def run_on_host(
-    library, optimizer, grads, *, grad_scale=None, found_inf=None, tensor_hyper=False, blocks=3, threads=64
+    library,
+    optimizer,
+    grads,
+    *,
+    grad_scale=None,
+    found_inf=None,
+    coefficient=None,
+    zero=False,
+    write=False,
+    average_weight=0.0,
+    followers=None,
+    tensor_hyper=False,
+    blocks=3,
+    threads=64,
 ):
     """One step of ``optimizer`` by the kernel; ``grads`` has None where a parameter takes no part."""
     group = optimizer.param_groups[0]
@@ -110,7 +127,11 @@ def run_on_host(
         pointers = (ctypes.c_void_p * MAX_STATES)(*[None if s is None else s.data_ptr() for s in state])
         tags = (ctypes.c_uint8 * len(tags))(*tags)
         stored = precision_of(optimizer, index, param)
-        records.append(Record(param.data_ptr(), pointers, step.data_ptr(), param.numel(), tags, stored))
+        records.append(
+            Record(param.data_ptr(), pointers, step.data_ptr(), param.numel(), dtypes=tags, precision=stored)
+        )
+    for record, (average, copy) in zip(records, followers or (), strict=False):
+        record.average, record.copy, record.copy_dtype = average.data_ptr(), copy.data_ptr(), TAG[copy.dtype]
     hyper = (Scalar * MAX_HYPER)()
     for scalar, value in zip(hyper, optimizer.hyper(group, optimizer.variant_of(group, None, None)), strict=False):
         if tensor_hyper:
@@ -119,13 +140,15 @@ def run_on_host(
         else:
             scalar.value = float(value)
     addresses = [None if g is None else (g.data_ptr() or 64) for g in grads]
-    flags = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf)]
+    flags = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf, coefficient)]
     return library.host_step(
         _C.rule_id(optimizer.rule, states),
         hyper,
         ctypes.c_bool(group["maximize"]),
-        ctypes.c_bool(False),
+        ctypes.c_bool(zero),
+        ctypes.c_bool(write),
         *flags,
+        ctypes.c_double(average_weight),
         (Record * len(records))(*records),
         ctypes.c_int64(len(records)),
         (ctypes.c_void_p * len(addresses))(*addresses),
@@ -162,7 +185,7 @@ class Pair:
             p.grad = None if g is None else g.clone()
         self.reference.grad_scale, self.reference.found_inf = grad_scale, found_inf
         self.reference.step()
-        grads = [None if g is None else inside(g, offset)[1] for g in grads]
+        grads = self.grads = [None if g is None else inside(g, offset)[1] for g in grads]
         options.update(grad_scale=grad_scale, found_inf=found_inf)
         return run_on_host(library, self.kernel, grads, **options)
 
@@ -217,6 +240,165 @@ def test_scaled_gradients_missing_ones_and_skips_have_the_references_bits(librar
         skip = torch.tensor(1.0 if number in (0, 3) else 0.0)
         pair.step(library, grads, grad_scale=torch.tensor(3.0), found_inf=skip, tensor_hyper=tensor_hyper)
     pair.assert_same()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 0)], ids=str)
+@pytest.mark.parametrize("kept", ["as they are", "zero", "write"])
+def test_clipped_gradients_and_what_is_left_of_them_have_the_references_bits(library, case, dtype, offset, kept):
+    """The reference's step is the one after torch's clipping; both know the same coefficient."""
+    generator = torch.Generator().manual_seed(7)
+    sizes = [5, 0, 1200, 40, 3001]
+    pair = Pair(case, sizes, offset=offset)
+    options = {"zero": kept == "zero", "write": kept == "write"}
+    scale = torch.tensor(3.0)
+    for number in range(3):
+        grads = random_grads(sizes, generator, dtype)
+        skipped = number == 1
+        flag = torch.tensor(float(skipped))
+        coefficient = torch.tensor(0.3, dtype=torch.float64)
+        clipped = [(g.float() / scale) * torch.tensor(0.3) for g in grads]
+        for p, g in zip(pair.reference.param_groups[0]["params"], clipped, strict=True):
+            p.grad = g
+        if not skipped:
+            pair.reference.step()
+        mine = [inside(g, offset) for g in grads]
+        run_on_host(
+            *(library, pair.kernel, [view for _, view in mine]),
+            **{"grad_scale": scale, "found_inf": flag, "coefficient": coefficient, **options},
+        )
+        for (buffer, view), grad, changed in zip(mine, grads, clipped, strict=True):
+            left = grad if skipped else changed.to(dtype)
+            expected = {"as they are": grad, "zero": torch.zeros_like(grad), "write": left}[kept]
+            assert same_bits(view, expected)
+            assert (buffer == 7.0).sum() >= 64
+    pair.assert_same()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "copy_dtype", "offset"),
+    [
+        (torch.float32, torch.bfloat16, 0),
+        (torch.float32, torch.float16, 1),
+        (torch.bfloat16, torch.float16, 0),
+        (torch.float64, torch.bfloat16, 0),
+    ],
+    ids=str,
+)
+def test_averages_and_copies_have_the_references_bits(library, case, dtype, copy_dtype, offset):
+    generator = torch.Generator().manual_seed(9)
+    sizes = [5, 0, 1200, 40, 9001]
+    pair = Pair(case, sizes, dtype, offset=offset)
+    wide = torch.promote_types(dtype, torch.float32)
+    followers = []
+    for param in pair.kernel.param_groups[0]["params"]:
+        followers.append(
+            (inside(param.detach().to(wide), offset), inside(torch.zeros(param.numel()).to(copy_dtype), 1))
+        )
+    expected = [average.clone() for (_, average), _ in followers]
+    for number in range(4):
+        grads = random_grads(sizes, generator, dtype)
+        grads[3] = None if number == 2 else grads[3]
+        pair.step(
+            *(library, grads, offset),
+            found_inf=torch.tensor(float(number == 1)),
+            average_weight=0.3,
+            followers=[(average, copy) for (_, average), (_, copy) in followers],
+        )
+        for i, param in enumerate(pair.reference.param_groups[0]["params"]):
+            if number != 1 and grads[i] is not None:
+                expected[i] = expected[i] + 0.3 * (param.detach().to(wide) - expected[i])
+                assert same_bits(followers[i][1][1], param.detach().to(copy_dtype))
+            assert same_bits(followers[i][0][1], expected[i])
+            for buffer, values in followers[i]:
+                assert (buffer == 7.0).sum() >= buffer.numel() - values.numel()
+    pair.assert_same()
+
+
+def host_norm(library, plans, limits, grad_scale=None, found_inf=None, blocks=3):
+    """(sum of squares, largest, norm, coefficient, whether the step is skipped) of the gradients of several plans."""
+    norm, flag = torch.full((4,), float("nan"), dtype=torch.float64), torch.full((), 5.0)
+    values = (ctypes.c_double * 6)(*limits)
+    for number, grads in enumerate(plans):
+        records = [Record(None, (ctypes.c_void_p * MAX_STATES)(), None, 0 if g is None else g.numel()) for g in grads]
+        for record, grad in zip(records, grads, strict=True):
+            record.dtypes[1] = 0 if grad is None else TAG[grad.dtype]
+        addresses = [None if g is None else (g.data_ptr() or 64) for g in grads]
+        launches = library.host_norm(
+            (Record * len(records))(*records),
+            ctypes.c_int64(len(records)),
+            (ctypes.c_void_p * len(addresses))(*addresses),
+            *[None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf)],
+            values,
+            ctypes.c_void_p(flag.data_ptr()),
+            ctypes.c_void_p(norm.data_ptr()),
+            ctypes.c_bool(number == 0),
+            ctypes.c_bool(number == len(plans) - 1),
+            *(2, blocks),
+        )
+        assert launches == max(1, -(-len(records) // 4000))
+    return (*norm.tolist(), flag.item())
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_norm_of_several_plans_is_that_of_all_their_gradients(library, dtype, offset):
+    generator = torch.Generator().manual_seed(8)
+    plans = [random_grads(SIZES, generator, dtype), random_grads([40_000, 3], generator), [torch.ones(0), None]]
+    plans[0][4] = None
+    plans[2][1] = torch.full((1,), -9.0, dtype=torch.bfloat16)
+    plans = [[None if g is None else inside(g, offset)[1] for g in plan] for plan in plans]
+    flat = torch.cat([g.double().reshape(-1) for plan in plans for g in plan if g is not None])
+    scale = torch.tensor(4.0)
+    for by_largest in (False, True):
+        limits = (0.5, 1e-6, by_largest, False, True, False)
+        seen = host_norm(library, plans, limits, grad_scale=scale)
+        norm = (flat.abs().max() if by_largest else flat.norm()).item() / 4
+        assert seen[0] == pytest.approx((flat / 4).square().sum().item(), rel=1e-6)
+        assert seen[1] == flat.abs().max().item()
+        assert seen[2] == pytest.approx(norm, rel=1e-6)
+        assert seen[3] == pytest.approx(0.5 / (norm + 1e-6), rel=1e-6)
+        assert seen[4] == 0.0
+        # The same bits from any grid, order and address.
+        library.set_reverse(True)
+        assert host_norm(library, plans, limits, grad_scale=scale, blocks=7) == seen
+        library.set_reverse(False)
+        moved = [[None if g is None else inside(g, offset + 1)[1] for g in plan] for plan in plans]
+        assert host_norm(library, moved, limits, grad_scale=scale, blocks=1) == seen
+
+
+@pytest.mark.parametrize("n", [1, 4001, 8500])
+def test_the_norm_of_many_tensors_takes_few_launches(library, n):
+    grads = [torch.full((3,), 2.0)] * n
+    seen = host_norm(library, [grads], (math.inf, 1e-6, False, False, False, False))
+    assert seen[:4] == (12.0 * n, 2.0, math.sqrt(12.0 * n), 1.0)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2000])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_gradient_that_is_not_finite_skips_the_step(library, dtype, bad, place):
+    grads = [torch.ones(7, dtype=dtype), torch.ones(2001, dtype=dtype)]
+    grads[place > 0][place] = bad
+    plain = host_norm(library, [grads], (1.0, 1e-6, False, False, False, False))
+    assert plain[4] == 0.0
+    assert not math.isfinite(plain[1])
+    assert math.isnan(plain[3]) if math.isnan(bad) else plain[3] == 0.0
+    assert math.isnan(host_norm(library, [grads], (1.0, 0.0, False, True, False, False))[3])
+    assert host_norm(library, [grads], (1.0, 1e-6, False, False, True, False))[4] == 1.0
+    assert host_norm(library, [grads], (1.0, 1e-6, False, False, False, True))[4] == 1.0
+
+
+def test_a_norm_that_overflows_and_a_step_that_is_skipped_anyway(library):
+    grads = [torch.full((9,), 3e38)]
+    assert host_norm(library, [grads], (1.0, 1e-6, False, False, True, False))[2:] == (math.inf, 0.0, 0.0)
+    assert host_norm(library, [grads], (1.0, 1e-6, False, False, True, True))[4] == 1.0
+    grads = [torch.ones(4)]
+    for flag in (0.0, 1.0, 2.0):
+        limits = (1.0, 1e-6, False, False, True, True)
+        seen = host_norm(library, [grads], limits, found_inf=torch.tensor(flag))
+        assert seen[4] == float(flag != 0)
 
 
 @pytest.mark.parametrize("n", [65, 513, 4001, 9000])
@@ -303,7 +485,7 @@ def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, d
         for (_, total), (_, g), step in zip(sums, grads, steps, strict=True):
             tags = (ctypes.c_uint8 * (2 + MAX_STATES))(TAG[dtype], TAG[g.dtype])
             pointers = (ctypes.c_void_p * MAX_STATES)()
-            records.append(Record(total.data_ptr(), pointers, step.data_ptr(), total.numel(), tags))
+            records.append(Record(total.data_ptr(), pointers, step.data_ptr(), total.numel(), dtypes=tags))
         hyper = (Scalar * MAX_HYPER)()
         hyper[0].value = weight
         skipped = 5 if number == 1 else None
@@ -313,8 +495,8 @@ def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, d
             hyper,
             ctypes.c_bool(False),
             ctypes.c_bool(zero),
-            None,
-            None,
+            ctypes.c_bool(False),
+            *(None, None, None, ctypes.c_double(0.0)),
             (Record * len(records))(*records),
             ctypes.c_int64(len(records)),
             (ctypes.c_void_p * len(addresses))(*addresses),

@@ -94,6 +94,15 @@ def test_a_file_that_is_not_zipped_is_refused(tmp_path):
         images.load(tmp_path)
 
 
+@pytest.mark.parametrize("damage", [lambda c: c[:-20], lambda c: c[:10] + b"\7" + c[11:]], ids=["short", "wrong"])
+def test_a_damaged_archive_is_refused(tmp_path, damage, capsys):
+    write(tmp_path, zipped=["t10k-images-idx3-ubyte"])
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    assert lenet.main(["--data", str(tmp_path)]) == 2
+    assert f"{path} cannot be read" in capsys.readouterr().err
+
+
 def test_the_digits_are_enlarged_and_split():
     pytest.importorskip("sklearn")
     data = images.load(None)

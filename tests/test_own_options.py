@@ -166,13 +166,99 @@ def test_a_missing_scale_is_named():
     net = model()
     scales = fusedstep.amos_scales(net)
     del scales["2.bias"]
-    optimizer = fusedstep.Amos(net.named_parameters(), eta=scales)
-    train((), (net,), 1)
-    before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match=r"no entry for parameter '2\.bias'"):
-        optimizer.step()
-    torch.testing.assert_close(dict(net.state_dict()), dict(before), rtol=0, atol=0)
-    assert not optimizer.state
+        fusedstep.Amos(net.named_parameters(), eta=scales)
+
+
+# Trailing, leading, inner and all dimensions; shapes around a run of small matrices and the blocks of large ones.
+REDUCTIONS = [
+    *((shape, dims) for shape in [(7,), (1500,), (70_001,)] for dims in [(0,)]),
+    *((shape, dims) for shape in [(3, 5), (40, 30), (131, 67), (2, 1500), (1500, 2), (1, 1)] for dims in [(0,), (1,)]),
+    *(((9, 4, 5), dims) for dims in [(0,), (1,), (2,), (0, 1), (-1, -2), (0, 1, 2)]),
+    *(((3, 40, 50), dims) for dims in [(0,), (1,), (2,), (0, 1), (1, 2), (2, 0, 1)]),
+    *(((6, 3, 3, 3), dims) for dims in [(1, 2, 3), (1, 2), (3,)]),
+]
+
+
+@by_backend
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_reduced_statistics_follow_the_formula(backend, momentum):
+    options = {"lr": 0.2, "beta": 0.95, "momentum": momentum, "clip_value": 2.0, "extra_l2": 1e-3, "eta": 0.4}
+    named = {str(i): torch.nn.Parameter(normal(*shape)) for i, (shape, _) in enumerate(REDUCTIONS)}
+    copies = copy.deepcopy(named)
+    reduce = {str(i): dims for i, (_, dims) in enumerate(REDUCTIONS)}
+    ours = fusedstep.Amos(named.items(), backend=backend, reduce=reduce, **options)
+    formula = OTHERS["Amos"](copies.items(), reduce=reduce, **options)
+    for _ in range(5):
+        for name, param in named.items():
+            param.grad = normal(*param.shape)
+            copies[name].grad = param.grad.clone()
+        ours.step()
+        formula.step()
+    for name, param in named.items():
+        torch.testing.assert_close(param, copies[name], **EXACT)
+        sizes = [1 if i in {d % param.dim() for d in reduce[name]} else n for i, n in enumerate(param.shape)]
+        for key in ("exp_avg_sq", "decay"):
+            state = ours.state[param][key]
+            assert list(state.shape) == sizes
+            torch.testing.assert_close(state.expand(param.shape), formula.state[copies[name]][key], **EXACT)
+
+
+@by_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reduced_statistics_save_the_memory(backend, dtype):
+    net = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 6), torch.nn.LayerNorm(6)).to(dtype)
+    net.append(torch.nn.Conv2d(1, 2, 3, dtype=dtype))
+    reduce = fusedstep.amos_reductions(net)
+    optimizer = fusedstep.Amos(net.named_parameters(), reduce=reduce, eta=fusedstep.amos_scales(net), backend=backend)
+    for param in net.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    held = {name: optimizer.state[p]["exp_avg_sq"].numel() for name, p in net.named_parameters()}
+    assert held == {
+        **{"0.weight": 50, "1.weight": 6, "1.bias": 1, "2.weight": 1, "2.bias": 1},
+        **{"3.weight": 2, "3.bias": 1},
+    }
+    assert {optimizer.state[p]["exp_avg_sq"].dtype for p in net.parameters()} == {torch.float32}
+    fresh = fusedstep.Amos(net.named_parameters(), reduce=reduce, eta=fusedstep.amos_scales(net), backend=backend)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    after = [p.detach().clone() for p in net.parameters()]
+    with torch.no_grad():
+        for param, value in zip(net.parameters(), before, strict=True):
+            param.copy_(value)
+    fresh.step()
+    assert all(torch.equal(p, value) for p, value in zip(net.parameters(), after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "message"),
+    [
+        ((2,), r"Invalid reduce for parameter 'w' of shape \(3, 4\): \(2,\) \(it has 2 dimensions\)"),
+        ({"w": (-3,)}, "it has 2 dimensions"),
+        ("all", "Invalid reduce: 'all'"),
+        ({"w": 1.5}, "Invalid reduce for 'w': 1.5"),
+        ((0.0,), r"Invalid reduce: \(0.0,\)"),
+    ],
+)
+def test_dimensions_that_cannot_be_reduced_are_refused(reduce, message):
+    with pytest.raises(ValueError, match=message):
+        fusedstep.Amos([("w", torch.nn.Parameter(torch.zeros(3, 4)))], reduce=reduce)
+
+
+def test_dimensions_apart_are_refused():
+    with pytest.raises(ValueError, match="must be neighbours"):
+        fusedstep.Amos([torch.nn.Parameter(torch.zeros(3, 4, 5))], reduce=(0, 2))
+
+
+def test_a_state_of_another_reduction_is_refused_by_name():
+    w = torch.nn.Parameter(torch.ones(3, 4))
+    w.grad = torch.ones_like(w)
+    optimizer = fusedstep.Amos([w], reduce=(1,))
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"'exp_avg_sq' of parameter 0 has shape \(3, 1\), expected \(3, 4\)"):
+        fusedstep.Amos([w]).load_state_dict(optimizer.state_dict())
 
 
 # RMSprop, Lion, AdaBelief

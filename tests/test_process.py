@@ -229,3 +229,44 @@ def test_steps_in_a_thread_that_is_not_the_main_one():
     other = ours(ADAMW, copies(parameters_of(mine)), "cpu")
     in_threads([lambda: [step(mine, other) for _ in range(3)]])
     assert same(parameters_of(mine), parameters_of(other))
+
+
+BUSY = """
+import os
+cores = sorted(os.sched_getaffinity(0))[:2]
+os.sched_setaffinity(0, cores)
+import statistics, subprocess, sys, time
+import torch, fusedstep
+
+def median(threads):
+    torch.set_num_threads(threads)
+    seconds = []
+    for _ in range(40):
+        begin = time.perf_counter()
+        while time.perf_counter() < begin + 0.004:
+            pass  # what a training loop does between two steps
+        begin = time.perf_counter()
+        optimizer.step()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+param = torch.nn.Parameter(torch.zeros(500_000))
+param.grad = torch.ones_like(param)
+optimizer = fusedstep.SGD([param], lr=0.1, backend="cpu")
+others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in 3 * cores]
+try:
+    time.sleep(0.2)
+    print(median(1), median(len(cores)))
+finally:
+    for other in others:
+        other.kill()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+def test_short_steps_do_not_wait_for_threads_whose_cores_are_busy():
+    """There a second thread begins many milliseconds late, which is many times what the whole step takes on one."""
+    done = subprocess.run([sys.executable, "-c", BUSY], check=True, capture_output=True, text=True, timeout=SECONDS)
+    alone, together = map(float, done.stdout.split())
+    assert together < 8 * alone

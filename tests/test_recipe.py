@@ -19,6 +19,18 @@ class LlamaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
 
+class MambaRMSNormGated(nn.Module):
+    """One with a gate, as state space models have it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class LayerNormFp32(nn.LayerNorm):
+    """A normalisation layer by its parent class alone."""
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -68,6 +80,13 @@ def test_biases_and_normalisation_layers_do_not_decay():
     nested = nn.Sequential(Block(), nn.ModuleDict({"norm2": nn.GroupNorm(2, 4), "conv": nn.Conv2d(1, 1, 1)}))
     optimizer, _ = create_optimizer(nested, 0.1, 10, 0, weight_decay_rate=0.1)
     assert decaying(optimizer) == {*(f"0.{name}" for name in DECAYING), "1.conv.weight"}
+
+
+@pytest.mark.parametrize("kind", [MambaRMSNormGated, LayerNormFp32, nn.RMSNorm, nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_a_normalisation_layer_is_known_by_its_class(kind):
+    model = nn.ModuleDict({"first": kind(4), "second": nn.Linear(4, 2)})
+    optimizer, _ = create_optimizer(model, 0.1, 10, 0, weight_decay_rate=0.1)
+    assert decaying(optimizer) == {"second.weight"}
 
 
 def test_names_alone_decide_without_a_model():

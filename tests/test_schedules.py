@@ -175,6 +175,43 @@ def test_warm_up_around_functions_and_numbers():
     assert WarmUp(quadratic, 4) != WarmUp(math.cos, 4)
 
 
+def test_warm_up_around_a_warm_up_around_a_function():
+    warm = WarmUp(WarmUp(quadratic, 2), 3, initial_learning_rate=0.5)
+    assert [warm(t) for t in range(3)] == pytest.approx([0.0, 0.5 / 3, 1.0 / 3])
+    assert [warm(t) for t in range(3, 12)] == [0.0, 0.5, *(quadratic(t) for t in range(7))]
+    assert WarmUp(WarmUp(quadratic, 0), 0)(4) == quadratic(4)
+    assert warm == WarmUp(WarmUp(quadratic, 2), 3, initial_learning_rate=0.5)
+    assert warm != WarmUp(WarmUp(math.cos, 2), 3, initial_learning_rate=0.5)
+    with pytest.raises(ValueError, match="num_update: -1"):
+        warm(-1)
+
+
+@by_schedule
+def test_a_schedule_that_starts_later(schedule):
+    """It holds its first learning rate, and then has the bits of the schedule itself; so has its warm-up."""
+    for one in (schedule, WarmUp(schedule, 4, 2)):
+        late = one.starting_at(6)
+        assert [late(t) for t in range(6 + N)] == [one(0)] * 6 + [one(t) for t in range(N)]
+        assert [one.starting_at(0)(t) for t in range(N)] == [one(t) for t in range(N)]
+        assert pickle.loads(pickle.dumps(late)) == late == one.starting_at(6.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_update", "error", "match"),
+    [
+        (WarmUp(1.0, 2), -1, ValueError, "num_update: -1"),
+        (WarmUp(1.0, 2), 1.5, ValueError, "num_update: 1.5"),
+        (WarmUp(1.0, 2), "1", TypeError, "num_update: '1'"),
+        (WarmUp(quadratic, 2), 3, ValueError, "cannot start later"),
+        (WarmUp(WarmUp(quadratic, 2), 2), 3, ValueError, "cannot start later"),
+    ],
+    ids=range(5),
+)
+def test_what_cannot_start_later(schedule, num_update, error, match):
+    with pytest.raises(error, match=match):
+        schedule.starting_at(num_update)
+
+
 def test_the_recipe_of_hugging_faces_tensorflow_helpers():
     """Linear decay from the end of the warm-up to a share of the learning rate, as Keras computes it."""
     init_lr, steps, warmup, ratio = 5e-5, 100, 10, 0.1

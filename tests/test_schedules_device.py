@@ -183,6 +183,28 @@ def test_the_count_is_the_optimizers(backend):
     assert mine.schedule_step == 7
 
 
+def test_a_group_that_joins_late_may_begin_with_its_own_warm_up(backend):
+    """In a resumed training too."""
+
+    def new():
+        return fusedstep.AdamW(parameters(), lr=COSINE_LR, backend=backend)
+
+    def join(mine, at):
+        mine.add_param_group({"params": parameters(((2,),)), "lr": COSINE_LR.starting_at(at)})
+
+    mine = new()
+    for _ in range(5):
+        step(mine)
+    join(mine, mine.schedule_step)
+    for t in range(4):
+        assert mine.get_last_lr() == [COSINE_LR(5 + t), COSINE_LR(t)]
+        step(mine)
+    other = new()
+    join(other, 5)
+    other.load_state_dict(mine.state_dict())
+    assert other.get_last_lr() == mine.get_last_lr() == [COSINE_LR(9), COSINE_LR(4)]
+
+
 def test_a_step_that_fails_does_not_count(backend):
     mine = fusedstep.AdamW(parameters(), lr=COSINE_LR, backend=backend)
     step(mine)

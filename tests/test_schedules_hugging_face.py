@@ -105,7 +105,7 @@ def test_every_number_is_that_of_transformers(variant, warmup, total):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", [f for f in dir(theirs) if f.startswith("get_") and f != "get_adafactor_schedule"])
+@pytest.mark.parametrize("name", [f for f in dir(theirs) if f.startswith("get_")])
 def test_signatures_are_those_of_transformers(name):
     """Same names, order and defaults; what is added is keyword-only."""
     mine = inspect.signature(getattr(schedules, name)).parameters
@@ -374,6 +374,22 @@ def test_the_last_lrs_are_copies():
 # In torch's combinations.
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, fusedstep.AdamW], ids=lambda c: c.__module__)
+def test_a_tensor_lr_in_sequence_is_a_number_in_sequence(make):
+    """The second scheduler, and a group that joins, find the constructor's learning rate, not what the first wrote."""
+    results = []
+    for lr in (LR, torch.tensor(LR, dtype=torch.float64)):
+        made = make([{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)], lr=lr)
+        warmup = schedules.get_scheduler("constant_with_warmup", made, 3)
+        decay = schedules.get_scheduler("polynomial", made, 0, 10)
+        scheduler = lr_scheduler.SequentialLR(made, [warmup, decay], [4])
+        results.append(walk(scheduler, 12))
+        made.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+        assert float(made.param_groups[2]["lr"]) == LR
+    assert results[0] == [pytest.approx(rates, rel=1e-12) for rates in results[1]]
+    assert made.param_groups[0]["lr"] is lr
+
+
 def test_in_sequence():
     """Half of it transformers' own numbers."""
 
@@ -520,6 +536,29 @@ def test_training_is_that_of_torch_and_transformers(variant, backend):
             made.step()
             scheduler.step()
     torch.testing.assert_close(params, copies, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "relative_step": False, "warmup_init": False}], ids=str)
+def test_the_learning_rates_of_adafactor_are_those_that_transformers_shows(options, tmp_path):
+    """Before the first gradient and in training; there the scheduler can be saved and pickled."""
+    results = []
+    for module in (schedules, theirs):
+        params = [torch.nn.Parameter(torch.full((4, 3), float(i + 1))) for i in range(2)]
+        made = theirs.Adafactor([{"params": [param]} for param in params], **options)
+        scheduler = module.get_adafactor_schedule(made, 0.25)
+        seen = [lrs(scheduler)]
+        for step in range(5):
+            for param in params:
+                param.grad = param.detach() * (step - 2.5)
+            advance(scheduler)
+            seen.append(lrs(scheduler))
+            if step == 2 and module is schedules:
+                torch.save(scheduler.state_dict(), tmp_path / "saved")
+                other = pickle.loads(pickle.dumps(scheduler))
+                other.load_state_dict(torch.load(tmp_path / "saved", weights_only=True))
+                assert lrs(other) == seen[-1]
+        results.append((seen, [param.tolist() for param in params], list(made.param_groups[0])))
+    assert results[0] == results[1]
 
 
 def test_transformers_is_not_needed():

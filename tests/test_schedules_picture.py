@@ -86,6 +86,13 @@ def test_drawing_without_matplotlib_is_one_line(capsys, monkeypatch):
         (["PolyScheduler", "--set", "pwr=-1"], "pwr: -1"),
         (["CosineScheduler", "--warmup", "1000"], "larger than warmup_steps"),
         (["all", "--set", "pwr=-1"], "for one schedule"),
+        (["all"], "needs --plot or --json"),
+        (["cosine", "--lr", "-1"], "Invalid --lr: -1.0"),
+        (["cosine", "--lr", "nan"], "Invalid --lr: nan"),
+        (["polynomial", "--set", "power=-2", "--set", "lr_end=0", "--steps", "9"], "a negative power"),
+        (["polynomial", "--set", "lr_end=-1e999"], "the learning rate of update 0 is"),
+        (["cosine", "--plot", "out.nope"], "Format 'nope' is not supported"),
+        (["cosine", "--plot", f"{__file__}/out.png"], "cannot be written"),
     ],
     ids=str,
 )

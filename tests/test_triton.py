@@ -194,3 +194,95 @@ def test_arithmetic_is_rounded_after_every_operation(code):
 
 def test_nothing_is_spilled_to_local_memory(code):
     assert all(found["local"] == 0 for found in code.values())
+
+
+@pytest.mark.parametrize("case", CASES[4:6], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kept", [{}, {"zero_grads": True}, {"write_grads": True}], ids=str)
+def test_clipped_gradients_and_what_is_left_of_them(interpreted, case, dtype, kept):
+    """The norm is a power of two, so that the coefficient is the same whatever the order of its sum."""
+    optimizers = []
+    for backend in ("triton", "reference"):
+        params = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (5, 9000, 0, 59, 7320)]
+        options = {"max_grad_norm": 1.0, "skip_nonfinite": True, **case.options, **kept}
+        optimizers.append(getattr(fusedstep, case.optimizer)(params, backend=backend, **options))
+    assert sum(p.numel() for p in params) == 4**7
+    for number in range(3):
+        for optimizer in optimizers:
+            for param in optimizer.param_groups[0]["params"]:
+                param.grad = torch.full_like(param, 0.5)
+                if number == 1 and len(param) == 59:
+                    param.grad[58] = torch.nan
+            optimizer.step()
+        norms = [optimizer.grad_norm for optimizer in optimizers]
+        assert same_bits(*norms)
+        assert norms[0].isnan() if number == 1 else norms[0] == 64.0
+        for a, b in zip(*[o.param_groups[0]["params"] for o in optimizers], strict=True):
+            assert same_bits(a.grad, b.grad)
+    assert_same(optimizers)
+
+
+@pytest.mark.parametrize("by_largest", [False, True])
+def test_the_norm_of_gradients_of_every_dtype_and_size(interpreted, by_largest):
+    generator = torch.Generator().manual_seed(11)
+    sizes = [1, 33, 70_000, 5, 0, 20_000]
+    grads = random(sizes, generator, FLOATS)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(n)) for n in half]} for half in (sizes[:3], sizes[3:])]
+    optimizer = fusedstep.SGD(
+        groups, 0.1, max_grad_norm=1.0, norm_type=torch.inf if by_largest else 2, backend="triton"
+    )
+    for scale in (1.0, 8.0):
+        params = [p for group in groups for p in group["params"]]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad_dtype = None
+            param.grad = grad
+        optimizer.grad_scale = torch.tensor(scale)
+        optimizer.step()
+        flat = torch.cat([grad.double() for grad in grads]) / scale
+        norm = flat.abs().max() if by_largest else flat.norm()
+        torch.testing.assert_close(optimizer.grad_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_a_scaler_that_leaves_the_finite_check_to_the_step(interpreted):
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (5, 3000)]
+    optimizer = fusedstep.AdamW(params, max_grad_norm=1.0, backend="triton")
+    scaler = fusedstep.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    for number in range(4):
+        for param in params:
+            param.grad = torch.full_like(param, torch.inf if number in (0, 2) else 1.0)
+        before = [p.detach().clone() for p in params]
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(torch.equal(p, b) == (number in (0, 2)) for p, b in zip(params, before, strict=True))
+    assert scaler.get_scale() == 1.0
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+def test_the_kernel_that_sums_compiles_for_a_gpu():
+    command = [sys.executable, str(Path(__file__).parent / "triton_compile.py"), "norm"]
+    variants = [f"{dtype},{last}" for dtype in ("fp32", "bf16", "fp16", "fp64") for last in (0, 1)]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([*command, *variants], env=environment, capture_output=True, text=True, check=True)
+    for counts in json.loads(done.stdout):
+        assert counts["wide_loads"] > 0
+        assert counts["fma"] == counts["local"] == counts["approximate"] == 0
+
+
+@pytest.mark.parametrize("case", CASES[2:6], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_averages_and_copies_have_the_references_bits(interpreted, case, dtype):
+    generator = torch.Generator().manual_seed(13)
+    sizes = [5, 17_000, 0, 40]
+    values = random(sizes, generator, (dtype,))
+    optimizers = []
+    for backend in ("triton", "reference"):
+        params = [torch.nn.Parameter(v.clone()) for v in values]
+        options = {**case.options, "ema_decay": 0.7, "weights_copy": torch.bfloat16}
+        optimizers.append(getattr(fusedstep, case.optimizer)(params, backend=backend, **options))
+    for _ in range(2):
+        step(optimizers, random(sizes, generator, (dtype,)))
+    assert_same(optimizers)
+    for a, b in zip(*[o.param_groups[0]["params"] for o in optimizers], strict=True):
+        assert same_bits(optimizers[0].copies[a], optimizers[1].copies[b])
+        assert same_bits(optimizers[0].copies[a], a.detach().to(torch.bfloat16))

@@ -8,7 +8,7 @@ import re
 import sys
 
 import triton
-from fusedstep.triton_kernels import reducing
+from fusedstep.triton_kernels import norm, reducing
 from fusedstep.triton_kernels.rules import RULES
 from fusedstep.triton_kernels.step import constants, step_kernel
 from triton.backends.compiler import GPUTarget
@@ -16,31 +16,42 @@ from triton.compiler import ASTSource
 
 POINTERS = {
     **{"table_ptr": "*i64", "chunks_ptr": "*i64", "grads_ptr": "*i64", "hyper_ptr": "*fp64", "done_ptr": "*i32"},
-    **{"grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32"},
+    **{"grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "coefficient_ptr": "*fp64", "average_weight_ptr": "*fp64"},
+    **{"sums_ptr": "*fp64", "norm_ptr": "*fp64", "limits_ptr": "*fp64", "found_before_ptr": "*fp32"},
 }
 
 
 def compile_ptx(rule: str, present: int, dtype: str, scaled: bool) -> str:
     """The kernel's PTX for tensors that are all stored in ``dtype``; bit k of ``present``: whether there is state k."""
     states = tuple(dtype if present >> k & 1 else "" for k in range(RULES[rule].n_named))
-    fixed = constants(rule, (dtype, dtype, *states), maximize=False, zero_grads=False, block=2048)
+    fixed = constants(rule, (dtype, dtype, *states), ("", ""), maximize=False, left="", block=2048)
     if not scaled:
-        fixed |= {"grad_scale_ptr": None, "found_inf_ptr": None}
+        fixed |= {"grad_scale_ptr": None, "found_inf_ptr": None, "coefficient_ptr": None, "average_weight_ptr": None}
     return ptx_of(step_kernel, fixed)
 
 
 def compile_reducing_ptx(rule: str, element_state: bool, dtype: str) -> list[str]:
     """The PTX of a reducing rule's kernels for tensors that are all stored in ``dtype``."""
-    dtypes = (*(dtype,) * 4, dtype if element_state else "", dtype)
-    fixed = reducing.constants(rule, dtypes, False, False) | {"grad_scale_ptr": None, "found_inf_ptr": None}
-    return [ptx_of(kernel, fixed) for kernel in reducing.KERNELS]
+    has = reducing.REDUCING_RULES[rule]
+    states = (has.row, has.column, has.element and element_state, has.tensor, has.row2, has.column2)
+    dtypes = (dtype, dtype, *(dtype if state else "" for state in states))
+    absent = dict.fromkeys(("grad_scale_ptr", "found_inf_ptr", "coefficient_ptr"))
+    fixed = reducing.constants(rule, dtypes, ("", ""), False, "", False) | absent
+    return [ptx_of(kernel, fixed) for kernel in reducing.kernels_of(rule)]
+
+
+def compile_norm_ptx(dtype: str, last: bool) -> str:
+    """The PTX of the kernel that sums over gradients of one dtype."""
+    limits = (1.0, 1e-6, False, False, True, True)
+    return ptx_of(norm.norm_kernel, norm.constants(dtype, False, last, limits, block=2048))
 
 
 def compile_stored_ptx(form: str, state: str) -> str:
     """The PTX of Adam's kernel for bf16 weights in a form, with states in "i8" (and "u8") or a dtype."""
     dtypes = ("bf16", "bf16", state, "u8" if state == "i8" else state, "")
-    fixed = constants("adam", dtypes, maximize=False, zero_grads=False, block=2048, form=form)
-    return ptx_of(step_kernel, fixed | {"grad_scale_ptr": None, "found_inf_ptr": None})
+    fixed = constants("adam", dtypes, ("", ""), False, "", 2048, form)
+    absent = dict.fromkeys(("grad_scale_ptr", "found_inf_ptr", "coefficient_ptr", "average_weight_ptr"))
+    return ptx_of(step_kernel, fixed | absent)
 
 
 def ptx_of(kernel, fixed: dict) -> str:
@@ -62,13 +73,13 @@ def ptx_of(kernel, fixed: dict) -> str:
 
 
 def count(ptx: str) -> dict[str, int]:
-    """How often what matters occurs."""
+    """How often what matters occurs. In float64 an approximation is only where the logarithm begins."""
     patterns = {
         "wide_loads": r"\bld\.global[.\w:]*\.v(4\.b32|2\.b64)",
         "wide_stores": r"\bst\.global[.\w:]*\.v(4\.b32|2\.b64)",
         "fma": r"\bfma\.",
         "local": r"\.local\b",
-        "approximate": r"\b(div|sqrt|rcp|rsqrt)\.(full|approx)",
+        "approximate": r"\b(div|sqrt|rcp|rsqrt)\.(full|approx)[.\w]*\.f32",
         "rounded_roots": r"\bsqrt\.rn\.f",
         "rounded_divisions": r"\bdiv\.rn\.f",
     }
@@ -78,6 +89,9 @@ def count(ptx: str) -> dict[str, int]:
 if __name__ == "__main__":
     if sys.argv[1] == "stored":
         print(json.dumps([count(compile_stored_ptx(*variant.split(","))) for variant in sys.argv[2:]]))
+        sys.exit()
+    if sys.argv[1] == "norm":
+        print(json.dumps([count(compile_norm_ptx(d, last == "1")) for d, last in (v.split(",") for v in sys.argv[2:])]))
         sys.exit()
     reduces = sys.argv[1] == "reducing"
     variants = [tuple(variant.split(",")) for variant in sys.argv[1 + reduces :]]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .numeric import divide, maximum, square_root
+from .rules import amos_advance, amos_clip, amos_prepare
 
 
 @triton.jit
@@ -80,9 +81,10 @@ def adafactor_square(grad, s):
 
 
 @triton.jit
-def adafactor_line(mean, state, s):
+def adafactor_line(mean, state, state2, s):
     state = s.beta2 * state + s.one_minus_beta2 * (mean + s.eps1)
-    return state, divide(state * 0 + 1, square_root(state))
+    factor = divide(state * 0 + 1, square_root(state))
+    return state, state2, factor, factor
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def adafactor_finish(s, param_rms, update_rms, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def adafactor_update(param, grad, factor, exp_avg, s, f, HAS_STATE: tl.constexpr):
+def adafactor_update(param, grad, factor, factor2, exp_avg, s, f, HAS_STATE: tl.constexpr):
     update = f.step_size * adafactor_direction(grad, factor, s)
     if HAS_STATE:
         exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * update
@@ -150,9 +152,10 @@ def torch_adafactor_square(grad, s):
 
 
 @triton.jit
-def torch_adafactor_line(mean, state, s):
+def torch_adafactor_line(mean, state, state2, s):
     state = interpolate(state, mean, s.one_minus_beta2)
-    return state, divide(state * 0 + 1, square_root(state))
+    factor = divide(state * 0 + 1, square_root(state))
+    return state, state2, factor, factor
 
 
 @triton.jit
@@ -174,25 +177,54 @@ def torch_adafactor_finish(s, param_rms, update_rms, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def torch_adafactor_update(param, grad, factor, state, s, f, HAS_STATE: tl.constexpr):
+def torch_adafactor_update(param, grad, factor, factor2, state, s, f, HAS_STATE: tl.constexpr):
     return param * f.decay - f.step_size * torch_adafactor_direction(grad, factor, s), state
 
 
+@triton.jit
+def amos_square(grad, s):
+    grad = amos_clip(grad, s)
+    return grad * grad
+
+
+@triton.jit
+def amos_line(mean, exp_avg_sq, decay, s):
+    exp_avg_sq, decay, reciprocal_root, l2, divisor = amos_advance(mean, exp_avg_sq, decay, s)
+    return exp_avg_sq, decay, divide(s.init_lr * reciprocal_root, divisor), divide(l2, divisor)
+
+
+@triton.jit
+def amos_finish(s, param_rms, update_rms, ARITHMETIC: tl.constexpr):
+    return 0
+
+
+@triton.jit
+def amos_lines_update(param, grad, factor, factor2, exp_avg, s, f, HAS_STATE: tl.constexpr):
+    delta = factor * amos_clip(grad, s) + factor2 * param
+    if HAS_STATE:
+        exp_avg = s.momentum * exp_avg + s.one_minus_momentum * delta
+        delta = exp_avg
+    return param - delta, exp_avg
+
+
 class ReducingRule(NamedTuple):
-    """What the generic kernels need of a rule, and the names of its states by what they belong to."""
+    """What the generic kernels need of a rule, and the names of its states by what they belong to; "" for none."""
 
     prepare: triton.JITFunction
     square: triton.JITFunction
     line: triton.JITFunction
-    matrix: triton.JITFunction
-    direction: triton.JITFunction
     finish: triton.JITFunction
     update: triton.JITFunction
-    row: str
-    column: str
-    flat: str
-    element: str  # "" for none
-    tensor: str
+    matrix: triton.JITFunction | None = None  # None: no mean of rows' states is asked for
+    direction: triton.JITFunction | None = None  # None: no RMS of the update is asked for
+    row: str = ""
+    column: str = ""
+    flat: str = ""
+    element: str = ""
+    tensor: str = ""
+    row2: str = ""
+    column2: str = ""
+    param_sum: bool = False  # whether the RMS of the old parameter is asked for
 
 
 REDUCING_RULES = {
@@ -200,10 +232,11 @@ REDUCING_RULES = {
         adafactor_prepare,
         adafactor_square,
         adafactor_line,
-        adafactor_matrix,
-        adafactor_direction,
         adafactor_finish,
         adafactor_update,
+        adafactor_matrix,
+        adafactor_direction,
+        param_sum=True,
         row="exp_avg_sq_row",
         column="exp_avg_sq_col",
         flat="exp_avg_sq",
@@ -214,14 +247,21 @@ REDUCING_RULES = {
         torch_adafactor_prepare,
         torch_adafactor_square,
         torch_adafactor_line,
-        torch_adafactor_matrix,
-        torch_adafactor_direction,
         torch_adafactor_finish,
         torch_adafactor_update,
+        torch_adafactor_matrix,
+        torch_adafactor_direction,
+        param_sum=True,
         row="row_var",
         column="col_var",
         flat="variance",
-        element="",
-        tensor="",
+    ),
+    "amos_rows": ReducingRule(
+        *(amos_prepare, amos_square, amos_line, amos_finish, amos_lines_update),
+        **{"row": "exp_avg_sq", "row2": "decay", "element": "exp_avg"},
+    ),
+    "amos_columns": ReducingRule(
+        *(amos_prepare, amos_square, amos_line, amos_finish, amos_lines_update),
+        **{"column": "exp_avg_sq", "column2": "decay", "element": "exp_avg"},
     ),
 }

@@ -325,16 +325,28 @@ def amos_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def amos_update(param, grad, exp_avg_sq, decay, exp_avg, s, PRESENT: tl.constexpr):
+def amos_clip(grad, s):
     if s.clip_value != 0:
         grad = maximum(minimum(grad, s.clip_value), -s.clip_value)
-    grad_sq = grad * grad
+    return grad
+
+
+@triton.jit
+def amos_advance(grad_sq, exp_avg_sq, decay, s):
+    """The new statistics, and what an update makes of them."""
     exp_avg_sq = s.beta * exp_avg_sq + s.one_minus_beta * grad_sq
     reciprocal = divide(s.bias_correction, maximum(exp_avg_sq, s.eps))
     gamma = divide(s.lr_squared * (reciprocal * grad_sq), square_root(1.0 + s.c * decay))
-    delta = s.init_lr * (square_root(reciprocal) * grad) + (0.5 * gamma + s.extra_l2) * param
-    delta = divide(delta, 1.0 + s.d * decay)
+    divisor = 1.0 + s.d * decay
     decay = decay + gamma * (1.0 + decay)
+    return exp_avg_sq, decay, square_root(reciprocal), 0.5 * gamma + s.extra_l2, divisor
+
+
+@triton.jit
+def amos_update(param, grad, exp_avg_sq, decay, exp_avg, s, PRESENT: tl.constexpr):
+    grad = amos_clip(grad, s)
+    exp_avg_sq, decay, reciprocal_root, l2, divisor = amos_advance(grad * grad, exp_avg_sq, decay, s)
+    delta = divide(s.init_lr * (reciprocal_root * grad) + l2 * param, divisor)
     if PRESENT & 4:
         exp_avg = s.momentum * exp_avg + s.one_minus_momentum * delta
         delta = exp_avg

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .numeric import divide
 from .rules import RULES
-from .stored import COMPANION, load, load_state, load_weight, store, store_state, store_weight
+from .stored import AVERAGE, COMPANION, COPY, load, load_state, load_weight, store, store_state, store_weight
 
-ROW = 16  # int64 numbers of a tensor in the table: param, step, up to five states, and what stored.py names
+ROW = 17  # int64 numbers of a tensor in the table: param, step, up to five states, and what stored.py names
 CHUNK_ROW = 3  # of a chunk: tensor, elements, offset
 
 
@@ -26,6 +26,8 @@ def update_block(
     lanes,
     mask,
     grad_scale_ptr,
+    coefficient_ptr,
+    average_weight_ptr,
     step,
     s,
     UPDATE: tl.constexpr,
@@ -39,7 +41,8 @@ def update_block(
     FORM: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    ZERO_GRADS: tl.constexpr,
+    LEFT: tl.constexpr,
+    FOLLOWERS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -49,10 +52,14 @@ def update_block(
     """
     p = load_weight(row_ptr, begin, lanes, mask, PARAM, FORM, ARITHMETIC, WHOLE)
     g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
-    if ZERO_GRADS:
-        store(grad, begin, lanes, mask, tl.zeros_like(g), GRAD, WHOLE)
     if grad_scale_ptr is not None:
         g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
+    if coefficient_ptr is not None:
+        g = g * tl.load(coefficient_ptr).to(ARITHMETIC)
+    if LEFT == "zero":
+        store(grad, begin, lanes, mask, tl.zeros_like(g), GRAD, WHOLE)
+    if LEFT == "changed":
+        store(grad, begin, lanes, mask, g, GRAD, WHOLE)
     if MAXIMIZE:
         g = -g
     s0, s1, s2 = p, p, p  # stand in for absent states, which the rule hands back
@@ -69,13 +76,33 @@ def update_block(
         p, s0 = UPDATE(p, g, s0, s, PRESENT)
     else:
         p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s, PRESENT)
-    store_weight(row_ptr, begin, lanes, mask, p, step, PARAM, FORM, WHOLE, BLOCK)
+    p = store_weight(row_ptr, begin, lanes, mask, p, step, PARAM, FORM, ARITHMETIC, WHOLE, BLOCK)
+    if FOLLOWERS[0] != "":
+        average = load(tl.load(row_ptr + AVERAGE), begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, WHOLE)
+        average = average + tl.load(average_weight_ptr).to(ARITHMETIC) * (p - average)
+        store(tl.load(row_ptr + AVERAGE), begin, lanes, mask, average, FOLLOWERS[0], WHOLE)
+    if FOLLOWERS[1] != "":
+        store(tl.load(row_ptr + COPY), begin, lanes, mask, p, FOLLOWERS[1], WHOLE)
     if STATE0 != "":
         store_state(row_ptr, 0, begin, lanes, mask, s0, STATE0, WHOLE, BLOCK)
     if STATE1 != "":
         store_state(row_ptr, 1, begin, lanes, mask, s1, STATE1, WHOLE, BLOCK)
     if STATE2 != "":
         store_state(row_ptr, 2, begin, lanes, mask, s2, STATE2, WHOLE, BLOCK)
+
+
+@triton.jit
+def zero_chunk(chunk_ptr, grads_ptr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """What is left of a step that is skipped: zeros in the gradient."""
+    n = tl.load(chunk_ptr + 1).to(tl.int32)
+    offset = tl.load(chunk_ptr + 2)
+    grad = tl.load(grads_ptr + tl.load(chunk_ptr))
+    if grad != 0:
+        start = 0 * n
+        while start < n:
+            lanes = start + tl.arange(0, BLOCK)
+            store(grad, offset, lanes, lanes < n, tl.zeros([BLOCK], tl.float32), GRAD, False)
+            start += BLOCK
 
 
 @triton.jit
@@ -87,6 +114,8 @@ def step_kernel(
     done_ptr,
     grad_scale_ptr,
     found_inf_ptr,
+    coefficient_ptr,
+    average_weight_ptr,
     n_tensors,
     PREPARE: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -100,13 +129,16 @@ def step_kernel(
     FORM: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    ZERO_GRADS: tl.constexpr,
+    LEFT: tl.constexpr,
+    FOLLOWERS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW: tl.constexpr,
     CHUNK_ROW: tl.constexpr,
 ):
     if found_inf_ptr is not None:  # the same for all programs: nothing is written, nothing is counted
         if tl.load(found_inf_ptr) != 0:
+            if LEFT == "zero":
+                zero_chunk(chunks_ptr + tl.program_id(0).to(tl.int64) * CHUNK_ROW, grads_ptr, GRAD, BLOCK)
             return
     chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * CHUNK_ROW
     tensor = tl.load(chunk_ptr)
@@ -122,6 +154,8 @@ def step_kernel(
         for k in tl.static_range(N_NAMED):
             addresses = addresses | tl.load(row_ptr + 2 + k)
         addresses = addresses | tl.load(row_ptr + COMPANION)  # 0 if there is none
+        if FOLLOWERS != ("", ""):
+            addresses = addresses | tl.load(row_ptr + AVERAGE) | tl.load(row_ptr + COPY)
         whole = 0 * n
         if addresses % 16 == 0:
             whole = n // BLOCK * BLOCK
@@ -129,16 +163,18 @@ def step_kernel(
         lanes = tl.arange(0, BLOCK)
         while start < whole:
             update_block(
-                row_ptr, grad, offset + start, lanes, None, grad_scale_ptr, step, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, FORM, ARITHMETIC, MAXIMIZE, ZERO_GRADS,
-                True, BLOCK,
+                row_ptr, grad, offset + start, lanes, None,
+                grad_scale_ptr, coefficient_ptr, average_weight_ptr, step, s,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, FORM, ARITHMETIC, MAXIMIZE, LEFT,
+                FOLLOWERS, True, BLOCK,
             )  # fmt: skip
             start += BLOCK
         while start < n:
             update_block(
-                row_ptr, grad, offset + start, lanes, start + lanes < n, grad_scale_ptr, step, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, FORM, ARITHMETIC, MAXIMIZE, ZERO_GRADS,
-                False, BLOCK,
+                row_ptr, grad, offset + start, lanes, start + lanes < n,
+                grad_scale_ptr, coefficient_ptr, average_weight_ptr, step, s,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, FORM, ARITHMETIC, MAXIMIZE, LEFT,
+                FOLLOWERS, False, BLOCK,
             )  # fmt: skip
             start += BLOCK
 
@@ -157,11 +193,19 @@ def step_kernel(
 
 
 def constants(
-    rule: str, dtypes: tuple[str, ...], maximize: bool, zero_grads: bool, block: int, form: str = "plain"
+    rule: str,
+    dtypes: tuple[str, ...],
+    followers: tuple[str, str],
+    maximize: bool,
+    left: str,
+    block: int,
+    form: str = "plain",
 ) -> dict:
     """The compile-time arguments of `step_kernel`.
 
     ``dtypes`` of param, grad and every state that the rule names, as "fp32", "bf16" and so on; "" for an absent one.
+    ``followers``: of the parameters' averages and copies.
+    ``left`` in the gradients: "" for what was there, "zero", or "changed" for what the rule used.
     """
     return {
         "PREPARE": RULES[rule].prepare,
@@ -172,7 +216,8 @@ def constants(
         "FORM": form,
         "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
         "MAXIMIZE": maximize,
-        "ZERO_GRADS": zero_grads,
+        "LEFT": left,
+        "FOLLOWERS": followers,
         "BLOCK": block,
         "ROW": ROW,
         "CHUNK_ROW": CHUNK_ROW,
@@ -182,9 +227,10 @@ def constants(
 def launch(
     rule: str,
     dtypes: tuple[str, ...],
+    followers: tuple[str, str],
     form: str,
     maximize: bool,
-    zero_grads: bool,
+    left: str,
     table: Tensor,
     chunks: Tensor,
     grads: Tensor,
@@ -192,6 +238,8 @@ def launch(
     done: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    coefficient: Tensor | None,
+    average_weight: Tensor | None,
     block: int,
 ) -> None:
     """Queue one update of the tensors of ``table``, all of which have the same dtypes.
@@ -200,15 +248,18 @@ def launch(
         rule: its name in `RULES`.
         dtypes: of param, grad and each state that the rule names: "fp32", "bf16", "fp16", "fp64", of a state also "i8"
             and "u8" for its codes; "": an absent one.
+        followers: dtypes of the averages and the copies of the parameters.
         form: how weights are stored: "plain", "master", "split", "kahan" or "stochastic".
         maximize: whether gradients are negated.
-        zero_grads: whether each gradient is set to zero when it has been read.
+        left: what becomes of the gradients, as in `constants`.
         table: int64, (tensors, ROW): addresses.
         chunks: int64, (programs, CHUNK_ROW): which elements each program updates.
         grads: int64, (tensors,): addresses of the gradients, 0 for tensors that take no part.
         hyper: float64: the rule's hyperparameters.
         done: int32, one zero; it is zero again afterwards.
         grad_scale, found_inf: one fp32 number each, or None.
+        coefficient: one fp64 number that gradients are multiplied by, or None.
+        average_weight: of the parameter in its average, one fp64 number; None where there are no averages.
         block: elements that a program updates at a time.
     """
     step_kernel[(chunks.shape[0],)](
@@ -219,8 +270,10 @@ def launch(
         done,
         grad_scale,
         found_inf,
+        coefficient,
+        average_weight,
         table.shape[0],
-        **constants(rule, dtypes, maximize, zero_grads, block, form),
+        **constants(rule, dtypes, followers, maximize, left, block, form),
         num_warps=8,
         enable_fp_fusion=False,
     )

@@ -10,6 +10,7 @@ COMPANION = tl.constexpr(7)  # its place in a tensor's row of the table; the sca
 SCALES = tl.constexpr(8)
 SEED = tl.constexpr(13)
 INDEX = tl.constexpr(14)
+AVERAGE, COPY = tl.constexpr(15), tl.constexpr(16)
 
 
 @triton.jit
@@ -75,25 +76,34 @@ def load_weight(
 
 @triton.jit
 def store_weight(
-    row_ptr, begin, lanes, mask, x, step, PARAM: tl.constexpr, FORM: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr
-):
+    row_ptr, begin, lanes, mask, x, step,
+    PARAM: tl.constexpr, FORM: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Returns what followers follow: the fp32 weight where one is kept, else the stored one."""
     param = tl.load(row_ptr)
     if FORM == "master":
         store(tl.load(row_ptr + COMPANION), begin, lanes, mask, x, "fp32", WHOLE)
         store(param, begin, lanes, mask, x, PARAM, WHOLE)
+        return x
     elif FORM == "split":
         upper, lower = split(x)
         store_stored(param, begin, lanes, mask, upper, "bits", WHOLE)
         store_stored(tl.load(row_ptr + COMPANION), begin, lanes, mask, lower, "bits", WHOLE)
+        return x
     elif FORM == "kahan":
         narrowed, rest = compensate(x, PARAM)
         store_stored(param, begin, lanes, mask, narrowed, PARAM, WHOLE)
         store_stored(tl.load(row_ptr + COMPANION), begin, lanes, mask, rest, PARAM, WHOLE)
+        return widen(narrowed, PARAM, ARITHMETIC)
     elif FORM == "stochastic":
         random = random_16(tl.load(row_ptr + SEED), tl.load(row_ptr + INDEX), step, begin, lanes, N)
-        store_stored(param, begin, lanes, mask, narrow_stochastic(x, random, PARAM), PARAM, WHOLE)
+        narrowed = narrow_stochastic(x, random, PARAM)
+        store_stored(param, begin, lanes, mask, narrowed, PARAM, WHOLE)
+        return widen(narrowed, PARAM, ARITHMETIC)
     else:
-        store(param, begin, lanes, mask, x, PARAM, WHOLE)
+        narrowed = narrow(x, PARAM)
+        store_stored(param, begin, lanes, mask, narrowed, PARAM, WHOLE)
+        return widen(narrowed, PARAM, ARITHMETIC)
 
 
 @triton.jit

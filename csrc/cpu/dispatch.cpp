@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <stdexcept>
 #include <thread>
 
@@ -15,19 +16,27 @@ namespace fusedstep::cpu {
 namespace v2 {
 void run(const Call&, int64_t, int64_t);
 void run_phase(const Wave&, Phase, int64_t, int64_t);
+StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
+void scale_stretch(const Stretch&, int64_t, int64_t, double);
 }  // namespace v2
 namespace v3 {
 void run(const Call&, int64_t, int64_t);
 void run_phase(const Wave&, Phase, int64_t, int64_t);
+StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
+void scale_stretch(const Stretch&, int64_t, int64_t, double);
 }  // namespace v3
 namespace v4 {
 void run(const Call&, int64_t, int64_t);
 void run_phase(const Wave&, Phase, int64_t, int64_t);
+StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
+void scale_stretch(const Stretch&, int64_t, int64_t, double);
 }  // namespace v4
 #else
 inline namespace base {
 void run(const Call&, int64_t, int64_t);
 void run_phase(const Wave&, Phase, int64_t, int64_t);
+StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
+void scale_stretch(const Stretch&, int64_t, int64_t, double);
 }  // namespace base
 #endif
 
@@ -42,12 +51,15 @@ std::vector<Isa> supported() {
   std::vector<Isa> isas;
 #if FUSEDSTEP_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v2")) isas.push_back({"v2", v2::run, v2::run_phase});
-  if (__builtin_cpu_supports("x86-64-v3")) isas.push_back({"v3", v3::run, v3::run_phase});
-  if (__builtin_cpu_supports("x86-64-v4")) isas.push_back({"v4", v4::run, v4::run_phase});
+  if (__builtin_cpu_supports("x86-64-v2"))
+    isas.push_back({"v2", v2::run, v2::run_phase, v2::sum_stretch, v2::scale_stretch});
+  if (__builtin_cpu_supports("x86-64-v3"))
+    isas.push_back({"v3", v3::run, v3::run_phase, v3::sum_stretch, v3::scale_stretch});
+  if (__builtin_cpu_supports("x86-64-v4"))
+    isas.push_back({"v4", v4::run, v4::run_phase, v4::sum_stretch, v4::scale_stretch});
   if (isas.empty()) throw std::runtime_error("fusedstep: the CPU engine needs an x86-64-v2 processor (SSE4.2)");
 #else
-  isas.push_back({"base", base::run, base::run_phase});
+  isas.push_back({"base", base::run, base::run_phase, base::sum_stretch, base::scale_stretch});
 #endif
   return isas;
 }
@@ -101,9 +113,47 @@ int64_t whole_blocks(const Call& call, int64_t i) {
   return work.record->precision.in_blocks ? work.begin + (i - work.begin) / kBlock * kBlock : i;
 }
 
+namespace {
+
+// A thread whose core another program uses begins milliseconds late, and the call waits for it. If that took longer
+// than one thread would have needed for everything, the next short calls are made on one, twice as many each time.
+constexpr int64_t kShort = 1 << 22;  // elements: one thread needs a few milliseconds
+constexpr int kFewestAlone = 16, kMostAlone = 1024;
+std::atomic<int> alone{0}, alone_next{kFewestAlone};
+
+using Clock = std::chrono::steady_clock;
+
+void learn_from(int team, Clock::duration working, Clock::duration waiting) {
+  if (waiting > std::max<Clock::duration>(team * working, std::chrono::microseconds(500))) {
+    alone = alone_next.load();
+    alone_next = std::min(2 * alone, kMostAlone);
+  } else {
+    alone_next = kFewestAlone;
+  }
+}
+
+}  // namespace
+
+void share_out(int threads, int64_t numel, const Share& share) {
+  int team = team_size(threads, numel);
+  const bool learns = team > 1 && numel < kShort;
+  if (learns && alone > 0) {
+    --alone;
+    team = 1;
+  }
+  const Clock::time_point called = Clock::now();
+  Clock::duration working{};
+  parallel(team, [&](int index, int size, const auto&) {
+    const Clock::time_point begun = Clock::now();
+    share(index, size);
+    if (index == 0) working = Clock::now() - begun;
+  });
+  if (learns && team > 1) learn_from(team, working, Clock::now() - called - working);
+}
+
 void step(const Call& call, int threads) {
   const RunFunction run = current().run;
-  parallel(team_size(threads, call.numel), [&](int index, int size, const auto&) {
+  share_out(threads, call.numel, [&](int index, int size) {
     const auto boundary = [&](int64_t i) {
       return i == size ? call.numel : whole_blocks(call, call.numel / size * i / kSplitMultiple * kSplitMultiple);
     };

@@ -3,6 +3,7 @@
 // clang-format off
 #include "stored.h"  // first: the rules that engine.h brings in then find packs' square root
 #include "engine.h"
+#include "followers.h"
 #include "tiles.h"
 // clang-format on
 
@@ -17,8 +18,9 @@ void update_loop(const Param& param, const Grad& grad, const State* states, int6
   int64_t i = begin;
   for (; i + kLanes<T> <= end; i += kLanes<T>) {
     Pack<T> p = param.load(i), g = grad.load(i), pack[kMaxStates] = {};
+    g = change(g);
     if (change.zero) grad.store(i, Pack<T>{});
-    if (change.any) g = change.sign * (g / change.scale);
+    if (change.write) grad.store(i, g * change.sign);
     FUSEDSTEP_UNROLL
     for (int k = 0; k < kNamed<Rule>; ++k)
       if (has_state<Rule>(k)) pack[k] = states[k].load(i);
@@ -30,8 +32,9 @@ void update_loop(const Param& param, const Grad& grad, const State* states, int6
   }
   if (const int64_t n = end - i; n > 0) {
     Pack<T> p = param.load_part(i, n), g = grad.load_part(i, n), pack[kMaxStates] = {};
+    g = change(g);
     if (change.zero) grad.store_part(i, n, Pack<T>{});
-    if (change.any) g = change.sign * (g / change.scale);
+    if (change.write) grad.store_part(i, n, g * change.sign);
     FUSEDSTEP_UNROLL
     for (int k = 0; k < kNamed<Rule>; ++k)
       if (has_state<Rule>(k)) pack[k] = states[k].load_part(i, n);
@@ -70,8 +73,7 @@ template <class Rule, class T>
 void update_range(const Call& call, const Work& work, int64_t begin, int64_t end, const Prepared<Rule, T>& prepared) {
   const Record& record = *work.record;
   const auto& scalars = prepared.scalars;
-  const GradChange<T> change{call.maximize || call.grad_scale != 1.0, call.zero_grads, call.maximize ? T(-1) : T(1),
-                             static_cast<T>(call.grad_scale)};
+  const GradChange<T> change = grad_change<T>(call);
   bool uniform = is_plain(record) && record.grad_dtype == record.param_dtype;
   for (int k = 0; k < kNamed<Rule>; ++k)
     uniform = uniform && (!has_state<Rule>(k) || record.state_dtypes[k] == record.param_dtype);
@@ -96,12 +98,13 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
       GradChange<T> change;
       const typename Rule::template Scalars<T>& scalars;
     };
-    const Context context{{change.any, false, change.sign, change.scale}, scalars};
+    const Context context{change, scalars};
     const auto update = [](const Record& tile, const void* grad, int64_t n, const void* context) {
       const auto& c = *static_cast<const Context*>(context);
       update_uniform<Rule, T, float>(tile, grad, 0, n, c.change, c.scalars);
     };
-    update_tiles(record, work.grad, begin, end, kPresentBits<Rule>, prepared.step, change.zero, update, &context);
+    update_tiles(record, work.grad, begin, end, kPresentBits<Rule>, prepared.step, change.zero || change.write, update,
+                 &context);
   }
 }
 
@@ -119,10 +122,17 @@ void run_rule(const Call& call, int64_t first, int64_t last) {
     const int64_t begin = first > work.begin ? first - work.begin : 0;
     const int64_t end = last - work.begin < work.record->numel ? last - work.begin : work.record->numel;
     if (begin >= end) continue;
-    if (work.record->param_dtype == Dtype::kF64)
-      update_range<Rule, double>(call, work, begin, end, twice.at(call, *work.record));
-    else
-      update_range<Rule, float>(call, work, begin, end, single.at(call, *work.record));
+    const int64_t at_once = work.record->has_followers() ? kFollowed : end - begin;
+    for (int64_t at = begin; at < end; at += at_once) {
+      const int64_t to = end - at < at_once ? end : at + at_once;
+      if (work.record->param_dtype == Dtype::kF64) {
+        update_range<Rule, double>(call, work, at, to, twice.at(call, *work.record));
+        if (work.record->has_followers()) follow<double>(*work.record, at, to, call.average_weight);
+      } else {
+        update_range<Rule, float>(call, work, at, to, single.at(call, *work.record));
+        if (work.record->has_followers()) follow<float>(*work.record, at, to, static_cast<float>(call.average_weight));
+      }
+    }
   }
 }
 

@@ -76,6 +76,15 @@ FUSEDSTEP_FN Pack<T> load_pack(const S* stored) {
   return pack;
 }
 
+#if defined(__AVX512DQ__)
+// In two loads: with one for each cache line, AMD's processors are up to 13% slower on tensors beyond their caches.
+template <>
+FUSEDSTEP_FN FloatPack load_pack<float, float>(const float* stored) {
+  const __m256 low = _mm256_loadu_ps(stored), high = _mm256_loadu_ps(stored + 8);
+  return (FloatPack)_mm512_maskz_insertf32x8(0xffff, _mm512_castps256_ps512(low), high, 1);
+}
+#endif
+
 template <class T, class S>
 FUSEDSTEP_FN void store_pack(S* stored, Pack<T> pack) {
   if constexpr (sizeof(T) == sizeof(S)) {

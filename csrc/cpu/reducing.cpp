@@ -1,96 +1,14 @@
 // The phases of a rule that reduces, compiled once per instruction set (FUSEDSTEP_ISA). It knows dtypes and tails, but
 // no optimizer by name and no threads.
 // clang-format off
-#include "stored.h"  // first: the rules that reducing.h brings in then find packs' square root
+#include "lanes.h"  // first: the rules that reducing.h brings in then find packs' square root
+#include "followers.h"
 #include "reducing.h"
 // clang-format on
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
 namespace {
-
-// Sums are kept in 64 bytes of lanes, in one pack or several: the order of additions is then the same on every
-// instruction set.
-template <class T>
-constexpr int kSplit = 64 / kPackBytes;
-template <class T>
-constexpr int64_t kStep = kSplit<T> * kLanes<T>;
-
-struct Whole {};  // pack
-struct Part {     // of a pack
-  int64_t n;
-};
-
-// Parts of packs, and formats known only now, stay out of line: with a copy in every loop this file would take minutes
-// to compile.
-#define FUSEDSTEP_OUT_OF_LINE __attribute__((noinline))
-
-template <class Numbers>
-FUSEDSTEP_FN auto load_at(Numbers numbers, int64_t i, Whole) {
-  return numbers.load(i);
-}
-template <class T>
-FUSEDSTEP_OUT_OF_LINE Pack<T> load_at(AnyStored<T> numbers, int64_t i, Whole) {
-  return numbers.load(i);
-}
-template <class Numbers>
-FUSEDSTEP_OUT_OF_LINE auto load_at(Numbers numbers, int64_t i, Part part) {
-  return numbers.load_part(i, part.n);
-}
-template <class Numbers, class P>
-FUSEDSTEP_FN void store_at(Numbers numbers, int64_t i, P pack, Whole) {
-  numbers.store(i, pack);
-}
-template <class T>
-FUSEDSTEP_OUT_OF_LINE void store_at(AnyStored<T> numbers, int64_t i, Pack<T> pack, Whole) {
-  numbers.store(i, pack);
-}
-template <class Numbers, class P>
-FUSEDSTEP_OUT_OF_LINE void store_at(Numbers numbers, int64_t i, P pack, Part part) {
-  numbers.store_part(i, part.n, pack);
-}
-
-// Zeros in place of what is behind a part.
-template <class T>
-FUSEDSTEP_FN Pack<T> kept(Pack<T> pack, Whole) {
-  return pack;
-}
-template <class T>
-FUSEDSTEP_FN Pack<T> kept(Pack<T> pack, Part part) {
-  for (int64_t i = part.n; i < kLanes<T>; ++i) pack[i] = 0;
-  return pack;
-}
-
-// Calls visit(i, w, size) for the pack of n numbers that begins with the i-th; w numbers the packs of a step.
-template <class T, class Visit>
-FUSEDSTEP_FN void for_packs(int64_t n, Visit&& visit) {
-  int64_t i = 0;
-  for (; i + kStep<T> <= n; i += kStep<T>) {
-    FUSEDSTEP_UNROLL
-    for (int w = 0; w < kSplit<T>; ++w) visit(i + w * kLanes<T>, w, Whole{});
-  }
-  FUSEDSTEP_UNROLL
-  for (int w = 0; w < kSplit<T>; ++w, i += kLanes<T>) {
-    if (i + kLanes<T> <= n)
-      visit(i, w, Whole{});
-    else if (i < n)
-      visit(i, w, Part{n - i});
-  }
-}
-
-template <class T>
-struct Lanes {
-  Pack<T> packs[kSplit<T>] = {};
-
-  FUSEDSTEP_FN T total() const {
-    T lanes[kStep<T>];
-    __builtin_memcpy(lanes, packs, sizeof(lanes));
-    for (int64_t half = kStep<T> / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
-  }
-};
 
 template <class T, class Numbers>
 double sum_of_squares(const Numbers& numbers, int64_t begin, int64_t n) {
@@ -104,11 +22,6 @@ double sum_of_squares(const Numbers& numbers, int64_t begin, int64_t n) {
     sum += lanes.total();
   }
   return sum;
-}
-
-template <class T>
-FUSEDSTEP_FN Pack<T> changed(Pack<T> grad, const GradChange<T>& change) {
-  return change.any ? change.sign * (grad / change.scale) : grad;
 }
 
 // Memory of the arithmetic type.
@@ -128,10 +41,7 @@ struct Context {
 
   const Record& record() const { return *tensor->work->record; }
   const Matrices& matrices() const { return *tensor->work->matrices; }
-  GradChange<T> change() const {
-    const ReducingCall& call = *wave.call;
-    return {call.maximize || call.grad_scale != 1.0, false, call.maximize ? T(-1) : T(1), static_cast<T>(call.grad_scale)};
-  }
+  GradChange<T> change() const { return grad_change<T>(*wave.call); }
   AnyStored<T> state(int k) const { return {record().states[k], record().state_dtypes[k]}; }
 
   void enter(const ReducingTensor& next, Phase phase) {
@@ -182,13 +92,17 @@ FUSEDSTEP_FN void update_elements(const Context<Rule, T>& context, const Param& 
   const GradChange<T> change = context.change();
   for_packs<T>(n, [&](int64_t i, int, auto size) FUSEDSTEP_INLINE {
     Pack<T> p = load_at(param, at + i, size), x{}, own[Rule::kFactors];
-    const Pack<T> g = changed(load_at(grad, at + i, size), change);
+    const Pack<T> g = change(load_at(grad, at + i, size));
+    if (change.zero) store_at(grad, at + i, Pack<T>{}, size);
+    if (change.write) store_at(grad, at + i, g * change.sign, size);
     if constexpr (kHasState) x = load_at(state, at + i, size);
     factors(i, size, own);
     Rule::update(p, g, own, x, s, f);
     store_at(param, at + i, p, size);
     if constexpr (kHasState) store_at(state, at + i, x, size);
   });
+  if (context.record().has_followers())
+    follow<T>(context.record(), at, at + n, static_cast<T>(context.wave.call->average_weight));
 }
 
 // New states and factors of n lines, from the mean of each; the states begin at `at` in their tensors. Whether they are
@@ -247,56 +161,34 @@ struct Block {
   }
 };
 
-template <class Rule, class T, int kN, class Grad>
-FUSEDSTEP_FN void sum_rows(const Context<Rule, T>& context, const Grad& grad, int64_t at, int64_t stride, int64_t n,
-                           T* row_sums, T* column_sums) {
-  const auto s = context.scalars;
-  const GradChange<T> change = context.change();
-  Lanes<T> lanes[kN];
-  for_packs<T>(n, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
-    Pack<T> squares[kN];
-    FUSEDSTEP_UNROLL
-    for (int r = 0; r < kN; ++r) {
-      squares[r] = Rule::square(changed(load_at(grad, at + r * stride + i, size), change), s);
-      lanes[r].packs[w] += squares[r];
-    }
-    const auto sums = plain(column_sums);
-    if constexpr (kN == 4) {
-      store_at(sums, i, load_at(sums, i, size) + ((squares[0] + squares[1]) + (squares[2] + squares[3])), size);
-    } else {
-      store_at(sums, i, load_at(sums, i, size) + squares[0], size);
-    }
-  });
-  FUSEDSTEP_UNROLL
-  for (int r = 0; r < kN; ++r) row_sums[r] = lanes[r].total();
-}
-
+// Row after row, as they lie in memory: that is read faster than several rows at once.
 template <class Rule, class T, class Param, class Grad>
 void sum_block(const Context<Rule, T>& context, const Tile& tile, int64_t index, const Param& param, const Grad& grad) {
   const Block<Rule, T> block(context, tile);
-  const int64_t stride = block.m.columns;
-  for (int64_t first = 0; first < tile.rows; first += kRowBlock) {
-    T* const columns = block.column_sums(first);
-    for (int64_t j = 0; j < tile.columns; ++j) columns[j] = 0;
-    const int64_t last = first + kRowBlock < tile.rows ? first + kRowBlock : tile.rows;
-    int64_t row = first;
-    for (; row + 4 <= last; row += 4)
-      sum_rows<Rule, T, 4>(context, grad, block.at + row * stride, stride, tile.columns, block.row_sums() + row,
-                           columns);
-    for (; row < last; ++row)
-      sum_rows<Rule, T, 1>(context, grad, block.at + row * stride, stride, tile.columns, block.row_sums() + row,
-                           columns);
-  }
-  if constexpr (Rule::kParamSum) {
-    double sum = 0.0;
-    if (tile.columns == stride) {
-      sum = sum_of_squares<T>(param, block.at, tile.rows * stride);
-    } else {
-      for (int64_t row = 0; row < tile.rows; ++row)
-        sum += sum_of_squares<T>(param, block.at + row * stride, tile.columns);
+  const auto s = context.scalars;
+  const GradChange<T> change = context.change();
+  [[maybe_unused]] double sum = 0.0;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    T* const columns = block.column_sums(row);
+    if (row % kRowBlock == 0) {
+      for (int64_t j = 0; j < tile.columns; ++j) columns[j] = 0;
     }
-    block.tensor.param_sums[index] = sum;
+    const int64_t at = block.at + row * block.m.columns;
+    Lanes<T> squares;
+    [[maybe_unused]] Lanes<T> of_param;
+    for_packs<T>(tile.columns, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
+      const Pack<T> square = Rule::square(change(load_at(grad, at + i, size)), s);
+      squares.packs[w] += square;
+      store_at(plain(columns), i, load_at(plain(columns), i, size) + square, size);
+      if constexpr (Rule::kParamSum) {
+        const Pack<T> p = load_at(param, at + i, size);
+        of_param.packs[w] += p * p;
+      }
+    });
+    block.row_sums()[row] = squares.total();
+    if constexpr (Rule::kParamSum) sum += of_param.total();
   }
+  if constexpr (Rule::kParamSum) block.tensor.param_sums[index] = sum;
 }
 
 template <class Rule, class T>
@@ -365,7 +257,7 @@ void sum_block_directions(const Context<Rule, T>& context, const Tile& tile, int
       for_packs<T>(tile.columns, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
         Pack<T> own[Rule::kFactors];
         factors(i, size, own);
-        const Pack<T> g = changed(load_at(grad, at + i, size), change);
+        const Pack<T> g = change(load_at(grad, at + i, size));
         const Pack<T> direction = kept<T>(Rule::direction(g, own, s), size);
         lanes.packs[w] += direction * direction;
       });
@@ -397,11 +289,12 @@ struct RunBuffers {
       factors[Rule::kFactors];
 };
 
-// Calls visit(rows, columns) with constants for the sizes that kernels of convolutions have.
-template <class T, class Visit>
+// Calls visit(rows, columns); for matrices of which both have statistics, with constants for the sizes that kernels of
+// convolutions have.
+template <class Rule, class T, class Visit>
 FUSEDSTEP_FN void visit_size(int64_t rows, int64_t columns, Visit&& visit) {
   using std::integral_constant;
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (sizeof(T) == sizeof(float) && kRows<Rule> && kColumns<Rule>) {
     if (rows == columns) {
       if (rows == 1) return visit(integral_constant<int64_t, 1>{}, integral_constant<int64_t, 1>{});
       if (rows == 3) return visit(integral_constant<int64_t, 3>{}, integral_constant<int64_t, 3>{});
@@ -493,13 +386,13 @@ void take_runs(const Context<Rule, T>& context, const Tile& tile, int64_t index,
     const int64_t left = tile.first + tile.count - first, count = left < at_once ? left : at_once;
     const int64_t at = first * size, n = count * size;
     for_packs<T>(n, [&](int64_t i, int, auto part) FUSEDSTEP_INLINE {
-      store_at(plain(b.squares.numbers), i, Rule::square(changed(load_at(grad, at + i, part), change), s), part);
+      store_at(plain(b.squares.numbers), i, Rule::square(change(load_at(grad, at + i, part)), s), part);
     });
     if (m.factored) {
-      visit_size<T>(m.rows, m.columns, [&](auto rows, auto columns) {
+      visit_size<Rule, T>(m.rows, m.columns, [&](auto rows, auto columns) {
         finish_matrices<Rule, T>(context, b, first, count, kUpdates, rows, columns);
       });
-    } else {
+    } else if constexpr (kTakesFlat<Rule>) {
       finish_lines<Rule, T>(context, line_places<Rule, Span::kFlat>(), at, n, b.squares.numbers, kUpdates,
                             b.first_states.numbers, b.factors[0].numbers, kRun);
     }
@@ -513,7 +406,7 @@ void take_runs(const Context<Rule, T>& context, const Tile& tile, int64_t index,
       for_packs<T>(n, [&](int64_t i, int w, auto part) FUSEDSTEP_INLINE {
         Pack<T> own[Rule::kFactors];
         factors(i, part, own);
-        const Pack<T> g = changed(load_at(grad, at + i, part), change);
+        const Pack<T> g = change(load_at(grad, at + i, part));
         const Pack<T> direction = kept<T>(Rule::direction(g, own, s), part);
         lanes.packs[w] += direction * direction;
       });

@@ -20,7 +20,11 @@ struct ReducingCall {
   ReducingRuleId rule;
   double hyper[kMaxHyper];
   bool maximize;
-  double grad_scale;  // gradients are divided by it; 1 leaves them alone
+  double grad_scale;      // gradients are divided by it; 1 leaves them alone
+  double coefficient;     // and then multiplied by it
+  bool zero_grads;        // each gradient is set to zero when it was read for the last time
+  bool write_grads;       // or to what it was changed to, but not negated
+  double average_weight;  // of the new parameter in its average
   std::vector<ReducingWork> work;
   int64_t numel;  // of all tensors together
 };

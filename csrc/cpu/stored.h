@@ -64,12 +64,24 @@ struct AnyStored {
   }
 };
 
-// What turns the stored gradient into the rule's: divided by scale, then multiplied by sign.
+// What turns the stored gradient into the rule's: divided by scale, multiplied by the coefficient of clipping, and
+// negated to maximize.
 template <class T>
 struct GradChange {
-  bool any, zero;  // zero: the stored one is set to zero after it was read
-  T sign, scale;
+  bool any, zero, write;  // the stored one is set to zero after it was read, or to what it was changed to
+  T scale, factor, sign;  // factor: the coefficient with the sign, which is 1 or -1
+
+  FUSEDSTEP_FN Pack<T> operator()(Pack<T> grad) const { return any ? (grad / scale) * factor : grad; }
 };
+
+template <class T, class Call>
+FUSEDSTEP_FN GradChange<T> grad_change(const Call& call) {
+  const T sign = call.maximize ? T(-1) : T(1);
+  const bool any = call.maximize || call.grad_scale != 1.0 || call.coefficient != 1.0;
+  return {
+      any, call.zero_grads, call.write_grads, static_cast<T>(call.grad_scale), sign * static_cast<T>(call.coefficient),
+      sign};
+}
 
 }  // namespace FUSEDSTEP_ISA
 }  // namespace fusedstep::cpu

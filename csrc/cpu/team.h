@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "engine.h"
+#include "norm.h"
 #include "reducing.h"
 
 namespace fusedstep::cpu {
@@ -12,6 +13,8 @@ struct Isa {
   std::string name;
   RunFunction run;
   PhaseFunction run_phase;
+  SumFunction sum;
+  ScaleFunction scale;
 };
 
 const Isa& current();  // the one in use
@@ -22,5 +25,10 @@ int team_size(int threads, int64_t numel);
 // Calls body(index, size, wait) on each thread of a team of up to that size; wait() returns once all have called it.
 using Body = std::function<void(int index, int size, const std::function<void()>& wait)>;
 void parallel(int threads, const Body& body);
+
+// The same with as many threads as so many elements are worth, for a body that does not wait. Where it is short, it
+// runs on one thread while the others' cores are busy.
+using Share = std::function<void(int index, int size)>;
+void share_out(int threads, int64_t numel, const Share& share);
 
 }  // namespace fusedstep::cpu

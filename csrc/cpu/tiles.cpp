@@ -355,7 +355,7 @@ struct State {
 }  // namespace
 
 void update_tiles(const Record& record, const void* grad, int64_t begin, int64_t end, uint32_t states, int64_t step,
-                  bool zero_grad, UpdateTile update, const void* context) {
+                  bool writes_grad, UpdateTile update, const void* context) {
   Weight weight{record, {}};
   State state[kMaxStates];
   for (int k = 0; k < kMaxStates; ++k) {
@@ -380,9 +380,8 @@ void update_tiles(const Record& record, const void* grad, int64_t begin, int64_t
     weight.store(at, n, step, wide);
     for (int k = 0; k < kMaxStates; ++k)
       if (states >> k & 1) state[k].store(at, n);
-    if (zero_grad)
-      std::memset(static_cast<char*>(const_cast<void*>(grad)) + at * size_of(record.grad_dtype), 0,
-                  static_cast<size_t>(n * size_of(record.grad_dtype)));
+    if (writes_grad && record.grad_dtype != Dtype::kF32)
+      narrow_plain(const_cast<void*>(grad), record.grad_dtype, at, n, grad_buffer.numbers);
   }
 }
 

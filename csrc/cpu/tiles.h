@@ -13,10 +13,10 @@ using UpdateTile = void (*)(const Record& tile, const void* grad, int64_t n, con
 // Updates elements [begin, end) of a tensor whose arithmetic is in fp32. 8-bit states: `begin` and `end` must lie at
 // the boundaries of their blocks.
 //
-// states: bit k says whether the rule has state k. step: the number of this step, from 1. zero_grad: the gradient is
-// set to zero when it has been read.
+// states: bit k says whether the rule has state k. step: the number of this step, from 1. writes_grad: whether
+// `update` changes the gradient.
 void update_tiles(const Record& record, const void* grad, int64_t begin, int64_t end, uint32_t states, int64_t step,
-                  bool zero_grad, UpdateTile update, const void* context);
+                  bool writes_grad, UpdateTile update, const void* context);
 
 }  // namespace FUSEDSTEP_ISA
 }  // namespace fusedstep::cpu

@@ -22,10 +22,9 @@ void launch(const Call& call, const Table& table, size_t index) {
   a.n_records = static_cast<int32_t>(segment.n_records);
   a.n_block_chunks = static_cast<int32_t>(segment.n_block_chunks);
   a.n_small_chunks = static_cast<int32_t>(segment.n_small_chunks);
-  a.maximize = call.maximize;
-  a.zero_grads = call.zero_grads;
-  a.grad_scale = call.grad_scale;
   a.found_inf = call.found_inf;
+  a.grads_become = grads_become(call);
+  a.average_weight = call.average_weight;
   std::copy(std::begin(call.hyper), std::end(call.hyper), a.hyper);
   std::copy_n(call.grads + segment.first_record, segment.n_records, a.grads);
 

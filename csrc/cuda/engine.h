@@ -30,6 +30,9 @@ struct Table {
   std::vector<Segment> segments;
 
   std::vector<char> bytes() const;  // records, chunks, and one zeroed counter for each segment
+  size_t size_in_bytes() const {
+    return records.size() * sizeof(Record) + chunks.size() * sizeof(Chunk) + segments.size() * sizeof(uint32_t);
+  }
 };
 Table build_table(const std::vector<Record>& records, int multiprocessors);
 
@@ -44,11 +47,14 @@ struct Scalar {
 struct Call {
   Scalar hyper[kMaxHyper];
   bool maximize;
-  const float* grad_scale;   // on the device; null: gradients are not scaled
-  const float* found_inf;    // on the device; null: there is no check
-  bool zero_grads;           // each gradient is set to zero when it has been read
-  char* device_table;        // a copy of the table's bytes(), 16-byte aligned
-  const void* const* grads;  // one for each record; null: takes no part
+  const float* grad_scale;    // on the device; null: gradients are not scaled
+  const float* found_inf;     // on the device; null: there is no check
+  const double* coefficient;  // on the device, what gradients are multiplied by; null: nothing
+  bool zero_grads;            // each gradient is set to zero when it was read for the last time, in a skipped step too
+  bool write_grads;           // or to what it was changed to, but not negated
+  double average_weight;      // of the new parameter in its average
+  char* device_table;         // a copy of the table's bytes(), 16-byte aligned
+  const void* const* grads;   // one for each record; null: takes no part
   int device;
   void* stream;
 };

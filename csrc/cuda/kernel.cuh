@@ -18,9 +18,9 @@ struct Arguments {
   const Chunk* chunks;
   uint32_t* done;  // blocks that have finished; the last one sets it back to zero
   int32_t n_records, n_block_chunks, n_small_chunks;
-  bool maximize, zero_grads;
-  const float* grad_scale;
   const float* found_inf;
+  GradsBecome grads_become;
+  double average_weight;
   Scalar hyper[kMaxHyper];
   const void* grads[kCapacity];
 };
@@ -57,6 +57,42 @@ __device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, T 
   }
 }
 
+// What followers follow: the fp32 weight where one is kept, else the stored one.
+template <class T>
+__device__ __forceinline__ T load_followed(const Record& record, int64_t i) {
+  const void* const companion = record.precision.companion;
+  if (record.precision.form == Form::kMaster) return load<T>(global(static_cast<const float*>(companion))[i]);
+  if (record.precision.form == Form::kSplit)
+    return load<T>(
+        join(global(static_cast<const BF16*>(record.param))[i], global(static_cast<const int16_t*>(companion))[i]));
+  return load_any<T>(record.param, record.param_dtype, i);
+}
+
+// What is updated after a parameter, while it is still in the caches: its average over the steps, and its copy in a
+// narrower dtype.
+constexpr int kFollowed = 8192;  // elements that a team updates before their followers: whole blocks
+
+template <class T>
+__device__ __noinline__ void follow(const Record& record, int64_t offset, int64_t n, Team team, T weight) {
+  T* const average = static_cast<T*>(record.average);
+#pragma unroll 4
+  for (int64_t i = offset + team.index; i < offset + n; i += team.size) {
+    const T param = load_followed<T>(record, i);
+    if (average != nullptr) {
+      const T before = global(average)[i];
+      global(average)[i] = before + weight * (param - before);
+    }
+    if (record.copy != nullptr) store_any(record.copy, record.copy_dtype, i, param);
+  }
+}
+
+__device__ __forceinline__ void follow_any(const Record& record, int64_t offset, int64_t n, Team team, double weight) {
+  if (record.param_dtype == Dtype::kF64)
+    follow<double>(record, offset, n, team, weight);
+  else
+    follow<float>(record, offset, n, team, static_cast<float>(weight));
+}
+
 // The ways through a chunk other than fp32's are functions that are called, not inlined: inlined they would take
 // registers from it, and a call is little beside a chunk.
 
@@ -71,6 +107,7 @@ __device__ __noinline__ void update_any(const Record& record, const void* grad, 
     T param = load_any<T>(record.param, record.param_dtype, i);
     const T g = change(load_any<T>(grad, record.grad_dtype, i));
     if (change.zero) store_any(const_cast<void*>(grad), record.grad_dtype, i, T(0));
+    if (change.write) store_any(const_cast<void*>(grad), record.grad_dtype, i, g * change.sign);
     T states[kMaxStates] = {};
 #pragma unroll
     for (int k = 0; k < kNamed<Rule>; ++k)
@@ -144,7 +181,9 @@ __device__ __forceinline__ void update_packs(const Record& record, const void* g
 #pragma unroll
         for (int k = 0; k < kNamed<Rule>; ++k)
           if (has_state<Rule>(k)) values[k] = load<float>(state[k][u].numbers[i]);
-        update_with<Rule>(p, change(load<float>(g[u].numbers[i])), values, s);
+        const float grad = change(load<float>(g[u].numbers[i]));
+        if (change.write) g[u].numbers[i] = narrow<G>(grad * change.sign);
+        update_with<Rule>(p, grad, values, s);
         param[u].numbers[i] = narrow<P>(p);
 #pragma unroll
         for (int k = 0; k < kNamed<Rule>; ++k)
@@ -152,6 +191,7 @@ __device__ __forceinline__ void update_packs(const Record& record, const void* g
       }
       param[u].store(params + at);
       if (change.zero) Pack<kN, G>{}.store(const_cast<G*>(grads) + at);
+      if (change.write) g[u].store(const_cast<G*>(grads) + at);
 #pragma unroll
       for (int k = 0; k < kNamed<Rule>; ++k)
         if (has_state<Rule>(k)) state[k][u].store(states[k] + at);
@@ -246,16 +286,41 @@ __device__ __forceinline__ void prepare(const Record& record, const double* hype
 
 template <class Rule>
 __device__ __forceinline__ void update(const Record& record, const void* grad, const Chunk& chunk, Team team,
-                                       float sign, const float* grad_scale, bool change, bool zero,
-                                       const Prepared<Rule>& prepared) {
-  const float scale = grad_scale != nullptr ? *global(grad_scale) : 1.0f;
+                                       const GradsBecome& grads_become, const Prepared<Rule>& prepared) {
   if (record.param_dtype == Dtype::kF64)
-    update_any<Rule, double>(record, grad, chunk, 0, team, GradChange<double>{change, zero, sign, scale},
-                             prepared.twice);
+    update_any<Rule, double>(record, grad, chunk, 0, team, grads_become.change<double>(), prepared.twice);
   else if (!is_plain(record))
-    update_stored<Rule>(record, grad, chunk, team, GradChange<float>{change, zero, sign, scale}, prepared.single);
+    update_stored<Rule>(record, grad, chunk, team, grads_become.change<float>(), prepared.single);
   else
-    update_single<Rule>(record, grad, chunk, team, GradChange<float>{change, zero, sign, scale}, prepared.single);
+    update_single<Rule>(record, grad, chunk, team, grads_become.change<float>(), prepared.single);
+}
+
+// What is left of a step that is skipped.
+template <int kCapacity>
+__device__ __noinline__ void zero_grads(const Arguments<kCapacity>& a) {
+  for (int item = blockIdx.x; item < a.n_block_chunks + a.n_small_chunks; item += gridDim.x) {
+    const Chunk chunk = a.chunks[item];
+    void* const grad = const_cast<void*>(a.grads[chunk.record]);
+    if (grad == nullptr) continue;
+    const Dtype dtype = a.records[chunk.record].grad_dtype;
+    for (int n = threadIdx.x; n < chunk.n; n += blockDim.x) store_any(grad, dtype, chunk.offset + n, 0.0f);
+  }
+}
+
+// The same and what follows it, piece by piece.
+template <class Rule>
+__device__ __forceinline__ void update_and_follow(const Record& record, const void* grad, const Chunk& chunk, Team team,
+                                                  const GradsBecome& grads_become, double average_weight,
+                                                  const Prepared<Rule>& prepared) {
+  const bool follows = record.has_followers();
+  const int at_once = follows ? kFollowed : chunk.n;
+  for (int at = 0; at < chunk.n; at += at_once) {
+    const Chunk piece{chunk.record, min(chunk.n - at, at_once), chunk.offset + at};
+    update<Rule>(record, grad, piece, team, grads_become, prepared);
+    if (!follows) continue;
+    team.wait();  // another thread may have written what this one reads
+    follow_any(record, piece.offset, piece.n, team, average_weight);
+  }
 }
 
 template <class Rule, int kCapacity>
@@ -266,7 +331,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   __shared__ bool is_last;
   const auto& a = arguments;
   // The same for all blocks: none counts itself as done, and no step counter moves.
-  if (a.found_inf != nullptr && *global(a.found_inf) != 0.0f) return;
+  if (a.found_inf != nullptr && *global(a.found_inf) != 0.0f) {
+    if (a.grads_become.zero) zero_grads(a);
+    return;
+  }
 
   const int thread = threadIdx.x, warp = thread / kWarp, warps = blockDim.x / kWarp;
   constexpr int kHyper = sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]);
@@ -274,33 +342,23 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const Scalar& scalar = a.hyper[thread];
     hyper[thread] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
   }
-  const float sign = a.maximize ? -1.0f : 1.0f;
-  const bool change = a.maximize || a.grad_scale != nullptr;
   const int items = a.n_block_chunks + (a.n_small_chunks + warps - 1) / warps;
 
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     __syncthreads();  // hyper is there, and nobody needs the last item's `prepared` any more
-    if (item < a.n_block_chunks) {
-      const Chunk chunk = a.chunks[item];
-      const void* grad = a.grads[chunk.record];
-      const Record& record = a.records[chunk.record];
-      if (thread == 0 && grad != nullptr) prepare<Rule>(record, hyper, &prepared[0]);
-      __syncthreads();
-      if (grad != nullptr)
-        update<Rule>(record, grad, chunk, Team{thread, static_cast<int>(blockDim.x)}, sign, a.grad_scale, change,
-                     a.zero_grads, prepared[0]);
-    } else {
-      const int small = (item - a.n_block_chunks) * warps + warp;
-      if (small >= a.n_small_chunks) continue;  // of the whole warp; it meets the others at the next barrier
-      const Chunk chunk = a.chunks[a.n_block_chunks + small];
-      const void* grad = a.grads[chunk.record];
-      const Record& record = a.records[chunk.record];
-      if (grad == nullptr) continue;
-      if (thread % kWarp == 0) prepare<Rule>(record, hyper, &prepared[warp]);
-      __syncwarp();
-      update<Rule>(record, grad, chunk, Team{thread % kWarp, kWarp}, sign, a.grad_scale, change, a.zero_grads,
-                   prepared[warp]);
-    }
+    // The block takes one chunk, or each of its warps takes one.
+    const bool whole = item < a.n_block_chunks;
+    const int index = whole ? item : a.n_block_chunks + (item - a.n_block_chunks) * warps + warp;
+    if (index >= a.n_block_chunks + a.n_small_chunks) continue;  // the whole warp; it meets the others at the barrier
+    const Chunk chunk = a.chunks[index];
+    const void* grad = a.grads[chunk.record];
+    const Record& record = a.records[chunk.record];
+    if (grad == nullptr) continue;
+    const Team team = whole ? Team{thread, static_cast<int>(blockDim.x)} : Team{thread % kWarp, kWarp};
+    Prepared<Rule>& mine = prepared[whole ? 0 : warp];
+    if (team.index == 0) prepare<Rule>(record, hyper, &mine);
+    team.wait();
+    update_and_follow<Rule>(record, grad, chunk, team, a.grads_become, a.average_weight, mine);
   }
 
   // The last block to come here advances the counters: by then every block has read those that it needed.

@@ -25,9 +25,9 @@ struct ReducingArguments {
   uint32_t* done;  // blocks that have finished the last launch; the last one sets it back to zero
   char* work;
   int32_t n_records, n_items;
-  bool maximize;
-  const float* grad_scale;
   const float* found_inf;
+  GradsBecome grads_become;
+  double average_weight;
   Scalar hyper[kMaxHyper];
   const void* grads[kCapacity];
 };
@@ -42,8 +42,6 @@ __device__ __forceinline__ void for_items(const ReducingArguments<kCapacity>& a,
     const Scalar& scalar = a.hyper[thread];
     shared.hyper[thread] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
   }
-  const float sign = a.maximize ? -1.0f : 1.0f, scale = a.grad_scale != nullptr ? *global(a.grad_scale) : 1.0f;
-  const bool change = a.maximize || a.grad_scale != nullptr;
   int prepared = -1;  // the record whose scalars are there
   for (int i = blockIdx.x; i < a.n_items; i += gridDim.x) {
     const Item& item = a.items[i];
@@ -67,10 +65,10 @@ __device__ __forceinline__ void for_items(const ReducingArguments<kCapacity>& a,
     }
     uint32_t* const counters = a.counters + p.counters;
     if (twice)
-      body(Place<Rule, double>{record, p, item, grad, a.work, counters, GradChange<double>{change, sign, scale}},
+      body(Place<Rule, double>{record, p, item, grad, a.work, counters, a.grads_become.template change<double>()},
            fresh);
     else
-      body(Place<Rule, float>{record, p, item, grad, a.work, counters, GradChange<float>{change, sign, scale}}, fresh);
+      body(Place<Rule, float>{record, p, item, grad, a.work, counters, a.grads_become.template change<float>()}, fresh);
   }
 }
 
@@ -118,11 +116,42 @@ __global__ void __launch_bounds__(kThreads, kReducingBlocks)
   });
 }
 
+// Calls body(begin, n) for each run of neighbours among an item's elements.
+template <class Body>
+__device__ __forceinline__ void for_runs(const Partition& p, const Item& item, Body&& body) {
+  const int64_t matrix = item.matrix * p.rows * p.columns;
+  if (p.cut == Cut::kFlat) {
+    body(int64_t{item.column}, int64_t{item.n_columns});
+  } else if (p.cut == Cut::kSmall) {
+    body(matrix, item.n_rows * p.rows * p.columns);
+  } else {
+    for (int row = 0; row < item.n_rows; ++row)
+      body(matrix + (item.row + row) * p.columns + item.column, int64_t{item.n_columns});
+  }
+}
+
+// What is left of a step that is skipped.
+template <int kCapacity>
+__device__ __noinline__ void zero_grads(const ReducingArguments<kCapacity>& a) {
+  for (int i = blockIdx.x; i < a.n_items; i += gridDim.x) {
+    const Item& item = a.items[i];
+    void* const grad = const_cast<void*>(a.grads[item.record]);
+    if (grad == nullptr) continue;
+    const Dtype dtype = a.records[item.record].grad_dtype;
+    for_runs(a.partitions[item.record], item, [&](int64_t begin, int64_t n) {
+      for (int64_t i = begin + threadIdx.x; i < begin + n; i += kThreads) store_any(grad, dtype, i, 0.0f);
+    });
+  }
+}
+
 template <class Rule, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kReducingBlocks)
     apply_kernel(const __grid_constant__ ReducingArguments<kCapacity> a) {
   __shared__ Shared<Rule> shared;
-  if (is_skipped(a)) return;
+  if (is_skipped(a)) {
+    if (a.grads_become.zero) zero_grads(a);
+    return;
+  }
   for_items<Rule>(a, shared, [&](const auto& place, bool fresh) {
     using T = decltype(place.change.sign);
     const auto& s = pick<T>(shared.scalars);
@@ -137,6 +166,12 @@ __global__ void __launch_bounds__(kThreads, kReducingBlocks)
       __syncthreads();
     }
     apply_item<Rule, T>(place, s, f);
+    if (place.record.has_followers()) {
+      __syncthreads();  // another thread may have written what this one reads
+      for_runs(place.p, place.item, [&](int64_t begin, int64_t n) {
+        follow_any(place.record, begin, n, Team{static_cast<int>(threadIdx.x), kThreads}, a.average_weight);
+      });
+    }
   });
   // The last block to come here advances the step counters: by then every block has read those that it needed.
   if (!last_of(a.done, gridDim.x, &shared.is_last)) return;
@@ -161,9 +196,9 @@ void set_arguments(ReducingArguments<kCapacity>* a, const Call& call, const Redu
   a->work = work;
   a->n_records = static_cast<int32_t>(segment.n_records);
   a->n_items = static_cast<int32_t>(segment.n_block_chunks);
-  a->maximize = call.maximize;
-  a->grad_scale = call.grad_scale;
   a->found_inf = call.found_inf;
+  a->grads_become = grads_become(call);
+  a->average_weight = call.average_weight;
   for (int k = 0; k < kMaxHyper; ++k) a->hyper[k] = call.hyper[k];
   for (int64_t i = 0; i < segment.n_records; ++i) a->grads[i] = call.grads[segment.first_record + i];
 }

@@ -151,7 +151,7 @@ __device__ __noinline__ double square_any(const Place<Rule, T>& place, const Sca
   const auto s = scalars;
   const auto change = place.change;
   const Record& record = place.record;
-  const bool flat = place.p.cut == Cut::kFlat;
+  const bool flat = kTakesFlat<Rule> && place.p.cut == Cut::kFlat;
   T total{};
   for_elements(place, pack_of<T>(record.grad_dtype, place.p), [&](int64_t i, T* factors) {
     const T grad = change(load_any<T>(place.grad, record.grad_dtype, i));
@@ -228,11 +228,15 @@ __device__ __forceinline__ void apply_strip(const Place<Rule, float>& place, int
           of_row.times(of_columns.numbers[(first + u) * kN + i], factors);
           float number = load<float>(param[u].numbers[i]), value = 0.0f;
           if constexpr (kState >= 0) value = load<float>(state[u].numbers[i]);
-          Rule::update(number, change(load<float>(grad[u].numbers[i])), factors, value, s, f);
+          const float g = change(load<float>(grad[u].numbers[i]));
+          if (change.write) grad[u].numbers[i] = narrow<P>(g * change.sign);
+          Rule::update(number, g, factors, value, s, f);
           param[u].numbers[i] = narrow<P>(number);
           if constexpr (kState >= 0) state[u].numbers[i] = narrow<S>(value);
         }
         param[u].store(params + at + column);
+        if (change.zero) Pack<kN, P>{}.store(const_cast<P*>(grads) + at + column);
+        if (change.write) grad[u].store(const_cast<P*>(grads) + at + column);
         if constexpr (kState >= 0) state[u].store(states + at + column);
       }
     }
@@ -247,10 +251,14 @@ __device__ __noinline__ void apply_any(const Place<Rule, T>& place, const Scalar
   const auto f = finish;
   const auto change = place.change;
   const Record& record = place.record;
-  const bool flat = place.p.cut == Cut::kFlat;
+  [[maybe_unused]] const bool flat = place.p.cut == Cut::kFlat;
   for_elements(place, 1, [&](int64_t i, T* factors) {
     const T grad = change(load_any<T>(place.grad, record.grad_dtype, i));
-    if (flat) finish_line<Rule, T, Span::kFlat>(record, i, Rule::square(grad, s), factors, s);
+    if (change.zero) store_any(const_cast<void*>(place.grad), record.grad_dtype, i, T(0));
+    if (change.write) store_any(const_cast<void*>(place.grad), record.grad_dtype, i, grad * change.sign);
+    if constexpr (kTakesFlat<Rule>) {
+      if (flat) finish_line<Rule, T, Span::kFlat>(record, i, Rule::square(grad, s), factors, s);
+    }
     T param = load_any<T>(record.param, record.param_dtype, i), state{};
     if constexpr (kState >= 0) state = load_any<T>(record.states[kState], record.state_dtypes[kState], i);
     Rule::update(param, grad, factors, state, s, f);

@@ -123,9 +123,7 @@ __device__ __forceinline__ void load_weight(const Record& record, int64_t at, in
       upper.load(static_cast<const BF16*>(record.param) + at, n);
       lower.load(static_cast<const int16_t*>(companion) + at, n);
 #pragma unroll
-      for (int i = 0; i < kLaneElements; ++i)
-        to[i] = join<float>(uint32_t{upper.numbers[i].bits} << 16,
-                            static_cast<uint32_t>(static_cast<uint16_t>(lower.numbers[i])) << 16);
+      for (int i = 0; i < kLaneElements; ++i) to[i] = join(upper.numbers[i], lower.numbers[i]);
       return;
     }
     case Form::kKahan: {
@@ -243,14 +241,15 @@ __device__ __noinline__ void update_stored(const Record& record, const void* gra
 #pragma unroll
       for (int k = 0; k < kNamed<Rule>; ++k)
         if (has_state<Rule>(k)) values[k] = states[k][i];
-      update_with<Rule>(param[i], change(g[i]), values, s);
+      const float changed = change(g[i]);
+      g[i] = change.write ? changed * change.sign : 0.0f;
+      update_with<Rule>(param[i], changed, values, s);
 #pragma unroll
       for (int k = 0; k < kNamed<Rule>; ++k)
         if (has_state<Rule>(k)) states[k][i] = values[k];
-      g[i] = 0.0f;
     }
     store_weight(record, at, n, param);
-    if (change.zero) narrow_any(const_cast<void*>(grad), record.grad_dtype, at, n, g);
+    if (change.zero || change.write) narrow_any(const_cast<void*>(grad), record.grad_dtype, at, n, g);
 #pragma unroll
     for (int k = 0; k < kNamed<Rule>; ++k)
       if (has_state<Rule>(k)) store_state(record, k, at, n, states[k]);

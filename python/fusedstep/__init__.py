@@ -8,8 +8,10 @@ from .adagrad import Adagrad
 from .adam import Adam
 from .adam_weight_decay import AdamWeightDecay
 from .adamw import AdamW
-from .amos import Amos, amos_scales
+from .amos import Amos, amos_reductions, amos_scales
+from .amp import GradScaler
 from .backends import use_backend
+from .clipping import clip_grad_norm_
 from .lion import Lion
 from .optimizer import FusedOptimizer
 from .options import Options
@@ -30,12 +32,15 @@ __all__ = [
     "AdamWeightDecay",
     "Amos",
     "FusedOptimizer",
+    "GradScaler",
     "GradientAccumulator",
     "Lion",
     "Options",
     "RMSprop",
     "TorchAdafactor",
+    "amos_reductions",
     "amos_scales",
+    "clip_grad_norm_",
     "create_optimizer",
     "schedules",
     "tuning",

@@ -30,7 +30,8 @@ class GradientAccumulator:
     Calling the accumulator after each ``backward()`` reads every ``.grad`` and clears it, in one kernel call for all
     parameters of a device. `assign` makes the result the ``.grad`` of its parameter, in fp32 for a bf16 or fp16
     parameter too (``Tensor.grad_dtype`` is set for that long), so that clipping, ``GradScaler.unscale_`` and a
-    `fusedstep` optimizer work on unrounded gradients. `reset` starts the next round; it touches no buffer.
+    `fusedstep` optimizer work on unrounded gradients; another optimizer, which may take no other dtype than its
+    parameter's, gets them rounded to that. `reset` starts the next round; it touches no buffer.
 
     Args:
         params: an optimizer, whose groups may change later, or an iterable of parameters or ``(name, parameter)``
@@ -68,9 +69,12 @@ class GradientAccumulator:
     """
 
     rule = "accumulate"
-    reduces = False
     hyper_names = ("weight",)
     state_names = ()
+
+    @classmethod
+    def rule_of(cls, variant: None) -> tuple[str, bool]:
+        return cls.rule, False
 
     def __init__(
         self,
@@ -83,6 +87,7 @@ class GradientAccumulator:
         checks.check_flag("mean", mean)
         checks.check_flag("set_to_none", set_to_none)
         self._optimizer = params if isinstance(params, torch.optim.Optimizer) else None
+        self._round = self._optimizer is not None and not isinstance(params, FusedOptimizer)
         if backend is None and isinstance(params, FusedOptimizer):
             backend = params._backend
         self._backend = backends.check_choice(backend)
@@ -171,10 +176,10 @@ class GradientAccumulator:
             ValueError: nothing was accumulated yet.
         """
         self._check_called()
+        sums = [self._buffers[param] if param in self._seen else None for param in self._params]
         if not self.mean or self._assigned or self._weight == 1:
-            return [self._buffers[param] if param in self._seen else None for param in self._params]
-        factor = 1.0 / self._weight
-        return [self._buffers[param] * factor if param in self._seen else None for param in self._params]
+            return sums
+        return [None if total is None else total * (1.0 / self._weight) for total in sums]
 
     def _check_called(self) -> None:
         if self._step == 0:
@@ -363,6 +368,8 @@ class GradientAccumulator:
                     self._assigned.append((param, own, param.grad_dtype, own))
                 continue
             buffer, dtype = self._buffer(param), param.grad_dtype
+            if self._round:
+                buffer = buffer.to(dtype or param.dtype)
             if dtype is not None and dtype != buffer.dtype:
                 param.grad_dtype = buffer.dtype
             param.grad = buffer

@@ -122,7 +122,7 @@ class AdaBelief(FusedOptimizer):
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names if group["amsgrad"] else self.state_names[:2]
 
-    def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+    def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
         dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 

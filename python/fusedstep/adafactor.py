@@ -134,22 +134,21 @@ class Adafactor(FusedOptimizer):
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names[group["beta1"] is None :]
 
-    def state_shape(self, name: str, param: Tensor) -> torch.Size | None:
-        if name == "RMS":
+    def state_shape(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> torch.Size | None:
+        if key == "RMS":
             return torch.Size()
-        if name == "exp_avg":
+        if key == "exp_avg":
             return param.shape
-        if (param.dim() >= 2) == (name == "exp_avg_sq"):
+        if (param.dim() >= 2) == (key == "exp_avg_sq"):
             return None
         shape = param.shape
-        return {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:], "exp_avg_sq": shape}[name]
+        return {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:], "exp_avg_sq": shape}[key]
 
-    def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+    def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        return torch.zeros(self.state_shape(name, param), dtype=dtype, device=param.device)
+        return torch.zeros(self.state_shape(key, group, name, param), dtype=dtype, device=param.device)
 
-    @staticmethod
-    def matrices(param: Tensor) -> tuple[int, int, int] | None:
+    def matrices(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int, int] | None:
         if param.dim() < 2:
             return None
         return math.prod(param.shape[:-2]), param.shape[-2], param.shape[-1]

@@ -105,7 +105,7 @@ class Adagrad(FusedOptimizer):
     def check_sparse(cls, group: dict[str, Any], what: str) -> None:
         checks.check_no_decay(cls.__name__, group["weight_decay"], what)
 
-    def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+    def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
         value = group["initial_accumulator_value"]
         value = complex(value, value) if param.is_complex() else value
         return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any, Unpack
@@ -12,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import checks
 from .adam import Adam
+from .gradients import GradientOptions
 from .optimizer import FusedOptimizer
 from .options import Options
 
@@ -47,8 +49,8 @@ class AdamWeightDecay(Adam):
         **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number), ``exp_avg``, ``exp_avg_sq`` and with amsgrad
-    ``max_exp_avg_sq``, in the parameter's dtype and layout: 8 (12) bytes per fp32 parameter. Clipping makes copies of
-    the gradients for the time of a step; ``.grad`` is not written.
+    ``max_exp_avg_sq``, in the parameter's dtype and layout: 8 (12) bytes per fp32 parameter. ``clipvalue`` and
+    ``clipnorm`` make copies of the gradients for the time of a step; ``.grad`` is not written.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or there are patterns but no names.
@@ -106,6 +108,23 @@ class AdamWeightDecay(Adam):
             "foreach": foreach,
         }
         FusedOptimizer.__init__(self, params, defaults, **options)
+        self._gradients.options = self._with_own_clipping(self._gradients.options)
+
+    def _with_own_clipping(self, options: GradientOptions) -> GradientOptions:
+        """The options about gradients with the global norm limited as Keras does it."""
+        own = {key: self.defaults[key] for key in _CLIPS if self.defaults[key] is not None}
+        if own and options.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={options.max_grad_norm} and {', '.join(f'{k}={v}' for k, v in own.items())} contradict "
+                "each other: clip in one way"
+            )
+        if options.write_grads and own.keys() - {"global_clipnorm"}:
+            raise ValueError("write_grads=True cannot go with clipvalue or clipnorm, which work on copies of gradients")
+        if self.defaults["global_clipnorm"] is None:
+            return options
+        # Without torch's 1e-6, and with TensorFlow's answer to an infinite norm.
+        limit = self.defaults["global_clipnorm"]
+        return dataclasses.replace(options, max_grad_norm=limit, epsilon=0.0, nan_if_nonfinite=True)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.check_lr(group["lr"])
@@ -113,7 +132,7 @@ class AdamWeightDecay(Adam):
         checks.check_betas(group["betas"])
         checks.check_non_negative("weight_decay_rate value", group["weight_decay_rate"])
         checks.check_non_negative("decay value", group["decay"])
-        for option in ("clipvalue", "clipnorm", "global_clipnorm"):
+        for option in _CLIPS:
             if group[option] is not None:
                 checks.check_positive(f"{option} value", group[option])
         for option in ("include_in_weight_decay", "exclude_from_weight_decay"):
@@ -151,11 +170,9 @@ class AdamWeightDecay(Adam):
         return group["lr"], *group["betas"], group["eps"], rate, True, True, group["decay"]
 
     def clips(self) -> bool:
-        limits = ("clipvalue", "clipnorm", "global_clipnorm")
-        return any(group[limit] is not None for group in self.param_groups for limit in limits)
+        return any(group[limit] is not None for group in self.param_groups for limit in ("clipvalue", "clipnorm"))
 
     def clip(self, grads: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
-        global_clipnorm = self.defaults["global_clipnorm"]
         clipped = []
         for group, grad in grads:
             if group["clipvalue"] is not None:
@@ -163,13 +180,10 @@ class AdamWeightDecay(Adam):
             if group["clipnorm"] is not None:
                 grad = grad * (group["clipnorm"] / torch.linalg.vector_norm(grad).clamp(min=group["clipnorm"]))
             clipped.append(grad)
-        if global_clipnorm is None or not clipped:
-            return clipped
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in clipped]
-        norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-        factor = global_clipnorm / norm.clamp(min=global_clipnorm)
-        factor = torch.where(norm.isfinite(), factor, torch.nan)  # TensorFlow's answer to an infinite norm
-        return [grad * factor.to(grad.device, grad.dtype) for grad in clipped]
+        return clipped
+
+
+_CLIPS = ("clipvalue", "clipnorm", "global_clipnorm")
 
 
 def _patterns(option: str, patterns: Sequence[str] | None) -> list[str] | None:

@@ -31,7 +31,8 @@ class Amos(FusedOptimizer):
         \theta &\leftarrow \theta - \delta
 
     where :math:`g` is clipped to :math:`\pm` ``clip_value`` first, :math:`\lambda` is ``extra_l2``, and with momentum
-    the running average of :math:`\delta` takes its place in the last line.
+    the running average of :math:`\delta` takes its place in the last line. Over the dimensions of ``reduce``,
+    :math:`g^2` is the mean, and v and b have one number.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
@@ -45,11 +46,16 @@ class Amos(FusedOptimizer):
         extra_l2: additional weight decay, 0 or larger.
         c_coef, d_coef: how fast weight decay and learning rate fade, 0 or larger.
         eps: least value of v, larger than 0.
+        reduce: the dimensions over which v and b are shared, neighbours, for all parameters; or a dict from names to
+            such dimensions (then parameters must be named; those that it lacks are not reduced), as `amos_reductions`
+            derives it from a model. None: v and b have the parameter's shape.
         maximize: ascend instead of descend.
         **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number), ``exp_avg_sq`` (v), ``decay`` (b) and with momentum
-    ``exp_avg``, in the parameter's dtype and layout: 8 (12) bytes per fp32 parameter.
+    ``exp_avg``, in the parameter's dtype and layout: 8 (12) bytes per fp32 parameter. Reduced v and b are fp32 (fp64
+    for fp64) and have the size 1 in the reduced dimensions: of a linear layer's weight, reduced over its inputs, 8
+    bytes per output are left, and 4 per parameter with momentum.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or ``eta`` has no entry for a parameter.
@@ -79,6 +85,7 @@ class Amos(FusedOptimizer):
         d_coef: float = 0.25,
         eps: float = 2.0**-125,
         *,
+        reduce: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         **options: Unpack[Options],
@@ -93,6 +100,7 @@ class Amos(FusedOptimizer):
             "c_coef": c_coef,
             "d_coef": d_coef,
             "eps": eps,
+            "reduce": dict(reduce) if isinstance(reduce, Mapping) else reduce,
             "maximize": maximize,
             "foreach": foreach,
         }
@@ -110,23 +118,71 @@ class Amos(FusedOptimizer):
         if group["clip_value"] is not None:
             checks.check_non_negative("clip_value value", group["clip_value"])
         checks.check_positive("epsilon value", group["eps"])
+        reduce = group["reduce"]
+        for name, dims in reduce.items() if isinstance(reduce, Mapping) else (("", reduce),):
+            whose = f" for '{name}'" if name else ""
+            if dims is not None and not (
+                isinstance(dims, Sequence) and all(type(dim) is int for dim in dims) and not isinstance(dims, str)
+            ):
+                raise ValueError(f"Invalid reduce{whose}: {dims!r} (it must be a sequence of dimensions, or None)")
         checks.check_flag("maximize", group["maximize"])
 
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names if group["momentum"] != 0 else self.state_names[:2]
 
-    def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> float:
-        """The scale of a parameter."""
-        eta = group["eta"]
-        if not isinstance(eta, Mapping):
-            return eta
-        if name not in eta:
-            raise ValueError(f"Invalid eta: it has no entry for parameter {name!r} of shape {tuple(param.shape)}")
-        return eta[name]
+    class Variant(NamedTuple):
+        eta: float
+        rule: str
 
-    def hyper(self, group: dict[str, Any], variant: float) -> tuple[float | Tensor, ...]:
+    def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> Variant:
+        eta = group["eta"]
+        if isinstance(eta, Mapping):
+            if name not in eta:
+                raise ValueError(f"Invalid eta: it has no entry for parameter {name!r} of shape {tuple(param.shape)}")
+            eta = eta[name]
+        reduced = self._reduced(group, name, param)
+        if not reduced:
+            return self.Variant(eta, "amos")
+        return self.Variant(eta, "amos_rows" if reduced.stop == param.dim() else "amos_columns")
+
+    @staticmethod
+    def _reduced(group: dict[str, Any], name: str | None, param: Tensor) -> range:
+        """The dimensions over which the statistics of a parameter are reduced."""
+        reduce = group["reduce"]
+        dims = reduce.get(name) if isinstance(reduce, Mapping) else reduce
+        if not dims or param.dim() == 0:
+            return range(0)
+        whose = f"for parameter {name!r} of shape {tuple(param.shape)}"
+        if any(not -param.dim() <= dim < param.dim() for dim in dims):
+            raise ValueError(f"Invalid reduce {whose}: {tuple(dims)} (it has {param.dim()} dimensions)")
+        ordered = sorted({dim % param.dim() for dim in dims})
+        if ordered[-1] - ordered[0] + 1 != len(ordered):
+            raise ValueError(f"Invalid reduce {whose}: {tuple(dims)} (the dimensions must be neighbours)")
+        return range(ordered[0], ordered[-1] + 1)
+
+    @classmethod
+    def rule_of(cls, variant: Variant) -> tuple[str, bool]:
+        return variant.rule, variant.rule != cls.rule
+
+    def matrices(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int, int]:
+        reduced, shape = self._reduced(group, name, param), param.shape
+        before, after = math.prod(shape[: reduced.start]), math.prod(shape[reduced.stop :])
+        inside = math.prod(shape[reduced.start : reduced.stop])
+        return (1, before, inside) if reduced.stop == param.dim() else (before, inside, after)
+
+    def state_shape(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> torch.Size:
+        reduced = () if key == "exp_avg" else self._reduced(group, name, param)
+        return torch.Size(1 if dim in reduced else size for dim, size in enumerate(param.shape))
+
+    def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
+        if key == "exp_avg" or not self._reduced(group, name, param):
+            return super().init_state(key, group, name, param)
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        return torch.zeros(self.state_shape(key, group, name, param), dtype=dtype, device=param.device)
+
+    def hyper(self, group: dict[str, Any], variant: Variant) -> tuple[float | Tensor, ...]:
         numbers = (group[name] for name in ("extra_l2", "c_coef", "d_coef", "eps"))
-        return group["lr"], variant, group["beta"], group["momentum"], group["clip_value"] or 0.0, *numbers
+        return group["lr"], variant.eta, group["beta"], group["momentum"], group["clip_value"] or 0.0, *numbers
 
     class Scalars(NamedTuple):
         beta: float
@@ -173,6 +229,9 @@ class Amos(FusedOptimizer):
         if s.clip_value != 0:
             grad = grad.clamp(-s.clip_value, s.clip_value)
         grad_sq = grad * grad
+        reduced = [dim for dim, (n, kept) in enumerate(zip(grad.shape, decay.shape, strict=True)) if n != kept]
+        if reduced:
+            grad_sq = grad_sq.mean(dim=reduced, keepdim=True)
         exp_avg_sq = s.beta * exp_avg_sq + s.one_minus_beta * grad_sq
         reciprocal = torch.full_like(exp_avg_sq, s.bias_correction) / exp_avg_sq.clamp(min=s.eps)
         gamma = s.lr_squared * (reciprocal * grad_sq) / square_root(1.0 + s.c * decay)
@@ -233,3 +292,22 @@ def amos_scales(model: torch.nn.Module, after_activation: Sequence[str] = ()) ->
                 )
             scales[full] = scale
     return scales
+
+
+def amos_reductions(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """`Amos`'s ``reduce`` for the parameters of a model, by name, as the paper's experiments have it.
+
+    Args:
+        model: its parameters are taken as in `torch.nn`, where outputs (of an embedding, entries) come first.
+
+    Returns:
+        For a parameter of two or more dimensions all but the first: a number for each output or entry is left. For
+        another all: one number is left.
+
+    Paper: arXiv 2210.11693; the axes are those of the authors' models (google-research/jestimator, models/bert).
+    """
+    return {
+        name: tuple(range(min(1, param.dim() - 1), param.dim()))
+        for name, param in model.named_parameters()
+        if param.dim()
+    }

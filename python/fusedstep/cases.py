@@ -87,6 +87,9 @@ REDUCING: tuple[Case, ...] = (
     ),
     Case("TorchAdafactor", {"lr": 0.2, "eps": (1e-4, 0.1), "weight_decay": 0.1}),
     Case("TorchAdafactor", {"lr": 0.5, "eps": (0.7, 0.5), "beta2_decay": -0.5, "d": 1.5, "maximize": True}),
+    Case("Amos", {"lr": 0.1, "eta": 0.5, "beta": 0.9, "reduce": (-1,), "clip_value": 1.5, "extra_l2": 1e-3}),
+    Case("Amos", {"lr": 0.2, "beta": 0.95, "reduce": (0,), "momentum": 0.5, "c_coef": 0.5, "eps": 1e-8}),
+    Case("Amos", {"lr": 0.2, "eta": 0.3, "reduce": (-1,), "momentum": 0.9, "d_coef": 0.5, "maximize": True}),
 )
 
 
@@ -113,7 +116,8 @@ def precision_cases() -> list[tuple[Case, str]]:
         for case in last
         for options in PRECISION.values()
         for dtype in ("fp32", "bf16", "fp16")
-        if (dtype == "bf16" or options.get("master_weights") != "split") and (dtype != "fp32" or "state_dtype" in options)
+        if dtype == "bf16" or options.get("master_weights") != "split"
+        if dtype != "fp32" or "state_dtype" in options
     ]
 
 

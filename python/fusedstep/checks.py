@@ -119,11 +119,11 @@ def describe(index: int, name: str | None, tensor: Tensor) -> str:
     return f"{label}, shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
 
 
-def check_param(cls: type[FusedOptimizer], param: Tensor, memory: Tensor, what: str) -> None:
+def check_param(cls: type[FusedOptimizer], reduces: bool, param: Tensor, memory: Tensor, what: str) -> None:
     """Raise unless ``param``, which is stored in ``memory``, can be updated in place; ``what`` is its `describe`."""
-    if cls.reduces and param.is_complex():
+    if reduces and param.is_complex():
         raise RuntimeError(f"{cls.__name__} does not support complex parameters ({what})")
-    if cls.reduces and layout.is_wrapper(param):
+    if reduces and layout.is_wrapper(param):
         raise RuntimeError(
             f"{cls.__name__} does not support {type(param).__name__} parameters ({what}): its sums would be those of "
             "the local part alone"

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import backends, checks, layout, precision
+from . import averages, backends, checks, layout, precision
 from .backends.plan import Plan, Slot
+from .gradients import GradientOptions, Gradients
 from .schedules import on_device
 
 
@@ -54,7 +55,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     non_negative: ClassVar[tuple[str, ...]] = ()  # states that an 8-bit code stores without a sign
 
-    reduces: ClassVar[bool] = False  # whether the rule has sums over rows, columns or whole tensors
+    reduces: ClassVar[bool] = False  # whether the rule has such sums as `rule_of` names
 
     Scalars: ClassVar[type]
 
@@ -62,6 +63,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _plans: list[Plan] | None = None
     _watch: Any = None
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
+    _finds_nonfinite: bool = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
     _precision: precision.Precision = precision.PLAIN
 
@@ -77,6 +79,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         kahan: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
         rounding_seed: int = 0,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        skip_nonfinite: bool = False,
+        write_grads: bool = False,
+        zero_grads: bool = False,
+        ema_decay: float | None = None,
+        weights_copy: torch.dtype | None = None,
     ) -> None:
         checks.check_implementation(defaults)
         self._precision = precision.Precision.checked(
@@ -84,6 +94,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         self.check_group(on_device.at_the_beginning(defaults))
         self._backend = backends.check_choice(backend)
+        self._gradients = Gradients(
+            GradientOptions(max_grad_norm, norm_type, error_if_nonfinite, skip_nonfinite, write_grads, zero_grads)
+        )
+        self._followers = averages.Followers(ema_decay, weights_copy)
         self._counters: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
         self._learning_rates = on_device.LearningRates(self._backend)
@@ -138,17 +152,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether a step with a sparse gradient leaves the rows that it does not name as they are."""
         return True
 
-    def state_shape(self, name: str, param: Tensor) -> torch.Size | None:
-        """The shape of the state ``name`` of a parameter; None if this parameter does not have the state."""
-        return param.shape
+    @classmethod
+    def rule_of(cls, variant: Any) -> tuple[str, bool]:
+        """The compiled rule for parameters of a variant, and whether it has sums over rows, columns or tensors."""
+        return cls.rule, cls.reduces
 
-    @staticmethod
-    def matrices(param: Tensor) -> tuple[int, int, int] | None:
+    def matrices(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int, int] | None:
         """For a rule that reduces: (batch, rows, columns) of a contiguous parameter; None: it is taken as flat."""
         raise NotImplementedError
 
-    def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
-        """The state ``name`` of a parameter before its first step."""
+    def state_shape(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> torch.Size | None:
+        """The shape of the state ``key`` of a parameter; None if this parameter does not have the state."""
+        return param.shape
+
+    def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
+        """The state ``key`` of a parameter before its first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
 
     # Groups and state.
@@ -175,8 +193,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             first = sum(len(g["params"]) for g in self.param_groups[:-1])
             for index, (name, param) in enumerate(_named(group), first):
                 what = checks.describe(index, name, param)
-                checks.check_param(type(self), param, layout.local(param.detach()), what)
-                self._precision.check_param(type(self).__name__, self.reduces, param, name, what)
+                reduces = self.rule_of(self.variant_of(group, name, param))[1]
+                checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
+                self._precision.check_param(type(self).__name__, reduces, param, name, what)
                 self._select(param)
         except BaseException:
             self.param_groups.pop()
@@ -188,7 +207,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._settle(param, name, group)
                 for key in self.states_of(group):
                     if key not in state:
-                        state[key] = self.init_state(key, param, group)
+                        state[key] = self.init_state(key, group, name, param)
         if self._learning_rates is not None:
             self._learning_rates.follow(self.param_groups, self._most_steps)
         self._plans = None
@@ -214,17 +233,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _select(self, param: Tensor) -> backends.Backend:
         # Frozen weights of a dtype that nothing can update are carried along, as torch does.
         trained = param.requires_grad or param.grad is not None or param in self.state or param in self._counters
-        dtype = param.dtype if trained else torch.float32
-        return backends.select(self._backend, param.device, dtype, self.reduces, self._precision.stores(param))
+        return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_backend", "_counters", "_learning_rates", "_precision")
-        return super().__getstate__() | {key: vars(self)[key] for key in kept if key in vars(self)}
+        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision")
+        return super().__getstate__() | {key: vars(self)[key] for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
+        self.__dict__.setdefault("_followers", averages.Followers())
         self.__dict__.setdefault("_learning_rates", on_device.LearningRates(self._backend)).renew(self.param_groups)
         for group in self.param_groups:  # checkpoints of the parent class, or older than an option
             for option, value in self.defaults.items():
@@ -274,10 +294,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return given  # torch reports the mismatch right after this
             nonlocal options
             options = options.with_seed_of(given)
-            by_id = dict(zip(chain.from_iterable(ids), chain.from_iterable(params), strict=True))
+            places = ((group, *named) for group in self.param_groups for named in _named(group))
+            by_id = dict(zip(chain.from_iterable(ids), places, strict=True))
             for key, value in given["state"].items():
                 if key in by_id:
-                    loaded[by_id[key]] = self._adopt(key, by_id[key], value)
+                    loaded[by_id[key][-1]] = self._adopt(key, *by_id[key], value)
                 else:
                     rest[key] = value
             return {**given, "state": {}}
@@ -298,13 +319,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         names = {param: name for group in self.param_groups for name, param in _named(group)}
         precision.warn_of_conversions(self, loaded, names)
 
-    def _adopt(self, key: Any, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    def _adopt(
+        self, key: Any, group: dict[str, Any], param_name: str | None, param: Tensor, state: dict[str, Any]
+    ) -> dict[str, Any]:
         """A parameter's loaded state: our own copies, on its device."""
         adopted = {}
         if precision.foreign(state):
             state = precision.adopted(key, param, state, self.non_negative)
         for name, value in state.items():
-            shape = self.state_shape(name, param) if name in self.state_names else None
+            if name == averages.KEY:
+                value = self._followers.adopt(param, value, key)
+                if value is not None:
+                    adopted[name] = value
+                continue
+            shape = self.state_shape(name, group, param_name, param) if name in self.state_names else None
             if shape is not None and isinstance(value, Tensor) and value.shape != shape:
                 raise ValueError(
                     f"loaded state dict: '{name}' of parameter {key} has shape {tuple(value.shape)}, "
@@ -335,17 +363,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             row = []
             for name, param in _named(group):
-                backend = self._select(param)
+                backend, variant = self._select(param), self.variant_of(group, name, param)
+                reduces = self.rule_of(variant)[1]
                 if param.grad is not None:
                     what = checks.describe(index, name, param)
-                    checks.check_param(type(self), param, layout.local(param.detach()), what)
+                    checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
+                    self._precision.check_param(type(self).__name__, reduces, param, name, what)
                     checks.check_grad(type(self), group, param, param.grad, what)
+                    if self._followers.any:
+                        self._followers.check(type(self).__name__, param, self.state.get(param, {}), what)
                     for state in self.states_of(group):
                         kept = self.state.get(param, {})
-                        value, shape = kept.get(state), self.state_shape(state, param)
+                        value, shape = kept.get(state), self.state_shape(state, group, name, param)
                         if isinstance(value, Tensor) and shape is not None and not precision.is_coded(kept, state):
                             checks.check_state(type(self).__name__, state, value, param, shape, backend.dtypes, what)
-                row.append((index, name, param, backend, self.variant_of(group, name, param)))
+                row.append((index, name, param, backend, variant))
                 index += 1
             for variant in {variant for *_, variant in row}:
                 self._hyper_of(group, variant)
@@ -360,9 +392,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                 # A parameter that is listed twice is updated twice, one call after the other.
                 bucket = (backend, variant, param.device, backend.bucket(param), seen[param])
                 seen[param] += 1
-                buckets.setdefault(bucket, []).append(self._slot(index, name, param, group, states, backend))
+                slot = self._slot(index, name, param, group, states, backend, self.rule_of(variant)[1])
+                buckets.setdefault(bucket, []).append(slot)
             for (backend, variant, *_), slots in buckets.items():
-                plans.append(backend.plan(type(self), group_index, group, variant, states, slots))
+                plan = backend.plan(type(self), group_index, group, variant, states, slots)
+                plan.zero_grads = self._gradients.options.zero_grads
+                plan.write_grads = self._gradients.options.write_grads
+                plan.average_weight = self._followers.average_weight
+                plans.append(plan)
         return plans
 
     def _slot(
@@ -373,12 +410,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         states: tuple[str, ...],
         backend: backends.Backend,
+        reduces: bool,
     ) -> Slot:
         started = param in self.state or param in self._counters
         if param.grad is None and not started:
             return Slot(index, name, param, None, None, ())
-        tensor = backend.memory(param, self.reduces)
-        if states or self.step_form != "absent" or self._precision.keeps(param):
+        tensor = backend.memory(param, reduces)
+        keeps = self._precision.keeps(param) or self._followers.ema_decay is not None
+        if states or self.step_form != "absent" or keeps:
             state = self.state[param]
         else:
             state = {}
@@ -388,13 +427,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             storage = self._precision.storage(state, states, param, tensor, backend.state_memory)
         tensors = []
         for key in states:
-            shape = self.state_shape(key, param)
+            shape = self.state_shape(key, group, name, param)
             if shape is None:
                 tensors.append(None)
                 continue
             value = state.get(key)
             if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
-                value = state[key] = self.init_state(key, param, group)
+                value = state[key] = self.init_state(key, group, name, param)
             elif value.device != param.device:
                 value = state[key] = value.to(param.device)
             usable = backend.state_memory(value, tensor)
@@ -402,15 +441,27 @@ class FusedOptimizer(torch.optim.Optimizer):
                 value = state[key] = layout.laid_out_as(value, tensor if shape == param.shape else value.contiguous())
                 usable = value
             tensors.append(usable)
-        return Slot(index, name, param, tensor, step, tuple(tensors), storage=storage)
+        followers = ()
+        if self._followers.any:
+            followers = self._followers.of(param, tensor, state, backend, partial(self._weight_of, param))
+        matrices = self.matrices(group, name, param) if reduces else None
+        return Slot(index, name, param, tensor, step, tuple(tensors), None, matrices, *followers, storage=storage)
 
     def _settle(self, param: Tensor, name: str | None, group: dict[str, Any]) -> bool:
         """Bring a parameter's state into the form that the precision options ask for; False: it needs none."""
         if self._precision.plain and not precision.foreign(self.state.get(param, {})):
             return False
-        make, states = partial(self.init_state, group=group), self.states_of(group)
-        self._precision.settle(self.state[param], states, param, name, make, self.non_negative)
+
+        def new_state(key: str, like: Tensor) -> Tensor:
+            return self.init_state(key, group, name, like)
+
+        states = [key for key in self.states_of(group) if self.state_shape(key, group, name, param) is not None]
+        self._precision.settle(self.state[param], states, param, name, new_state, self.non_negative)
         return True
+
+    def _weight_of(self, param: Tensor) -> Tensor:
+        """A parameter's weight as averages and copies follow it."""
+        return self._precision.followed_weight(param, self.state.get(param, {}))
 
     def _step_counter(self, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]) -> Tensor:
         """The number of updates of ``param`` so far, as one fp32 number on its device."""
@@ -464,13 +515,54 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plans = plans
         return plans
 
-    def _update(self) -> None:
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients in the last step that needed it, unscaled and before clipping; None before that.
+
+        A new fp32 number (fp64 if all parameters are) on the parameters' device, which is not waited for. Steps need
+        it with ``max_grad_norm``, ``error_if_nonfinite`` or ``skip_nonfinite``, and under `fusedstep.GradScaler`.
+        """
+        return self._gradients.norm(self.param_groups)
+
+    @property
+    def copies(self) -> dict[Tensor, Tensor]:
+        """Each parameter's copy in the dtype ``weights_copy``, which every step writes beside the parameter."""
+        named = ((group, name, param) for group in self.param_groups for name, param in _named(group))
+        reducing = ((param, self.rule_of(self.variant_of(group, name, param))[1]) for group, name, param in named)
+        with torch.no_grad():
+            memory = ((p, self._select(p).memory(p, reduces)) for p, reduces in reducing)
+            return self._followers.copies_of(memory, self._weight_of)
+
+    def renew_copies(self) -> None:
+        """Write `copies` anew, after something else than a step has changed the parameters."""
+        self._followers.renew_copies(self._weight_of)
+
+    def swap_ema(self) -> contextlib.AbstractContextManager[None]:
+        """Exchange the parameters, in their place in memory, with their averages for the time of a ``with`` block.
+
+        `copies` are renewed too. A parameter that no step has updated yet is its own average. Meanwhile ``step`` raises
+        RuntimeError, and the state that `state_dict` shows as "ema" is the weights.
+
+        Raises:
+            RuntimeError: the optimizer has no ``ema_decay``, or the averages are in place already.
+        """
+        return averages.swapped(self)
+
+    def _update(self, max_grad_norm: float | None = None) -> None:
+        if self._followers.swapped:
+            raise RuntimeError("step() inside swap_ema(): the parameters are the averages there; leave the block first")
+        gradients = self._gradients
+        limits = gradients.options.limits(max_grad_norm, self._finds_nonfinite)
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
             found_inf = None
         elif found_inf.device.type == "cpu" and found_inf.item() != 0:
-            return
+            return gradients.skip(self.param_groups)
+        if self._plans is None and limits is not None and limits.skips:
+            found = found_inf if self._finds_nonfinite else None
+            if gradients.skip_unplanned(self.param_groups, limits, grad_scale, found):
+                return
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
         plans, groups = self._prepare_plans(), self.param_groups
         try:
@@ -481,9 +573,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.clips():
             self._clip(plans, grad_scale)
             grad_scale = None
-        self.kernel_calls = 0
+        self.kernel_calls, coefficient = 0, None
+        if limits is not None:
+            try:
+                self.kernel_calls, coefficient, found_inf = gradients.reduce(plans, limits, grad_scale, found_inf)
+            except BaseException:
+                self._plans = None
+                raise
         for plan, hyper in zip(plans, hypers, strict=True):
-            self.kernel_calls += plan.step(hyper, bool(groups[plan.group]["maximize"]), grad_scale, found_inf)
+            maximize = bool(groups[plan.group]["maximize"])
+            self.kernel_calls += plan.step(hyper, maximize, grad_scale, found_inf, coefficient)
         self.kernel_calls += self._learning_rates.end_step(found_inf)
 
     @torch.no_grad()
@@ -528,25 +627,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             post_hook(self, args, kwargs)
         return loss
 
-    def _plain_step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _plain_step(self, closure: Callable[[], Any] | None = None, *, max_grad_norm: float | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        self._update(max_grad_norm)
         return loss
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, max_grad_norm: float | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         All parameters are checked before the first is written: if this raises, nothing has changed.
 
         Args:
             closure: reevaluates the model and returns the loss, which is returned.
+            max_grad_norm: in place of the constructor's in this step; infinity: no clipping.
 
         Raises:
+            ValueError, TypeError: ``max_grad_norm`` is out of range.
             RuntimeError: a gradient is sparse, or of another shape, device or kind of number than its parameter; or
-                the backend that was asked for cannot run.
+                the backend that was asked for cannot run; or the norm is not finite, with ``error_if_nonfinite``.
         """
         if not (
             self._optimizer_step_pre_hooks
@@ -555,12 +656,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             or torch_optimizer._global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()
         ):
-            return self._plain_step(closure)
+            return self._plain_step(closure, max_grad_norm=max_grad_norm)
         args = (self,) if closure is None else (self, closure)
+        kwargs = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
         if torch.autograd._profiler_enabled():
             with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
-                return self._hooked_step(args, {})
-        return self._hooked_step(args, {})
+                return self._hooked_step(args, kwargs)
+        return self._hooked_step(args, kwargs)
 
     # torch would wrap `step` in a profiler range and in its hooks: ours opens the range only while profiling.
     step.hooked = True  # type: ignore[attr-defined]

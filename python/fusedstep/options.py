@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class Options(TypedDict, total=False):
     """Keyword arguments of every optimizer, beside those of its rule.
 
-    Every elementwise optimizer takes every option on every backend; those that reduce (Adafactor) take ``backend``.
-    They hold for all groups. 16-bit parameters are bf16 and fp16; others are not concerned by ``master_weights``,
-    ``kahan`` and ``rounding``, of which at most one may be chosen.
+    Every optimizer takes every option on every backend; but rules with sums over rows, columns or whole tensors
+    (Adafactor, Amos with reduced statistics) store weights and states as they are, and take none of ``state_dtype``,
+    ``master_weights``, ``kahan`` and ``rounding``. Options hold for all groups. 16-bit parameters are bf16 and fp16;
+    others are not concerned by ``master_weights``, ``kahan`` and ``rounding``, of which at most one may be chosen.
 
     Args:
         backend: "auto" (default), "cuda", "triton", "cpu" or "reference".
         state_dtype: what states are stored in. None (default): the parameter's dtype, as torch, or what was loaded;
-            fp32 beside master weights.
-            ``torch.float32`` or ``torch.bfloat16``. "8bit": one byte for each number and one fp32 scale (the largest
-            magnitude) for each block of 256 along the memory, as ``exp_avg`` and ``exp_avg_scale``; int8 with square
-            root spacing, uint8 with fourth root spacing for states that are never negative. States of fp64 and complex
-            parameters keep their dtype.
+            fp32 beside master weights. ``torch.float32`` or ``torch.bfloat16``. "8bit": one byte for each number and
+            one fp32 scale (the largest magnitude) for each block of 256 along the memory, as ``exp_avg`` and
+            ``exp_avg_scale``; int8 with square root spacing, uint8 with fourth root spacing for states that are never
+            negative. States of fp64 and complex parameters keep their dtype.
         wide_states: regular expressions. With "8bit", the states of parameters that one of them is found in the name of
             stay in fp32, as do those of parameters with fewer than 4,096 elements. Default ``("emb", "wte", "wpe")``:
             embeddings by their usual names. A parameter has a name if the optimizer was given named parameters.
@@ -37,6 +38,25 @@ class Options(TypedDict, total=False):
             element's place in memory and the parameter's step alone (Philox4x32-10).
         rounding_seed: of stochastic rounding, 0 (default) or larger. It is a part of the state_dict, and a loaded one
             counts. Not drawn from torch's generator, so that the copies of a model in a data-parallel run stay equal.
+        max_grad_norm: the norm of all gradients together, of all groups, is brought down to this (0 or larger, in the
+            units of a gradient), as ``torch.nn.utils.clip_grad_norm_`` does before a step; ``.grad`` is not written.
+            None: gradients are not clipped. ``optimizer.grad_norm`` is the norm that was found.
+        norm_type: 2 (default) or infinity, for the largest absolute value.
+        error_if_nonfinite: raise RuntimeError if the norm is not finite, before anything is written. This waits for
+            the device.
+        skip_nonfinite: skip the step if the norm is not finite: no parameter, state or counter changes.
+        write_grads: leave in ``.grad`` the gradient that the rule has used, unscaled and clipped.
+        zero_grads: leave zeros in ``.grad``, set in the pass that read it. In a skipped step too, or a non-finite
+            gradient would stay for ever.
+        ema_decay: in [0, 1): keep an average of each parameter, ``ema = ema_decay * ema + (1 - ema_decay) * param``
+            after each of its steps, which begins as the parameter before the first one. It is the state "ema" of the
+            parameter, in fp32 or wider; ``with optimizer.swap_ema():`` puts the averages in the parameters' place.
+            With ``master_weights`` it follows the fp32 weight, otherwise the parameter as it is stored.
+        weights_copy: torch.bfloat16 or torch.float16: each step writes the parameter in that dtype too, rounded to
+            nearest even, into ``optimizer.copies[param]``; with ``master_weights`` the fp32 weight.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or contradicts another one.
     """
 
     backend: str | None
@@ -46,3 +66,11 @@ class Options(TypedDict, total=False):
     kahan: bool
     rounding: Literal["nearest", "stochastic"]
     rounding_seed: int
+    max_grad_norm: float | None
+    norm_type: float
+    error_if_nonfinite: bool
+    skip_nonfinite: bool
+    write_grads: bool
+    zero_grads: bool
+    ema_decay: float | None
+    weights_copy: torch.dtype | None

@@ -39,6 +39,7 @@ class Form(enum.IntEnum):
     STOCHASTIC = 4  # rounded up or down at random
 
 
+EXACT_FORMS = (Form.MASTER, Form.SPLIT)  # that keep an fp32 weight
 COMPANIONS = {Form.MASTER: "master_weight", Form.SPLIT: "weight_remainder", Form.KAHAN: "compensation"}
 
 
@@ -131,16 +132,12 @@ class Precision:
         """Whether something is kept for a parameter even where its rule has no state."""
         return self.form_of(param) is not Form.PLAIN
 
-    def stores(self, param: Tensor) -> bool:
-        """Whether a parameter's kernel must know more than dtypes."""
-        return self.keeps(param) or (self.state_dtype == "8bit" and param.dtype in NARROWABLE)
-
     def format_of(self, param: Tensor, name: str | None) -> StateDtype:
         """The format of a parameter's states; None: whatever they have."""
         if param.dtype not in NARROWABLE:
             return None
         if self.state_dtype is None:
-            return torch.float32 if self.form_of(param) in (Form.MASTER, Form.SPLIT) else None
+            return torch.float32 if self.form_of(param) in EXACT_FORMS else None
         if self.state_dtype != "8bit":
             return self.state_dtype
         named_wide = name is not None and any(re.search(pattern, name) for pattern in self.wide_states)
@@ -221,6 +218,18 @@ class Precision:
             weight = exact_weight(found, memory, layout.local(state.pop(COMPANIONS[found])).to(memory.device))
         if form in COMPANIONS:
             state[COMPANIONS[form]] = _companion(form, param, memory, weight)
+
+    def followed_weight(self, param: Tensor, state: dict[str, Any]) -> Tensor:
+        """What averages and copies follow: the fp32 weight where the options keep one, else the stored one."""
+        form = self.form_of(param)
+        if form not in EXACT_FORMS or COMPANIONS[form] not in state:
+            return param.detach()
+        if form is Form.MASTER:
+            return state[COMPANIONS[form]]
+        weight = _like(param, torch.float32)
+        memory, companion = layout.local(param.detach()), layout.local(state[COMPANIONS[form]])
+        layout.local(weight).copy_(exact_weight(form, memory, companion.to(memory.device)))
+        return weight
 
     def storage(
         self,

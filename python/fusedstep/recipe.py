@@ -14,7 +14,7 @@ from .schedules import PolyScheduler, Schedule, ScheduleLR, WarmUp
 from .schedules.schedule import check_lr, check_power, check_steps
 
 EXCLUDED = ("LayerNorm", "layer_norm", "bias")  # the original's, found anywhere in a name
-NORMALISATION = re.compile(r"Norm([123]d)?$")  # names of classes: LayerNorm, RMSNorm, BatchNorm2d, LlamaRMSNorm
+NORMALISATION = re.compile(r"Norm([123]d|Gated)?$")  # classes: LayerNorm, LlamaRMSNorm, BatchNorm2d, MambaRMSNormGated
 
 
 def create_optimizer(
@@ -41,8 +41,8 @@ def create_optimizer(
     :math:`\gamma_T = \gamma \cdot` ``min_lr_ratio`` from :math:`T` on.
 
     Weights do not decay if their name contains "LayerNorm", "layer_norm" or "bias", or if they belong to a module of a
-    class that ends in "Norm" (``BatchNorm2d`` and the like too), which needs the model: torch's names, such as
-    ``norm1.weight``, do not tell.
+    class that ends in "Norm" (``BatchNorm2d``, ``RMSNormGated`` and the like too) or is derived from one, which needs
+    the model: torch's names, such as ``norm1.weight``, do not tell.
 
     Args:
         model_or_named_params: a model, or ``(name, parameter)`` pairs.
@@ -123,6 +123,6 @@ def create_optimizer(
 def _normalisation_params(model: torch.nn.Module) -> Iterator[str]:
     """Names of the parameters that normalisation layers have themselves."""
     for path, module in model.named_modules():
-        if NORMALISATION.search(type(module).__name__):
+        if any(NORMALISATION.search(cls.__name__) for cls in type(module).__mro__):
             for name, _ in module.named_parameters(path, recurse=False):
                 yield name

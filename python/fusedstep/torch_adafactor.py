@@ -112,18 +112,18 @@ class TorchAdafactor(FusedOptimizer):
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names
 
-    def state_shape(self, name: str, param: Tensor) -> torch.Size | None:
+    def state_shape(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> torch.Size | None:
         shape = param.shape
-        if (len(shape) >= 2) == (name == "variance"):
+        if (len(shape) >= 2) == (key == "variance"):
             return None
-        if name == "row_var":
+        if key == "row_var":
             return torch.Size((*shape[:-1], 1))
-        return torch.Size((*shape[:-2], 1, *shape[-1:])) if name == "col_var" else shape
+        return torch.Size((*shape[:-2], 1, *shape[-1:])) if key == "col_var" else shape
 
-    def init_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
-        return torch.zeros(self.state_shape(name, param), dtype=param.dtype, device=param.device)
+    def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
+        return torch.zeros(self.state_shape(key, group, name, param), dtype=param.dtype, device=param.device)
 
-    matrices = staticmethod(Adafactor.matrices)
+    matrices = Adafactor.matrices
 
     def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> float:
         """The bound of the estimate's root."""

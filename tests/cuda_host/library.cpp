@@ -2,6 +2,7 @@
 // clang-format off
 #include "cuda_on_host.h"
 #include "../../csrc/cuda/kernel.cuh"
+#include "../../csrc/cuda/norm.cuh"
 #include "../../csrc/cuda/schedule.cuh"
 // clang-format on
 
@@ -20,9 +21,9 @@ void set_reverse(int reverse) {
 }
 
 // One step over records; grads[i] null: takes no part. Returns the number of launches.
-int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, const float* grad_scale, const float* found_inf,
-              const Record* records, int64_t n_records, const void* const* grads, int multiprocessors, unsigned blocks,
-              unsigned threads) {
+int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, bool write_grads, const float* grad_scale,
+              const float* found_inf, const double* coefficient, double average_weight, const Record* records, int64_t n_records,
+              const void* const* grads, int multiprocessors, unsigned blocks, unsigned threads) {
   const Table table = build_table(std::vector<Record>(records, records + n_records), multiprocessors);
   std::vector<char> bytes = table.bytes();
   const char* chunks = bytes.data() + table.records.size() * sizeof(Record);
@@ -38,10 +39,9 @@ int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, con
     a.n_records = static_cast<int32_t>(segment.n_records);
     a.n_block_chunks = static_cast<int32_t>(segment.n_block_chunks);
     a.n_small_chunks = static_cast<int32_t>(segment.n_small_chunks);
-    a.maximize = maximize;
-    a.zero_grads = zero_grads;
-    a.grad_scale = grad_scale;
     a.found_inf = found_inf;
+    a.grads_become = {grad_scale, coefficient, maximize, zero_grads, write_grads};
+    a.average_weight = average_weight;
     for (int k = 0; k < kMaxHyper; ++k) a.hyper[k] = hyper[k];
     for (int64_t k = 0; k < segment.n_records; ++k) a.grads[k] = grads[segment.first_record + k];
     visit_rule(static_cast<RuleId>(rule), [&](auto r) {
@@ -51,6 +51,26 @@ int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, con
     ++launches;
   }
   return launches;
+}
+
+// Adds a plan's sums to `norm`; returns the number of launches, or -1 if a counter is left over.
+int host_norm(const Record* records, int64_t n_records, const void* const* grads, const float* grad_scale,
+              const float* found_inf_before, const double* limits, float* found_inf, double* norm, bool first, bool last,
+              int multiprocessors, unsigned blocks) {
+  const Table table = build_table(std::vector<Record>(records, records + n_records), multiprocessors);
+  std::vector<char> bytes = table.bytes();
+  std::vector<ChunkSums> sums(table.chunks.size(), ChunkSums{-1e300, -1e300});
+  NormCall call{bytes.data(), sums.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm),
+                first, last, {}, 0, nullptr};
+  call.limits = {limits[0], limits[1], limits[2] != 0, limits[3] != 0, limits[4] != 0, limits[5] != 0};
+  bool ready = true;
+  const int launches = for_segments(call, table, [&](size_t i, bool is_first, bool is_last) {
+    static NormArguments<kMaxTensorsPerLaunch> a;
+    set_arguments(&a, call, table, i, is_first, is_last);
+    launch_on_host(blocks, kThreads, [&] { norm_kernel<kMaxTensorsPerLaunch>(a); });
+    ready = ready && *a.done == 0;
+  });
+  return ready ? launches : -1;
 }
 
 // Counts a step of n groups with schedules.

@@ -22,8 +22,9 @@ int record_size() {
 
 // One step over records by the rule of that name with so many states; grads[i] null: takes no part. Returns the number
 // of launches, or -1 if a counter is left over.
-int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool maximize, const float* grad_scale,
-                       const float* found_inf, const Record* records, const Matrices* matrices, int64_t n_records,
+int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool maximize, bool zero_grads,
+                       bool write_grads, const float* grad_scale, const float* found_inf, const double* coefficient,
+                       double average_weight, const Record* records, const Matrices* matrices, int64_t n_records,
                        const void* const* grads, unsigned blocks) {
   int launches = 0;
   const auto step = [&](auto r) {
@@ -39,6 +40,10 @@ int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool
     call.maximize = maximize;
     call.grad_scale = grad_scale;
     call.found_inf = found_inf;
+    call.coefficient = coefficient;
+    call.zero_grads = zero_grads;
+    call.write_grads = write_grads;
+    call.average_weight = average_weight;
     call.device_table = bytes.data();
     call.grads = grads;
     static ReducingArguments<kMaxTensorsPerLaunch> a;

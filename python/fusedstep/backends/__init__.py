@@ -64,15 +64,11 @@ def use_backend(name: str) -> Iterator[None]:
         _default.reset(token)
 
 
-_selected: dict[tuple[str, torch.device, torch.dtype, bool, bool], Backend] = {}
+_selected: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
 
 
-def select(
-    choice: str, device: torch.device, dtype: torch.dtype, reduces: bool = False, stores: bool = False
-) -> Backend:
+def select(choice: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend for parameters of ``dtype`` on ``device``.
-
-    ``reduces``: for a rule that reduces. ``stores``: in a form of the precision options.
 
     With "auto", CUDA tensors take "cuda", else "triton"; CPU tensors take "cpu"; the rest takes "reference", with one
     warning that says why.
@@ -80,24 +76,15 @@ def select(
     Raises:
         RuntimeError: the backend that was asked for cannot run; the text gives its reasons.
     """
-    key = (choice, device, dtype, reduces, stores)
+    key = (choice, device, dtype)
     if key not in _selected:
         _selected[key] = _select(*key)
     return _selected[key]
 
 
-def _reasons(backend: Backend, device: torch.device, dtype: torch.dtype, reduces: bool, stores: bool) -> list[str]:
-    reasons = backend.reasons(device, dtype)
-    if reduces and not backend.reduces:
-        reasons = [*reasons, "it has no kernel for rules that reduce over rows and columns"]
-    if stores and not backend.stores:
-        reasons = [*reasons, "it has no kernel for master weights, kahan, stochastic rounding and 8-bit states"]
-    return reasons
-
-
-def _select(choice: str, device: torch.device, dtype: torch.dtype, reduces: bool, stores: bool) -> Backend:
+def _select(choice: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if choice != "auto":
-        reasons = _reasons(BACKENDS[choice], device, dtype, reduces, stores)
+        reasons = BACKENDS[choice].reasons(device, dtype)
         if reasons:
             raise RuntimeError(
                 f"backend='{choice}' cannot update {dtype} parameters on {device}: {'; '.join(reasons)}. "
@@ -109,7 +96,7 @@ def _select(choice: str, device: torch.device, dtype: torch.dtype, reduces: bool
     for name in preferred:
         if name not in BACKENDS:
             continue
-        reasons = _reasons(BACKENDS[name], device, dtype, reduces, stores)
+        reasons = BACKENDS[name].reasons(device, dtype)
         if not reasons:
             return BACKENDS[name]
         refused.append(f"{name}: {'; '.join(reasons)}")

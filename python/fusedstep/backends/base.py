@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import checks, layout
+from .norm import sums
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
     from ..schedules.on_device import DeviceSchedules
+    from .norm import Limits, Norm
     from .plan import Plan, Slot
 
 
@@ -20,8 +23,6 @@ class Backend:
 
     name: str
     dtypes: tuple[torch.dtype, ...] | None = None  # of states; None: every floating one
-    reduces: bool = False  # whether it can run rules that reduce
-    stores: bool = False  # whether it takes weights and states in the forms of the precision options
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         """Why this backend cannot update parameters on ``device`` (of ``dtype``); empty if it can."""
@@ -53,6 +54,28 @@ class Backend:
     ) -> Plan:
         """A plan for parameters of one group that share their hyperparameters."""
         raise NotImplementedError
+
+    def norm(
+        self,
+        plans: Sequence[Plan],
+        norm: Norm,
+        limits: Limits | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> int:
+        """Fill ``norm`` in from the gradients that plans on its device have gathered; returns the kernel calls.
+
+        Args:
+            limits: what follows from the sums; None: the sums are all.
+            grad_scale: gradients count divided by it.
+            found_inf: if not 0, the step is skipped in any case.
+        """
+        total, largest = sums((grad for plan in plans for grad in plan.grads_as_used()), grad_scale, norm.device)
+        norm.sum_of_squares.copy_(total)
+        norm.largest.copy_(largest)
+        if limits is not None:
+            norm.finish(limits, grad_scale, found_inf)
+        return 0
 
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
         """Count a step, unless it was skipped, and evaluate the next learning rates; returns the kernel calls."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,33 +14,66 @@ from .plan import KernelPlan
 
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
+    from .norm import Limits, Norm
+    from .plan import Plan
 
 
 class CpuPlan(KernelPlan):
     borrows_grads = True
 
     def launch(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
         from .. import _C
 
         if found_inf is not None and found_inf.item() != 0:
+            if self.zero_grads:
+                with torch.no_grad():
+                    torch._foreach_zero_([grad for i, grad in self.grads_in_use() if i not in self.odd_grads])
             self.native.release_grads()
             return 0
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        _C.cpu_step(self.native, hyper, maximize, scale, self.zero_grads, torch.get_num_threads())
+        factor = 1.0 if coefficient is None else float(coefficient)
+        _C.cpu_step(
+            *(self.native, hyper, maximize, scale, factor),
+            *(self.zero_grads, self.write_grads, self.average_weight, torch.get_num_threads()),
+        )
         return 1
 
 
 class CpuBackend(KernelBackend):
     name = "cpu"
-    reduces = True
-    stores = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         if device.type != "cpu":
             return [f"it runs on CPU tensors, not on {device.type}"]
         return extension_reasons() + self.dtype_reasons(dtype)
+
+    def norm(
+        self,
+        plans: Sequence[Plan],
+        norm: Norm,
+        limits: Limits | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> int:
+        from .. import _C
+
+        _C.cpu_norm(
+            [plan.native for plan in plans],
+            1.0 if grad_scale is None else float(grad_scale),
+            limits,
+            found_inf is not None and found_inf.item() != 0,
+            norm.numbers.data_ptr(),
+            norm.found_inf.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return 1
 
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
         from .. import _C

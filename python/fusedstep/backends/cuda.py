@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,8 @@ from .plan import KernelPlan
 
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
+    from .norm import Limits, Norm
+    from .plan import Plan
 
 
 class CudaPlan(KernelPlan):
@@ -20,9 +23,15 @@ class CudaPlan(KernelPlan):
 
     borrows_grads = True
     table = None
+    norm_table = None
 
     def launch(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
         from .. import _C
 
@@ -42,31 +51,57 @@ class CudaPlan(KernelPlan):
             maximize,
             None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True),
             None if found_inf is None else found_inf.to(device, torch.float32, non_blocking=True),
+            None if coefficient is None else coefficient.to(device, non_blocking=True),
             self.zero_grads,
+            self.write_grads,
+            self.average_weight,
+        )
+
+    def add_to_norm(
+        self,
+        norm: Norm,
+        limits: Limits | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        first: bool,
+    ) -> int:
+        """Add this plan's sums to ``norm``, or replace them if it is the ``first``; with limits, finish it."""
+        from .. import _C
+
+        device = self.device
+        if self.norm_table is None or not self.norm_table.fits(self.native):
+            self.norm_table = _C.CudaNormTable(self.native, _C.cuda_multiprocessors(device.index))
+            self.norm_memory = self._uploaded(self.norm_table.bytes())
+        return self.norm_table.launch(
+            self.native,
+            self.norm_memory.data_ptr(),
+            norm.numbers.data_ptr(),
+            None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True),
+            None if found_inf is None else found_inf.to(device, torch.float32, non_blocking=True),
+            limits,
+            norm.found_inf.data_ptr(),
+            first,
         )
 
     def _upload(self, device: torch.device) -> None:
         from .. import _C
 
+        table = _C.CudaTable(self.native, _C.cuda_multiprocessors(device.index))
+        self.memory = self._uploaded(table.bytes())
+        self.work = torch.empty(table.work_bytes, dtype=torch.uint8, device=device)
+        self.table = table
+
+    def _uploaded(self, table: bytearray) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "fusedstep: step() met new or changed tensors while a CUDA graph is captured; "
                 "run one step() with these parameters and gradients before capturing"
             )
-        table = _C.CudaTable(self.native, _C.cuda_multiprocessors(device.index))
-        self.memory = torch.frombuffer(table.bytes(), dtype=torch.uint8).to(device)
-        self.work = torch.empty(table.work_bytes, dtype=torch.uint8, device=device)
-        self.table = table
-
-    @property
-    def device(self) -> torch.device:
-        return next(slot.tensor.device for slot in self.slots if slot.tensor is not None)
+        return torch.frombuffer(table, dtype=torch.uint8).to(self.device)
 
 
 class CudaBackend(KernelBackend):
     name = "cuda"
-    reduces = True
-    stores = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         if device.type != "cuda":
@@ -85,6 +120,20 @@ class CudaBackend(KernelBackend):
             return [f"there is no GPU to be seen ({why or 'no device'})"]
         why = _C.cuda_why_not(torch.cuda.current_device() if device.index is None else device.index)
         return ([why] if why else []) + self.dtype_reasons(dtype)
+
+    def norm(
+        self,
+        plans: Sequence[Plan],
+        norm: Norm,
+        limits: Limits | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> int:
+        calls = 0
+        for plan in plans:
+            last = limits if plan is plans[-1] else None
+            calls += plan.add_to_norm(norm, last, grad_scale, found_inf, plan is plans[0])
+        return calls
 
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
         from .. import _C

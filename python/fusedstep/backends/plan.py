@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks, layout
+from .. import averages, checks, layout
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
@@ -26,6 +27,9 @@ class Slot(NamedTuple):
     step: Tensor | None
     states: tuple[Tensor | None, ...]  # None: the optimizer has the state, but not for this parameter
     into: Tensor | None = None  # what the gradient updates, if not `param` itself
+    matrices: tuple[int, int, int] | None = None  # (batch, rows, columns) for a rule that reduces; None: flat
+    average: Tensor | None = None  # over the steps, of the weight
+    copy: Tensor | None = None  # of the weight, in a narrower dtype
     storage: Storage | None = None  # None: weight and states are numbers of their dtypes
 
     @property
@@ -37,6 +41,8 @@ class Plan:
     """What every backend's plan has; `gather` and `step` are the backend's."""
 
     zero_grads = False  # whether a step sets each gradient to zero as it reads it
+    write_grads = False  # or to what it was changed to before the rule took it
+    average_weight = 0.0  # of the new parameter in its average
 
     def __init__(
         self,
@@ -53,8 +59,10 @@ class Plan:
         self.group = group  # its index among the optimizer's
         self.options = options  # the group itself
         self.variant = variant
+        self.rule, self.reduces = optimizer.rule_of(variant)
         self.states = states
         self.slots = slots
+        self.given: list[Tensor | None] | None = None  # gradients in place of the parameters' own
         self.rows: list[Rows] = []  # of this step's sparse gradients
         self.rows_plan: Plan | None = None
 
@@ -67,18 +75,51 @@ class Plan:
         raise NotImplementedError
 
     def step(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
-        """Update the parameters whose gradients `gather` found; returns the number of kernel calls."""
+        """Update the parameters whose gradients `gather` found; returns the number of kernel calls.
+
+        Args:
+            hyper: the rule's hyperparameters.
+            maximize: whether gradients are negated.
+            grad_scale: what gradients are divided by.
+            found_inf: the step is skipped if it is not 0.
+            coefficient: what gradients are then multiplied by, a float64 number on the plan's device.
+        """
         raise NotImplementedError
 
     def grads_in_use(self) -> list[tuple[int, Tensor]]:
         """The gradients that `gather` found, by the index of their slot."""
         raise NotImplementedError
 
+    def grads_as_used(self) -> list[Tensor]:
+        """The gradients as the step will read them, replaced ones included."""
+        raise NotImplementedError
+
     def replace_grad(self, index: int, grad: Tensor) -> None:
         """Use ``grad`` for a slot in this step, in place of what `gather` found."""
         raise NotImplementedError
+
+    def norm_device(self) -> torch.device | None:
+        """Where the gradients that `gather` found are; None: there are none.
+
+        Raises:
+            RuntimeError: they are spread over processes, whose norm is not known here.
+        """
+        for slot in self.slots:
+            if layout.is_wrapper(slot.target):
+                raise RuntimeError(
+                    f"{self.optimizer.__name__}: the norm of gradients of {type(slot.target).__name__} parameters "
+                    f"({checks.describe(slot.index, slot.name, slot.param)}) would be that of the local part alone; "
+                    "call torch.nn.utils.clip_grad_norm_ before step()"
+                )
+        active = self.grads_in_use()
+        return active[0][1].device if active else None
 
     def _grad_of(self, index: int, grads: list[Tensor | None] | None) -> Tensor | None:
         """A parameter's gradient, checked; a sparse one only if the rows that it names are all that a step changes."""
@@ -99,11 +140,12 @@ class Plan:
         """Plan this step's sparse gradients, given with the index of their slots."""
         from .sparse import Rows
 
-        self.rows = [Rows(self.slots[i], grad) for i, grad in sparse]
+        self.rows = [Rows(self.slots[i], i, grad) for i, grad in sparse]
         self.rows_plan = None
         if self.rows:
             slots = [rows.slot for rows in self.rows]
             plan = self.backend.plan(self.optimizer, self.group, self.options, self.variant, self.states, slots)
+            plan.write_grads = self.write_grads
             plan.gather()
             for i, rows in enumerate(self.rows):
                 plan.replace_grad(i, rows.grad)
@@ -115,8 +157,31 @@ class Plan:
         calls = self.rows_plan.step(*step)
         for rows in self.rows:
             rows.write_back()
+            slot = self.slots[rows.index]
+            if slot.average is not None or slot.copy is not None:  # all rows move towards the parameter
+                self._follow(slot, step[3])
+            if self.zero_grads or self.write_grads:
+                self._leave_in(self._own_grad(rows.index), rows.grad_of_rows())
         self.rows, self.rows_plan = [], None
         return calls
+
+    @torch.no_grad()
+    def _follow(self, slot: Slot, found_inf: Tensor | None) -> None:
+        averages.follow(layout.local(slot.param.detach()), slot.average, slot.copy, self.average_weight, found_inf)
+
+    def _own_grad(self, index: int) -> Tensor:
+        """What a step leaves zeros or the changed gradient in, where the kernel sees a copy."""
+        return self.slots[index].param.grad if self.given is None else self.given[index]
+
+    @torch.no_grad()
+    def _leave_in(self, grad: Tensor, changed: Tensor) -> None:
+        """Do to a parameter's own ``grad`` what a kernel has done to the copy of it that it was given."""
+        if self.zero_grads:
+            grad.zero_()
+        elif self.write_grads:
+            if grad.layout == torch.sparse_coo and changed.layout == torch.strided:
+                changed = changed.sparse_mask(grad.coalesce())
+            layout.local(grad).copy_(changed)
 
 
 class KernelPlan(Plan):
@@ -130,15 +195,17 @@ class KernelPlan(Plan):
 
         slots = self.slots
         self.native = _C.Plan(
-            self.optimizer.rule,
+            self.rule,
             self.states,
             [slot.param for slot in slots],
             [slot.tensor for slot in slots],
             [slot.step for slot in slots],
             [slot.states for slot in slots],
-            [self._matrices(slot) for slot in slots] if self.optimizer.reduces else [],
+            [slot.matrices for slot in slots] if self.reduces else [],
             [self._precision(slot) for slot in slots] if any(slot.storage for slot in slots) else [],
         )
+        if any(slot.average is not None or slot.copy is not None for slot in slots):
+            self.native.follow([slot.average for slot in slots], [slot.copy for slot in slots])
         self.stand_ins = [
             (i, slot)
             for i, slot in enumerate(slots)
@@ -149,9 +216,6 @@ class KernelPlan(Plan):
         apart = [slot.target for _, slot in self.stand_ins] + [target for _, target in self.wrappers]
         self.places = [(target, layout.place(layout.local(target))) for target in apart]
 
-    def _matrices(self, slot: Slot) -> tuple[int, int, int] | None:
-        return None if slot.tensor is None else self.optimizer.matrices(slot.tensor)
-
     @staticmethod
     def _precision(slot: Slot) -> tuple[Any, ...] | None:
         if slot.storage is None:
@@ -161,11 +225,12 @@ class KernelPlan(Plan):
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         moved = any(layout.place(layout.local(target)) != place for target, place in self.places)
-        borrow = self.borrows_grads and grads is None and not self.zero_grads
+        borrow = self.borrows_grads and grads is None and not (self.zero_grads or self.write_grads)
+        self.given = grads
         if moved or not self.native.gather(borrow, grads):
             self.native.release_grads()
             return False
-        self.odd_grads = []
+        self.odd_grads = {}
         try:
             sparse = []
             for i in self.native.odd_grads():
@@ -174,8 +239,7 @@ class KernelPlan(Plan):
                     self.native.drop_grad(i)
                     sparse.append((i, grad))
                 else:
-                    self.odd_grads.append(layout.local(grad))
-                    self.replace_grad(i, self.odd_grads[-1])
+                    self.replace_grad(i, layout.local(grad))
             self._take_rows(sparse)
         except BaseException:
             self.native.release_grads()
@@ -185,48 +249,75 @@ class KernelPlan(Plan):
     def grads_in_use(self) -> list[tuple[int, Tensor]]:
         return [(i, layout.local(self.slots[i].param.grad)) for i in self.native.active()]
 
+    def grads_as_used(self) -> list[Tensor]:
+        return [self.odd_grads.get(i, grad) for i, grad in self.grads_in_use()]
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        return next(slot.tensor.device for slot in self.slots if slot.tensor is not None)
+
+    def norm_device(self) -> torch.device | None:
+        if self.wrappers:
+            return super().norm_device()
+        return self.device if self.native.any_active() else None
+
     def replace_grad(self, index: int, grad: Tensor) -> None:
         tensor = self.slots[index].tensor
         known = grad.dtype in checks.ARITHMETIC_DTYPES
         if not known or layout.is_lazy(grad) or not layout.same_layout(grad, tensor):
             grad = layout.laid_out_as(grad, tensor, None if known else torch.float32)
         self.native.set_grad(index, grad)
+        self.odd_grads[index] = grad
 
     def step(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
-        if self.rows_plan is not None:
-            rows_calls = self._step_rows(hyper, maximize, grad_scale, found_inf)
-            return rows_calls + self.step(hyper, maximize, grad_scale, found_inf)
+        step = hyper, maximize, grad_scale, found_inf, coefficient
+        rows_calls = self._step_rows(*step)
         if not self.native.any_active():
-            return 0
-        if not self.stand_ins and not self.wrappers:
-            calls = self.launch(hyper, maximize, grad_scale, found_inf)
-        else:
-            calls = self._staged_launch(hyper, maximize, grad_scale, found_inf)
-        if self.zero_grads and self.odd_grads:  # the kernel saw copies
-            with torch.no_grad():
-                for grad in self.odd_grads:
-                    grad.zero_()
-        self.odd_grads = []
-        return calls
+            self.given = None
+            return rows_calls
+        launch = self._staged_launch if self.stand_ins or self.wrappers else self.launch
+        calls = launch(*step)
+        if self.zero_grads or self.write_grads:
+            for index, grad in self.odd_grads.items():  # the kernel saw copies
+                own = self._own_grad(index)
+                if own is not None:  # those of rows are their plan's
+                    self._leave_in(own, grad)
+        self.odd_grads, self.given = {}, None
+        return rows_calls + calls
 
     def _staged_launch(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
         active = set(self.native.active())
         staged = [slot for i, slot in self.stand_ins if i in active]
         with torch.no_grad():
             for slot in staged:
                 slot.tensor.copy_(layout.local(slot.target))
-            calls = self.launch(hyper, maximize, grad_scale, found_inf)
+            calls = self.launch(hyper, maximize, grad_scale, found_inf, coefficient)
             for slot in staged:
                 layout.local(slot.target).copy_(slot.tensor)
         torch.autograd.graph.increment_version([target for i, target in self.wrappers if i in active])
         return calls
 
     def launch(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
         """Call the kernel on what `gather` found; returns the number of calls."""
         raise NotImplementedError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import codecs, layout, precision
+from .. import averages, codecs, layout, precision
 from ..precision import Form, Storage
 from .base import Backend
 from .plan import Plan, Slot
@@ -26,7 +26,7 @@ class ReferencePlan(Plan):
         return [slot.param.shape, *(state.shape for state in slot.states if state is not None)]
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
-        self.grads = []
+        self.grads, self.given = [], grads
         sparse = []
         for index, slot in enumerate(self.slots):
             grad = self._grad_of(index, grads)
@@ -46,29 +46,48 @@ class ReferencePlan(Plan):
     def grads_in_use(self) -> list[tuple[int, Tensor]]:
         return [(i, layout.local(grad)) for i, grad in enumerate(self.grads) if grad is not None]
 
+    def grads_as_used(self) -> list[Tensor]:
+        return [layout.local(grad) for grad in self.grads if grad is not None]
+
     def replace_grad(self, index: int, grad: Tensor) -> None:
         self.grads[index] = grad
 
     @torch.no_grad()
     def step(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
-        self._step_rows(hyper, maximize, grad_scale, found_inf)
+        self._step_rows(hyper, maximize, grad_scale, found_inf, coefficient)
         grads, self.grads = self.grads, []
-        if found_inf is not None and found_inf.item() != 0:
-            return 0
+        skipped = found_inf is not None and found_inf.item() != 0
         numbers = tuple(float(value) for value in hyper)
-        for slot, grad in zip(self.slots, grads, strict=True):
-            if grad is not None:
-                self.update(slot, grad, numbers, maximize, grad_scale)
-                if self.zero_grads:
-                    grad.zero_()
+        for index, (slot, grad) in enumerate(zip(self.slots, grads, strict=True)):
+            if grad is None:
+                continue
+            if not skipped:
+                self.update(slot, grad, numbers, maximize, grad_scale, coefficient)
+            if self.zero_grads:
+                grad.zero_()
+            own = self._own_grad(index)
+            if own is not None and own is not grad:  # those of rows are their plan's
+                self._leave_in(own, grad)
+        self.given = None
         return 0
 
     def update(
-        self, slot: Slot, grad: Tensor, hyper: tuple[float, ...], maximize: bool, grad_scale: Tensor | None
+        self,
+        slot: Slot,
+        stored_grad: Tensor,
+        hyper: tuple[float, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        coefficient: Tensor | None,
     ) -> None:
-        grad = layout.local(grad)
+        grad = layout.local(stored_grad)
         if grad.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
         memory = real_memory(slot.tensor)
@@ -76,6 +95,11 @@ class ReferencePlan(Plan):
         grad = grad.to(arithmetic)
         if grad_scale is not None:
             grad = grad / grad_scale.to(grad.device, arithmetic)
+        if coefficient is not None:
+            grad = grad * coefficient.to(grad.device, arithmetic)
+        if self.write_grads:
+            stored = layout.local(stored_grad)
+            stored.copy_(torch.view_as_complex(grad) if stored.is_complex() else grad)
         if maximize:
             grad = -grad
         slot.step.add_(1)
@@ -86,6 +110,8 @@ class ReferencePlan(Plan):
         states = [None if name is None else stored.state(*targets[name]) for name in names]
         param, *states = self.optimizer.update(stored.weight(), grad, *states, scalars)
         stored.set_weight(param)
+        followers = [None if tensor is None else real_memory(tensor) for tensor in (slot.average, slot.copy)]
+        averages.follow(stored.followed(), *followers, self.average_weight, None)
         if layout.is_wrapper(slot.tensor):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(slot.tensor)
         for name, state in zip(names, states, strict=True):
@@ -124,6 +150,9 @@ class Stored:
         if self.companion is not None:
             self.companion.copy_(companion)
 
+    def followed(self) -> Tensor:
+        return self.weight() if self.storage.form in precision.EXACT_FORMS else self.memory
+
     def state(self, place: int, state: Tensor) -> Tensor:
         if self.storage.scales and self.storage.scales[place] is not None:
             return codecs.decode(state, self.storage.scales[place])
@@ -148,8 +177,6 @@ def real_memory(tensor: Tensor) -> Tensor:
 
 class ReferenceBackend(Backend):
     name = "reference"
-    reduces = True
-    stores = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):

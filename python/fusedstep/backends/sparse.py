@@ -12,14 +12,22 @@ from .plan import Slot
 class Rows:
     """The rows of a parameter and its states that a sparse gradient names, for one step."""
 
-    def __init__(self, slot: Slot, grad: Tensor) -> None:
+    def __init__(self, slot: Slot, index: int, grad: Tensor) -> None:
         grad = grad.coalesce()
+        self.index = index  # of the slot in its plan
+        self.shape = grad.shape
         self.indices = tuple(grad.indices())
         self.targets = [layout.local(slot.param.detach()), *slot.states]
         self.copies = [target[self.indices] for target in self.targets]
-        self.grad = grad.values()
+        self.grad = grad.values().contiguous()
         rows, *states = self.copies
         self.slot = Slot(slot.index, slot.name, rows, rows, slot.step, tuple(states))
+
+    def grad_of_rows(self) -> Tensor:
+        """The sparse gradient as the step has left it."""
+        return torch.sparse_coo_tensor(
+            torch.stack(self.indices), self.grad, self.shape, is_coalesced=True, check_invariants=False
+        )
 
     @torch.no_grad()
     def write_back(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from .base import KernelBackend
 from .native import extension_reasons
+from .norm import NO_LIMITS, Limits
 from .plan import KernelPlan
 from .triton_reducing import ReducingTable, dtypes_of
 
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
+    from .norm import Norm
+    from .plan import Plan
 
 NAMES = ("fp32", "bf16", "fp16", "fp64")  # by the tags of csrc/numeric.h
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -29,8 +33,16 @@ MAX_CHUNK = 65_536  # elements of one program
 class Launch:
     """The tensors of a plan that have the same dtypes: what one call updates."""
 
-    def __init__(self, dtypes: tuple[str, ...], form: str, indices: list[int], plan: TritonPlan) -> None:
+    def __init__(
+        self,
+        dtypes: tuple[str, ...],
+        indices: list[int],
+        plan: TritonPlan,
+        followers: tuple[str, str] = ("", ""),
+        form: str = "plain",
+    ) -> None:
         self.dtypes = dtypes
+        self.followers = followers
         self.form = form
         self.indices = np.array(indices)
         self.done = torch.zeros(1, dtype=torch.int32, device=plan.device)
@@ -40,14 +52,16 @@ class Launch:
 
     def build(self, indices: list[int], plan: TritonPlan) -> None:
         """Upload what does not change from step to step."""
-        from ..triton_kernels.step import ROW
+        from ..triton_kernels.step import AVERAGE, COPY, ROW
 
         rows = np.zeros((len(indices), ROW), dtype=np.int64)
         pointers, storage = plan.native.pointers(), plan.native.storage()
+        followers = plan.native.follower_pointers()
         chunks = []
         for row, index in enumerate(indices):
             addresses = [*pointers[index], *storage[index]]
             rows[row, : len(addresses)] = addresses
+            rows[row, [AVERAGE.value, COPY.value]] = followers[index]
             numel = plan.slots[index].tensor.numel()
             chunks += [(row, min(MAX_CHUNK, numel - at), at) for at in range(0, numel, MAX_CHUNK)]
         # A program for nothing, so that the counters of a group of empty tensors advance too.
@@ -68,11 +82,12 @@ class Launch:
         from ..triton_kernels import step
 
         step.launch(
-            plan.optimizer.rule,
+            plan.rule,
             self.dtypes,
+            self.followers,
             self.form,
             maximize,
-            plan.zero_grads,
+            plan.left,
             self.table,
             self.chunks,
             self.grads,
@@ -94,11 +109,33 @@ class ReducingLaunch(Launch):
         from ..triton_kernels import reducing
 
         tables = (self.reducing.table, self.reducing.items, self.grads, plan.hyper, self.done)
-        return reducing.launch(plan.optimizer.rule, self.dtypes, maximize, *tables, *flags)
+        return reducing.launch(plan.rule, self.dtypes, self.followers, maximize, plan.left, *tables, *flags)
+
+
+class NormLaunch(Launch):
+    """The gradients of a plan that have the same dtype: what one call sums."""
+
+    def build(self, indices: list[int], plan: TritonPlan) -> None:
+        sizes = enumerate(plan.slots[index].tensor.numel() for index in indices)
+        chunks = [(row, min(MAX_CHUNK, n - at), at) for row, n in sizes for at in range(0, n, MAX_CHUNK)]
+        self.chunks = plan.upload(torch.tensor(chunks or [(0, 0, 0)], dtype=torch.int64))
+        self.sums = torch.empty((len(self.chunks), 2), dtype=torch.float64, device=plan.device)
+
+    def add(self, norm: Norm, limits: Limits, numbers: Tensor, first: bool, last: bool, flags: list) -> None:
+        """Queue the sums, which are added to those in ``norm`` unless they are the ``first``."""
+        from ..triton_kernels import norm as kernels
+        from ..triton_kernels.step import block_size
+
+        memory = self.chunks, self.grads, self.sums, norm.numbers, self.done, numbers, norm.found_inf
+        kernels.launch(*self.dtypes, first, last, limits, *memory, *flags, block_size(self.chunks.device))
 
 
 class TritonPlan(KernelPlan):
     launches: list[Launch] | None = None
+    sums: list[NormLaunch] | None = None
+    sums_dtypes: list[int] | None = None
+    limits: tuple[float, ...] | None = None
+    weight: Tensor | None = None
     grad_dtypes: list[int] | None = None
     hyper_values: tuple[float, ...] | None = None
     hyper: Tensor | None = None
@@ -106,10 +143,6 @@ class TritonPlan(KernelPlan):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.captured: list[Tensor] = []
-
-    @property
-    def device(self) -> torch.device:
-        return next(slot.tensor.device for slot in self.slots if slot.tensor is not None)
 
     def upload(self, host: Tensor) -> Tensor:
         """A copy on the plan's device, without waiting for it."""
@@ -122,7 +155,12 @@ class TritonPlan(KernelPlan):
         return copy
 
     def launch(
-        self, hyper: tuple[float | Tensor, ...], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: tuple[float | Tensor, ...],
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coefficient: Tensor | None = None,
     ) -> int:
         grad_dtypes = self.native.grad_dtypes()
         if self.launches is None or grad_dtypes != self.grad_dtypes:
@@ -130,31 +168,64 @@ class TritonPlan(KernelPlan):
             self.grad_dtypes = grad_dtypes
         self._set_hyper(hyper)
         flags = [None if t is None else t.to(self.device, torch.float32) for t in (grad_scale, found_inf)]
+        flags.append(None if coefficient is None else coefficient.to(self.device))
+        flags.append(self._weight())
         addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64)
         calls = 0
         for group in self.launches:
             if group.set_grads(addresses, self):
                 calls += group.run(self, maximize, flags)
-        self.native.increment_written(self.zero_grads)
+        self.native.increment_written(self.zero_grads or self.write_grads)
         self.native.release_grads()
         return calls
 
+    @property
+    def left(self) -> str:
+        """What becomes of the gradients, in the kernels' words."""
+        return "zero" if self.zero_grads else "changed" if self.write_grads else ""
+
+    def norm_launches(self) -> list[NormLaunch]:
+        """Those that sum the gradients that take part."""
+        grad_dtypes = self.native.grad_dtypes()
+        if self.sums is None or grad_dtypes != self.sums_dtypes:
+            groups: dict[str, list[int]] = {}
+            for index, slot in enumerate(self.slots):
+                if slot.tensor is not None:
+                    groups.setdefault(NAMES[grad_dtypes[index]], []).append(index)
+            self.sums = [NormLaunch((dtype,), indices, self) for dtype, indices in groups.items()]
+            self.sums_dtypes = grad_dtypes
+        addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64)
+        return [launch for launch in self.sums if launch.set_grads(addresses, self)]
+
+    def limit_numbers(self, limits: Limits) -> Tensor:
+        """The limits that are numbers, in device memory."""
+        if limits[:2] != self.limits:
+            self.limits = limits[:2]
+            self.numbers = self.upload(torch.tensor(self.limits, dtype=torch.float64))
+        return self.numbers
+
+    def _weight(self) -> Tensor | None:
+        """The weight of a parameter in its average, in device memory."""
+        if self.weight is None and any(slot.average is not None for slot in self.slots):
+            self.weight = self.upload(torch.tensor(self.average_weight, dtype=torch.float64))
+        return self.weight
+
     def _launches(self, grad_dtypes: list[int]) -> list[Launch]:
-        groups: dict[tuple[tuple[str, ...], str], list[int]] = {}
+        groups: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[int]] = {}
         for index, slot in enumerate(self.slots):
             if slot.tensor is not None:
                 pairs = zip(self.states, slot.states, strict=True)
                 states = {name: (DTYPES | CODES)[state.dtype] for name, state in pairs if state is not None}
-                if self.optimizer.reduces:
-                    factored = self.optimizer.matrices(slot.tensor) is not None
-                    named = dtypes_of(states, self.optimizer.rule, factored)
+                if self.reduces:
+                    named = dtypes_of(states, self.rule, slot.matrices is not None)
                 else:
                     named = [states.get(name, "") for name in self.optimizer.state_names]
                 dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *named)
+                followers = tuple("" if t is None else DTYPES[t.dtype] for t in (slot.average, slot.copy))
                 form = "plain" if slot.storage is None else slot.storage.form.name.lower()
-                groups.setdefault((dtypes, form), []).append(index)
-        kind = ReducingLaunch if self.optimizer.reduces else Launch
-        return [kind(dtypes, form, indices, self) for (dtypes, form), indices in groups.items()]
+                groups.setdefault((dtypes, followers, form), []).append(index)
+        kind = ReducingLaunch if self.reduces else Launch
+        return [kind(dtypes, indices, self, followers, form) for (dtypes, followers, form), indices in groups.items()]
 
     def _set_hyper(self, hyper: tuple[float | Tensor, ...]) -> None:
         """Put the hyperparameters into device memory in float64, the numbers only if one has changed."""
@@ -169,8 +240,6 @@ class TritonPlan(KernelPlan):
 
 class TritonBackend(KernelBackend):
     name = "triton"
-    reduces = True
-    stores = True
 
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         missing = package_reasons() or extension_reasons()
@@ -187,6 +256,24 @@ class TritonBackend(KernelBackend):
         elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return ["it needs a GPU of compute capability 8.0 or newer"]
         return self.dtype_reasons(dtype)
+
+    def norm(
+        self,
+        plans: Sequence[Plan],
+        norm: Norm,
+        limits: Limits | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> int:
+        launches = [launch for plan in plans for launch in plan.norm_launches()]
+        flags = [None if t is None else t.to(norm.device, torch.float32) for t in (grad_scale, found_inf)]
+        finishes = limits is not None
+        limits = limits or NO_LIMITS
+        numbers = plans[-1].limit_numbers(limits)
+        for launch in launches:
+            first, last = launch is launches[0], finishes and launch is launches[-1]
+            launch.add(norm, limits, numbers, first, last, flags)
+        return len(launches)
 
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
         from ..triton_kernels import schedule

@@ -14,20 +14,20 @@ SMALL_MATRIX = 1024  # elements; up to here a program takes several whole matric
 ITEM_ELEMENTS = 16_384
 
 
-def dtypes_of(states: dict[str, str], rule: str, factored: bool) -> tuple[str, str, str, str]:
-    """Of the dtypes of a tensor's states: that of its rows or elements, columns, each element, and the tensor."""
+def dtypes_of(states: dict[str, str], rule: str, factored: bool) -> tuple[str, ...]:
+    """Of the dtypes of a tensor's states, those that the kernels' constants ask for."""
     from ..triton_kernels.reducing_rules import REDUCING_RULES
 
     names = REDUCING_RULES[rule]
     lines = (names.row, names.column) if factored else (names.flat, names.flat)
-    return tuple(states.get(name, "") for name in (*lines, names.element, names.tensor))
+    return tuple(states.get(name, "") for name in (*lines, names.element, names.tensor, names.row2, names.column2))
 
 
 class ReducingTable:
     """The table, items and work memory of tensors with the same dtypes. Cuts depend on each tensor's shape alone."""
 
     def __init__(self, dtypes: tuple[str, ...], indices: list[int], plan: TritonPlan) -> None:
-        from ..triton_kernels import reducing
+        from ..triton_kernels import reducing, reducing_lines
 
         self.size = 8 if dtypes[0] == "fp64" else 4
         self.tile_columns = reducing.tile(plan.device.type == "cpu")[1]
@@ -35,13 +35,13 @@ class ReducingTable:
         rows = [self._row(plan, index) for index in indices]
         self.work = torch.empty(self.bytes, dtype=torch.uint8, device=plan.device)
         self.count = torch.zeros(self.counters, dtype=torch.int32, device=plan.device)
-        table = np.zeros((len(rows), len(reducing.COLUMNS)), dtype=np.int64)
+        table = np.zeros((len(rows), len(reducing_lines.COLUMNS)), dtype=np.int64)
         items = []
         for number, row in enumerate(rows):
-            for name in reducing.COLUMNS[reducing.COLUMNS.index("row_factors") : reducing.COLUMNS.index("counters")]:
+            for name in reducing_lines.WORK:
                 row[name] += self.work.data_ptr()
             row["counters"] = self.count.data_ptr() + 4 * row["counters"]
-            table[number] = [row[name] for name in reducing.COLUMNS]
+            table[number] = [row[name] for name in reducing_lines.COLUMNS]
             items += [(number, *item) for item in row["items"]]
         self.table = plan.upload(torch.from_numpy(table))
         self.items = plan.upload(torch.tensor(items, dtype=torch.int64))
@@ -53,26 +53,27 @@ class ReducingTable:
 
     def _row(self, plan: TritonPlan, index: int) -> dict:
         """A tensor's row of the table, with offsets for addresses in the work memory, and its items."""
-        from ..triton_kernels import reducing
+        from ..triton_kernels import reducing_lines
         from ..triton_kernels.reducing_rules import REDUCING_RULES
 
-        names = REDUCING_RULES[plan.optimizer.rule]
+        names = REDUCING_RULES[plan.rule]
         slot = plan.slots[index]
         param, step, *states = plan.native.pointers()[index]
+        average, copy = plan.native.follower_pointers()[index]
         address = dict(zip(plan.optimizer.state_names, states, strict=False))
         numel = slot.tensor.numel()
-        matrices = plan.optimizer.matrices(slot.tensor)
+        matrices = slot.matrices
         batch, rows, columns = matrices or (1, 1, numel)
         n_strips = n_row_blocks = 1
         if matrices is None:
-            cut = reducing.FLAT
+            cut = reducing_lines.FLAT
             items = [(0, 0, at, min(ITEM_ELEMENTS, numel - at)) for at in range(0, numel, ITEM_ELEMENTS)]
         elif rows * columns <= SMALL_MATRIX:
-            cut = reducing.SMALL
+            cut = reducing_lines.SMALL
             several = max(ITEM_ELEMENTS // max(rows * columns, 1), 1)
             items = [(at, 0, 0, min(several, batch - at)) for at in range(0, batch, several)]
         else:
-            cut = reducing.TILES
+            cut = reducing_lines.TILES
             item_rows = min(max(64, 1 << (-(-rows // 128) - 1).bit_length()), rows)
             n_row_blocks, n_strips = -(-rows // item_rows), -(-columns // self.tile_columns)
             items = [
@@ -83,7 +84,8 @@ class ReducingTable:
             ]
         items = items or [(0, 0, 0, 0)]  # an empty tensor has an RMS and perhaps lines, which are not a number
         factored = matrices is not None
-        counters, self.counters = self.counters, self.counters + 2 + (batch if cut == reducing.TILES else 0)
+        factors = 2 if names.row2 or names.column2 else 1
+        counters, self.counters = self.counters, self.counters + 2 + (batch if cut == reducing_lines.TILES else 0)
         return {
             "param": param,
             "step": step,
@@ -91,16 +93,18 @@ class ReducingTable:
             "column_state": address.get(names.column) or 0,
             "element_state": address.get(names.element) or 0,
             "tensor_state": address.get(names.tensor) or 0,
+            "row_state2": address.get(names.row2) or 0,
+            "column_state2": address.get(names.column2) or 0,
             "batch": batch,
             "rows": rows,
             "columns": columns,
             "numel": numel,
             "cut": cut,
-            "row_factors": self._take(batch * rows if factored else 0, self.size),
-            "column_factors": self._take(batch * columns if factored else 0, self.size),
+            "row_factors": self._take(factors * batch * rows if factored else 0, self.size),
+            "column_factors": self._take(factors * batch * columns if factored else 0, self.size),
             "matrix_factors": self._take(batch if factored else 0, self.size),
             "row_sums": self._take(batch * rows * n_strips if factored else 0, self.size),
-            "column_sums": self._take(batch * n_row_blocks * columns if cut == reducing.TILES else 0, self.size),
+            "column_sums": self._take(batch * n_row_blocks * columns if cut == reducing_lines.TILES else 0, self.size),
             "param_sums": self._take(len(items), 8),
             "update_sums": self._take(len(items), 8),
             "totals": self._take(2, 8),
@@ -108,5 +112,7 @@ class ReducingTable:
             "n_items": len(items),
             "n_row_blocks": n_row_blocks,
             "n_strips": n_strips,
+            "average": average,
+            "copy": copy,
             "items": [(number, *item) for number, item in enumerate(items)],
         }

@@ -1,5 +1,6 @@
 """Learning-rate schedules: Hugging Face's schedulers, those of Dive into Deep Learning, and warm-up around any."""
 
+from .adafactor import AdafactorSchedule, get_adafactor_schedule
 from .by_metric import GreedyLR, ReduceLROnPlateau, StreamingAverage
 from .d2l import (
     ConstantScheduler,
@@ -32,6 +33,7 @@ from .schedule import Schedule, ScheduleLR, WarmUp
 
 __all__ = [
     "TYPE_TO_SCHEDULER_FUNCTION",
+    "AdafactorSchedule",
     "ConstantScheduler",
     "CosineScheduler",
     "FactorScheduler",
@@ -46,6 +48,7 @@ __all__ = [
     "SquareRootScheduler",
     "StreamingAverage",
     "WarmUp",
+    "get_adafactor_schedule",
     "get_constant_schedule",
     "get_constant_schedule_with_warmup",
     "get_cosine_schedule_with_warmup",

@@ -35,9 +35,7 @@ def at_the_beginning(group: Group) -> Group:
 
 def why_not(schedule: Schedule) -> str | None:
     """Why a schedule cannot be evaluated with the same bits on every device; None if it can."""
-    inner = schedule
-    while isinstance(inner, WarmUp):
-        inner = inner.schedule
+    inner = schedule.innermost if isinstance(schedule, WarmUp) else schedule
     if not isinstance(inner, Schedule):
         return f"{inner!r} is a function"
     for _, kind, *_, exponent in schedule.pieces:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import d2l, hugging_face
-from .schedule import Schedule, WarmUp
+from .schedule import Schedule, WarmUp, check_lr
 
 BOOK: dict[str, type[Schedule]] = {
     cls.__name__: cls
@@ -170,23 +170,34 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.steps < 1 or until < 0 or args.warmup < 0:
             raise ValueError("--steps must be 1 or more, --until and --warmup 0 or more")
+        check_lr("--lr", args.lr)
         if args.name != ALL:
             rates = learning_rates(args.name, args.lr, args.warmup, args.steps, until + 1, dict(args.set))
             curves = {args.name: rates}
         elif args.set:
             raise ValueError(f"--set is for one schedule, not for '{ALL}'")
+        elif args.plot is None and not args.json:
+            raise ValueError(f"'{ALL}' needs --plot or --json")
         else:
             curves = gallery(args.lr, args.warmup, args.steps, until + 1)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+        for rates in curves.values():
+            for t, rate in enumerate(rates):
+                if not math.isfinite(rate):
+                    raise ValueError(f"the learning rate of update {t} is {rate}")
+    except (ValueError, TypeError, ArithmeticError) as error:
         print(f"fusedstep schedule {args.name}: {error} (--set NAME=VALUE sets an argument)", file=sys.stderr)
+        return 2
+    try:
+        if args.plot is not None:
+            draw(curves, args.plot, args.steps)
+    except (OSError, ValueError) as error:
+        print(f"fusedstep schedule {args.name}: {args.plot} cannot be written: {error}", file=sys.stderr)
         return 2
     if args.json:
         settings = {"lr": args.lr, "warmup": args.warmup, "steps": args.steps, "options": dict(args.set)}
         print(json.dumps({**settings, "learning_rates": curves}))
     elif args.name != ALL:
         print(table(curves[args.name]))
-    if args.plot is not None:
-        draw(curves, args.plot, args.steps)
-        if not args.json:
-            print(f"written: {args.plot}")
+    if args.plot is not None and not args.json:
+        print(f"written: {args.plot}")
     return 0

@@ -80,6 +80,10 @@ def evaluate(pieces: Sequence[Piece], num_update: float) -> float:
     return low + (high - low) * (0.5 * (1.0 + cos_pi(turns)))
 
 
+def _later(pieces: Sequence[Piece], updates: int) -> list[Piece]:
+    return [(row[0] + updates, *row[1:]) for row in pieces]
+
+
 class Schedule:
     """A learning rate as a function of the number of updates so far, 0 before the first.
 
@@ -98,6 +102,18 @@ class Schedule:
         if num_update < 0:
             raise ValueError(f"Invalid num_update: {num_update} (it must be 0 or larger)")
         return evaluate(self.pieces, num_update)
+
+    def starting_at(self, num_update: int) -> Schedule:
+        """This schedule begun at a later update, and its first learning rate until there.
+
+        A group that joins a training follows a schedule from the optimizer's steps so far on; its own warm-up begins
+        when it joins with ``{"params": params, "lr": schedule.starting_at(optimizer.schedule_step)}``.
+
+        Raises:
+            ValueError, TypeError: ``num_update`` is not 0 or a larger integer, or a function of the user is in it.
+        """
+        begin = check_steps("num_update", num_update)
+        return Schedule([constant(0, self(0)), *_later(self.pieces, begin)])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schedule) and self.pieces == other.pieces
@@ -179,27 +195,39 @@ class WarmUp(Schedule):
         # Of any other function there are no pieces: only the warm-up is known.
         own = [rise(0, 0.0, self.initial_learning_rate, self.warmup_steps, self.power)] if warmup_steps > 0 else []
         rest = schedule.pieces if isinstance(schedule, Schedule) else ()
-        super().__init__([*own, *((row[0] + self.warmup_steps, *row[1:]) for row in rest)])
+        super().__init__([*own, *_later(rest, self.warmup_steps)])
+
+    @property
+    def innermost(self) -> Schedule | Callable[[int], float]:
+        """What is inside of all warm-ups."""
+        return self.schedule.innermost if isinstance(self.schedule, WarmUp) else self.schedule
 
     def __call__(self, num_update: float) -> float:
-        if isinstance(self.schedule, Schedule) or num_update < self.warmup_steps:
+        if num_update < self.warmup_steps:
             return super().__call__(num_update)
         return self.schedule(num_update - self.warmup_steps)
 
+    def starting_at(self, num_update: int) -> Schedule:
+        if not isinstance(self.innermost, Schedule):
+            raise ValueError(f"{self!r} cannot start later, because {self.innermost!r} is a function")
+        return super().starting_at(num_update)
+
     def __eq__(self, other: object) -> bool:
-        if isinstance(self.schedule, Schedule):
-            return super().__eq__(other)
-        return super().__eq__(other) and isinstance(other, WarmUp) and self.schedule == other.schedule
+        inside = other.innermost if isinstance(other, WarmUp) else other
+        return super().__eq__(other) and (isinstance(self.innermost, Schedule) or self.innermost == inside)
 
     __hash__ = Schedule.__hash__
 
 
 def separate_lr_tensors(optimizer: Any) -> None:
-    """Give every group a learning-rate tensor of its own.
+    """Give every group, and the constructor's options, a learning-rate tensor of their own.
 
-    Schedulers write into a tensor, so that a tensor which several groups share would be written once for each.
+    Schedulers write into a tensor, so that a tensor which several groups share would be written once for each; and what
+    the next scheduler, or a group that joins, takes for the constructor's would be what the last one wrote.
     """
     seen: set[int] = set()
+    if isinstance(optimizer.defaults.get("lr"), Tensor):
+        optimizer.defaults["lr"] = optimizer.defaults["lr"].clone()
     for group in optimizer.param_groups:
         lr = group["lr"]
         if isinstance(lr, Tensor):

@@ -1,0 +1,89 @@
+// Sums over gradients, compiled once per instruction set (FUSEDSTEP_ISA). No threads, no rules.
+// clang-format off
+#include "lanes.h"  // first: the rules that norm.h brings in then find packs' square root
+#include "norm.h"
+// clang-format on
+
+namespace fusedstep::cpu {
+inline namespace FUSEDSTEP_ISA {
+namespace {
+
+constexpr int64_t kRun = 1024;  // numbers whose squares are added up in the arithmetic type
+
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  typedef int32_t Word;
+  typedef Word Pack __attribute__((vector_size(kPackBytes)));
+};
+template <>
+struct Bits<double> {
+  typedef int64_t Word;
+  typedef Word Pack __attribute__((vector_size(kPackBytes)));
+};
+
+// Sizes compare as their bits do; infinity and NaN are the largest.
+template <class T, class S>
+StretchSums sum_stored(const S* data, int64_t n, T grad_scale) {
+  using Word = typename Bits<T>::Word;
+  using WordPack = typename Bits<T>::Pack;
+  constexpr Word kNoSign = ~(Word{1} << (sizeof(Word) * 8 - 1));
+  const Stored<T, S> numbers{const_cast<S*>(data)};
+  const T inverse = static_cast<T>(1.0 / static_cast<double>(grad_scale));
+  double sum = 0.0;
+  WordPack largest[kSplit<T>] = {};
+  for (int64_t done = 0; done < n; done += kRun) {
+    Lanes<T> lanes;
+    for_packs<T>(n - done < kRun ? n - done : kRun, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
+      const Pack<T> x = load_at(numbers, done + i, size);
+      const WordPack bits = (WordPack)x & kNoSign;
+      largest[w] = bits > largest[w] ? bits : largest[w];
+      const Pack<T> unscaled = x * inverse;
+      lanes.packs[w] += unscaled * unscaled;
+    });
+    sum += lanes.total();
+  }
+  Word most = 0;
+  for (const WordPack& pack : largest) {
+    for (int64_t i = 0; i < kLanes<T>; ++i) most = pack[i] > most ? pack[i] : most;
+  }
+  return {sum, static_cast<double>(bit_cast<T>(most))};
+}
+
+template <class T, class S>
+void scale_stored(S* data, int64_t n, T factor) {
+  const Stored<T, S> numbers{data};
+  for_packs<T>(n, [&](int64_t i, int, auto size)
+                      FUSEDSTEP_INLINE { store_at(numbers, i, load_at(numbers, i, size) * factor, size); });
+}
+
+template <class Visit>
+auto visit_stretch(const Stretch& stretch, int64_t begin, Visit&& visit) {
+  switch (stretch.dtype) {
+    case Dtype::kBF16:
+      return visit(static_cast<BF16*>(stretch.data) + begin, 1.0f);
+    case Dtype::kF16:
+      return visit(static_cast<F16*>(stretch.data) + begin, 1.0f);
+    case Dtype::kF64:
+      return visit(static_cast<double*>(stretch.data) + begin, 1.0);
+    default:
+      return visit(static_cast<float*>(stretch.data) + begin, 1.0f);
+  }
+}
+
+}  // namespace
+
+StretchSums sum_stretch(const Stretch& stretch, int64_t begin, int64_t n, double grad_scale) {
+  return visit_stretch(stretch, begin, [&](const auto* data, auto one) {
+    return sum_stored(data, n, static_cast<decltype(one)>(grad_scale));
+  });
+}
+
+void scale_stretch(const Stretch& stretch, int64_t begin, int64_t n, double factor) {
+  visit_stretch(stretch, begin,
+                [&](auto* data, auto one) { scale_stored(data, n, static_cast<decltype(one)>(factor)); });
+}
+
+}  // namespace FUSEDSTEP_ISA
+}  // namespace fusedstep::cpu

@@ -1,0 +1,73 @@
+// How passes over gradients alone are cut and dealt out to threads; the arithmetic is in norm.cpp.
+#include <algorithm>
+
+#include "team.h"
+
+namespace fusedstep::cpu {
+namespace {
+
+constexpr int64_t kPiece = 1 << 16;  // elements
+
+struct Piece {
+  const Stretch* stretch;
+  int64_t begin, n;
+  int64_t before;  // elements of all pieces before it
+};
+
+struct Pieces {
+  std::vector<Piece> list;
+  int64_t numel = 0;
+
+  explicit Pieces(const std::vector<Stretch>& stretches) {
+    list.reserve(stretches.size());
+    for (const Stretch& stretch : stretches) {
+      for (int64_t begin = 0; begin < stretch.numel; begin += kPiece) {
+        const int64_t n = std::min(kPiece, stretch.numel - begin);
+        list.push_back(Piece{&stretch, begin, n, numel});
+        numel += n;
+      }
+    }
+  }
+
+  // Calls visit(i) for each piece, on a team of threads that have about as many elements each.
+  template <class Visit>
+  void for_all(int threads, const Visit& visit) const {
+    share_out(threads, numel, [&](int index, int size) {
+      const auto first_of = [&](int i) {
+        const auto before = [](const Piece& piece, int64_t element) { return piece.before < element; };
+        const int64_t element = i == size ? numel : numel / size * i;
+        return std::lower_bound(list.begin(), list.end(), element, before) - list.begin();
+      };
+      for (auto i = first_of(index), last = first_of(index + 1); i < last; ++i) visit(static_cast<size_t>(i));
+    });
+  }
+};
+
+}  // namespace
+
+StretchSums sum_stretches(const std::vector<Stretch>& stretches, double grad_scale, int threads) {
+  const SumFunction sum = current().sum;
+  const Pieces pieces(stretches);
+  std::vector<StretchSums> sums(pieces.list.size());
+  pieces.for_all(threads, [&](size_t i) {
+    const Piece& piece = pieces.list[i];
+    sums[i] = sum(*piece.stretch, piece.begin, piece.n, grad_scale);
+  });
+  StretchSums total{0.0, 0.0};
+  for (const StretchSums& part : sums) {
+    total.sum_of_squares += part.sum_of_squares;
+    total.largest = maximum(total.largest, part.largest);
+  }
+  return total;
+}
+
+void scale_stretches(const std::vector<Stretch>& stretches, double factor, int threads) {
+  const ScaleFunction scale = current().scale;
+  const Pieces pieces(stretches);
+  pieces.for_all(threads, [&](size_t i) {
+    const Piece& piece = pieces.list[i];
+    scale(*piece.stretch, piece.begin, piece.n, factor);
+  });
+}
+
+}  // namespace fusedstep::cpu

@@ -1,0 +1,66 @@
+"""A gradient scaler that leaves the finite check to the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+
+from .optimizer import FusedOptimizer
+
+
+class GradScaler(torch.amp.GradScaler):
+    r"""``torch.amp.GradScaler`` without its separate pass over the gradients.
+
+    torch's scaler reads and writes every gradient to look for infinities and NaNs before it calls ``optimizer.step``.
+    Here a `fusedstep` optimizer finds them in the reduction that also takes the norm for ``max_grad_norm``, and
+    unscales in the step itself: unscale, check, clip and step read the gradients twice and do not write them.
+
+    Scale, growth and skipped steps are those of ``torch.amp.GradScaler``, and so is the state_dict. Other optimizers,
+    several of them at a time, and an explicit ``unscale_`` work as they do there.
+
+    Args:
+        device: "cuda" (default) or "cpu".
+        init_scale, growth_factor, backoff_factor, growth_interval, enabled: as in ``torch.amp.GradScaler``.
+
+    Example:
+        >>> scaler = fusedstep.GradScaler("cuda")
+        >>> optimizer = some_class(model.parameters(), max_grad_norm=1.0)  # any of this package
+        >>> with torch.autocast("cuda", torch.float16):
+        ...     loss = model(batch)
+        >>> scaler.scale(loss).backward()
+        >>> scaler.step(optimizer)  # unscales, checks, clips and steps
+        >>> scaler.update()
+
+    Differs from torch: the gradients are looked at after the optimizer's step hooks have run, and an error in ``step``
+    leaves no ``grad_scale`` on the optimizer.
+    """
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Update the parameters from scaled gradients, unless one of these is not finite."""
+        state = self._per_optimizer_states[id(optimizer)] if self._enabled else None
+        if (
+            state is None
+            or state["stage"] is not OptState.READY
+            or "closure" in kwargs
+            or not isinstance(optimizer, FusedOptimizer)
+            or optimizer.clips()  # it works on copies, which need not be finite where the gradients are not
+            or not optimizer._gradients.are_local(optimizer)
+        ):
+            return super().step(optimizer, *args, **kwargs)
+        self._check_scale_growth_tracker("step")
+        scale: Tensor = self._get_scale_async()
+        found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
+        optimizer.grad_scale = scale * getattr(optimizer, "grad_scale", 1)  # the user's own besides, as in torch
+        optimizer.found_inf = found_inf
+        optimizer._finds_nonfinite = True
+        try:
+            result = optimizer.step(*args, **kwargs)
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf, optimizer._finds_nonfinite
+        state["stage"] = OptState.STEPPED
+        if optimizer._gradients.any_seen:  # else there was no check, of which torch complains in `update`
+            state["found_inf_per_device"] = {found_inf.device: found_inf}
+        return result

@@ -1,0 +1,82 @@
+"""The norm of all gradients of a step: where its numbers lie, and the reference for the compiled engines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NUMBERS = 4
+
+
+class Limits(NamedTuple):
+    """What the norm decides; csrc/norm.h's NormLimits."""
+
+    max_norm: float  # coefficient: 1, or what brings the norm down to this
+    epsilon: float  # added to the norm before max_norm is divided by it
+    by_largest: bool  # the norm is the largest absolute value, not the root of the sum of squares
+    nan_if_nonfinite: bool  # the coefficient is NaN if the norm is not finite
+    find_nonfinite: bool  # a step with a gradient that is not finite is skipped
+    skip_nonfinite: bool  # so is a step whose norm is not finite
+
+    @property
+    def skips(self) -> bool:
+        return self.find_nonfinite or self.skip_nonfinite
+
+
+NO_LIMITS = Limits(math.inf, 0.0, False, False, False, False)
+
+
+class Norm:
+    """The numbers of a reduction, csrc/norm.h's Norm in the memory of a device, and whether the step is skipped."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.numbers = torch.zeros(NUMBERS, dtype=torch.float64, device=device)
+        self.sum_of_squares, self.largest, self.norm, self.coefficient = self.numbers.unbind()
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+
+    def add(self, sum_of_squares: Tensor, largest: Tensor) -> None:
+        """Add the sums over other gradients."""
+        self.sum_of_squares.add_(sum_of_squares.to(self.device, non_blocking=True))
+        self.largest.copy_(torch.maximum(self.largest, largest.to(self.device, non_blocking=True)))
+
+    def finish(self, limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """From the sums to what they decide."""
+        if limits.by_largest:
+            scale = 1.0 if grad_scale is None else grad_scale.to(self.norm, non_blocking=True)
+            self.norm.copy_(self.largest / scale)
+        else:
+            self.norm.copy_(self.sum_of_squares.sqrt())
+        coefficient = (limits.max_norm / (self.norm + limits.epsilon)).clamp(max=1.0)
+        if limits.nan_if_nonfinite:
+            coefficient = coefficient + (self.norm - self.norm)
+        self.coefficient.copy_(coefficient)
+        skipped = torch.zeros_like(self.norm, dtype=torch.bool)
+        if found_inf is not None:
+            skipped = skipped | (found_inf.to(self.device, non_blocking=True).reshape(()) != 0)
+        if limits.find_nonfinite:
+            skipped = skipped | ~self.largest.isfinite()
+        if limits.skip_nonfinite:
+            skipped = skipped | ~self.norm.isfinite()
+        self.found_inf.copy_(skipped)
+
+
+def sums(grads: Iterable[Tensor], grad_scale: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sum of squares of the gradients divided by their scale, and the largest absolute value of those given."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    largest = torch.zeros((), dtype=torch.float64, device=device)
+    for grad in grads:
+        values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+        if values.numel() == 0:
+            continue
+        sizes = values.abs()  # of a complex number too
+        sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32))
+        largest = torch.maximum(largest, sizes.max().to(largest))
+        if grad_scale is not None:
+            sizes = sizes * grad_scale.to(grad.device).double().reciprocal().to(sizes)
+        total = total + sizes.square().sum(dtype=torch.float64).to(device)
+    return total, largest

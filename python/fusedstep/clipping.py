@@ -1,0 +1,67 @@
+"""`clip_grad_norm_`, for gradients whose optimizer is not one of ours."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from . import layout
+from .backends.native import extension_reasons
+from .gradients import raise_nonfinite
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scale the gradients of parameters in place so that the norm of all of them together is at most ``max_norm``.
+
+    Takes the place of ``torch.nn.utils.clip_grad_norm_``: on the CPU one pass reads all gradients for their norm, and
+    one scales them, which is left out if they are within the limit. Gradients on other devices, sparse ones, other
+    orders of the norm and ``foreach=False`` are torch's own function's.
+
+    An optimizer of this package does not need it: its option ``max_grad_norm`` clips within the step.
+
+    Args:
+        parameters: a tensor or tensors, whose gradients are clipped where there are any.
+        max_norm: the limit, in the units of a gradient.
+        norm_type: order of the norm; 2 and infinity have a fast way.
+        error_if_nonfinite: raise if the norm is not finite.
+        foreach: as in torch.
+
+    Returns:
+        The norm before clipping.
+
+    Raises:
+        RuntimeError: the norm is not finite, with ``error_if_nonfinite``; nothing is changed then.
+    """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    parameters = list(parameters)
+    grads = [param.grad for param in parameters if param.grad is not None]
+    order = float(norm_type)
+    sums = None
+    if grads and foreach is not False and order in (2.0, math.inf) and not extension_reasons():
+        from . import _C
+
+        threads = torch.get_num_threads()
+        if not any(map(layout.is_wrapper, grads)):
+            sums = _C.cpu_sums(grads, 1.0, threads)
+    if sums is None:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    sum_of_squares, largest = sums
+    norm = largest if order == math.inf else math.sqrt(sum_of_squares)
+    if error_if_nonfinite and not math.isfinite(norm):
+        raise_nonfinite(order)
+    coefficient = float(max_norm) / (norm + 1e-6)
+    if not coefficient >= 1.0:  # NaN too
+        _C.cpu_scale(grads, coefficient, threads)
+    return torch.tensor(norm, dtype=functools.reduce(torch.promote_types, {grad.dtype for grad in grads}))

@@ -1,0 +1,243 @@
+"""What becomes of gradients in a step: their norm, clipping, the finite check, and what is left in `.grad`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import checks, layout
+from .backends.norm import Limits, Norm, sums
+
+if TYPE_CHECKING:
+    from .backends import Backend
+    from .backends.plan import Plan
+    from .optimizer import FusedOptimizer
+
+NORM_TYPES = (2.0, math.inf)
+
+
+def check_max_norm(label: str, value: Any) -> None:
+    """Raise unless ``value`` is a number that a norm can be limited to."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"Invalid {label}: {value!r} is a {type(value).__name__}; it must be a number, 0 or larger")
+    if not value >= 0:
+        raise ValueError(f"Invalid {label}: {value} (it must be 0 or larger)")
+
+
+def check_norm_type(value: Any) -> float:
+    """The order of a norm as a number; raises ValueError unless it is one that the kernels know."""
+    try:
+        order = float(value)
+    except (TypeError, ValueError):
+        order = math.nan
+    if order not in NORM_TYPES:
+        raise ValueError(f"Invalid norm_type: {value!r} (it must be 2 or inf)")
+    return order
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """Options of an optimizer about gradients, as `fusedstep.Options` describes them.
+
+    Args:
+        epsilon: what the norm is increased by before it divides ``max_grad_norm``.
+        nan_if_nonfinite: whether an infinite norm makes every gradient NaN, not zero.
+    """
+
+    max_grad_norm: float | None = None
+    norm_type: float = 2.0
+    error_if_nonfinite: bool = False
+    skip_nonfinite: bool = False
+    write_grads: bool = False
+    zero_grads: bool = False
+    epsilon: float = 1e-6
+    nan_if_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_grad_norm is not None:
+            check_max_norm("max_grad_norm", self.max_grad_norm)
+        object.__setattr__(self, "norm_type", check_norm_type(self.norm_type))
+        for flag in ("error_if_nonfinite", "skip_nonfinite", "write_grads", "zero_grads"):
+            checks.check_flag(flag, getattr(self, flag))
+        if self.error_if_nonfinite and self.skip_nonfinite:
+            raise ValueError(
+                "error_if_nonfinite=True and skip_nonfinite=True contradict each other: a step with a non-finite "
+                "norm either raises or is skipped"
+            )
+        if self.write_grads and self.zero_grads:
+            raise ValueError(
+                "write_grads=True and zero_grads=True contradict each other: after the step .grad holds either the "
+                "gradient that was used or zeros"
+            )
+
+    def limits(self, max_grad_norm: float | None, find_nonfinite: bool) -> Limits | None:
+        """What a step decides by the norm, ``max_grad_norm`` in place of the option; None if it needs no norm."""
+        if max_grad_norm is None:
+            max_grad_norm = self.max_grad_norm
+        else:
+            check_max_norm("max_grad_norm", max_grad_norm)
+        if max_grad_norm is None and not (find_nonfinite or self.error_if_nonfinite or self.skip_nonfinite):
+            return None
+        return Limits(
+            math.inf if max_grad_norm is None else float(max_grad_norm),
+            self.epsilon,
+            self.norm_type == math.inf,
+            self.nan_if_nonfinite,
+            find_nonfinite,
+            bool(self.skip_nonfinite),
+        )
+
+
+class Gradients:
+    """What an optimizer does with its gradients; the numbers stay where they are from step to step."""
+
+    def __init__(self, options: GradientOptions) -> None:
+        self.options = options
+        self.norms: dict[torch.device, Norm] = {}
+        self.last: Norm | None = None  # of the last step that needed it
+        self.any_seen = False  # whether that step had gradients
+        self._local = True
+
+    def __getstate__(self) -> GradientOptions:
+        return self.options
+
+    def __setstate__(self, options: GradientOptions) -> None:
+        self.__init__(options)
+
+    def norm(self, groups: list[dict[str, Any]]) -> Tensor | None:
+        """A copy of the last norm; in fp64 if all parameters are."""
+        if self.last is None:
+            return None
+        twice = all(param.dtype == torch.float64 for param in _params(groups))
+        return self.last.norm.to(torch.float64 if twice else torch.float32, copy=True)
+
+    def are_local(self, optimizer: FusedOptimizer) -> bool:
+        """Whether all of the gradients are in this process."""
+        if optimizer._plans is None:
+            self._local = not any(map(layout.is_wrapper, _params(optimizer.param_groups)))
+        return self._local
+
+    def _at(self, device: torch.device) -> Norm:
+        if device not in self.norms:
+            self.norms[device] = Norm(device)
+        return self.norms[device]
+
+    @torch.no_grad()
+    def reduce(
+        self, plans: Sequence[Plan], limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[int, Tensor | None, Tensor | None]:
+        """Take the norm of what all plans have gathered, before any of them writes.
+
+        Args:
+            found_inf: the step is skipped if it is not 0; if the limits say that a step finds that out by itself, this
+                is where it is left.
+
+        Returns:
+            The number of kernel calls; what gradients are to be multiplied by; by which flag the step is skipped.
+
+        Raises:
+            RuntimeError: a parameter's memory is spread over processes, or the norm is not finite.
+        """
+        calls = self._reduce(plans, limits, grad_scale, found_inf)
+        last = self.last
+        # This waits for the device.
+        if self.options.error_if_nonfinite and last.found_inf.item() == 0 and not math.isfinite(last.norm.item()):
+            raise_nonfinite(self.options.norm_type)
+        coefficient = None if limits.max_norm == math.inf else last.coefficient
+        if not limits.skips:
+            return calls, coefficient, found_inf
+        if limits.find_nonfinite:
+            found_inf.copy_(last.found_inf, non_blocking=True)
+        return calls, coefficient, last.found_inf
+
+    def _reduce(
+        self, plans: Sequence[Plan], limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> int:
+        places: dict[tuple[Backend, torch.device], list[Plan]] = {}
+        for plan in plans:
+            for part in (plan, plan.rows_plan):
+                if part is not None and (device := part.norm_device()) is not None:
+                    places.setdefault((part.backend, device), []).append(part)
+        self.any_seen = bool(places)
+        if not places:
+            self._take_sums([], limits, grad_scale, found_inf)
+            return 0
+        (backend, device), *others = places
+        self.last = self._at(device)
+        if not others:
+            return backend.norm(places[backend, device], self.last, limits, grad_scale, found_inf)
+        calls, parts = 0, []
+        for (backend, device), members in places.items():
+            part = self._at(device)
+            calls += backend.norm(members, part, None, grad_scale, None)
+            parts.append((part.sum_of_squares.clone(), part.largest.clone()))
+        self._take_sums(parts, limits, grad_scale, found_inf)
+        return calls
+
+    def _take_sums(
+        self,
+        parts: list[tuple[Tensor, Tensor]],
+        limits: Limits,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Add up the sums over parts of the gradients, on the device of the first part."""
+        if self.last is None or parts:
+            self.last = self._at(parts[0][0].device if parts else torch.device("cpu"))
+        self.last.numbers.zero_()
+        for part in parts:
+            self.last.add(*part)
+        self.last.finish(limits, grad_scale, found_inf)
+
+    @torch.no_grad()
+    def skip_unplanned(
+        self,
+        groups: list[dict[str, Any]],
+        limits: Limits,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """Whether the step is to be skipped, found out before any state is created; not asked of a GPU.
+
+        ``found_inf`` is then set, and what is done in a skipped step has been done.
+        """
+        grads = [layout.local(grad) for grad in _grads(groups)]
+        if any(grad.is_cuda for grad in grads):
+            return False
+        self._take_sums([sums([grad], grad_scale, grad.device) for grad in grads], limits, grad_scale, None)
+        if self.last.found_inf.item() == 0:
+            return False
+        self.any_seen = True
+        if found_inf is not None:
+            found_inf.fill_(1)
+        self.skip(groups)
+        return True
+
+    @torch.no_grad()
+    def skip(self, groups: list[dict[str, Any]]) -> None:
+        """What is done to gradients in a step that is known to be skipped."""
+        if self.options.zero_grads:
+            for grad in _grads(groups):
+                grad.zero_()
+
+
+def _params(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
+    return (param for group in groups for param in group["params"])
+
+
+def _grads(groups: list[dict[str, Any]]) -> list[Tensor]:
+    return [param.grad for param in _params(groups) if param.grad is not None]
+
+
+def raise_nonfinite(norm_type: float) -> None:
+    raise RuntimeError(
+        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+        "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+        "`error_if_nonfinite=False`"
+    )

@@ -1,0 +1,198 @@
+"""The kernel that sums over gradients, and what follows from the sums: csrc/cuda/norm.cuh and csrc/norm.h in Triton.
+
+It has run under Triton's interpreter and compiles for sm_90; it has never run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .numeric import maximum, minimum
+from .step import CHUNK_ROW
+from .stored import load
+
+SUM, LARGEST, NORM, COEFFICIENT = (tl.constexpr(k) for k in range(4))  # numbers of csrc/norm.h's Norm
+LANES = tl.constexpr(256)  # chunks whose sums are added up at once
+
+
+@triton.jit
+def size_bits(x):
+    """The bits of absolute values, which compare as these do; infinity and NaN are the largest."""
+    if x.dtype == tl.float64:
+        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def is_finite(x):
+    return x - x == 0.0
+
+
+@triton.jit
+def see(
+    grad, begin, lanes, mask, sums, largest, inverse, GRAD: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Add elements ``begin + lanes`` of one gradient to each lane's sum of squares and largest size."""
+    g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
+    if not WHOLE:
+        g = tl.where(mask, g, 0.0)
+    bits = size_bits(g)
+    unscaled = g * inverse
+    return sums + unscaled * unscaled, tl.where(bits > largest, bits, largest)
+
+
+@triton.jit
+def norm_kernel(
+    chunks_ptr,
+    grads_ptr,
+    sums_ptr,
+    norm_ptr,
+    done_ptr,
+    limits_ptr,
+    found_inf_ptr,
+    grad_scale_ptr,
+    found_before_ptr,
+    GRAD: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BY_LARGEST: tl.constexpr,
+    NAN_IF_NONFINITE: tl.constexpr,
+    FIND_NONFINITE: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK_ROW: tl.constexpr,
+):
+    scale = tl.full([], 1.0, tl.float64)
+    if grad_scale_ptr is not None:
+        scale = tl.load(grad_scale_ptr).to(tl.float64)
+    program = tl.program_id(0)
+    chunk_ptr = chunks_ptr + program.to(tl.int64) * CHUNK_ROW
+    n = tl.load(chunk_ptr + 1).to(tl.int32)
+    offset = tl.load(chunk_ptr + 2)
+    grad = tl.load(grads_ptr + tl.load(chunk_ptr))
+    inverse = (1.0 / scale).to(ARITHMETIC)
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], ARITHMETIC)
+    largest = size_bits(sums)
+    if grad != 0:
+        whole = 0 * n
+        if grad % 16 == 0:
+            whole = n // BLOCK * BLOCK
+        start = 0 * n
+        while start < whole:
+            sums, largest = see(
+                grad, offset + start, lanes, None, sums, largest, inverse, GRAD, ARITHMETIC, True
+            )  # fmt: skip
+            start += BLOCK
+        while start < n:
+            sums, largest = see(
+                grad, offset + start, lanes, start + lanes < n, sums, largest, inverse, GRAD, ARITHMETIC, False
+            )  # fmt: skip
+            start += BLOCK
+    most = tl.max(largest, axis=0).to(ARITHMETIC, bitcast=True)
+    tl.store(sums_ptr + 2 * program, tl.sum(sums.to(tl.float64), axis=0))
+    tl.store(sums_ptr + 2 * program + 1, most.to(tl.float64))
+
+    # The last program to come here adds up what all have left, in a fixed order.
+    tl.debug_barrier()
+    if tl.atomic_add(done_ptr, 1) == tl.num_programs(0) - 1:
+        tl.debug_barrier()
+        tl.store(done_ptr, 0)
+        n_chunks = tl.num_programs(0)
+        partial = tl.zeros([LANES], tl.float64)
+        sizes = size_bits(partial)
+        first = 0 * n_chunks
+        while first < n_chunks:
+            index = first + tl.arange(0, LANES)
+            partial += tl.load(sums_ptr + 2 * index, mask=index < n_chunks, other=0.0)
+            bits = size_bits(tl.load(sums_ptr + 2 * index + 1, mask=index < n_chunks, other=0.0))
+            sizes = tl.where(bits > sizes, bits, sizes)
+            first += LANES
+        total = tl.sum(partial, axis=0)
+        size = tl.max(sizes, axis=0).to(tl.float64, bitcast=True)
+        if not FIRST:
+            total = tl.load(norm_ptr + SUM) + total
+            size = maximum(tl.load(norm_ptr + LARGEST), size)
+        tl.store(norm_ptr + SUM, total)
+        tl.store(norm_ptr + LARGEST, size)
+        if LAST:
+            norm = tl.sqrt(total)
+            if BY_LARGEST:
+                norm = size / scale
+            coefficient = minimum(1.0, tl.load(limits_ptr) / (norm + tl.load(limits_ptr + 1)))
+            if NAN_IF_NONFINITE:
+                coefficient = coefficient + (norm - norm)
+            skipped = norm < 0.0
+            if found_before_ptr is not None:
+                skipped = skipped | (tl.load(found_before_ptr) != 0)
+            if FIND_NONFINITE:
+                skipped = skipped | (size - size != 0.0)
+            if SKIP_NONFINITE:
+                skipped = skipped | (norm - norm != 0.0)
+            tl.store(norm_ptr + NORM, norm)
+            tl.store(norm_ptr + COEFFICIENT, coefficient)
+            tl.store(found_inf_ptr, skipped.to(tl.float32))
+
+
+def constants(dtype: str, first: bool, last: bool, limits: tuple, block: int) -> dict:
+    """The compile-time arguments; ``dtype`` of the gradients, as "fp32" and so on; ``limits`` as of the last launch."""
+    _, _, by_largest, nan_if_nonfinite, find_nonfinite, skip_nonfinite = limits
+    return {
+        "GRAD": dtype,
+        "ARITHMETIC": tl.float64 if dtype == "fp64" else tl.float32,
+        "FIRST": first,
+        "LAST": last,
+        "BY_LARGEST": by_largest,
+        "NAN_IF_NONFINITE": nan_if_nonfinite,
+        "FIND_NONFINITE": find_nonfinite,
+        "SKIP_NONFINITE": skip_nonfinite,
+        "BLOCK": block,
+        "CHUNK_ROW": CHUNK_ROW,
+    }
+
+
+def launch(
+    dtype: str,
+    first: bool,
+    last: bool,
+    limits: tuple,
+    chunks: Tensor,
+    grads: Tensor,
+    sums: Tensor,
+    norm: Tensor,
+    done: Tensor,
+    numbers: Tensor,
+    found_inf: Tensor,
+    grad_scale: Tensor | None,
+    found_before: Tensor | None,
+    block: int,
+) -> None:
+    """Queue one reduction over gradients of one dtype.
+
+    Args:
+        dtype: "fp32", "bf16", "fp16" or "fp64".
+        first: the sums replace those in ``norm``, instead of being added to them.
+        last: what follows from the sums is filled in.
+        limits: csrc/norm.h's NormLimits.
+        chunks: int64, (programs, CHUNK_ROW): which elements each program sums.
+        grads: int64: addresses of the gradients, 0 for those that do not count.
+        sums: float64, (programs, 2): memory for each program's sums.
+        norm: float64, csrc/norm.h's Norm.
+        done: int32, one zero; it is zero again afterwards.
+        numbers: float64: the first two of the limits.
+        found_inf: one fp32 number: whether the step is skipped.
+        grad_scale, found_before: one fp32 number each, or None.
+        block: elements that a program sums at a time.
+    """
+    with np.errstate(all="ignore"):  # the interpreter would warn of infinities
+        norm_kernel[(chunks.shape[0],)](
+            *(chunks, grads, sums, norm, done, numbers, found_inf, grad_scale, found_before),
+            **constants(dtype, first, last, limits, block),
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
