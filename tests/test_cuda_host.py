@@ -468,7 +468,7 @@ def test_schedules_have_the_bits_of_the_python_functions(library, n, blocks, thr
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "grad"),
-    [*((torch.float32, g) for g in TAG), (torch.float64, torch.float64), (torch.float64, torch.bfloat16)],
+    [*((torch.float32, g) for g in FLOATS), (torch.float64, torch.float64), (torch.float64, torch.bfloat16)],
     ids=str,
 )
 def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, dtype, grad, zero, offset):

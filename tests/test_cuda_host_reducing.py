@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_cuda_host import FLOATS, MAX_HYPER, MAX_STATES, TAG, Record, Scalar
 
 import fusedstep
 from fusedstep import backends
@@ -23,30 +24,10 @@ from fusedstep.cases import REDUCING, gradient, layouts
 from fusedstep.verification import same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TAG = {dtype: tag for tag, dtype in enumerate(FLOATS)}
-MAX_STATES, MAX_HYPER = 5, 10
-
-
-class Record(ctypes.Structure):
-    _fields_ = [
-        ("param", ctypes.c_void_p),
-        ("states", ctypes.c_void_p * MAX_STATES),
-        ("step", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("average", ctypes.c_void_p),
-        ("copy", ctypes.c_void_p),
-        ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
-        ("copy_dtype", ctypes.c_uint8),
-    ]
 
 
 class Matrices(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("batch", "rows", "columns")] + [("factored", ctypes.c_bool)]
-
-
-class Scalar(ctypes.Structure):
-    _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
 
 
 class HostPlan(KernelPlan):
