@@ -6,12 +6,10 @@ This proves the kernel's own logic: chunks, dtypes, tails, skipped tensors, step
 import ctypes
 import itertools
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from host_plan import FLOATS, MAX_HYPER, MAX_STATES, TAG, Precision, Record, Scalar, built
 
 import fusedstep
 from fusedstep import _C, schedules
@@ -21,55 +19,12 @@ from fusedstep.precision import COMPANIONS, scale_name
 from fusedstep.schedules import on_device
 from fusedstep.verification import same_bits
 
-ROOT = Path(__file__).resolve().parent.parent
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TAG = {dtype: tag for tag, dtype in enumerate((*FLOATS, torch.int8, torch.uint8))}
-MAX_STATES, MAX_HYPER = 5, 10
-
-
-class Precision(ctypes.Structure):
-    _fields_ = [
-        ("companion", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p * MAX_STATES),
-        ("seed", ctypes.c_uint64),
-        ("index", ctypes.c_uint32),
-        ("form", ctypes.c_uint8),
-        ("in_blocks", ctypes.c_bool),
-    ]
-
-
-class Record(ctypes.Structure):
-    _fields_ = [
-        ("param", ctypes.c_void_p),
-        ("states", ctypes.c_void_p * MAX_STATES),
-        ("step", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("average", ctypes.c_void_p),
-        ("copy", ctypes.c_void_p),
-        ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
-        ("copy_dtype", ctypes.c_uint8),
-        ("precision", Precision),
-    ]
-
-
-class Scalar(ctypes.Structure):
-    _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
-
 
 @pytest.fixture(scope="session", params=["plain", "sanitized"])
 def library(request, tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
     target = tmp_path_factory.mktemp("cuda_host") / f"{request.param}.so"
-    # The undefined-behaviour checks trap, which needs no runtime library inside this Python.
-    flags = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"] if request.param == "sanitized" else []
-    sources = [ROOT / "tests/cuda_host/library.cpp", ROOT / "csrc/cuda_table.cpp"]
-    flags += ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"]
-    subprocess.run([compiler, *flags, "-o", str(target), *map(str, sources)], check=True)
-    loaded = ctypes.CDLL(str(target))
+    loaded = built(target, "library.cpp", "cuda_table.cpp", request.param == "sanitized")
     loaded.check_chunks.restype = ctypes.c_int64
-    assert loaded.record_size() == ctypes.sizeof(Record)
     return loaded
 
 
