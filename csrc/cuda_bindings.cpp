@@ -20,8 +20,9 @@ class DeviceTable {
       elementwise_ = cuda::build_table(plan.records(), multiprocessors);
       return;
     }
-    const int n_factors = visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return decltype(rule)::kFactors; });
-    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), n_factors);
+    const LineFactors factors =
+        visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return kLineFactors<decltype(rule)>; });
+    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), factors);
   }
 
   std::vector<char> bytes() const { return reduces_ ? reducing_.bytes() : elementwise_.bytes(); }

@@ -69,7 +69,7 @@ Partition cut(const Record& record, const Matrices& matrices) {
 }
 
 // Gives every array of a partition its place in the work memory and among the counters.
-void place(Partition* p, const Record& record, int n_factors, int64_t* work, int64_t* counters) {
+void place(Partition* p, const Record& record, LineFactors factors, int64_t* work, int64_t* counters) {
   const int64_t number = record.param_dtype == Dtype::kF64 ? 8 : 4;
   const auto take = [&](int64_t* offset, int64_t n, int64_t size) {
     *offset = *work;
@@ -77,12 +77,12 @@ void place(Partition* p, const Record& record, int n_factors, int64_t* work, int
   };
   const bool tiles = p->cut == Cut::kTiles;
   if (p->cut != Cut::kFlat) {
-    take(&p->row_factors, p->batch * p->rows * n_factors, number);
-    take(&p->column_factors, p->batch * p->columns * n_factors, number);
+    take(&p->row_factors, p->batch * p->rows * factors.of_row, number);
+    take(&p->column_factors, p->batch * p->columns * factors.of_column, number);
     take(&p->matrix_factors, p->batch, number);
   }
-  take(&p->row_sums, tiles ? p->batch * p->rows * p->n_strips : 0, number);
-  take(&p->column_sums, tiles ? p->batch * p->n_row_blocks * p->columns : 0, number);
+  take(&p->row_sums, tiles && factors.of_row > 0 ? p->batch * p->rows * p->n_strips : 0, number);
+  take(&p->column_sums, tiles && factors.of_column > 0 ? p->batch * p->n_row_blocks * p->columns : 0, number);
   take(&p->state_sums, tiles ? p->batch * p->n_row_blocks : 0, 8);
   take(&p->sums, 2 * int64_t{p->n_items}, 8);
   take(&p->totals, 2, 8);
@@ -130,7 +130,7 @@ void append(std::vector<char>* bytes, const std::vector<T>& values) {
 }  // namespace
 
 ReducingTable build_reducing_table(const std::vector<Record>& records, const std::vector<Matrices>& matrices,
-                                   int n_factors) {
+                                   LineFactors factors) {
   ReducingTable table;
   table.records = records;
   const int64_t n = static_cast<int64_t>(records.size());
@@ -141,7 +141,7 @@ ReducingTable build_reducing_table(const std::vector<Record>& records, const std
     for (int64_t i = 0; i < n_records; ++i) {
       const Record& record = records[first + i];
       Partition partition = cut(record, matrices[first + i]);
-      place(&partition, record, n_factors, &table.work_bytes, &table.n_counters);
+      place(&partition, record, factors, &table.work_bytes, &table.n_counters);
       add_items(partition, record, static_cast<int32_t>(i), &table.items);
       table.partitions.push_back(partition);
     }

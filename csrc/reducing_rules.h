@@ -313,6 +313,12 @@ template <class Rule>
 constexpr bool kRows = kPlace<Rule, Span::kRow> >= 0;
 template <class Rule>
 constexpr bool kColumns = kPlace<Rule, Span::kColumn> >= 0;
+// Numbers that each line hands to its elements.
+struct LineFactors {
+  int of_row, of_column;
+};
+template <class Rule>
+constexpr LineFactors kLineFactors = {kRows<Rule> ? Rule::kFactors : 0, kColumns<Rule> ? Rule::kFactors : 0};
 template <class Rule>
 constexpr bool kTakesFlat = kPlace<Rule, Span::kFlat> >= 0;  // tensors that are no matrices
 template <class Rule>

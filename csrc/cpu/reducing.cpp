@@ -169,9 +169,9 @@ void sum_block(const Context<Rule, T>& context, const Tile& tile, int64_t index,
   const GradChange<T> change = context.change();
   [[maybe_unused]] double sum = 0.0;
   for (int64_t row = 0; row < tile.rows; ++row) {
-    T* const columns = block.column_sums(row);
-    if (row % kRowBlock == 0) {
-      for (int64_t j = 0; j < tile.columns; ++j) columns[j] = 0;
+    [[maybe_unused]] const auto columns = plain(block.column_sums(row));
+    if (kColumns<Rule> && row % kRowBlock == 0) {
+      for (int64_t j = 0; j < tile.columns; ++j) columns.data[j] = 0;
     }
     const int64_t at = block.at + row * block.m.columns;
     Lanes<T> squares;
@@ -179,13 +179,13 @@ void sum_block(const Context<Rule, T>& context, const Tile& tile, int64_t index,
     for_packs<T>(tile.columns, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
       const Pack<T> square = Rule::square(change(load_at(grad, at + i, size)), s);
       squares.packs[w] += square;
-      store_at(plain(columns), i, load_at(plain(columns), i, size) + square, size);
+      if constexpr (kColumns<Rule>) store_at(columns, i, load_at(columns, i, size) + square, size);
       if constexpr (Rule::kParamSum) {
         const Pack<T> p = load_at(param, at + i, size);
         of_param.packs[w] += p * p;
       }
     });
-    block.row_sums()[row] = squares.total();
+    if constexpr (kRows<Rule>) block.row_sums()[row] = squares.total();
     if constexpr (Rule::kParamSum) sum += of_param.total();
   }
   if constexpr (Rule::kParamSum) block.tensor.param_sums[index] = sum;

@@ -35,7 +35,7 @@ void reducing_step(const ReducingCall& call, int threads);
 // What follows is between the two parts of the engine.
 
 constexpr int64_t kRun = 1024;       // elements that are worked on at once, where statistics are local
-constexpr int64_t kRowBlock = 128;   // rows whose columns are summed together
+constexpr int64_t kRowBlock = 64;    // rows whose columns are summed together
 constexpr int64_t kLineBlock = 512;  // lines that are finished together
 
 // A tensor in a wave. Matrices of up to kRun elements, and flat tensors, are cut into runs of whole matrices
@@ -48,7 +48,7 @@ struct ReducingTensor {
   int64_t row_blocks, column_blocks, block_columns;
   int64_t first_tile, tiles;
   char *row_sums, *column_sums;        // [batch][column_blocks][rows], [batch][row_blocks][columns]
-  char *row_factors, *column_factors;  // [kMaxFactors][batch][rows], [kMaxFactors][batch][columns]
+  char *row_factors, *column_factors;  // [factors][batch][rows], [factors][batch][columns]
   double* row_totals;                  // [batch][blocks of kLineBlock rows]: of the rows' first state
   double *param_sums, *update_sums;    // [tiles]: of squares
 

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kTileElements = 1 << 16;
 // Parameters and gradients of a wave's share for one thread are about as large as the caches behind it.
 constexpr int64_t kWaveElementsPerThread = 1 << 19;
+constexpr int64_t kBlockColumns = 4096;  // at least, where there are: memory is read along rows
 constexpr int64_t kAlignment = 64;
 
 int64_t pieces(int64_t n, int64_t size) {
@@ -30,14 +31,15 @@ struct Memory {
   }
 };
 
-void place(ReducingTensor& tensor, Memory& memory) {
+void place(ReducingTensor& tensor, LineFactors factors, Memory& memory) {
   const Matrices& m = *tensor.work->matrices;
   const int64_t number = tensor.work->record->param_dtype == Dtype::kF64 ? sizeof(double) : sizeof(float);
   if (tensor.blocks) {
-    tensor.row_sums = memory.take(m.batch * tensor.column_blocks * m.rows * number);
-    tensor.column_sums = memory.take(m.batch * tensor.row_blocks * m.columns * number);
-    tensor.row_factors = memory.take(kMaxFactors * m.batch * m.rows * number);
-    tensor.column_factors = memory.take(kMaxFactors * m.batch * m.columns * number);
+    const int64_t rows = m.batch * m.rows * number, columns = m.batch * m.columns * number;
+    if (factors.of_row > 0) tensor.row_sums = memory.take(tensor.column_blocks * rows);
+    if (factors.of_column > 0) tensor.column_sums = memory.take(tensor.row_blocks * columns);
+    tensor.row_factors = memory.take(factors.of_row * rows);
+    tensor.column_factors = memory.take(factors.of_column * columns);
     tensor.row_totals = reinterpret_cast<double*>(memory.take(m.batch * tensor.line_blocks() * 8));
   }
   tensor.param_sums = reinterpret_cast<double*>(memory.take(tensor.tiles * 8));
@@ -57,7 +59,8 @@ void cut_runs(Wave& wave, ReducingTensor& tensor, int64_t at) {
 void cut_blocks(Wave& wave, ReducingTensor& tensor, int64_t at) {
   const Matrices& m = *tensor.work->matrices;
   const int64_t some_rows = std::max<int64_t>(m.rows, 1), some_columns = std::max<int64_t>(m.columns, 1);
-  const int64_t block_rows = std::min(kRowBlock, some_rows), target = kTileElements / block_rows;
+  const int64_t block_rows = std::min(kRowBlock, some_rows),
+                target = std::max(kTileElements / block_rows, kBlockColumns);
   // A multiple of the widest pack, so that only a matrix's last columns are a part of one.
   tensor.block_columns = pieces(pieces(some_columns, std::max<int64_t>(some_columns / target, 1)), 16) * 16;
   tensor.row_blocks = pieces(m.rows, kRowBlock);
@@ -109,11 +112,12 @@ std::vector<Wave> cut(const ReducingCall& call, int64_t wave_elements) {
 void reducing_step(const ReducingCall& call, int threads) {
   const int team = team_size(threads, call.numel);
   std::vector<Wave> waves = cut(call, kWaveElementsPerThread * team);
+  const LineFactors factors = visit_reducing_rule(call.rule, [](auto rule) { return kLineFactors<decltype(rule)>; });
   // A thread may be in the next wave while another is still in this one: they take turns in two parts of the memory.
   int64_t bytes[2] = {0, 0};
   for (size_t i = 0; i < waves.size(); ++i) {
     Memory count{nullptr};
-    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, count);
+    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, factors, count);
     bytes[i % 2] = std::max(bytes[i % 2], count.used);
   }
   const std::align_val_t alignment{kAlignment};
@@ -122,7 +126,7 @@ void reducing_step(const ReducingCall& call, int threads) {
       static_cast<char*>(::operator new(static_cast<size_t>(bytes[0] + bytes[1]), alignment)), release);
   for (size_t i = 0; i < waves.size(); ++i) {
     Memory part{memory.get() + (i % 2) * bytes[0]};
-    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, part);
+    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, factors, part);
   }
 
   const PhaseFunction run_phase = current().run_phase;

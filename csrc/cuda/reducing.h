@@ -58,9 +58,8 @@ struct ReducingTable {
 
   std::vector<char> bytes() const;  // records, partitions, items, zeroed counters (first one for each segment)
 };
-// n_factors: numbers that a rule derives for each line.
 ReducingTable build_reducing_table(const std::vector<Record>& records, const std::vector<Matrices>& matrices,
-                                   int n_factors);
+                                   LineFactors factors);
 
 // Queues the update; returns the number of launches. `work` is table.work_bytes of device memory. Throws
 // std::runtime_error with CUDA's own words.

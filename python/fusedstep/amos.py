@@ -143,7 +143,7 @@ class Amos(FusedOptimizer):
         reduced = self._reduced(group, name, param)
         if not reduced:
             return self.Variant(eta, "amos")
-        return self.Variant(eta, "amos_rows" if reduced.stop == param.dim() else "amos_columns")
+        return self.Variant(eta, "amos_rows" if math.prod(param.shape[reduced.stop :]) == 1 else "amos_columns")
 
     @staticmethod
     def _reduced(group: dict[str, Any], name: str | None, param: Tensor) -> range:
@@ -158,7 +158,8 @@ class Amos(FusedOptimizer):
         ordered = sorted({dim % param.dim() for dim in dims})
         if ordered[-1] - ordered[0] + 1 != len(ordered):
             raise ValueError(f"Invalid reduce {whose}: {tuple(dims)} (the dimensions must be neighbours)")
-        return range(ordered[0], ordered[-1] + 1)
+        reduced = range(ordered[0], ordered[-1] + 1)
+        return range(0) if math.prod(param.shape[dim] for dim in reduced) == 1 else reduced
 
     @classmethod
     def rule_of(cls, variant: Variant) -> tuple[str, bool]:
@@ -168,7 +169,7 @@ class Amos(FusedOptimizer):
         reduced, shape = self._reduced(group, name, param), param.shape
         before, after = math.prod(shape[: reduced.start]), math.prod(shape[reduced.stop :])
         inside = math.prod(shape[reduced.start : reduced.stop])
-        return (1, before, inside) if reduced.stop == param.dim() else (before, inside, after)
+        return (1, before, inside) if after == 1 else (before, inside, after)
 
     def state_shape(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> torch.Size:
         reduced = () if key == "exp_avg" else self._reduced(group, name, param)

@@ -32,7 +32,7 @@ int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool
     if (std::string(rule) != Rule::kName || n_states != kHeld<Rule>) return;
     const ReducingTable table =
         build_reducing_table(std::vector<Record>(records, records + n_records),
-                             std::vector<Matrices>(matrices, matrices + n_records), Rule::kFactors);
+                             std::vector<Matrices>(matrices, matrices + n_records), kLineFactors<Rule>);
     std::vector<char> bytes = table.bytes();
     std::vector<double> work(table.work_bytes / sizeof(double) + 1, std::numeric_limits<double>::quiet_NaN());
     Call call{};

@@ -85,6 +85,8 @@ class ReducingTable:
         items = items or [(0, 0, 0, 0)]  # an empty tensor has an RMS and perhaps lines, which are not a number
         factored = matrices is not None
         factors = 2 if names.row2 or names.column2 else 1
+        of_rows = batch * rows if factored and names.row else 0
+        of_columns = batch * columns if factored and names.column else 0
         counters, self.counters = self.counters, self.counters + 2 + (batch if cut == reducing_lines.TILES else 0)
         return {
             "param": param,
@@ -100,11 +102,11 @@ class ReducingTable:
             "columns": columns,
             "numel": numel,
             "cut": cut,
-            "row_factors": self._take(factors * batch * rows if factored else 0, self.size),
-            "column_factors": self._take(factors * batch * columns if factored else 0, self.size),
+            "row_factors": self._take(factors * of_rows, self.size),
+            "column_factors": self._take(factors * of_columns, self.size),
             "matrix_factors": self._take(batch if factored else 0, self.size),
-            "row_sums": self._take(batch * rows * n_strips if factored else 0, self.size),
-            "column_sums": self._take(batch * n_row_blocks * columns if cut == reducing_lines.TILES else 0, self.size),
+            "row_sums": self._take(of_rows * n_strips, self.size),
+            "column_sums": self._take(of_columns * n_row_blocks if cut == reducing_lines.TILES else 0, self.size),
             "param_sums": self._take(len(items), 8),
             "update_sums": self._take(len(items), 8),
             "totals": self._take(2, 8),
