@@ -1,29 +1,33 @@
 """`fusedstep bench --precision`: what each precision option costs in bytes and time, all of it measured.
 
-Bytes moved are those of the memory pages that one step reads and writes, as the kernel of Linux counts them; memory is
-what the process has grown by for weights, states and whatever else lives on after a step. Neither knows what the
-options should cost.
+Bytes read are those of the memory pages that one step touches, as the kernel of Linux counts them; bytes written those
+of the pages that have other contents after a step; memory is what the process has grown by for weights, states and
+whatever else lives on after a step. None of them knows what the options should cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import re
 import statistics
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fusedstep
 
 from ..cases import PRECISION
 
 PAGE = 4096
+MMAP_THRESHOLD = -3  # of mallopt
+FULL, QUICK = (50_000_000, 15), (2_000_000, 3)  # elements, rounds
 FP32, BF16 = torch.float32, torch.bfloat16
 TORCH = "torch fused"
 
@@ -59,29 +63,39 @@ def pages(field: str) -> int:
     return sum(map(int, lines)) << 10
 
 
-def written_pages() -> int:
-    """Bytes of the pages that were written since the soft-dirty bits were cleared."""
-    dirty = 0
-    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            first, last = (int(address, 16) for address in line.split(maxsplit=1)[0].split("-"))
-            if last >= 1 << 47:
-                continue
-            pagemap.seek(first // PAGE * 8)
-            words = torch.frombuffer(bytearray(pagemap.read((last - first) // PAGE * 8)), dtype=torch.int64)
-            dirty += int((words >> 55 & 1).sum())
-    return dirty * PAGE
+def touched(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the pages that a step touches."""
+
+    def in_the_meantime(work: bool) -> int:
+        Path("/proc/self/clear_refs").write_text("1")
+        if work:
+            optimizer.step()
+        return pages("Referenced")
+
+    return in_the_meantime(True) - in_the_meantime(False)
 
 
-def moved(step: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of the pages that a step touches, and of those that it writes."""
-    clear = Path("/proc/self/clear_refs")
-    clear.write_text("4")  # soft-dirty
-    step()
-    written = written_pages()
-    clear.write_text("1")  # referenced
-    step()
-    return pages("Referenced"), written
+def own_memory() -> list[Tensor]:
+    """All that this process may write and no file is behind, as 64-bit words."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, rights, _, _, inode, *_ = line.split()
+        if rights.startswith("rw") and inode == "0":
+            first, last = (int(address, 16) for address in addresses.split("-"))
+            found.append(torch.frombuffer((ctypes.c_char * (last - first)).from_address(first), dtype=torch.int64))
+    return found
+
+
+def written(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the pages that a step changes."""
+    memory = own_memory()
+    before = [words.clone() for words in memory]
+    optimizer.step()
+    changed = 0
+    for words, old in zip(memory, before, strict=True):
+        for some, other in zip(words.split(1 << 20), old.split(1 << 20), strict=True):
+            changed += int((some != other).view(-1, PAGE // 8).any(1).sum())
+    return changed * PAGE
 
 
 def measure_bytes(n: int, dtype: torch.dtype, options: dict[str, Any] | None) -> dict[str, float]:
@@ -91,10 +105,7 @@ def measure_bytes(n: int, dtype: torch.dtype, options: dict[str, Any] | None) ->
     param, optimizer = make(n, dtype, options)
     gc.collect()
     kept = pages("Rss") - before - param.grad.nbytes
-    nothing = [sum(values) for values in zip(*(moved(lambda: None) for _ in range(3)), strict=True)]
-    touched, written = moved(optimizer.step)
-    touched, written = touched - nothing[0] / 3, written - nothing[1] / 3
-    return {"read": touched / n, "written": written / n, "memory": kept / n}
+    return {"read": touched(optimizer) / n, "written": written(optimizer) / n, "memory": kept / n}
 
 
 def measure_time(n: int, rounds: int) -> list[float]:
@@ -140,17 +151,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m fusedstep.bench.precision", description=__doc__.splitlines()[0])
-    parser.add_argument("--elements", type=int, default=50_000_000, help="in one tensor (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="of timing (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    rows = measure(args.elements, args.rounds)
+def run(args: argparse.Namespace) -> int:
+    """Print the table; 2 if this machine cannot count pages."""
+    if not Path("/proc/self/clear_refs").exists() or (args.device is not None and args.device.type != "cpu"):
+        print(
+            "fusedstep bench --precision counts pages of the host's memory: it needs Linux and the CPU", file=sys.stderr
+        )
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # Each tensor gets pages of its own, which go back to the system when it is freed.
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
+    elements, rounds = QUICK if args.quick else FULL
+    rows = measure(elements, args.rounds or rounds)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
