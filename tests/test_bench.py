@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from fusedstep.bench import check, models, peers, plot, report, results, suite, timing
+from fusedstep.bench import check, models, peers, plot, precision, report, results, suite, timing
 
 import fusedstep
 
@@ -414,5 +414,5 @@ def test_precision_counts_the_bytes_of_each_option(capsys):
 
 
 def test_precision_needs_the_cpu(capsys):
-    assert bench("--precision", "--device", "cuda:0") == 2
+    assert precision.run(argparse.Namespace(device=torch.device("cuda"))) == 2
     assert "it needs Linux and the CPU" in capsys.readouterr().err
