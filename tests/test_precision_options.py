@@ -478,6 +478,13 @@ def test_rules_that_reduce_refuse(optimizer, options):
         optimizer([torch.nn.Parameter(torch.zeros(3))], **options)
 
 
+def test_amos_refuses_for_the_parameters_that_it_reduces():
+    weights = [("flat", torch.nn.Parameter(torch.zeros(3))), ("matrix", torch.nn.Parameter(torch.zeros(4, 5)))]
+    with pytest.raises(ValueError, match=r"Amos takes no .*\(parameter 1 'matrix'"):
+        fusedstep.Amos(weights, lr=1e-3, reduce={"matrix": [1]}, kahan=True)
+    fusedstep.Amos(weights, lr=1e-3, reduce={}, kahan=True)
+
+
 def changed(**changes):
     def change(state):
         for key, value in changes.items():

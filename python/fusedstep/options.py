@@ -30,7 +30,8 @@ class Options(TypedDict, total=False):
         master_weights: True keeps an fp32 copy of each 16-bit parameter, ``master_weight`` (4 bytes); "split" keeps the
             lower half of the fp32 number whose upper half the bf16 parameter is, ``weight_remainder`` (2 bytes). Either
             way training is that of fp32 weights, and the parameter is the fp32 weight rounded to nearest (ties: to even
-            for a copy, away from zero for a split).
+            for a copy, away from zero for a split). Whatever else than a step writes a parameter that has a copy must
+            write the copy too.
         kahan: keep what rounding a 16-bit parameter has lost, ``compensation``, in its dtype (2 bytes), and add it back
             before the next update.
         rounding: "nearest" (default), or "stochastic": a 16-bit parameter is rounded up with the probability of what

@@ -149,8 +149,8 @@ class Precision:
             return
         if reduces:
             raise ValueError(
-                f"{optimizer} takes no state_dtype, master_weights, rounding or kahan: it sums over rows and columns, "
-                "and its kernels store weights and states as they are"
+                f"{optimizer} takes no state_dtype, master_weights, rounding or kahan where its rule sums over rows, "
+                f"columns or whole tensors ({what}): such kernels store weights and states as they are"
             )
         if self.form_of(param) is Form.SPLIT and param.dtype != torch.bfloat16:
             raise ValueError(
