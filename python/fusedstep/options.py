@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 class Options(TypedDict, total=False):
     """Keyword arguments of every optimizer, beside those of its rule.
 
-    Every optimizer takes every option on every backend; but rules with sums over rows, columns or whole tensors
-    (Adafactor, Amos with reduced statistics) store weights and states as they are, and take none of ``state_dtype``,
-    ``master_weights``, ``kahan`` and ``rounding``. Options hold for all groups. 16-bit parameters are bf16 and fp16;
-    others are not concerned by ``master_weights``, ``kahan`` and ``rounding``, of which at most one may be chosen.
+    Every optimizer takes every option on every backend; but rules with sums over rows, columns or whole tensors store
+    weights and states as they are, and take none of ``state_dtype``, ``master_weights``, ``kahan`` and ``rounding``.
+    Options hold for all groups. 16-bit parameters are bf16 and fp16; others are not concerned by ``master_weights``,
+    ``kahan`` and ``rounding``, of which at most one may be chosen.
 
     Args:
         backend: "auto" (default), "cuda", "triton", "cpu" or "reference".
