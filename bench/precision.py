@@ -1,8 +1,9 @@
 """`fusedstep bench --precision`: what each precision option costs in bytes and time, all of it measured.
 
 Bytes read are those of the memory pages that one step touches, as the kernel of Linux counts them: what is only written
-is fetched into the caches too. Bytes written are those of the pages that have other contents after a step; memory is what the process has grown by for weights, states and
-whatever else lives on after a step. None of them knows what the options should cost.
+is fetched into the caches too. Bytes written are those of the pages that have other contents after a step; memory is
+what the process has grown by for weights, states and whatever else lives on after a step. None of them knows what the
+options should cost.
 """
 
 from __future__ import annotations
