@@ -141,7 +141,8 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
     for isa, flags in (X86_ISAS if is_x86() else {"base": []}).items():
         command = [*cxx, *CXX_FLAGS, *flags, f"-DFUSEDSTEP_ISA={isa}"]
         units += [
-            (csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.{isa}.o", command) for name in ("engine", "reducing", "norm")
+            (csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.{isa}.o", command)
+            for name in ("engine", "tiles", "reducing", "norm")
         ]
     if nvcc:
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)

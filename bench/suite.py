@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import check, models, peers, results, timing
+from . import check, models, peers, precision, results, timing
 from .models import Case
 from .peers import Contender, Optimizer
 
@@ -396,6 +396,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=results.DEFAULT_FOLDER,
         help="where the results file goes (default: %(default)s)",
     )
+    add(
+        "--precision",
+        action="store_true",
+        help="bytes moved, memory and time of AdamW with each of the precision options instead, on the CPU",
+    )
     add("--plot", action="store_true", help="draw the speed-ups into a PNG beside the results file")
     add("--json", action="store_true", help="print the results as JSON and nothing else")
 
@@ -436,7 +441,7 @@ def configurations(args: argparse.Namespace, device: torch.device) -> list[Confi
 
 def missing_packages(args: argparse.Namespace) -> list[str]:
     """Packages that the output needs and that are not installed."""
-    needed = ([] if args.json else ["rich"]) + (["matplotlib"] if args.plot else [])
+    needed = ([] if args.json or args.precision else ["rich"]) + (["matplotlib"] if args.plot else [])
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
@@ -458,6 +463,8 @@ def run(args: argparse.Namespace) -> int:
     Returns an exit code: 0, or 1 if a result of fusedstep is wrong, or 2 if the run is impossible as asked for. Wrong
     results of others are reported and not timed, and leave the exit code alone.
     """
+    if args.precision:
+        return precision.run(args)
     missing = missing_packages(args)
     if missing:
         print(f"fusedstep bench needs {' and '.join(missing)}: pip install 'fusedstep[bench]'", file=sys.stderr)

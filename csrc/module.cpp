@@ -79,7 +79,9 @@ void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, doub
                    int64_t last) {
   std::vector<cpu::Work> work;
   const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, 1.0, false, false, 0.0, &work);
-  if (first < 0 || first > last || last > call.numel) throw std::invalid_argument("the range is not one of the plan");
+  if (first < 0 || first > last || last > call.numel || cpu::whole_blocks(call, first) != first ||
+      cpu::whole_blocks(call, last) != last)
+    throw std::invalid_argument("the range is not one of the plan");
   cpu::run_range(call, first, last);
 }
 
@@ -106,6 +108,20 @@ py::list pointers(const Plan& plan) {
     row.append(address(record.param));
     row.append(address(record.step));
     for (const void* state : record.states) row.append(address(state));
+    rows.append(row);
+  }
+  return rows;
+}
+
+py::list storage(const Plan& plan) {
+  py::list rows;
+  for (const Record& record : plan.records()) {
+    const Precision& precision = record.precision;
+    py::list row;
+    row.append(reinterpret_cast<uintptr_t>(precision.companion));
+    for (const void* scales : precision.scales) row.append(reinterpret_cast<uintptr_t>(scales));
+    row.append(precision.seed);
+    row.append(precision.index);
     rows.append(row);
   }
   return rows;
@@ -150,9 +166,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedstep's compiled engines";
   py::class_<Plan>(m, "Plan")
       .def(py::init<const std::string&, const std::vector<std::string>&, const py::list&, const py::list&,
-                    const py::list&, const py::list&, const py::list&>(),
+                    const py::list&, const py::list&, const py::list&, const py::list&>(),
            py::arg("rule"), py::arg("state_names"), py::arg("owners"), py::arg("tensors"), py::arg("steps"),
-           py::arg("states"), py::arg("matrices") = py::list())
+           py::arg("states"), py::arg("matrices") = py::list(), py::arg("precision") = py::list())
       .def(
           "gather",
           [](Plan& plan, bool borrow, const py::object& grads) {
@@ -168,6 +184,7 @@ PYBIND11_MODULE(_C, m) {
       .def("release_grads", &Plan::release_grads)
       .def("increment_written", &Plan::increment_written, py::arg("grads_too"))
       .def("pointers", &pointers, "[param, step, states...] of each tensor, as addresses")
+      .def("storage", &storage, "[companion, scales..., seed, index] of each tensor")
       .def("grad_pointers", &grad_pointers)
       .def("grad_dtypes", &grad_dtypes, "of each tensor in this step: 0 fp32, 1 bf16, 2 fp16, 3 fp64")
       .def("any_active", &Plan::any_active, "whether a tensor takes part in this step")

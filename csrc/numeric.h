@@ -19,10 +19,21 @@
 
 namespace fusedstep {
 
-enum class Dtype : uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2, kF64 = 3 };
+// The last three are no numbers by themselves, but codes (codecs.h).
+enum class Dtype : uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2, kF64 = 3, kI8 = 4, kU8 = 5, kI16 = 6 };
 
 constexpr int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2;
+  switch (dtype) {
+    case Dtype::kF64:
+      return 8;
+    case Dtype::kF32:
+      return 4;
+    case Dtype::kI8:
+    case Dtype::kU8:
+      return 1;
+    default:
+      return 2;
+  }
 }
 
 inline namespace FUSEDSTEP_ISA {

@@ -96,7 +96,8 @@ ReducingRuleId Plan::reducing_rule() const {
 }
 
 Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& owners,
-           const py::list& tensors, const py::list& steps, const py::list& states, const py::list& matrices)
+           const py::list& tensors, const py::list& steps, const py::list& states, const py::list& matrices,
+           const py::list& precision)
     : variant_(find_variant(rule, state_names)),
       owners_(owners),
       tensors_(tensors),
@@ -111,6 +112,8 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
     throw std::invalid_argument("a plan needs one tensor, step and tuple of states for each parameter");
   if (matrices.size() != matrices_.size())
     throw std::invalid_argument("a plan needs the matrices of each parameter for a rule that reduces, else none");
+  if (!precision.empty() && (variant_.reduces || precision.size() != owners.size()))
+    throw std::invalid_argument("a plan takes the precision of each parameter, or none, for an elementwise rule");
   bool device_known = false;
   int64_t numel = 0;
   for (size_t i = 0; i < owners.size(); ++i) {
@@ -161,6 +164,7 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
       if (!contiguous(layouts_[i].ndim, shape, shape + layouts_[i].ndim)) reject(i, "param", "is not contiguous");
     }
     add_states(i, states[i]);
+    add_precision(i, precision.empty() ? py::object(py::none()) : py::object(precision[i]));
     holds_.add(tensor.ptr());
     holds_.add(step_tensor.ptr());
     // A stand-in is copied back by torch, which bumps the owner's counter itself. A wrapper's own memory is a tensor
@@ -183,7 +187,7 @@ void Plan::add_states(size_t i, const py::tuple& states) {
     if (numel < 0) continue;
     TensorView state;
     if (!view_tensor(tensor.ptr(), &state)) reject(i, "state", "has no memory");
-    if (state.device != device_ || state.device_index != device_index_ || !state.dtype_known)
+    if (state.device != device_ || state.device_index != device_index_ || !(state.dtype_known || state.is_code))
       reject(i, "state", "has another device or an unknown dtype");
     const bool fits = variant_.reduces ? state.numel() == numel && contiguous(state.ndim, state.shape, state.strides)
                                        : same_layout(state, ndim, shape, shape + ndim);

@@ -30,8 +30,11 @@ class Plan {
   // state_names: which of the rule's states there are, in the order of each tuple of `states`; there, None stands for a
   // state that a reducing rule does not have for this tensor.
   // matrices: for a reducing rule, (batch, rows, columns) of each contiguous tensor, or None for a flat one.
+  // precision: (form, companion or None, scales of each state or None, seed, index) of each tensor, or None for one
+  // that is stored in its dtypes; or an empty list, for none.
   Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& owners,
-       const py::list& tensors, const py::list& steps, const py::list& states, const py::list& matrices);
+       const py::list& tensors, const py::list& steps, const py::list& states, const py::list& matrices,
+       const py::list& precision);
   // Of each parameter an average over the steps and a copy in a narrower dtype, laid out like its tensor; or None.
   void follow(const py::list& averages, const py::list& copies);
   ~Plan();
@@ -85,6 +88,7 @@ class Plan {
   };
 
   void add_states(size_t i, const py::tuple& states);
+  void add_precision(size_t i, const py::object& precision);
 
   Variant variant_;
   Device device_ = Device::kOther;

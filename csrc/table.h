@@ -2,9 +2,20 @@
 // Plain data only: no torch, no Python, no CUDA types.
 #pragma once
 
+#include "codecs.h"
 #include "reducing_rules.h"
 
 namespace fusedstep {
+
+// How a record's weight and states are stored where dtypes alone do not tell; all zero: they do.
+struct Precision {
+  void* companion;            // of the weight, as its form says
+  float* scales[kMaxStates];  // of 8-bit states, one for each block
+  uint64_t seed;              // of stochastic rounding
+  uint32_t index;             // of the parameter among its optimizer's
+  Form form;
+  bool in_blocks;  // whether a state is in 8 bits
+};
 
 // One parameter and what belongs to it. Its memory is flat: param, grad and states share one dense layout.
 struct Record {
@@ -15,9 +26,15 @@ struct Record {
   void* average;  // of the parameter over the steps, in fp32 (fp64 for a fp64 parameter); null: none
   void* copy;     // the parameter in copy_dtype, after each step; null: none
   Dtype param_dtype, grad_dtype, state_dtypes[kMaxStates], copy_dtype;
+  Precision precision;
 
   constexpr bool has_followers() const { return average != nullptr || copy != nullptr; }
 };
+
+// Whether every number of a record is stored in its dtype, one after the other.
+FUSEDSTEP_FN bool is_plain(const Record& record) {
+  return record.precision.form == Form::kPlain && !record.precision.in_blocks;
+}
 
 // How a reducing rule sees a record: contiguous matrices [batch, rows, columns]; or, if it is not factored, one number
 // after the other.

@@ -36,7 +36,7 @@ struct DLExchangeApi {
   int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);
   int (*current_work_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
+constexpr uint8_t kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4;
 
 // torch's entry points, looked up once. Never freed: they live as long as the interpreter.
 struct Torch {
@@ -78,8 +78,12 @@ bool set_dtype(uint8_t code, uint8_t bits, TensorView* view) {
   view->dtype = kind == (kDLBfloat << 8 | 16)  ? Dtype::kBF16
                 : kind == (kDLFloat << 8 | 16) ? Dtype::kF16
                 : kind == (kDLFloat << 8 | 64) ? Dtype::kF64
+                : kind == (kDLInt << 8 | 8)    ? Dtype::kI8
+                : kind == (kDLUInt << 8 | 8)   ? Dtype::kU8
+                : kind == (kDLInt << 8 | 16)   ? Dtype::kI16
                                                : Dtype::kF32;
-  return view->dtype != Dtype::kF32 || kind == (kDLFloat << 8 | 32);
+  view->is_code = view->dtype >= Dtype::kI8;
+  return !view->is_code && (view->dtype != Dtype::kF32 || kind == (kDLFloat << 8 | 32));
 }
 
 bool view_by_exchange_api(const DLExchangeApi& api, PyObject* tensor, TensorView* view) {
@@ -113,6 +117,9 @@ bool view_by_attributes(PyObject* tensor, TensorView* view) {
                         : dtype == "torch.bfloat16" ? set_dtype(kDLBfloat, 16, view)
                         : dtype == "torch.float16"  ? set_dtype(kDLFloat, 16, view)
                         : dtype == "torch.float64"  ? set_dtype(kDLFloat, 64, view)
+                        : dtype == "torch.int8"     ? set_dtype(kDLInt, 8, view)
+                        : dtype == "torch.uint8"    ? set_dtype(kDLUInt, 8, view)
+                        : dtype == "torch.int16"    ? set_dtype(kDLInt, 16, view)
                                                     : set_dtype(0, 0, view);
     shape = t.attr("shape").cast<std::vector<int64_t>>();
     strides = t.attr("stride")().cast<std::vector<int64_t>>();
@@ -397,7 +404,8 @@ MemoryWatch::MemoryWatch(PyObject* tensor, const TensorView& view, bool with_lay
 
 bool MemoryWatch::unchanged_by_view() const {
   TensorView view;
-  if (!view_tensor(tensor_, &view) || view.data != data_ || !view.dtype_known || view.dtype != dtype_) return false;
+  if (!view_tensor(tensor_, &view) || view.data != data_ || view.dtype != dtype_) return false;
+  if (!view.dtype_known && !view.is_code) return false;
   const size_t ndim = dims_.size() / 2;
   return dims_.empty() || same_layout(view, static_cast<int32_t>(ndim), dims_.data(), dims_.data() + ndim);
 }

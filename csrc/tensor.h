@@ -20,7 +20,8 @@ struct TensorView {
   void* data;
   Device device;
   int32_t device_index;
-  bool dtype_known;  // one of Dtype
+  bool dtype_known;  // one of Dtype, and a number by itself
+  bool is_code;      // one of Dtype, but no number by itself
   Dtype dtype;
   int32_t ndim;
   const int64_t* shape;

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from fusedstep.bench import check, models, peers, plot, report, results, suite, timing
+from fusedstep.bench import check, models, peers, plot, precision, report, results, suite, timing
 
 import fusedstep
 
@@ -406,3 +406,26 @@ def test_one_thread_is_measured_too_where_the_case_asks_for_it():
         assert {(c.dtype, c.threads) for c in todo} == {("fp32", 1)}
     finally:
         torch.set_num_threads(before)
+
+
+def test_precision_counts_the_bytes_of_each_option(capsys):
+    """Of 2 million parameters, so that the interpreter's own pages are below a byte for each."""
+    assert bench("--precision", "--quick", "--json", "--rounds", "1", "--threads", "1") == 0
+    rows = {(row["dtype"], row["mode"]): row for row in json.loads(capsys.readouterr().out)}
+    expected = {  # read, written, kept
+        ("float32", "plain"): (16, 12, 12),
+        ("float32", "8-bit states"): (10, 6, 6),
+        ("bfloat16", "split"): (14, 12, 12),
+        ("bfloat16", "kahan"): (10, 8, 8),
+        ("bfloat16", "stochastic, 8-bit states"): (6, 4, 4),
+    }
+    for key, (_, written, kept) in expected.items():
+        row = rows[key]
+        assert row["written"] == pytest.approx(written, abs=2.5), key
+        assert row["memory"] == pytest.approx(kept, abs=0.5), key
+        assert row["step_ms"] > 0
+
+
+def test_precision_needs_the_cpu(capsys):
+    assert precision.run(argparse.Namespace(device=torch.device("cuda"))) == 2
+    assert "it needs Linux and the CPU" in capsys.readouterr().err

@@ -6,57 +6,25 @@ This proves the kernel's own logic: chunks, dtypes, tails, skipped tensors, step
 import ctypes
 import itertools
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from host_plan import FLOATS, MAX_HYPER, MAX_STATES, TAG, Precision, Record, Scalar, built
 
 import fusedstep
 from fusedstep import _C, schedules
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES
+from fusedstep.precision import COMPANIONS, scale_name
 from fusedstep.schedules import on_device
 from fusedstep.verification import same_bits
-
-ROOT = Path(__file__).resolve().parent.parent
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TAG = {dtype: tag for tag, dtype in enumerate(FLOATS)}
-MAX_STATES, MAX_HYPER = 5, 10
-
-
-class Record(ctypes.Structure):
-    _fields_ = [
-        ("param", ctypes.c_void_p),
-        ("states", ctypes.c_void_p * MAX_STATES),
-        ("step", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("average", ctypes.c_void_p),
-        ("copy", ctypes.c_void_p),
-        ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
-        ("copy_dtype", ctypes.c_uint8),
-    ]
-
-
-class Scalar(ctypes.Structure):
-    _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
 
 
 @pytest.fixture(scope="session", params=["plain", "sanitized"])
 def library(request, tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
     target = tmp_path_factory.mktemp("cuda_host") / f"{request.param}.so"
-    # The undefined-behaviour checks trap, which needs no runtime library inside this Python.
-    flags = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"] if request.param == "sanitized" else []
-    sources = [ROOT / "tests/cuda_host/library.cpp", ROOT / "csrc/cuda_table.cpp"]
-    flags += ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"]
-    subprocess.run([compiler, *flags, "-o", str(target), *map(str, sources)], check=True)
-    loaded = ctypes.CDLL(str(target))
+    loaded = built(target, "library.cpp", "cuda_table.cpp", request.param == "sanitized")
     loaded.check_chunks.restype = ctypes.c_int64
-    assert loaded.record_size() == ctypes.sizeof(Record)
     return loaded
 
 
@@ -67,6 +35,22 @@ def inside(values, offset):
     view = buffer[start : start + values.numel()]
     view.copy_(values)
     return buffer, view
+
+
+def precision_of(optimizer, index, param):
+    options, state = optimizer._precision, optimizer.state[param]
+    form = options.form_of(param)
+    scales = [state.get(scale_name(name)) for name in optimizer.state_names]
+    pointers = [None if s is None else s.data_ptr() for s in scales] + [None] * (MAX_STATES - len(scales))
+    companion = state.get(COMPANIONS.get(form))
+    return Precision(
+        None if companion is None else companion.data_ptr(),
+        (ctypes.c_void_p * MAX_STATES)(*pointers),
+        options.rounding_seed,
+        index,
+        int(form),
+        any(pointers),
+    )
 
 
 def run_on_host(
@@ -89,17 +73,17 @@ def run_on_host(
     group = optimizer.param_groups[0]
     states = optimizer.states_of(group)
     records, keep = [], []
-    for param, grad in zip(group["params"], grads, strict=True):
+    for index, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
         state = [optimizer.state[param].get(name) for name in optimizer.state_names]
-        step = optimizer.state[param]["step"] if optimizer.step_form != "absent" else optimizer._counters[param]
+        step = optimizer.state[param].get("step", optimizer._counters.get(param))
         dtypes = [param.dtype, param.dtype if grad is None else grad.dtype]
         dtypes += [param.dtype if s is None else s.dtype for s in state]
         tags = [TAG[dtype] for dtype in dtypes] + [0] * (2 + MAX_STATES - len(dtypes))
         pointers = (ctypes.c_void_p * MAX_STATES)(*[None if s is None else s.data_ptr() for s in state])
+        tags = (ctypes.c_uint8 * len(tags))(*tags)
+        stored = precision_of(optimizer, index, param)
         records.append(
-            Record(
-                param.data_ptr(), pointers, step.data_ptr(), param.numel(), dtypes=(ctypes.c_uint8 * len(tags))(*tags)
-            )
+            Record(param.data_ptr(), pointers, step.data_ptr(), param.numel(), dtypes=tags, precision=stored)
         )
     for record, (average, copy) in zip(records, followers or (), strict=False):
         record.average, record.copy, record.copy_dtype = average.data_ptr(), copy.data_ptr(), TAG[copy.dtype]
@@ -439,7 +423,7 @@ def test_schedules_have_the_bits_of_the_python_functions(library, n, blocks, thr
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "grad"),
-    [*((torch.float32, g) for g in TAG), (torch.float64, torch.float64), (torch.float64, torch.bfloat16)],
+    [*((torch.float32, g) for g in FLOATS), (torch.float64, torch.float64), (torch.float64, torch.bfloat16)],
     ids=str,
 )
 def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, dtype, grad, zero, offset):

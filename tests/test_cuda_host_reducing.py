@@ -6,99 +6,34 @@ the plan that a GPU would have. It proves nothing of a GPU.
 
 import ctypes
 import itertools
-import shutil
-import subprocess
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from host_plan import FLOATS, HostPlan, built
 
 import fusedstep
 from fusedstep import backends
 from fusedstep.backends.base import KernelBackend
 from fusedstep.backends.cpu import CpuPlan
-from fusedstep.backends.plan import KernelPlan
 from fusedstep.cases import REDUCING, gradient, layouts
 from fusedstep.verification import same_bits
-
-ROOT = Path(__file__).resolve().parent.parent
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TAG = {dtype: tag for tag, dtype in enumerate(FLOATS)}
-MAX_STATES, MAX_HYPER = 5, 10
-
-
-class Record(ctypes.Structure):
-    _fields_ = [
-        ("param", ctypes.c_void_p),
-        ("states", ctypes.c_void_p * MAX_STATES),
-        ("step", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("average", ctypes.c_void_p),
-        ("copy", ctypes.c_void_p),
-        ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
-        ("copy_dtype", ctypes.c_uint8),
-    ]
 
 
 class Matrices(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("batch", "rows", "columns")] + [("factored", ctypes.c_bool)]
 
 
-class Scalar(ctypes.Structure):
-    _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
-
-
-class HostPlan(KernelPlan):
-    """A plan whose kernels run on the host."""
-
-    library = None
-    blocks = 3
-
-    def launch(self, hyper, maximize, grad_scale, found_inf, coefficient=None):
-        pointers, grad_dtypes = self.native.pointers(), self.native.grad_dtypes()
-        names = self.optimizer.state_names
-        records, matrices = [], []
-        for slot, (param, step, *states), grad_dtype in zip(self.slots, pointers, grad_dtypes, strict=True):
-            numel = 0 if slot.tensor is None else slot.tensor.numel()
-            found = dict(zip(self.states, slot.states, strict=False))
-            tags = [0 if slot.tensor is None else TAG[slot.tensor.dtype], grad_dtype]
-            tags += [0 if found.get(name) is None else TAG[found[name].dtype] for name in names]
-            tags += [0] * (2 + MAX_STATES - len(tags))
-            states = (ctypes.c_void_p * MAX_STATES)(*states)
-            record = Record(param, states, step, numel, dtypes=(ctypes.c_uint8 * len(tags))(*tags))
-            for name in ("average", "copy"):
-                follower = getattr(slot, name)
-                if follower is not None:
-                    setattr(record, name, follower.data_ptr())
-                    record.copy_dtype = TAG[follower.dtype]
-            records.append(record)
-            seen = slot.matrices
-            matrices.append(Matrices(1, 1, numel, False) if seen is None else Matrices(*seen, True))
-        scalars = (Scalar * MAX_HYPER)()
-        for scalar, value in zip(scalars, hyper, strict=False):
-            if isinstance(value, torch.Tensor):
-                scalar.tensor, scalar.dtype = value.data_ptr(), TAG[value.dtype]
-            else:
-                scalar.value = float(value)
-        addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64).copy()
-        launches = self.library.host_reducing_step(
-            self.rule.encode(),
-            len(self.states),
-            scalars,
-            *map(ctypes.c_bool, (maximize, self.zero_grads, self.write_grads)),
-            *[None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf, coefficient)],
-            ctypes.c_double(self.average_weight),
-            (Record * len(records))(*records),
-            (Matrices * len(matrices))(*matrices),
-            ctypes.c_int64(len(records)),
-            ctypes.c_void_p(addresses.ctypes.data),
-            self.blocks,
+class ReducingHostPlan(HostPlan):
+    def run(self, scalars, gradients, records, n, addresses):
+        matrices = [
+            Matrices(1, 1, record.numel, False) if slot.matrices is None else Matrices(*slot.matrices, True)
+            for slot, record in zip(self.slots, records, strict=True)
+        ]
+        matrices = (Matrices * n)(*matrices)
+        rule = self.rule.encode(), len(self.states)
+        return self.library.host_reducing_step(
+            *rule, scalars, *gradients, records, matrices, ctypes.c_int64(n), addresses, self.blocks
         )
-        assert launches > 0, "a counter is not ready for the next step"
-        self.native.increment_written(self.zero_grads or self.write_grads)
-        self.native.release_grads()
-        return launches
 
 
 class HostBackend(KernelBackend):
@@ -108,24 +43,13 @@ class HostBackend(KernelBackend):
         return self.dtype_reasons(dtype)
 
     def plan(self, optimizer, group, options, variant, *args):
-        kind = HostPlan if optimizer.rule_of(variant)[1] else CpuPlan
+        kind = ReducingHostPlan if optimizer.rule_of(variant)[1] else CpuPlan
         return kind(self, optimizer, group, options, variant, *args)
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("cuda_host") / "reducing.so"
-    # The undefined-behaviour checks trap, which needs no runtime library inside this Python.
-    flags = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    sources = [ROOT / "tests/cuda_host/reducing.cpp", ROOT / "csrc/cuda_reducing_table.cpp"]
-    flags += ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"]
-    subprocess.run([compiler, *flags, "-o", str(target), *map(str, sources)], check=True)
-    loaded = ctypes.CDLL(str(target))
-    assert loaded.record_size() == ctypes.sizeof(Record)
-    return loaded
+    return built(tmp_path_factory.mktemp("cuda_host") / "reducing.so", "reducing.cpp", "cuda_reducing_table.cpp", True)
 
 
 @pytest.fixture

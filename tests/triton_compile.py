@@ -46,6 +46,14 @@ def compile_norm_ptx(dtype: str, last: bool) -> str:
     return ptx_of(norm.norm_kernel, norm.constants(dtype, False, last, limits, block=2048))
 
 
+def compile_stored_ptx(form: str, state: str) -> str:
+    """The PTX of Adam's kernel for bf16 weights in a form, with states in "i8" (and "u8") or a dtype."""
+    dtypes = ("bf16", "bf16", state, "u8" if state == "i8" else state, "")
+    fixed = constants("adam", dtypes, ("", ""), False, "", 2048, form)
+    absent = dict.fromkeys(("grad_scale_ptr", "found_inf_ptr", "coefficient_ptr", "average_weight_ptr"))
+    return ptx_of(step_kernel, fixed | absent)
+
+
 def ptx_of(kernel, fixed: dict) -> str:
     """The PTX of a kernel with its compile-time arguments."""
     names = kernel.arg_names
@@ -79,6 +87,9 @@ def count(ptx: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "stored":
+        print(json.dumps([count(compile_stored_ptx(*variant.split(","))) for variant in sys.argv[2:]]))
+        sys.exit()
     if sys.argv[1] == "norm":
         print(json.dumps([count(compile_norm_ptx(d, last == "1")) for d, last in (v.split(",") for v in sys.argv[2:])]))
         sys.exit()

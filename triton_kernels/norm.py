@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .numeric import maximum, minimum
-from .step import CHUNK_ROW, load
+from .step import CHUNK_ROW
+from .stored import load
 
 SUM, LARGEST, NORM, COEFFICIENT = (tl.constexpr(k) for k in range(4))  # numbers of csrc/norm.h's Norm
 LANES = tl.constexpr(256)  # chunks whose sums are added up at once

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .numeric import divide, narrow, widen
-from .step import pointer
+from .stored import pointer
 
 # Columns of the table: int64 numbers and addresses of a tensor.
 COLUMNS = (

@@ -10,43 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .numeric import divide, narrow, widen
+from .numeric import divide
 from .rules import RULES
+from .stored import AVERAGE, COMPANION, COPY, load, load_state, load_weight, store, store_state, store_weight
 
-ROW = 10  # int64 numbers of a tensor in the table: param, step, up to five states, average, copy
-AVERAGE, COPY = (tl.constexpr(k) for k in (7, 8))  # their places
+ROW = 17  # int64 numbers of a tensor in the table: param, step, up to five states, and what stored.py names
 CHUNK_ROW = 3  # of a chunk: tensor, elements, offset
-
-
-@triton.jit
-def pointer(address, DTYPE: tl.constexpr):
-    if DTYPE == "bf16":
-        return address.to(tl.pointer_type(tl.uint16))  # as bits: the interpreter would truncate when it rounds
-    elif DTYPE == "fp16":
-        return address.to(tl.pointer_type(tl.float16))
-    elif DTYPE == "fp64":
-        return address.to(tl.pointer_type(tl.float64))
-    else:
-        return address.to(tl.pointer_type(tl.float32))
-
-
-@triton.jit
-def load(address, begin, lanes, mask, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr):
-    ptr = pointer(address, DTYPE) + begin
-    if WHOLE:
-        stored = tl.load(tl.multiple_of(ptr, 16) + lanes)
-    else:
-        stored = tl.load(ptr + lanes, mask=mask)
-    return widen(stored, DTYPE, ARITHMETIC)
-
-
-@triton.jit
-def store(address, begin, lanes, mask, x, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
-    ptr = pointer(address, DTYPE) + begin
-    if WHOLE:
-        tl.store(tl.multiple_of(ptr, 16) + lanes, narrow(x, DTYPE))
-    else:
-        tl.store(ptr + lanes, narrow(x, DTYPE), mask=mask)
 
 
 @triton.jit
@@ -59,6 +28,7 @@ def update_block(
     grad_scale_ptr,
     coefficient_ptr,
     average_weight_ptr,
+    step,
     s,
     UPDATE: tl.constexpr,
     N_NAMED: tl.constexpr,
@@ -68,18 +38,19 @@ def update_block(
     STATE1: tl.constexpr,
     STATE2: tl.constexpr,
     PRESENT: tl.constexpr,
+    FORM: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     LEFT: tl.constexpr,
     FOLLOWERS: tl.constexpr,
     WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Elements ``begin + lanes`` of one tensor; WHOLE: all of them exist, and ``begin`` lies at a multiple of 16 bytes.
 
     Only with that promise are the accesses 16 bytes wide.
     """
-    param = tl.load(row_ptr)
-    p = load(param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
+    p = load_weight(row_ptr, begin, lanes, mask, PARAM, FORM, ARITHMETIC, WHOLE)
     g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
     if grad_scale_ptr is not None:
         g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
@@ -93,11 +64,11 @@ def update_block(
         g = -g
     s0, s1, s2 = p, p, p  # stand in for absent states, which the rule hands back
     if STATE0 != "":
-        s0 = load(tl.load(row_ptr + 2), begin, lanes, mask, STATE0, ARITHMETIC, WHOLE)
+        s0 = load_state(row_ptr, 0, begin, lanes, mask, STATE0, ARITHMETIC, WHOLE)
     if STATE1 != "":
-        s1 = load(tl.load(row_ptr + 3), begin, lanes, mask, STATE1, ARITHMETIC, WHOLE)
+        s1 = load_state(row_ptr, 1, begin, lanes, mask, STATE1, ARITHMETIC, WHOLE)
     if STATE2 != "":
-        s2 = load(tl.load(row_ptr + 4), begin, lanes, mask, STATE2, ARITHMETIC, WHOLE)
+        s2 = load_state(row_ptr, 2, begin, lanes, mask, STATE2, ARITHMETIC, WHOLE)
     tl.static_assert(N_NAMED <= 1 or N_NAMED == 3, "add a branch for a rule with another number of states")
     if N_NAMED == 0:
         p = UPDATE(p, g, s, PRESENT)
@@ -105,9 +76,7 @@ def update_block(
         p, s0 = UPDATE(p, g, s0, s, PRESENT)
     else:
         p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s, PRESENT)
-    store(param, begin, lanes, mask, p, PARAM, WHOLE)
-    if FOLLOWERS != ("", ""):
-        p = widen(narrow(p, PARAM), PARAM, ARITHMETIC)  # as it is stored
+    p = store_weight(row_ptr, begin, lanes, mask, p, step, PARAM, FORM, ARITHMETIC, WHOLE, BLOCK)
     if FOLLOWERS[0] != "":
         average = load(tl.load(row_ptr + AVERAGE), begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, WHOLE)
         average = average + tl.load(average_weight_ptr).to(ARITHMETIC) * (p - average)
@@ -115,11 +84,11 @@ def update_block(
     if FOLLOWERS[1] != "":
         store(tl.load(row_ptr + COPY), begin, lanes, mask, p, FOLLOWERS[1], WHOLE)
     if STATE0 != "":
-        store(tl.load(row_ptr + 2), begin, lanes, mask, s0, STATE0, WHOLE)
+        store_state(row_ptr, 0, begin, lanes, mask, s0, STATE0, WHOLE, BLOCK)
     if STATE1 != "":
-        store(tl.load(row_ptr + 3), begin, lanes, mask, s1, STATE1, WHOLE)
+        store_state(row_ptr, 1, begin, lanes, mask, s1, STATE1, WHOLE, BLOCK)
     if STATE2 != "":
-        store(tl.load(row_ptr + 4), begin, lanes, mask, s2, STATE2, WHOLE)
+        store_state(row_ptr, 2, begin, lanes, mask, s2, STATE2, WHOLE, BLOCK)
 
 
 @triton.jit
@@ -157,6 +126,7 @@ def step_kernel(
     STATE1: tl.constexpr,
     STATE2: tl.constexpr,
     PRESENT: tl.constexpr,
+    FORM: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     LEFT: tl.constexpr,
@@ -178,10 +148,12 @@ def step_kernel(
     row_ptr = table_ptr + tensor * ROW
     if (grad != 0) & (n > 0):
         step_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(tl.float32))
-        s = PREPARE(hyper_ptr, tl.load(step_ptr).to(tl.int64) + 1, ARITHMETIC)
+        step = tl.load(step_ptr).to(tl.int64) + 1
+        s = PREPARE(hyper_ptr, step, ARITHMETIC)
         addresses = tl.load(row_ptr) | grad
         for k in tl.static_range(N_NAMED):
             addresses = addresses | tl.load(row_ptr + 2 + k)
+        addresses = addresses | tl.load(row_ptr + COMPANION)  # 0 if there is none
         if FOLLOWERS != ("", ""):
             addresses = addresses | tl.load(row_ptr + AVERAGE) | tl.load(row_ptr + COPY)
         whole = 0 * n
@@ -191,17 +163,18 @@ def step_kernel(
         lanes = tl.arange(0, BLOCK)
         while start < whole:
             update_block(
-                row_ptr, grad, offset + start, lanes, None, grad_scale_ptr, coefficient_ptr, average_weight_ptr, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS,
-                True,
+                row_ptr, grad, offset + start, lanes, None,
+                grad_scale_ptr, coefficient_ptr, average_weight_ptr, step, s,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, FORM, ARITHMETIC, MAXIMIZE, LEFT,
+                FOLLOWERS, True, BLOCK,
             )  # fmt: skip
             start += BLOCK
         while start < n:
             update_block(
                 row_ptr, grad, offset + start, lanes, start + lanes < n,
-                grad_scale_ptr, coefficient_ptr, average_weight_ptr, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS,
-                False,
+                grad_scale_ptr, coefficient_ptr, average_weight_ptr, step, s,
+                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, FORM, ARITHMETIC, MAXIMIZE, LEFT,
+                FOLLOWERS, False, BLOCK,
             )  # fmt: skip
             start += BLOCK
 
@@ -220,7 +193,13 @@ def step_kernel(
 
 
 def constants(
-    rule: str, dtypes: tuple[str, ...], followers: tuple[str, str], maximize: bool, left: str, block: int
+    rule: str,
+    dtypes: tuple[str, ...],
+    followers: tuple[str, str],
+    maximize: bool,
+    left: str,
+    block: int,
+    form: str = "plain",
 ) -> dict:
     """The compile-time arguments of `step_kernel`.
 
@@ -234,6 +213,7 @@ def constants(
         "N_NAMED": RULES[rule].n_named,
         **dict(zip(("PARAM", "GRAD", "STATE0", "STATE1", "STATE2"), dtypes + ("",) * 3, strict=False)),
         "PRESENT": sum((dtype != "") << k for k, dtype in enumerate(dtypes[2:])),
+        "FORM": form,
         "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
         "MAXIMIZE": maximize,
         "LEFT": left,
@@ -248,6 +228,7 @@ def launch(
     rule: str,
     dtypes: tuple[str, ...],
     followers: tuple[str, str],
+    form: str,
     maximize: bool,
     left: str,
     table: Tensor,
@@ -265,8 +246,10 @@ def launch(
 
     Args:
         rule: its name in `RULES`.
-        dtypes: of param, grad and each state that the rule names: "fp32", "bf16", "fp16", "fp64"; "": an absent one.
+        dtypes: of param, grad and each state that the rule names: "fp32", "bf16", "fp16", "fp64", of a state also "i8"
+            and "u8" for its codes; "": an absent one.
         followers: dtypes of the averages and the copies of the parameters.
+        form: how weights are stored: "plain", "master", "split", "kahan" or "stochastic".
         maximize: whether gradients are negated.
         left: what becomes of the gradients, as in `constants`.
         table: int64, (tensors, ROW): addresses.
@@ -290,7 +273,7 @@ def launch(
         coefficient,
         average_weight,
         table.shape[0],
-        **constants(rule, dtypes, followers, maximize, left, block),
+        **constants(rule, dtypes, followers, maximize, left, block, form),
         num_warps=8,
         enable_fp_fusion=False,
     )

@@ -105,6 +105,14 @@ void parallel(int threads, const Body& body) {
   }
 }
 
+int64_t whole_blocks(const Call& call, int64_t i) {
+  const Work* const end = call.work + call.work_size;
+  const Work* const next = std::upper_bound(call.work, end, i, [](int64_t at, const Work& w) { return at < w.begin; });
+  if (next == call.work || i >= call.numel) return i;
+  const Work& work = next[-1];
+  return work.record->precision.in_blocks ? work.begin + (i - work.begin) / kBlock * kBlock : i;
+}
+
 namespace {
 
 // A thread whose core another program uses begins milliseconds late, and the call waits for it. If that took longer
@@ -147,7 +155,7 @@ void step(const Call& call, int threads) {
   const RunFunction run = current().run;
   share_out(threads, call.numel, [&](int index, int size) {
     const auto boundary = [&](int64_t i) {
-      return i == size ? call.numel : call.numel / size * i / kSplitMultiple * kSplitMultiple;
+      return i == size ? call.numel : whole_blocks(call, call.numel / size * i / kSplitMultiple * kSplitMultiple);
     };
     const int64_t first = boundary(index), last = boundary(index + 1);
     if (first < last) run(call, first, last);

@@ -4,6 +4,7 @@
 #include "stored.h"  // first: the rules that engine.h brings in then find packs' square root
 #include "engine.h"
 #include "followers.h"
+#include "tiles.h"
 // clang-format on
 
 namespace fusedstep::cpu {
@@ -55,12 +56,25 @@ void update_uniform(const Record& record, const void* grad, int64_t begin, int64
                        Stored<T, S>{const_cast<S*>(static_cast<const S*>(grad))}, states, begin, end, change, scalars);
 }
 
+// prepare() costs more than a small tensor's update, and most tensors of a group are at the same step.
 template <class Rule, class T>
-void update_range(const Call& call, const Work& work, int64_t begin, int64_t end,
-                  const typename Rule::template Scalars<T>& scalars) {
+struct Prepared {
+  int64_t step = -1;
+  typename Rule::template Scalars<T> scalars{};
+
+  const Prepared& at(const Call& call, const Record& record) {
+    const int64_t next = static_cast<int64_t>(*record.step) + 1;
+    if (next != step) scalars = Rule::template prepare<T>(call.hyper, step = next);
+    return *this;
+  }
+};
+
+template <class Rule, class T>
+void update_range(const Call& call, const Work& work, int64_t begin, int64_t end, const Prepared<Rule, T>& prepared) {
   const Record& record = *work.record;
+  const auto& scalars = prepared.scalars;
   const GradChange<T> change = grad_change<T>(call);
-  bool uniform = record.grad_dtype == record.param_dtype;
+  bool uniform = is_plain(record) && record.grad_dtype == record.param_dtype;
   for (int k = 0; k < kNamed<Rule>; ++k)
     uniform = uniform && (!has_state<Rule>(k) || record.state_dtypes[k] == record.param_dtype);
   if (uniform) {
@@ -73,25 +87,26 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
     else
       return update_uniform<Rule, T, F16>(record, work.grad, begin, end, change, scalars);
   }
-  AnyStored<T> states[kMaxStates];
-  for (int k = 0; k < kNamed<Rule>; ++k) states[k] = {record.states[k], record.state_dtypes[k]};
-  update_loop<Rule, T>(AnyStored<T>{record.param, record.param_dtype},
-                       AnyStored<T>{const_cast<void*>(work.grad), record.grad_dtype}, states, begin, end, change,
-                       scalars);
-}
-
-// prepare() costs more than a small tensor's update, and most tensors of a group are at the same step.
-template <class Rule, class T>
-struct Prepared {
-  int64_t step = -1;
-  typename Rule::template Scalars<T> scalars{};
-
-  const auto& at(const Call& call, const Record& record) {
-    const int64_t next = static_cast<int64_t>(*record.step) + 1;
-    if (next != step) scalars = Rule::template prepare<T>(call.hyper, step = next);
-    return scalars;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    AnyStored<T> states[kMaxStates];
+    for (int k = 0; k < kNamed<Rule>; ++k) states[k] = {record.states[k], record.state_dtypes[k]};
+    update_loop<Rule, T>(AnyStored<T>{record.param, record.param_dtype},
+                         AnyStored<T>{const_cast<void*>(work.grad), record.grad_dtype}, states, begin, end, change,
+                         scalars);
+  } else {
+    struct Context {
+      GradChange<T> change;
+      const typename Rule::template Scalars<T>& scalars;
+    };
+    const Context context{change, scalars};
+    const auto update = [](const Record& tile, const void* grad, int64_t n, const void* context) {
+      const auto& c = *static_cast<const Context*>(context);
+      update_uniform<Rule, T, float>(tile, grad, 0, n, c.change, c.scalars);
+    };
+    update_tiles(record, work.grad, begin, end, kPresentBits<Rule>, prepared.step, change.zero || change.write, update,
+                 &context);
   }
-};
+}
 
 template <class Rule>
 void run_rule(const Call& call, int64_t first, int64_t last) {

@@ -32,12 +32,35 @@ void follow_stored(const Param& param, T* average, const Copy* copy, int64_t beg
   }
 }
 
-// After elements [begin, end) of a parameter; `weight` is that of the parameter in the average.
+// The fp32 numbers of a split weight.
+struct SplitStored {
+  const BF16* upper;
+  const int16_t* lower;
+
+  FUSEDSTEP_FN FloatPack load(int64_t i) const { return load_part(i, kLanes<float>); }
+  FUSEDSTEP_FN FloatPack load_part(int64_t i, int64_t n) const {
+    alignas(64) float wide[kLanes<float>] = {};
+    for (int64_t k = 0; k < n; ++k) wide[k] = join(upper[i + k], lower[i + k]);
+    return load_pack<float, float>(wide);
+  }
+};
+
+// After elements [begin, end) of a parameter; `weight` is that of the parameter in the average. They follow the fp32
+// weight where one is kept, else the stored one.
 template <class T>
 __attribute__((noinline)) void follow(const Record& record, int64_t begin, int64_t end, T weight) {
   const AnyStored<T> copy{record.copy, record.copy_dtype};
   const AnyStored<T>* const copies = record.copy == nullptr ? nullptr : &copy;
   T* const average = static_cast<T*>(record.average);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    void* const companion = record.precision.companion;
+    if (record.precision.form == Form::kMaster)
+      return follow_stored<T>(Stored<T, T>{static_cast<T*>(companion)}, average, copies, begin, end, weight);
+    if (record.precision.form == Form::kSplit) {
+      const SplitStored split{static_cast<const BF16*>(record.param), static_cast<const int16_t*>(companion)};
+      return follow_stored<T>(split, average, copies, begin, end, weight);
+    }
+  }
   if (record.param_dtype == (sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32))
     follow_stored<T>(Stored<T, T>{static_cast<T*>(record.param)}, average, copies, begin, end, weight);
   else

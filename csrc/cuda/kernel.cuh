@@ -5,53 +5,12 @@
 // one atomic counter.
 #pragma once
 
-#include "engine.h"
+#include "stored.cuh"
 
 namespace fusedstep::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kMinBlocks = 3;  // for each multiprocessor: at most 64 registers a thread
-
-// Pointers that come from a table are generic to the compiler; knowing better gives it the global memory instructions.
-template <class S>
-__device__ __forceinline__ S* global(S* pointer) {
-  __builtin_assume(__isGlobal(pointer));
-  return pointer;
-}
-
-// What turns the stored gradient into the rule's: divided by scale, multiplied by the coefficient of clipping, and
-// negated to maximize.
-template <class T>
-struct GradChange {
-  bool any, zero, write;  // the stored one is set to zero after it was read, or to what it was changed to
-  T scale, factor, sign;  // factor: the coefficient with the sign, which is 1 or -1
-
-  __device__ __forceinline__ T operator()(T grad) const { return any ? (grad / scale) * factor : grad; }
-};
-
-// The same as it is known before the kernel runs.
-struct GradsBecome {
-  const float* scale;
-  const double* coefficient;
-  bool maximize, zero, write;
-
-  template <class T>
-  __device__ __forceinline__ GradChange<T> change() const {
-    const T sign = maximize ? T(-1) : T(1);
-    const bool any = maximize || scale != nullptr || coefficient != nullptr;
-    return {any,
-            zero,
-            write,
-            scale != nullptr ? static_cast<T>(*global(scale)) : T(1),
-            coefficient != nullptr ? sign * static_cast<T>(*global(coefficient)) : sign,
-            sign};
-  }
-};
-
-inline GradsBecome grads_become(const Call& call) {
-  return {call.grad_scale, call.coefficient, call.maximize, call.zero_grads, call.write_grads};
-}
 
 template <int kCapacity>
 struct Arguments {
@@ -98,28 +57,27 @@ __device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, T 
   }
 }
 
-// Where this thread stands among those that share a chunk: a block, or a warp.
-struct Team {
-  int index, size;
-
-  __device__ __forceinline__ void wait() const {
-    if (size == kWarp)
-      __syncwarp();
-    else
-      __syncthreads();
-  }
-};
+// What followers follow: the fp32 weight where one is kept, else the stored one.
+template <class T>
+__device__ __forceinline__ T load_followed(const Record& record, int64_t i) {
+  const void* const companion = record.precision.companion;
+  if (record.precision.form == Form::kMaster) return load<T>(global(static_cast<const float*>(companion))[i]);
+  if (record.precision.form == Form::kSplit)
+    return load<T>(
+        join(global(static_cast<const BF16*>(record.param))[i], global(static_cast<const int16_t*>(companion))[i]));
+  return load_any<T>(record.param, record.param_dtype, i);
+}
 
 // What is updated after a parameter, while it is still in the caches: its average over the steps, and its copy in a
 // narrower dtype.
-constexpr int kFollowed = 8192;  // elements that a team updates before their followers
+constexpr int kFollowed = 8192;  // elements that a team updates before their followers: whole blocks
 
 template <class T>
 __device__ __noinline__ void follow(const Record& record, int64_t offset, int64_t n, Team team, T weight) {
   T* const average = static_cast<T*>(record.average);
 #pragma unroll 4
   for (int64_t i = offset + team.index; i < offset + n; i += team.size) {
-    const T param = load_any<T>(record.param, record.param_dtype, i);
+    const T param = load_followed<T>(record, i);
     if (average != nullptr) {
       const T before = global(average)[i];
       global(average)[i] = before + weight * (param - before);
@@ -161,10 +119,6 @@ __device__ __noinline__ void update_any(const Record& record, const void* grad, 
       if (has_state<Rule>(k)) store_any(record.states[k], record.state_dtypes[k], i, states[k]);
   }
 }
-
-struct alignas(16) Vector {
-  uint32_t words[4];
-};
 
 // kN numbers stored as S, by 16-byte accesses.
 template <int kN, class S>
@@ -335,6 +289,8 @@ __device__ __forceinline__ void update(const Record& record, const void* grad, c
                                        const GradsBecome& grads_become, const Prepared<Rule>& prepared) {
   if (record.param_dtype == Dtype::kF64)
     update_any<Rule, double>(record, grad, chunk, 0, team, grads_become.change<double>(), prepared.twice);
+  else if (!is_plain(record))
+    update_stored<Rule>(record, grad, chunk, team, grads_become.change<float>(), prepared.single);
   else
     update_single<Rule>(record, grad, chunk, team, grads_become.change<float>(), prepared.single);
 }

@@ -74,6 +74,7 @@ class AdaBelief(FusedOptimizer):
         *("weight_decouple", "fixed_decay", "rectify", "degenerated_to_sgd"),
     )
     state_names = ("exp_avg", "exp_avg_var", "max_exp_avg_var")
+    non_negative = ("exp_avg_var", "max_exp_avg_var")
     step_form = "int"
 
     def __init__(

@@ -55,6 +55,7 @@ class Adagrad(FusedOptimizer):
     rule = "adagrad"
     hyper_names = ("lr", "lr_decay", "weight_decay", "eps")
     state_names = ("sum",)
+    non_negative = ("sum",)
     state_at_construction = True
 
     def __init__(

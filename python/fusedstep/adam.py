@@ -61,6 +61,7 @@ class Adam(FusedOptimizer):
         *("epsilon_hat", "lr_decay"),  # of subclasses
     )
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    non_negative = ("exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class Amos(FusedOptimizer):
     rule = "amos"
     hyper_names = ("lr", "eta", "beta", "momentum", "clip_value", "extra_l2", "c_coef", "d_coef", "eps")
     state_names = ("exp_avg_sq", "decay", "exp_avg")
+    non_negative = ("exp_avg_sq", "decay")
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,25 +69,25 @@ class Followers:
             checks.check_state(optimizer, KEY, average, param, param.shape, None, what)
 
     def of(
-        self, param: Tensor, tensor: Tensor, state: dict[str, Any], backend: Backend
+        self, param: Tensor, tensor: Tensor, state: dict[str, Any], backend: Backend, weight: Callable[[], Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The average and the copy of ``param``, laid out like ``tensor``; made of it if they are missing."""
+        """The average and the copy of ``param``, laid out like ``tensor``; made of ``weight`` if they are missing."""
         average = copy = None
         if self.ema_decay is not None:
-            average = self._usable(state.get(KEY), average_dtype(param), param, tensor, backend)
+            average = self._usable(state.get(KEY), average_dtype(param), param, tensor, backend, weight)
             state[KEY], average = average
         if self.weights_copy is not None:
-            copy = self._usable(self.copies.get(param), self.weights_copy, param, tensor, backend)
+            copy = self._usable(self.copies.get(param), self.weights_copy, param, tensor, backend, weight)
             self.copies[param], copy = copy
         return average, copy
 
     @staticmethod
     def _usable(
-        value: Any, dtype: torch.dtype, param: Tensor, tensor: Tensor, backend: Backend
+        value: Any, dtype: torch.dtype, param: Tensor, tensor: Tensor, backend: Backend, weight: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """``value``, or else the parameter, in that dtype; and its memory as a kernel can take it."""
+        """``value``, or else the weight, in that dtype; and its memory as a kernel can take it."""
         if not isinstance(value, Tensor):
-            value = param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+            value = weight().to(dtype, copy=True, memory_format=torch.preserve_format)
         elif value.dtype != dtype or value.device != param.device:
             value = value.to(param.device, dtype)
         usable = backend.state_memory(value, tensor)
@@ -95,7 +95,9 @@ class Followers:
             value = usable = layout.laid_out_as(value, tensor)
         return value, usable
 
-    def copies_of(self, memory: Iterable[tuple[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
+    def copies_of(
+        self, memory: Iterable[tuple[Tensor, Tensor]], weight_of: Callable[[Tensor], Tensor]
+    ) -> dict[Tensor, Tensor]:
         """A copy of every parameter, given with the memory that a step updates; made where there is none yet."""
         if self.weights_copy is None:
             raise RuntimeError("there are no copies of the weights; give the optimizer weights_copy=torch.bfloat16")
@@ -104,18 +106,18 @@ class Followers:
             copy = self.copies.get(param)
             if copy is None or copy.device != param.device:
                 if layout.is_wrapper(param) or not layout.is_dense(tensor):
-                    copy = param.detach().to(self.weights_copy, copy=True, memory_format=torch.preserve_format)
+                    copy = weight_of(param).to(self.weights_copy, copy=True, memory_format=torch.preserve_format)
                 else:
-                    copy = layout.laid_out_as(param.detach(), tensor, self.weights_copy)
+                    copy = layout.laid_out_as(weight_of(param), tensor, self.weights_copy)
                 self.copies[param] = copy
             copies[param] = copy
         return copies
 
     @torch.no_grad()
-    def renew_copies(self) -> None:
-        """Copy the parameters as they are now."""
+    def renew_copies(self, weight_of: Callable[[Tensor], Tensor]) -> None:
+        """Copy the parameters as they are now; their averages while these are in their place."""
         for param, copy in self.copies.items():
-            copy.copy_(param)
+            copy.copy_(param if self.swapped else weight_of(param))
 
     def adopt(self, param: Tensor, value: Tensor) -> Tensor:
         """A loaded average as it is kept."""
@@ -145,12 +147,12 @@ def average_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def follow(memory: Tensor, average: Tensor | None, copy: Tensor | None, weight: float) -> None:
-    """Update what follows the parameter in ``memory``: the reference for the kernels."""
+def follow(weight: Tensor, average: Tensor | None, copy: Tensor | None, share: float) -> None:
+    """Update what follows a ``weight``: the reference for the kernels. ``share``: of the weight in its average."""
     if average is not None:
-        average.add_(weight * (memory.to(average.dtype) - average))
+        average.add_(share * (weight.to(average.dtype) - average))
     if copy is not None:
-        copy.copy_(memory)
+        copy.copy_(weight)
 
 
 @contextlib.contextmanager
@@ -178,7 +180,7 @@ def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
                 param.copy_(average)
                 average.copy_(weights)
                 exchanged.append((param, average, kept))
-            followers.renew_copies()
+            optimizer.renew_copies()
         yield
     finally:
         with torch.no_grad():
@@ -186,5 +188,5 @@ def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
                 averages = param.clone() if kept is None else kept
                 param.copy_(average)
                 average.copy_(averages)
-            followers.renew_copies()
         followers.swapped = False
+        optimizer.renew_copies()

@@ -93,6 +93,34 @@ REDUCING: tuple[Case, ...] = (
 )
 
 
+# The precision options, by the names that the benchmark gives them.
+PRECISION: dict[str, dict[str, Any]] = {
+    "fp32 states": {"state_dtype": torch.float32},
+    "bf16 states": {"state_dtype": torch.bfloat16},
+    "8-bit states": {"state_dtype": "8bit"},
+    "master": {"master_weights": True},
+    "split": {"master_weights": "split"},
+    "split, bf16 states": {"master_weights": "split", "state_dtype": torch.bfloat16},
+    "split, 8-bit states": {"master_weights": "split", "state_dtype": "8bit"},
+    "kahan": {"kahan": True},
+    "stochastic": {"rounding": "stochastic", "rounding_seed": 1},
+    "stochastic, 8-bit states": {"rounding": "stochastic", "rounding_seed": 1, "state_dtype": "8bit"},
+}
+
+
+def precision_cases() -> list[tuple[Case, str]]:
+    """The last row of each elementwise optimizer with each of the precision options, and a dtype that it takes."""
+    last = {case.optimizer: case for case in CASES}.values()
+    return [
+        (Case(case.optimizer, {**case.options, **options}), dtype)
+        for case in last
+        for options in PRECISION.values()
+        for dtype in ("fp32", "bf16", "fp16")
+        if dtype == "bf16" or options.get("master_weights") != "split"
+        if dtype != "fp32" or "state_dtype" in options
+    ]
+
+
 def layouts(dtype: torch.dtype, device: torch.device | str, generator: torch.Generator) -> dict[str, Tensor]:
     """Parameters of every memory layout, by name, filled with normal numbers in ``dtype``."""
 

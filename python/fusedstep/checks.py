@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -153,8 +153,13 @@ def check_state(
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
 
 
-def check_loaded(label: str, value: Any, param: Tensor, shape: torch.Size | None) -> None:
-    """Raise ValueError unless a loaded ``value`` can be a state of ``param``: its step, or for a ``shape`` a tensor."""
+def check_loaded(
+    label: str, value: Any, param: Tensor, shape: torch.Size | None, codes: Sequence[torch.dtype] = ()
+) -> None:
+    """Raise ValueError unless a loaded ``value`` can be a state of ``param``: its step, or for a ``shape`` a tensor.
+
+    ``codes``: dtypes of numbers that stand for others.
+    """
     if shape is None:
         number = isinstance(value, Real) or (
             isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
@@ -164,7 +169,8 @@ def check_loaded(label: str, value: Any, param: Tensor, shape: torch.Size | None
     elif isinstance(value, Tensor):
         if value.shape != shape:
             raise ValueError(f"loaded state dict: {label} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-        if value.is_complex() != param.is_complex() or not (value.is_floating_point() or value.is_complex()):
+        number = value.is_floating_point() or value.is_complex()
+        if value.dtype not in codes and not (number and value.is_complex() == param.is_complex()):
             expected = "a complex" if param.is_complex() else "a floating"
             raise ValueError(f"loaded state dict: {label} has dtype {value.dtype}, expected {expected} one")
     elif not (value is None or isinstance(value, Real)):  # a parent class may have those where it has not started

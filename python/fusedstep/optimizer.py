@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages, backends, checks, layout
+from . import averages, backends, checks, layout, precision
 from .backends.plan import Plan, Slot
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .schedules import on_device
@@ -55,6 +56,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     step_form: ClassVar[Literal["tensor", "int", "absent"]] = "tensor"  # of "step" in the parent class's state_dict
     state_at_construction: ClassVar[bool] = False  # whether the parent class has states before the first step
 
+    non_negative: ClassVar[tuple[str, ...]] = ()  # states that an 8-bit code stores without a sign
+
     reduces: ClassVar[bool] = False  # whether the rule has such sums as `rule_of` names
 
     Scalars: ClassVar[type]
@@ -65,6 +68,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
     _finds_nonfinite: bool = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
+    _precision: precision.Precision = precision.PLAIN
 
     def __init__(
         self,
@@ -72,6 +76,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         backend: str | None = None,
+        state_dtype: precision.StateDtype = None,
+        wide_states: Sequence[str] = precision.WIDE_STATES,
+        master_weights: bool | Literal["split"] = False,
+        kahan: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        rounding_seed: int = 0,
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
@@ -82,6 +92,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         weights_copy: torch.dtype | None = None,
     ) -> None:
         checks.check_implementation(defaults)
+        self._precision = precision.Precision.checked(
+            state_dtype, master_weights, rounding, kahan, wide_states, rounding_seed
+        )
         self.check_group(on_device.at_the_beginning(defaults))
         self._backend = backends.check_choice(backend)
         self._gradients = Gradients(
@@ -185,6 +198,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 what = checks.describe(index, name, param)
                 reduces = self.rule_of(self.variant_of(group, name, param))[1]
                 checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
+                self._precision.check_param(type(self).__name__, reduces, param, name, what)
                 self._select(param)
         except BaseException:
             self.param_groups.pop()
@@ -193,8 +207,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, param in _named(group):
                 state = self.state[param]
                 self._step_counter(param, param, state, ())
+                self._settle(param, name, group)
                 for key in self.states_of(group):
-                    state[key] = self.init_state(key, group, name, param)
+                    if key not in state:
+                        state[key] = self.init_state(key, group, name, param)
         if self._learning_rates is not None:
             self._learning_rates.follow(self.param_groups, self._most_steps)
         self._plans = None
@@ -223,7 +239,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers")
+        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision")
         return super().__getstate__() | {key: vars(self)[key] for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -241,6 +257,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> StateDict:
         """The state as the torch class of this name would write it; tensors are not copied."""
         state_dict = super().state_dict()
+        if self._precision.rounding == "stochastic":
+            state_dict["rounding_seed"] = self._precision.rounding_seed
         self._learning_rates.write_numbers(self.param_groups, state_dict["param_groups"], self._most_steps)
         if self.step_form == "int":
             state_dict["state"] = {
@@ -261,7 +279,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Load a state, this class's or the torch class's of the same name.
 
         Tensors are copied, keep their own dtype (torch casts them to the parameter's) and take the parameter's device
-        and layout. `copies` are renewed.
+        and layout. What was saved with other precision options is converted in the next step, of which one warning
+        tells here. `copies` are renewed.
 
         Raises:
             ValueError: groups do not match, or a state cannot be its parameter's; nothing is changed then.
@@ -271,12 +290,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         followed = self._learning_rates.followed(self.param_groups)
         loaded: dict[Tensor, dict[str, Any]] = {}
         rest: dict[Any, Any] = {}
+        options = self._precision
 
         def take_state(_: Any, given: StateDict) -> StateDict:
             ids = [group["params"] for group in given["param_groups"]]
             params = [group["params"] for group in self.param_groups]
             if [len(group) for group in ids] != [len(group) for group in params]:
                 return given  # torch reports the mismatch right after this
+            nonlocal options
+            options = options.with_seed_of(given)
             places = ((group, *named) for group in self.param_groups for named in _named(group))
             by_id = dict(zip(chain.from_iterable(ids), places, strict=True))
             for key, value in given["state"].items():
@@ -291,8 +313,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.state.update(loaded)
             self.state.update(rest)
             self._counters.clear()
+            self._precision = options
             self._learning_rates.read_numbers(self.param_groups, followed, self._most_steps)
-            self._followers.renew_copies()
+            self.renew_copies()
 
         # Last before torch's own work and first after it, so that hooks of the user see what torch would show them.
         with (
@@ -300,12 +323,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.register_load_state_dict_post_hook(give_state, prepend=True),
         ):
             super().load_state_dict(state_dict)
+        names = {param: name for group in self.param_groups for name, param in _named(group)}
+        precision.warn_of_conversions(self, loaded, names)
 
     def _adopt(
         self, key: Any, group: dict[str, Any], param_name: str | None, param: Tensor, state: dict[str, Any]
     ) -> dict[str, Any]:
         """A parameter's loaded state: our own copies, on its device."""
         adopted = {}
+        if precision.foreign(state):
+            state = precision.adopted(key, param, state, self.non_negative)
         for name, value in state.items():
             shape = None
             if name in self.state_names:
@@ -313,7 +340,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             elif name == averages.KEY:
                 shape = param.shape
             if name == "step" or shape is not None:
-                checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape)
+                codes = () if name == averages.KEY else precision.CODES
+                checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape, codes)
             if name == averages.KEY:
                 if isinstance(value, Tensor) and self._followers.ema_decay is not None:
                     adopted[name] = self._followers.adopt(param, value)
@@ -346,15 +374,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if param.grad is not None:
                     what = checks.describe(index, name, param)
                     checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
+                    self._precision.check_param(type(self).__name__, reduces, param, name, what)
                     checks.check_grad(type(self), group, param, param.grad, what)
                     if needs_norm:
                         checks.check_norm_is_local(type(self), param, what)
                     if self._followers.any:
                         self._followers.check(type(self).__name__, param, self.state.get(param, {}), what)
                     for state in self.states_of(group):
-                        value = self.state[param].get(state) if param in self.state else None
-                        shape = self.state_shape(state, group, name, param)
-                        if isinstance(value, Tensor) and shape is not None:
+                        kept = self.state.get(param, {})
+                        value, shape = kept.get(state), self.state_shape(state, group, name, param)
+                        if isinstance(value, Tensor) and shape is not None and not precision.is_coded(kept, state):
                             checks.check_state(type(self).__name__, state, value, param, shape, backend.dtypes, what)
                 row.append((index, name, param, backend, variant))
                 index += 1
@@ -401,11 +430,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if param.grad is None and not started:
             return Slot(index, name, param, None, None, ())
         tensor = backend.memory(param, reduces)
-        if states or self.step_form != "absent" or self._followers.ema_decay is not None:
+        keeps = self._precision.keeps(param) or self._followers.ema_decay is not None
+        if states or self.step_form != "absent" or keeps:
             state = self.state[param]
         else:
             state = {}
         step = self._step_counter(param, tensor, state, states)
+        storage = None
+        if self._settle(param, name, group):
+            storage = self._precision.storage(state, states, param, tensor, backend.state_memory)
         tensors = []
         for key in states:
             shape = self.state_shape(key, group, name, param)
@@ -422,9 +455,27 @@ class FusedOptimizer(torch.optim.Optimizer):
                 value = state[key] = layout.laid_out_as(value, tensor if shape == param.shape else value.contiguous())
                 usable = value
             tensors.append(usable)
-        followers = self._followers.of(param, tensor, state, backend) if self._followers.any else ()
+        followers = ()
+        if self._followers.any:
+            followers = self._followers.of(param, tensor, state, backend, partial(self._weight_of, param))
         matrices = self.matrices(group, name, param) if reduces else None
-        return Slot(index, name, param, tensor, step, tuple(tensors), None, matrices, *followers)
+        return Slot(index, name, param, tensor, step, tuple(tensors), None, matrices, *followers, storage=storage)
+
+    def _settle(self, param: Tensor, name: str | None, group: dict[str, Any]) -> bool:
+        """Bring a parameter's state into the form that the precision options ask for; False: it needs none."""
+        if self._precision.plain and not precision.foreign(self.state.get(param, {})):
+            return False
+
+        def new_state(key: str, like: Tensor) -> Tensor:
+            return self.init_state(key, group, name, like)
+
+        states = [key for key in self.states_of(group) if self.state_shape(key, group, name, param) is not None]
+        self._precision.settle(self.state[param], states, param, name, new_state, self.non_negative)
+        return True
+
+    def _weight_of(self, param: Tensor) -> Tensor:
+        """A parameter's weight as averages and copies follow it."""
+        return self._precision.followed_weight(param, self.state.get(param, {}))
 
     def _step_counter(self, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]) -> Tensor:
         """The number of updates of ``param`` so far, as one fp32 number on its device."""
@@ -432,10 +483,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             holder, key = state, "step"
             count = state.get("step", 0.0)
         else:
-            holder, key = self._counters, param
+            saved = self._precision.counts(param)
+            holder, key = (state, "step") if saved else (self._counters, param)
+            count = state.pop("step", self._counters.get(param))  # of other options too
             missing = all(state.get(name) is None for name in states)
             # Whoever has no buffer, because momentum was 0 so far or the state was cleared, is at its first step.
-            count = 0.0 if missing else self._counters.get(param, 1.0)
+            if count is None or (missing and (states or not saved)):
+                count = 0.0 if missing else 1.0
         if not (
             isinstance(count, Tensor)
             and count.dtype == torch.float32
@@ -446,7 +500,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 count = count.detach().reshape(()).to(tensor.device, torch.float32, copy=True)
             else:
                 count = torch.tensor(float(count), dtype=torch.float32, device=tensor.device)
-            holder[key] = count
+        holder[key] = count
         return count
 
     # The step.
@@ -494,11 +548,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         named = ((group, name, param) for group in self.param_groups for name, param in _named(group))
         reducing = ((param, self.rule_of(self.variant_of(group, name, param))[1]) for group, name, param in named)
         with torch.no_grad():
-            return self._followers.copies_of((p, self._select(p).memory(p, reduces)) for p, reduces in reducing)
+            memory = ((p, self._select(p).memory(p, reduces)) for p, reduces in reducing)
+            return self._followers.copies_of(memory, self._weight_of)
 
     def renew_copies(self) -> None:
         """Write `copies` anew, after something else than a step has changed the parameters."""
-        self._followers.renew_copies()
+        self._followers.renew_copies(self._weight_of)
 
     def swap_ema(self) -> contextlib.AbstractContextManager[None]:
         """Exchange the parameters, in their place in memory, with their averages for the time of a ``with`` block.

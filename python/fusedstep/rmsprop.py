@@ -58,6 +58,7 @@ class RMSprop(FusedOptimizer):
     rule = "rmsprop"
     hyper_names = ("lr", "alpha", "eps", "weight_decay", "momentum", "momentum_decay")
     state_names = ("square_avg", "momentum_buffer", "grad_avg")
+    non_negative = ("square_avg",)
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 Two statements are checked for each row. The backend gives the same bits as the reference implementation, over several
 steps; and the reference stays within a stated number of units in the last place (ULP) of the same steps in float64.
+The precision options are rows of their own, whose states and companions of weights count among the tensors.
 Sums over rows, columns and tensors have an order of their own on each backend: of a rule that has any, backend and
 reference are both held to float64, with the backend's states.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .cases import REDUCING, Case, gradient, layouts, select_cases
+from .cases import REDUCING, Case, gradient, layouts, precision_cases, select_cases
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -106,13 +107,14 @@ def _check(case: Case, dtype_name: str, backend: str, device: torch.device, step
     tested, reference = (_Run(case, dtype, device, name) for name in (backend, "reference"))
     exact = _Run(case, dtype, device, "reference", wide=True)
     reduces = case in REDUCING
+    # Below fp32 each step's rounding moves the next step's start: only the first can be compared with float64.
+    narrow = dtype in (torch.bfloat16, torch.float16) or case.options.get("state_dtype") in (torch.bfloat16, "8bit")
     scale = [param.detach().clone() for param in reference.params]
     max_ulp = 0.0
     for number in range(1, steps + 1):
         for run in (tested, reference, exact):
             run.step(number)
-        # Below fp32 each step's rounding moves the next step's start: only the first can be compared with float64.
-        if dtype in (torch.float32, torch.float64) or number == 1:
+        if not narrow or number == 1:
             for i, (param, true) in enumerate(zip(reference.params, exact.params, strict=True)):
                 scale[i] = torch.maximum(scale[i].abs(), param.detach().abs())
                 max_ulp = max(max_ulp, ulp_distance(param.detach(), true.detach(), scale[i]) / number)
@@ -155,7 +157,10 @@ def checks_of(
     for dtype in dtypes or ():
         if dtype not in DTYPES:
             raise ValueError(f"Invalid dtype: {dtype!r} (it must be one of {', '.join(DTYPES)})")
-    return [(c, d, b) for b in names for c in select_cases(optimizers) for d in dtypes or DTYPES]
+    chosen = [(c, d) for c in select_cases(optimizers) for d in dtypes or DTYPES]
+    wanted = [(c, d) for c, d in precision_cases() if not optimizers or c.optimizer in optimizers]
+    chosen += [(c, d) for c, d in wanted if d in (dtypes or DTYPES)]
+    return [(c, d, b) for b in names for c, d in chosen]
 
 
 def verify(

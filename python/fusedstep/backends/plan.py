@@ -12,6 +12,7 @@ from .. import averages, checks, layout
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
+    from ..precision import Storage
     from . import Backend
     from .sparse import Rows
 
@@ -27,8 +28,9 @@ class Slot(NamedTuple):
     states: tuple[Tensor | None, ...]  # None: the optimizer has the state, but not for this parameter
     into: Tensor | None = None  # what the gradient updates, if not `param` itself
     matrices: tuple[int, int, int] | None = None  # (batch, rows, columns) for a rule that reduces; None: flat
-    average: Tensor | None = None  # over the steps, of `tensor`
-    copy: Tensor | None = None  # of `tensor`, in a narrower dtype
+    average: Tensor | None = None  # over the steps, of the weight
+    copy: Tensor | None = None  # of the weight, in a narrower dtype
+    storage: Storage | None = None  # None: weight and states are numbers of their dtypes
 
     @property
     def target(self) -> Tensor:
@@ -124,9 +126,10 @@ class Plan:
             return None
         what = checks.describe(slot.index, slot.name, slot.param)
         checks.check_grad(self.optimizer, self.options, slot.param, grad, what)
-        if grad.layout == torch.sparse_coo and not (
-            self.optimizer.changes_rows_alone(self.options) and grad.sparse_dim()
-        ):
+        # Rows cannot be taken out of blocks, and a weight has more to it than its row: both stay as they are in a dense
+        # step without gradient.
+        rows_alone = self.optimizer.changes_rows_alone(self.options) and slot.storage is None
+        if grad.layout == torch.sparse_coo and not (rows_alone and grad.sparse_dim()):
             grad = grad.to_dense()
         return grad
 
@@ -206,6 +209,7 @@ class KernelPlan(Plan):
             [slot.step for slot in slots],
             [slot.states for slot in slots],
             [slot.matrices for slot in slots] if self.reduces else [],
+            [self._precision(slot) for slot in slots] if any(slot.storage for slot in slots) else [],
         )
         if any(slot.average is not None or slot.copy is not None for slot in slots):
             self.native.follow([slot.average for slot in slots], [slot.copy for slot in slots])
@@ -218,6 +222,13 @@ class KernelPlan(Plan):
         # The compiled plan sees the memory that it updates; whether that still stands for the parameter is seen here.
         apart = [slot.target for _, slot in self.stand_ins] + [target for _, target in self.wrappers]
         self.places = [(target, layout.place(layout.local(target))) for target in apart]
+
+    @staticmethod
+    def _precision(slot: Slot) -> tuple[Any, ...] | None:
+        if slot.storage is None:
+            return None
+        form, companion, scales, seed = slot.storage
+        return int(form), companion, scales, seed, slot.index
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         moved = any(layout.place(layout.local(target)) != place for target, place in self.places)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import averages, layout
+from .. import averages, codecs, layout, precision
+from ..precision import Form, Storage
 from .base import Backend
 from .plan import Plan, Slot
 
@@ -103,18 +104,70 @@ class ReferencePlan(Plan):
             grad = -grad
         slot.step.add_(1)
         scalars = self.optimizer.prepare(hyper, int(slot.step.item()))
-        states = zip(self.states, slot.states, strict=True)
-        targets = {name: real_memory(state) for name, state in states if state is not None}
-        states = [targets[n].to(arithmetic) if n in targets else None for n in self.optimizer.state_names]
-        param, *states = self.optimizer.update(memory.to(arithmetic), grad, *states, scalars)
-        memory.copy_(param)
+        stored = Stored(slot, memory, arithmetic)
+        targets = {name: (k, state) for k, (name, state) in enumerate(zip(self.states, slot.states, strict=True))}
+        names = [name if targets.get(name, (0, None))[1] is not None else None for name in self.optimizer.state_names]
+        states = [None if name is None else stored.state(*targets[name]) for name in names]
+        param, *states = self.optimizer.update(stored.weight(), grad, *states, scalars)
+        stored.set_weight(param)
         followers = [None if tensor is None else real_memory(tensor) for tensor in (slot.average, slot.copy)]
-        averages.follow(memory, *followers, self.average_weight)
+        averages.follow(stored.followed(), *followers, self.average_weight)
         if layout.is_wrapper(slot.tensor):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(slot.tensor)
-        for name, state in zip(self.optimizer.state_names, states, strict=True):
-            if name in targets:
-                targets[name].copy_(state)
+        for name, state in zip(names, states, strict=True):
+            if name is not None:
+                stored.set_state(*targets[name], state)
+
+
+class Stored:
+    """A parameter and its states as a rule sees them: numbers in the arithmetic dtype."""
+
+    def __init__(self, slot: Slot, memory: Tensor, arithmetic: torch.dtype) -> None:
+        self.slot = slot
+        self.memory = memory
+        self.arithmetic = arithmetic
+        self.storage = slot.storage or PLAIN_STORAGE
+        self.companion = None if self.storage.companion is None else layout.local(self.storage.companion)
+
+    def weight(self) -> Tensor:
+        if self.companion is None:
+            return self.memory.to(self.arithmetic)
+        return precision.exact_weight(self.storage.form, self.memory, self.companion)
+
+    def set_weight(self, weight: Tensor) -> None:
+        memory, form = self.memory, self.storage.form
+        if form is Form.SPLIT:
+            narrowed, companion = codecs.split(weight)
+        elif form is Form.KAHAN:
+            narrowed, companion = codecs.compensate(weight, memory.dtype)
+        elif form is Form.STOCHASTIC:
+            step = int(self.slot.step.item())
+            random = codecs.random_16(codecs.elements_of(memory), self.storage.seed, self.slot.index, step)
+            narrowed, companion = codecs.narrow_stochastic(weight, memory.dtype, random), None
+        else:
+            narrowed, companion = weight, weight
+        memory.copy_(narrowed)
+        if self.companion is not None:
+            self.companion.copy_(companion)
+
+    def followed(self) -> Tensor:
+        return self.weight() if self.storage.form in precision.EXACT_FORMS else self.memory
+
+    def state(self, place: int, state: Tensor) -> Tensor:
+        if self.storage.scales and self.storage.scales[place] is not None:
+            return codecs.decode(state, self.storage.scales[place])
+        return real_memory(state).to(self.arithmetic)
+
+    def set_state(self, place: int, state: Tensor, value: Tensor) -> None:
+        if not self.storage.scales or self.storage.scales[place] is None:
+            real_memory(state).copy_(value)
+            return
+        codes, scales = codecs.encode(layout.laid_out_as(value, state), state.dtype == torch.int8)
+        state.copy_(codes)
+        self.storage.scales[place].copy_(scales)
+
+
+PLAIN_STORAGE = Storage(Form.PLAIN, None, (), 0)
 
 
 def real_memory(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NAMES = ("fp32", "bf16", "fp16", "fp64")  # by the tags of csrc/numeric.h
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+CODES = {torch.int8: "i8", torch.uint8: "u8"}  # of states
 OLDEST = (3, 6)
 MAX_CHUNK = 65_536  # elements of one program
 
@@ -33,10 +34,16 @@ class Launch:
     """The tensors of a plan that have the same dtypes: what one call updates."""
 
     def __init__(
-        self, dtypes: tuple[str, ...], indices: list[int], plan: TritonPlan, followers: tuple[str, str] = ("", "")
+        self,
+        dtypes: tuple[str, ...],
+        indices: list[int],
+        plan: TritonPlan,
+        followers: tuple[str, str] = ("", ""),
+        form: str = "plain",
     ) -> None:
         self.dtypes = dtypes
         self.followers = followers
+        self.form = form
         self.indices = np.array(indices)
         self.done = torch.zeros(1, dtype=torch.int32, device=plan.device)
         self.addresses: np.ndarray | None = None
@@ -48,10 +55,11 @@ class Launch:
         from ..triton_kernels.step import AVERAGE, COPY, ROW
 
         rows = np.zeros((len(indices), ROW), dtype=np.int64)
-        pointers, followers = plan.native.pointers(), plan.native.follower_pointers()
+        pointers, storage = plan.native.pointers(), plan.native.storage()
+        followers = plan.native.follower_pointers()
         chunks = []
         for row, index in enumerate(indices):
-            addresses = pointers[index]
+            addresses = [*pointers[index], *storage[index]]
             rows[row, : len(addresses)] = addresses
             rows[row, [AVERAGE.value, COPY.value]] = followers[index]
             numel = plan.slots[index].tensor.numel()
@@ -77,6 +85,7 @@ class Launch:
             plan.rule,
             self.dtypes,
             self.followers,
+            self.form,
             maximize,
             plan.left,
             self.table,
@@ -202,20 +211,21 @@ class TritonPlan(KernelPlan):
         return self.weight
 
     def _launches(self, grad_dtypes: list[int]) -> list[Launch]:
-        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+        groups: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[int]] = {}
         for index, slot in enumerate(self.slots):
             if slot.tensor is not None:
                 pairs = zip(self.states, slot.states, strict=True)
-                states = {name: DTYPES[state.dtype] for name, state in pairs if state is not None}
+                states = {name: (DTYPES | CODES)[state.dtype] for name, state in pairs if state is not None}
                 if self.reduces:
                     named = dtypes_of(states, self.rule, slot.matrices is not None)
                 else:
                     named = [states.get(name, "") for name in self.optimizer.state_names]
                 dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *named)
                 followers = tuple("" if t is None else DTYPES[t.dtype] for t in (slot.average, slot.copy))
-                groups.setdefault((dtypes, followers), []).append(index)
+                form = "plain" if slot.storage is None else slot.storage.form.name.lower()
+                groups.setdefault((dtypes, followers, form), []).append(index)
         kind = ReducingLaunch if self.reduces else Launch
-        return [kind(dtypes, indices, self, followers) for (dtypes, followers), indices in groups.items()]
+        return [kind(dtypes, indices, self, followers, form) for (dtypes, followers, form), indices in groups.items()]
 
     def _set_hyper(self, hyper: tuple[float | Tensor, ...]) -> None:
         """Put the hyperparameters into device memory in float64, the numbers only if one has changed."""

@@ -1,0 +1,160 @@
+// How weights and states are stored in fewer bits than they are computed in, beyond plain rounding (numeric.h). Integer
+// operations and single IEEE additions, multiplications and divisions only: python/fusedstep/codecs.py and
+// triton_kernels/codecs.py repeat them to the same bits. No optimizer and no engine belongs here.
+#pragma once
+
+#include "numeric.h"
+
+namespace fusedstep {
+
+// How a 16-bit weight is stored; the numbers are python/fusedstep/precision.py's.
+enum class Form : uint8_t {
+  kPlain = 0,
+  kMaster = 1,      // beside an fp32 copy, which is what a step updates
+  kSplit = 2,       // bf16: as the upper half of an fp32 number; the lower half is the companion
+  kKahan = 3,       // beside what rounding has lost, in the same format
+  kStochastic = 4,  // rounded up or down at random
+};
+
+constexpr int kBlock = 256;  // numbers that share a scale
+
+inline namespace FUSEDSTEP_ISA {
+
+// Philox4x32-10 (Salmon et al., SC 2011). Eight elements share a counter, and so one call's 128 bits.
+constexpr uint32_t kPhiloxMultipliers[] = {0xd2511f53u, 0xcd9e8d57u};
+constexpr uint32_t kPhiloxKeySteps[] = {0x9e3779b9u, 0xbb67ae85u};
+constexpr int kPhiloxRounds = 10, kPhiloxElements = 8;
+
+struct Philox {
+  uint32_t words[4];
+
+  // Of elements 8 * group to 8 * group + 7 of parameter `index` in its step `step`.
+  FUSEDSTEP_FN Philox(uint64_t seed, uint32_t index, uint32_t step, uint64_t group) {
+    uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = index, c3 = step;
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const uint64_t p0 = uint64_t{c0} * 0xd2511f53u, p1 = uint64_t{c2} * 0xcd9e8d57u;
+      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+      c1 = static_cast<uint32_t>(p1);
+      c3 = static_cast<uint32_t>(p0);
+      k0 += 0x9e3779b9u;
+      k1 += 0xbb67ae85u;
+    }
+    words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+  }
+  // 16 bits for element i of the group.
+  FUSEDSTEP_FN uint32_t bits(int i) const { return words[i / 2] >> (16 * (i % 2)) & 0xffffu; }
+};
+
+// x in the stored format S, rounded up with the probability of what rounding down would cut off. `random`: 16 bits.
+template <class S>
+FUSEDSTEP_FN S narrow_stochastic(float x, uint32_t random);
+
+// In bf16, as the upper half of the result. F and W are float and uint32_t, or vectors of them.
+template <class W, class F>
+FUSEDSTEP_FN W stochastic_upper_half(F x, W random) {
+  const W bits = bit_cast<W>(x), quiet_nan = W{} + 0x7fc00000u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : bits + random;
+}
+template <>
+FUSEDSTEP_FN BF16 narrow_stochastic<BF16>(float x, uint32_t random) {
+  return BF16{static_cast<uint16_t>(stochastic_upper_half<uint32_t>(x, random) >> 16)};
+}
+template <>
+FUSEDSTEP_FN F16 narrow_stochastic<F16>(float x, uint32_t random) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + (random & 0x1fffu) - 0x38000000u) >> 13;
+  // Below 2^-14 numbers are multiples of 2^-24; the sum is in units of 2^-40.
+  const float small = bit_cast<float>(magnitude < 0x38800000u ? magnitude : 0u);
+  const uint32_t tiny = (static_cast<uint32_t>(static_cast<int32_t>(small * 0x1p40f)) + random) >> 16;
+  const uint32_t finite = magnitude < 0x38800000u ? tiny : magnitude < 0x47800000u ? normal : 0x7c00u;
+  const uint32_t narrowed = magnitude > 0x7f800000u ? 0x7e00u : finite;
+  return F16{static_cast<uint16_t>(narrowed | (bits >> 16 & 0x8000u))};
+}
+
+// An fp32 number as bf16, rounded to nearest with ties away from zero, and the lower 16 bits, which together are exact:
+// to nearest even, two fp32 numbers would share some pairs.
+template <class W, class F>
+struct Split {
+  W upper, lower;  // in the upper half of each
+
+  FUSEDSTEP_FN explicit Split(F x) {
+    const W given = bit_cast<W>(x), quiet_nan = W{} + 0x7fc00000u;
+    const W bits = (given & 0x7fffffffu) > 0x7f800000u ? quiet_nan : given;
+    upper = bits + 0x8000u;
+    lower = bits << 16;
+  }
+};
+// From both, each in the upper half of a word.
+template <class F, class W>
+FUSEDSTEP_FN F join(W upper, W lower) {
+  return bit_cast<F>(upper + (lower >> 16) - ((lower >> 31) << 16));
+}
+FUSEDSTEP_FN float join(BF16 upper, int16_t lower) {
+  return join<float>(uint32_t{upper.bits} << 16, static_cast<uint32_t>(static_cast<uint16_t>(lower)) << 16);
+}
+
+// What storing x as `narrowed` has lost, in the same format; nothing where that is infinite or not a number.
+template <class S>
+FUSEDSTEP_FN S lost(float x, S narrowed) {
+  const float wide = widen(narrowed);
+  const bool finite = (bit_cast<uint32_t>(wide) & 0x7f800000u) != 0x7f800000u;
+  return narrow<S>(finite ? x - wide : 0.0f);
+}
+
+// 8-bit states. A number is stored as a multiple of its block's scale, the largest magnitude in it, and that multiple
+// as one of 127 (with its sign) or 256 evenly spaced values of its root: the square root for numbers with a sign, the
+// fourth root for those that are never negative, whose dynamic range is the square of the gradient's. The root is taken
+// as x86's famous trick does, by halving the exponent and the fraction together: an integer shift, exactly invertible.
+// Without a sign no code stands for zero (in a block that has a scale): a second moment that vanishes while the first
+// does not would make the step explode.
+//
+// A block whose largest magnitude is below the smallest normal number is all zeros; one with an infinity or a NaN
+// becomes all NaN, for its scale is.
+struct Block {
+  float inverse;
+  uint32_t keep;  // mask of the magnitudes to encode
+
+  // largest: the bits of the block's largest magnitude.
+  FUSEDSTEP_FN explicit Block(uint32_t largest) {
+    const bool coded = largest >= 0x00800000u && largest < 0x7f800000u;
+    inverse = coded ? 1.0f / bit_cast<float>(largest) : 0.0f;
+    keep = coded ? 0x7fffffffu : 0u;
+  }
+  FUSEDSTEP_FN static float scale(uint32_t largest) {
+    return bit_cast<float>(largest >= 0x7f800000u ? 0x7fc00000u : largest >= 0x00800000u ? largest : 0u);
+  }
+};
+
+// The code of x is the lowest byte of the result. F and W are float and uint32_t, or vectors of them.
+template <class W, class F>
+FUSEDSTEP_FN W encode_signed(F x, const Block& block) {
+  const W bits = bit_cast<W>(x);
+  const F relative = bit_cast<F>(bits & block.keep) * block.inverse;
+  const W root = ((bit_cast<W>(relative) >> 1) + 0x1fc00000u) | (bits & 0x80000000u);
+  return bit_cast<W>(bit_cast<F>(root) * 127.0f + 0x1.8p23f);  // rounded to a whole number by the addition
+}
+template <class W, class F>
+FUSEDSTEP_FN W encode_unsigned(F x, const Block& block) {
+  const F relative = bit_cast<F>(bit_cast<W>(x) & block.keep) * block.inverse;
+  const F root = bit_cast<F>((bit_cast<W>(relative) >> 2) + (0x2fa00000u + (8u << 23)));  // 256 times the root
+  const W number = bit_cast<W>(root + 0x1p23f), first = W{} + 0x4b000001u;
+  return (number > first ? number : first) - 1u;
+}
+
+// code: a signed one as a number.
+template <class W, class F>
+FUSEDSTEP_FN F decode_signed(F code, float scale) {
+  const W root = bit_cast<W>(code * (1.0f / 127.0f)), zero{};
+  const W relative = ((root - 0x1fc00000u) << 1) | (root & 0x80000000u);
+  return bit_cast<F>(code == F{} ? zero : relative) * scale;
+}
+// code: an unsigned one as a number, plus 1.
+template <class W, class F>
+FUSEDSTEP_FN F decode_unsigned(F code, float scale) {
+  return bit_cast<F>((bit_cast<W>(code) - (0x2fa00000u + (8u << 23))) << 2) * scale;
+}
+
+}  // namespace FUSEDSTEP_ISA
+}  // namespace fusedstep

@@ -1,0 +1,145 @@
+"""Plans whose CUDA kernels run on the host, thread by thread, and the seam's structures as ctypes.
+
+The optimizers are whole, only the launch is replaced: layouts, dtypes, missing gradients and skipped steps go through
+the plan that a GPU would have. It proves nothing of a GPU.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fusedstep import _C
+from fusedstep.backends.base import KernelBackend
+from fusedstep.backends.plan import KernelPlan
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TAG = {dtype: tag for tag, dtype in enumerate((*FLOATS, torch.int8, torch.uint8))}
+MAX_STATES, MAX_HYPER = 5, 10
+
+
+class Precision(ctypes.Structure):
+    _fields_ = [
+        ("companion", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p * MAX_STATES),
+        ("seed", ctypes.c_uint64),
+        ("index", ctypes.c_uint32),
+        ("form", ctypes.c_uint8),
+        ("in_blocks", ctypes.c_bool),
+    ]
+
+
+class Record(ctypes.Structure):
+    _fields_ = [
+        ("param", ctypes.c_void_p),
+        ("states", ctypes.c_void_p * MAX_STATES),
+        ("step", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("average", ctypes.c_void_p),
+        ("copy", ctypes.c_void_p),
+        ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
+        ("copy_dtype", ctypes.c_uint8),
+        ("precision", Precision),
+    ]
+
+
+class Scalar(ctypes.Structure):
+    _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
+
+
+def built(target, source, table, sanitized):
+    """A library of the kernels' source for the host."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    # The undefined-behaviour checks trap, which needs no runtime library inside this Python.
+    flags = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"] if sanitized else []
+    sources = [ROOT / "tests/cuda_host" / source, ROOT / "csrc" / table]
+    flags += ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"]
+    subprocess.run([compiler, *flags, "-o", str(target), *map(str, sources)], check=True)
+    loaded = ctypes.CDLL(str(target))
+    assert loaded.record_size() == ctypes.sizeof(Record)
+    return loaded
+
+
+def flag(tensor):
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+class HostPlan(KernelPlan):
+    """What the plans of all CUDA kernels have; `run` calls one."""
+
+    library = None
+    blocks = 3
+
+    def record(self, slot, pointers, grad_dtype, storage):
+        """The record of a slot, as csrc/plan.cpp makes it."""
+        param, step, *states = pointers
+        found = dict(zip(self.states, slot.states, strict=False))
+        dtypes = [None if slot.tensor is None else slot.tensor.dtype]
+        dtypes += [None if found.get(name) is None else found[name].dtype for name in self.optimizer.state_names]
+        param_dtype, *state_dtypes = [TAG.get(dtype, 0) for dtype in dtypes]
+        tags = (ctypes.c_uint8 * (2 + MAX_STATES))(param_dtype, grad_dtype, *state_dtypes)
+        numel = 0 if slot.tensor is None else slot.tensor.numel()
+        record = Record(param, (ctypes.c_void_p * MAX_STATES)(*states), step, numel, dtypes=tags)
+        companion, *scales, seed, index = storage
+        form = 0 if slot.storage is None else int(slot.storage.form)
+        places = (ctypes.c_void_p * MAX_STATES)(*scales)
+        record.precision = Precision(companion, places, seed, index, form, any(scales))
+        for name in ("average", "copy"):
+            follower = getattr(slot, name)
+            if follower is not None:
+                setattr(record, name, follower.data_ptr())
+                record.copy_dtype = TAG[follower.dtype]
+        return record
+
+    def launch(self, hyper, maximize, grad_scale, found_inf, coefficient=None):
+        native = self.native
+        rows = zip(self.slots, native.pointers(), native.grad_dtypes(), native.storage(), strict=True)
+        records = [self.record(*row) for row in rows]
+        scalars = (Scalar * MAX_HYPER)()
+        for scalar, value in zip(scalars, hyper, strict=False):
+            if isinstance(value, torch.Tensor):
+                scalar.tensor, scalar.dtype = value.data_ptr(), TAG[value.dtype]
+            else:
+                scalar.value = float(value)
+        gradients = (
+            *map(ctypes.c_bool, (maximize, self.zero_grads, self.write_grads)),
+            *map(flag, (grad_scale, found_inf, coefficient)),
+            ctypes.c_double(self.average_weight),
+        )
+        addresses = np.frombuffer(native.grad_pointers(), dtype=np.int64).copy()
+        launches = self.run(
+            scalars, gradients, (Record * len(records))(*records), len(records), ctypes.c_void_p(addresses.ctypes.data)
+        )
+        assert launches > 0, "a counter is not ready for the next step"
+        native.increment_written(self.zero_grads or self.write_grads)
+        native.release_grads()
+        return launches
+
+    def run(self, scalars, gradients, records, n, addresses):
+        raise NotImplementedError
+
+
+class ElementwiseHostPlan(HostPlan):
+    threads = 64
+
+    def run(self, scalars, gradients, records, n, addresses):
+        rule = _C.rule_id(self.rule, list(self.states))
+        grid = (2, self.blocks, self.threads)
+        return self.library.host_step(rule, scalars, *gradients, records, ctypes.c_int64(n), addresses, *grid)
+
+
+class ElementwiseHostBackend(KernelBackend):
+    name = "cpu"
+
+    def reasons(self, device, dtype=None):
+        return self.dtype_reasons(dtype)
+
+    def plan(self, *args):
+        return ElementwiseHostPlan(self, *args)

@@ -1,0 +1,577 @@
+"""The precision options against truths that are not ours, and what they do to state_dicts and bad input."""
+
+import copy
+import io
+import pickle
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+import fusedstep
+from fusedstep import codecs, precision
+from fusedstep.cases import CASES, Case
+from fusedstep.verification import same_bits
+
+ADAMW = Case("AdamW", {"lr": 0.01, "betas": (0.85, 0.9), "weight_decay": 0.1})
+RULES = [CASES[2], CASES[3], ADAMW, next(c for c in CASES if c.optimizer == "Lion")]
+by_rule = pytest.mark.parametrize("case", RULES, ids=str)
+by_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(case, values, backend="cpu", **options):
+    params = [torch.nn.Parameter(v.clone()) for v in values]
+    return getattr(fusedstep, case.optimizer)(params, backend=backend, **{**case.options, **options})
+
+
+def params_of(optimizer):
+    return optimizer.param_groups[0]["params"]
+
+
+def step(optimizers, grads):
+    for optimizer in optimizers:
+        for param, grad in zip(params_of(optimizer), grads, strict=True):
+            param.grad = grad.to(param.dtype)
+        optimizer.step()
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype)
+
+
+# Random numbers.
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_numbers(counter, key, expected):
+    """The known answers of philox4x32-10 in the Random123 distribution (kat_vectors)."""
+    words = codecs.philox(tuple(torch.tensor([word]) for word in counter), key)
+    assert tuple(int(word) for word in words) == expected
+
+
+@by_backend
+@HALVES
+@pytest.mark.parametrize("value", [1.0003, -3.3, 1e-3, 3.1e-5, 3.3e-8], ids=str)
+def test_stochastic_rounding_is_unbiased(backend, dtype, value):
+    n = 200_000
+    param = torch.nn.Parameter(torch.zeros(n, dtype=dtype))
+    param.grad_dtype = None
+    param.grad = torch.full((n,), -value)
+    fusedstep.SGD([param], lr=1.0, backend=backend, rounding="stochastic", rounding_seed=3).step()
+    exact = torch.tensor(value)
+    neighbours = param.detach().unique().double()
+    assert len(neighbours) == 2
+    low, high = neighbours.tolist()
+    assert low < exact < high
+    standard_error = (high - low) / 2 / n**0.5
+    assert abs(param.detach().double().mean().item() - exact.double().item()) < 5 * standard_error
+
+
+def test_stochastic_rounding_differs_by_step_parameter_element_and_seed():
+    def drawn(index, step, seed, n=4096):
+        return codecs.random_16(torch.arange(n), seed, index, step)
+
+    base = drawn(0, 1, 0)
+    for other in (drawn(1, 1, 0), drawn(0, 2, 0), drawn(0, 1, 1), drawn(0, 1, 2**32), base.roll(1)):
+        assert (base == other).float().mean() < 0.01
+    assert torch.equal(base[:100], drawn(0, 1, 0, 100))
+    assert abs(base.double().mean() / 32767.5 - 1) < 0.05
+
+
+@HALVES
+def test_stochastic_rounding_leaves_what_fits_and_what_is_not_finite(dtype):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    for random in (0, 1, 0x1FFF, 0xFFFF):
+        narrowed = codecs.narrow_stochastic(every.float(), dtype, torch.full((2**16,), random, dtype=torch.int32))
+        assert torch.equal(narrowed.isnan(), every.isnan())
+        kept = ~every.isnan()
+        assert torch.equal(narrowed[kept].view(torch.int16), every[kept].view(torch.int16))
+
+
+def test_stochastic_rounding_trains_where_rounding_to_nearest_stands_still():
+    drift = {}
+    for rounding in ("nearest", "stochastic"):
+        param = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+        optimizer = fusedstep.SGD([param], lr=1e-4, rounding=rounding)
+        for _ in range(500):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        drift[rounding] = 1.0 - param.detach().float().mean().item()
+    assert drift["nearest"] == 0.0
+    assert drift["stochastic"] == pytest.approx(0.05, rel=0.05)
+
+
+# Weights of more than 16 bits.
+
+
+@by_rule
+@by_backend
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [(True, torch.bfloat16), (True, torch.float16), ("split", torch.bfloat16)], ids=str
+)
+def test_master_weights_train_as_fp32_does(case, backend, mode, dtype):
+    """Bit for bit: fp32 weights, whose forward pass and gradients are in 16 bits."""
+    starts = [normal(70, 80, dtype=dtype), normal(33, dtype=dtype)]
+    narrow = make(case, starts, backend, master_weights=mode)
+    wide = make(case, [s.float() for s in starts], backend)
+    for _ in range(20):
+        grads = [normal(*s.shape, dtype=dtype) for s in starts]
+        step((narrow, wide), grads)
+        for param, exact in zip(params_of(narrow), params_of(wide), strict=True):
+            exact = exact.detach()
+            if mode == "split":
+                # To nearest, ties away from zero: through float64, where half a unit can be added exactly.
+                unit = torch.exp2(exact.double().abs().log2().floor() - 7)
+                rounded = (exact.double() / unit).abs().add(0.5).floor().mul(unit).copysign(exact.double())
+                assert torch.equal(param.detach().double(), rounded)
+                kept = codecs.join(param.detach(), narrow.state[param]["weight_remainder"])
+            else:
+                assert torch.equal(param.detach(), exact.to(dtype))
+                kept = narrow.state[param]["master_weight"]
+            assert torch.equal(kept, exact)
+
+
+@hypothesis.given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_a_split_number_is_exact(words):
+    bits = torch.tensor(words, dtype=torch.int64)
+    x = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
+    upper, lower = codecs.split(x)
+    joined = codecs.join(upper, lower)
+    assert same_bits(joined, x)
+    assert torch.equal(upper.isnan(), x.isnan())
+    finite = x.isfinite()
+    nearest = x.to(torch.bfloat16)
+    assert (
+        (upper.float() - x)[finite & nearest.isfinite()]
+        .abs()
+        .equal((nearest.float() - x)[finite & nearest.isfinite()].abs())
+    )
+
+
+@by_backend
+@HALVES
+def test_kahan_follows_fp32_where_16_bits_do_not(backend, dtype):
+    start = normal(5000, dtype=dtype)
+    wide, plain, kahan = (
+        make(ADAMW, [start.float() if o == "wide" else start], backend, lr=1e-5, **options)
+        for o, options in (("wide", {}), ("plain", {}), ("kahan", {"kahan": True, "state_dtype": torch.float32}))
+    )
+    grad = normal(5000, dtype=dtype)
+    for _ in range(100):
+        step((wide, plain, kahan), [grad])
+    (exact,), (rounded,), (param,) = (params_of(o) for o in (wide, plain, kahan))
+    error = {
+        "plain": (rounded.float() - exact).norm(),
+        "kahan": (param.float() + kahan.state[param]["compensation"].float() - exact).norm(),
+    }
+    assert error["kahan"] < error["plain"] / 20
+    assert (kahan.state[param]["compensation"].abs() <= param.abs() * torch.finfo(dtype).eps / 2).all()
+
+
+def test_master_weights_have_fp32_states_unless_told_otherwise():
+    for options, dtype in (({}, torch.float32), ({"state_dtype": torch.bfloat16}, torch.bfloat16)):
+        optimizer = make(ADAMW, [normal(10, dtype=torch.bfloat16)], master_weights="split", **options)
+        step([optimizer], [normal(10)])
+        assert optimizer.state[params_of(optimizer)[0]]["exp_avg"].dtype == dtype
+
+
+# 8-bit states.
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@hypothesis.given(
+    values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=600), seed=st.integers(0, 99)
+)
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_8_bits_are_within_their_bound(signed, values, seed):
+    """Half a step of the root, times its largest slope: 2 sqrt(2) sqrt(y), or 2^2.75 y^(3/4), relative to the scale."""
+    x = torch.tensor(values) * torch.randn(len(values), generator=torch.Generator().manual_seed(seed))
+    x = x if signed else x.abs()
+    codes, scales = codecs.encode(x, signed)
+    back = codecs.decode(codes, scales)
+    scale = scales.double().repeat_interleave(256)[: len(x)]
+    assert torch.equal(scales, torch.stack([b.abs().max() for b in x.split(256)]) * (scales > 0))
+    coded = scale > 0
+    y = x.double().abs()[coded] / scale[coded]
+    half = 1 / 254 if signed else 1 / 512
+    power, slope = (0.5, 8**0.5) if signed else (0.75, 2**2.75)
+    bound = slope * y**power * half + (8 * half**2 if signed else 40 * half**2 * y**0.5 + 2.0**-31)
+    error = (back.double()[coded] - x.double()[coded]).abs() / scale[coded]
+    assert (error <= bound * (1 + 1e-5)).all()
+    assert (back[~coded] == 0).all()
+    assert (back[coded] * x[coded] >= 0).all()
+    assert signed or (back[coded] > 0).all()
+    again, same = codecs.encode(back, signed)
+    assert torch.equal(again, codes)
+    assert torch.equal(same, scales)
+
+
+def test_8_bits_keep_normal_numbers_to_one_percent():
+    x = normal(100_000)
+    for value, signed in ((x, True), (x.square(), False)):
+        back = codecs.decode(*codecs.encode(value, signed))
+        assert (back - value).norm() < 0.01 * value.norm()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("inf")])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_block_that_is_not_finite_is_not_a_number(bad, signed):
+    x = torch.ones(600)
+    x[300] = bad
+    codes, scales = codecs.encode(x, signed)
+    back = codecs.decode(codes, scales)
+    assert back[256:512].isnan().all()
+    assert (back[:256] == 1).all()
+    assert (back[512:] == 1).all()
+    assert (codes[256:512] == 0).all()
+
+
+@by_backend
+def test_what_stays_wide(backend):
+    shapes = {
+        "tok_emb.weight": (100, 80),
+        "transformer.wte.weight": (100, 80),
+        "fc.weight": (64, 64),
+        "fc.bias": (4095,),
+        "head.weight": (80, 100),
+    }
+    named = [(name, torch.nn.Parameter(normal(*shape))) for name, shape in shapes.items()]
+
+    def narrow(**options):
+        optimizer = fusedstep.AdamW([(n, torch.nn.Parameter(p.detach())) for n, p in named], backend=backend, **options)
+        for p in params_of(optimizer):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        kept = {n: optimizer.state[p]["exp_avg"].dtype for (n, _), p in zip(named, params_of(optimizer), strict=True)}
+        assert set(kept.values()) <= {torch.int8, torch.float32}
+        return {name for name, dtype in kept.items() if dtype == torch.int8}
+
+    assert narrow(state_dtype="8bit") == {"fc.weight", "head.weight"}
+    assert narrow(state_dtype="8bit", wide_states=()) == set(shapes) - {"fc.bias"}
+    assert narrow(state_dtype="8bit", wide_states=["^head", r"\bfc\b"]) == {"tok_emb.weight", "transformer.wte.weight"}
+
+
+@pytest.mark.parametrize("optimizer", sorted({case.optimizer for case in CASES}))
+def test_states_that_are_never_negative_have_names_of_the_rule(optimizer):
+    cls = getattr(fusedstep, optimizer)
+    assert set(cls.non_negative) <= set(cls.state_names)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_states_said_to_be_never_negative_are_not(case):
+    optimizer = make(case, [normal(500)])
+    for _ in range(10):
+        step([optimizer], [normal(500)])
+    (param,) = params_of(optimizer)
+    for name in optimizer.non_negative:
+        if name in optimizer.state[param]:
+            assert (optimizer.state[param][name] >= 0).all()
+
+
+# state_dict.
+
+MODES = {
+    "plain": {},
+    "fp32": {"state_dtype": torch.float32},
+    "bf16": {"state_dtype": torch.bfloat16},
+    "8bit": {"state_dtype": "8bit"},
+    "master": {"master_weights": True},
+    "split": {"master_weights": "split"},
+    "split-8bit": {"master_weights": "split", "state_dtype": "8bit"},
+    "kahan": {"kahan": True},
+    "stochastic": {"rounding": "stochastic", "rounding_seed": 7},
+    "stochastic-8bit": {"rounding": "stochastic", "state_dtype": "8bit"},
+}
+by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+
+
+def saved(optimizer):
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@by_rule
+@by_mode
+@by_backend
+def test_a_resumed_run_has_the_same_bits(case, mode, backend):
+    starts = [normal(70, 80, dtype=torch.bfloat16), normal(33, dtype=torch.bfloat16)]
+    first = make(case, starts, backend, **mode)
+    for _ in range(3):
+        step([first], [normal(*s.shape) for s in starts])
+    resumed = [
+        make(case, [p.detach() for p in params_of(first)], backend, **{**mode, "rounding_seed": 99}),
+        copy.deepcopy(first),
+        pickle.loads(pickle.dumps(first)),
+    ]
+    resumed[0].load_state_dict(saved(first))
+    for _ in range(3):
+        step([first, *resumed], [normal(*s.shape) for s in starts])
+    for other in resumed:
+        for p, q in zip(params_of(first), params_of(other), strict=True):
+            assert torch.equal(p, q)
+            assert first.state[p].keys() == other.state[q].keys()
+            for name, value in first.state[p].items():
+                assert torch.equal(value, other.state[q][name]), name
+
+
+@by_rule
+@by_backend
+def test_without_options_the_state_dict_is_the_parents(case, backend):
+    optimizer = make(case, [normal(70, 80)], backend)
+    step([optimizer], [normal(70, 80)])
+    state_dict = optimizer.state_dict()
+    assert set(state_dict) == {"state", "param_groups"}
+    assert set(state_dict["state"][0]) <= {*optimizer.state_names, "step"}
+
+
+@pytest.mark.parametrize("old", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("new", MODES.values(), ids=MODES)
+def test_a_state_loads_into_an_optimizer_with_other_options(old, new):
+    start = normal(70, 80, dtype=torch.bfloat16)
+    first = make(ADAMW, [start], **old)
+    for _ in range(5):
+        step([first], [normal(70, 80)])
+    (param,) = params_of(first)
+    second = make(ADAMW, [param.detach()], **new)
+    state = saved(first)
+    form = second._precision.form_of(param)
+    expected = {key: state["state"][0][key].dtype for key in ("exp_avg", "exp_avg_sq")}
+    wanted = second._precision.format_of(param, None)
+    for key, dtype in expected.items():
+        code = torch.uint8 if key == "exp_avg_sq" else torch.int8
+        expected[key] = code if wanted == "8bit" else wanted or (param.dtype if dtype in precision.CODES else dtype)
+    converts = any(state["state"][0][key].dtype != dtype for key, dtype in expected.items()) or any(
+        key in state["state"][0] and f is not form for f, key in precision.COMPANIONS.items()
+    )
+    if converts:
+        with pytest.warns(UserWarning, match="is converted: ") as record:
+            second.load_state_dict(state)
+        assert len(record) == 1
+    else:
+        second.load_state_dict(state)
+    before = {k: v.clone() for k, v in first.state[param].items()}
+    weight = param.detach().float()
+    for f, key in precision.COMPANIONS.items():
+        if key in before:
+            weight = precision.exact_weight(f, param.detach(), before[key])
+    for p in params_of(second):
+        p.grad = torch.zeros_like(p)
+    second.param_groups[0].update(lr=0.0, weight_decay=0.0, betas=(1.0 - 2**-30, 1.0 - 2**-30))
+    second.step()
+    (q,) = params_of(second)
+    kept = second.state[q]
+    assert set(kept) == {"step", "exp_avg", "exp_avg_sq"} | (
+        {"exp_avg_scale", "exp_avg_sq_scale"} if wanted == "8bit" else set()
+    ) | ({precision.COMPANIONS[form]} if form in precision.COMPANIONS else set())
+    for key, dtype in expected.items():
+        assert kept[key].dtype == dtype
+        values = [s[key] for s in (before, kept)]
+        values = [
+            codecs.decode(v, s[f"{key}_scale"]) if v.dtype in precision.CODES else v.float()
+            for v, s in zip(values, (before, kept), strict=True)
+        ]
+        assert (values[0] - values[1]).norm() <= 0.02 * values[0].norm()
+    if form in precision.COMPANIONS:
+        now = precision.exact_weight(form, q.detach(), kept[precision.COMPANIONS[form]])
+        tolerance = 2.0**-15 if form is precision.Form.KAHAN else 2.0**-23
+        assert ((now - weight).abs() <= tolerance * weight.abs()).all()
+    else:
+        assert torch.equal(q, param)
+
+
+def test_torchs_own_state_loads_and_goes_on():
+    start = normal(70, 80, dtype=torch.bfloat16)
+    theirs = torch.optim.AdamW([torch.nn.Parameter(start.clone())])
+    params_of(theirs)[0].grad = normal(70, 80, dtype=torch.bfloat16)
+    theirs.step()
+    ours = fusedstep.AdamW([torch.nn.Parameter(start.clone())], state_dtype="8bit", master_weights="split")
+    with pytest.warns(UserWarning, match="exp_avg in torch.bfloat16 becomes 8bit"):
+        ours.load_state_dict(theirs.state_dict())
+    step([ours], [normal(70, 80)])
+    assert ours.state[params_of(ours)[0]]["step"] == 2
+
+
+def test_an_8_bit_state_keeps_its_numbers_in_another_layout():
+    first = make(ADAMW, [normal(4, 8, 16, 32)], state_dtype="8bit")
+    step([first], [normal(4, 8, 16, 32)])
+    (param,) = params_of(first)
+    second = make(ADAMW, [param.detach().to(memory_format=torch.channels_last)], state_dtype="8bit")
+    second.load_state_dict(first.state_dict())
+    kept, moved = first.state[param], second.state[params_of(second)[0]]
+    assert moved["exp_avg"].stride() == params_of(second)[0].stride()
+    a, b = (codecs.decode(s["exp_avg"], s["exp_avg_scale"]) for s in (kept, moved))
+    assert (a - b).norm() < 0.02 * a.norm()
+    # A parameter whose memory is laid out anew takes its state along.
+    param.data = param.data.to(memory_format=torch.channels_last)
+    param.grad = None
+    step([first], [torch.zeros(4, 8, 16, 32)])
+    assert first.state[param]["exp_avg"].stride() == param.stride()
+    c = codecs.decode(first.state[param]["exp_avg"], first.state[param]["exp_avg_scale"])
+    assert (a * 0.85 - c).norm() < 0.03 * a.norm()
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"state_dtype": torch.float16}, "Invalid state_dtype: torch.float16"),
+        ({"state_dtype": "4bit"}, "Invalid state_dtype: '4bit'"),
+        ({"master_weights": "fp32"}, "Invalid master_weights: 'fp32'"),
+        ({"rounding": "up"}, "Invalid rounding: 'up'"),
+        ({"kahan": 1}, "Invalid kahan: 1"),
+        ({"rounding_seed": -1}, "Invalid rounding_seed: -1"),
+        ({"rounding_seed": 1.5}, "Invalid rounding_seed: 1.5"),
+        ({"wide_states": "emb"}, "Invalid wide_states: 'emb'"),
+        ({"wide_states": ["("]}, "Invalid wide_states"),
+        ({"master_weights": True, "kahan": True}, "master_weights=True and kahan=True contradict each other"),
+        ({"master_weights": "split", "rounding": "stochastic"}, "contradict each other"),
+        ({"kahan": True, "rounding": "stochastic"}, "kahan=True and rounding='stochastic' contradict each other"),
+    ],
+    ids=str,
+)
+def test_contradictory_and_unknown_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fusedstep.AdamW([torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))], **options)
+
+
+def test_fp16_cannot_be_split():
+    half = torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"master_weights='split' needs bfloat16 parameters.*parameter 1, shape"):
+        fusedstep.AdamW([torch.nn.Parameter(torch.zeros(3)), half], master_weights="split")
+    optimizer = fusedstep.AdamW([torch.nn.Parameter(torch.zeros(3))], master_weights="split")
+    with pytest.raises(ValueError, match="needs bfloat16"):
+        optimizer.add_param_group({"params": [half]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("options", [m for name, m in MODES.items() if name != "plain"], ids=str)
+@pytest.mark.parametrize("optimizer", [fusedstep.Adafactor, fusedstep.TorchAdafactor])
+def test_rules_that_reduce_refuse(optimizer, options):
+    with pytest.raises(ValueError, match=f"{optimizer.__name__} takes no state_dtype, master_weights"):
+        optimizer([torch.nn.Parameter(torch.zeros(3))], **options)
+
+
+def test_amos_refuses_for_the_parameters_that_it_reduces():
+    weights = [("flat", torch.nn.Parameter(torch.zeros(3))), ("matrix", torch.nn.Parameter(torch.zeros(4, 5)))]
+    with pytest.raises(ValueError, match=r"Amos takes no .*\(parameter 1 'matrix'"):
+        fusedstep.Amos(weights, lr=1e-3, reduce={"matrix": [1]}, kahan=True)
+    fusedstep.Amos(weights, lr=1e-3, reduce={}, kahan=True)
+
+
+def changed(**changes):
+    def change(state):
+        for key, value in changes.items():
+            if value is None:
+                del state[key]
+            else:
+                state[key] = value(state[key]) if callable(value) else value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed(exp_avg_scale=None), "'exp_avg_scale' of parameter 0 is missing, expected torch.float32, shape (22,)"),
+        (
+            changed(exp_avg_sq_scale=lambda s: s[:5]),
+            "'exp_avg_sq_scale' of parameter 0 is torch.float32, shape (5,), expected torch.float32, shape (22,)",
+        ),
+        (
+            changed(exp_avg=lambda s: s.to(torch.uint8)),
+            "'exp_avg' of parameter 0 is torch.uint8, shape (70, 80), expected torch.int8",
+        ),
+        (changed(exp_avg=lambda s: s[:3]), "'exp_avg' of parameter 0 has shape (3, 80), expected (70, 80)"),
+        (
+            changed(weight_remainder=lambda s: s.float()),
+            "'weight_remainder' of parameter 0 is torch.float32, shape (70, 80), expected torch.int16, shape (70, 80)",
+        ),
+        (
+            changed(weight_remainder=lambda s: s[1:]),
+            "'weight_remainder' of parameter 0 is torch.int16, shape (69, 80), expected torch.int16, shape (70, 80)",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change, message):
+    start = normal(70, 80, dtype=torch.bfloat16)
+    first = make(ADAMW, [start], state_dtype="8bit", master_weights="split")
+    step([first], [normal(70, 80)])
+    state = saved(first)
+    change(state["state"][0])
+    second = make(ADAMW, [start], state_dtype="8bit", master_weights="split")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        second.load_state_dict(state)
+    assert not second.state
+
+
+def test_a_remainder_of_another_dtype_is_refused():
+    first = make(ADAMW, [normal(70, dtype=torch.bfloat16)], master_weights="split")
+    step([first], [normal(70)])
+    second = make(ADAMW, [normal(70, dtype=torch.float16)])
+    with pytest.raises(ValueError, match=r"belongs to a torch.float16 weight, expected a torch.bfloat16 weight"):
+        second.load_state_dict(saved(first))
+
+
+def test_a_seed_that_is_none_is_refused():
+    first = make(ADAMW, [normal(70, dtype=torch.bfloat16)], rounding="stochastic")
+    with pytest.raises(ValueError, match="'rounding_seed' is 'x', expected"):
+        first.load_state_dict({**first.state_dict(), "rounding_seed": "x"})
+
+
+@by_backend
+def test_sparse_gradients_leave_the_other_rows_alone(backend):
+    for mode in MODES.values():
+        for case in (CASES[0], Case("Adagrad", {"lr": 0.1})):
+            start = normal(100, 60, dtype=torch.bfloat16)
+            optimizer = make(case, [start], backend, **mode)
+            (param,) = params_of(optimizer)
+            step([optimizer], [normal(100, 60)])
+            before = param.detach().clone()
+            rows = torch.tensor([[3, 50, 3]])
+            param.grad = torch.sparse_coo_tensor(
+                rows, normal(3, 60, dtype=torch.bfloat16), (100, 60), check_invariants=True
+            )
+            optimizer.step()
+            moved = (param != before).any(1)
+            assert moved[[3, 50]].all()
+            assert moved.sum() == 2
+
+
+@by_backend
+def test_a_skipped_step_changes_nothing(backend):
+    for mode in MODES.values():
+        optimizer = make(ADAMW, [normal(70, 80, dtype=torch.bfloat16)], backend, **mode)
+        (param,) = params_of(optimizer)
+        step([optimizer], [normal(70, 80)])
+        before = [param.detach().clone(), *[t.clone() for t in optimizer.state[param].values()]]
+        optimizer.found_inf = torch.tensor(1.0)
+        step([optimizer], [normal(70, 80)])
+        after = [param.detach(), *optimizer.state[param].values()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

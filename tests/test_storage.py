@@ -1,0 +1,231 @@
+"""The precision options: the compiled CPU engine has the reference's bits in every form, size and number of threads."""
+
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from support import by_kind
+
+import fusedstep
+from fusedstep import _C
+from fusedstep.cases import CASES, gradient, layouts
+from fusedstep.verification import same_bits
+
+HALVES = (torch.bfloat16, torch.float16)
+WEIGHTS = {
+    "plain": {},
+    "master": {"master_weights": True},
+    "split": {"master_weights": "split"},
+    "kahan": {"kahan": True},
+    "stochastic": {"rounding": "stochastic", "rounding_seed": 2**40 + 17},
+}
+STATES = {"own": {}, "fp32": {"state_dtype": torch.float32}, "bf16": {"state_dtype": torch.bfloat16}}
+STATES["8bit"] = {"state_dtype": "8bit"}
+MODES = {f"{w}-{s}": {**WEIGHTS[w], **STATES[s]} for w, s in itertools.product(WEIGHTS, STATES)}
+SIZES = [0, 1, 7, 8, 9, 255, 256, 257, 4095, 4096, 4097, 4352, 9001]
+
+by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Waking threads takes longer than the small tensors here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def isa(request):
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+def dtypes_for(mode):
+    return (torch.bfloat16,) if mode.get("master_weights") == "split" else HALVES
+
+
+def make(case, values, backend, mode):
+    params = [torch.nn.Parameter(v.clone()) for v in values]
+    return getattr(fusedstep, case.optimizer)(params, backend=backend, **{**case.options, **mode})
+
+
+def pair(case, values, mode):
+    return tuple(make(case, values, backend, mode) for backend in ("cpu", "reference"))
+
+
+def params_of(optimizer):
+    return optimizer.param_groups[0]["params"]
+
+
+def step(optimizers, grads):
+    for optimizer in optimizers:
+        for param, grad in zip(params_of(optimizer), grads, strict=True):
+            param.grad_dtype = None
+            param.grad = None if grad is None else grad.clone()
+        optimizer.step()
+
+
+def assert_same(a, b):
+    for p, q in zip(params_of(a), params_of(b), strict=True):
+        assert same_bits(p.detach(), q.detach()), f"{(p != q).sum().item()} of {p.numel()} weights differ"
+        mine, other = a.state.get(p, {}), b.state.get(q, {})
+        assert mine.keys() == other.keys()
+        for name in mine:
+            assert mine[name].dtype == other[name].dtype
+            assert same_bits(mine[name], other[name]), f"{(mine[name] != other[name]).sum().item()} of {name} differ"
+
+
+@by_mode
+def test_every_form_has_the_references_bits(mode):
+    for case, dtype in itertools.product(CASES, dtypes_for(mode)):
+        generator = torch.Generator().manual_seed(5)
+        optimizers = pair(case, [torch.randn(n, generator=generator).to(dtype) for n in SIZES], mode)
+        for number in range(3):
+            skip = number % len(SIZES)
+            grads = [torch.randn(n, generator=generator).to(dtype) for n in SIZES]
+            step(optimizers, [None if i == skip else g for i, g in enumerate(grads)])
+        assert_same(*optimizers)
+
+
+@by_mode
+def test_every_instruction_set_has_the_references_bits(mode, isa):
+    for case, dtype in itertools.product((CASES[3], CASES[10]), dtypes_for(mode)):
+        generator = torch.Generator().manual_seed(6)
+        optimizers = pair(case, [torch.randn(n, generator=generator).to(dtype) for n in SIZES], mode)
+        for _ in range(2):
+            step(optimizers, [torch.randn(n, generator=generator) for n in SIZES])
+        assert_same(*optimizers)
+
+
+@by_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@by_mode
+def test_wide_parameters_have_the_references_bits(case, dtype, mode):
+    generator = torch.Generator().manual_seed(7)
+    optimizers = pair(case, [torch.randn(n, generator=generator).to(dtype) for n in SIZES], mode)
+    for _ in range(2):
+        step(optimizers, [torch.randn(n, generator=generator).to(dtype) for n in SIZES])
+    assert_same(*optimizers)
+    for param in params_of(optimizers[0]):
+        for name, value in optimizers[0].state.get(param, {}).items():
+            assert name in (*optimizers[0].state_names, "step") or name.endswith("_scale")
+            assert dtype == torch.float32 or value.dtype in (torch.float64, torch.float32)
+
+
+@by_kind
+@by_mode
+@pytest.mark.parametrize("other_layout", [False, True], ids=["same", "other"])
+def test_every_layout_has_the_references_bits(case, mode, other_layout):
+    generator = torch.Generator().manual_seed(8)
+    optimizers = []
+    for backend in ("cpu", "reference"):
+        values = layouts(torch.bfloat16, "cpu", torch.Generator().manual_seed(9))
+        big = torch.randn(70, 80, generator=torch.Generator().manual_seed(1)).bfloat16()
+        values |= {"big": big, "big_transposed": big.t(), "every_other": big.repeat(1, 2)[:, ::2]}
+        params = [torch.nn.Parameter(v.detach().clone(memory_format=torch.preserve_format)) for v in values.values()]
+        params[-1] = torch.nn.Parameter(values["every_other"].detach())
+        optimizers.append(getattr(fusedstep, case.optimizer)(params, backend=backend, **{**case.options, **mode}))
+    for _ in range(3):
+        grads = [gradient(p, torch.bfloat16, generator, other_layout) for p in params_of(optimizers[0])]
+        step(optimizers, [g.detach() for g in grads])
+    assert_same(*optimizers)
+
+
+@by_mode
+def test_threads_and_ranges_do_not_change_the_bits(mode):
+    before = torch.get_num_threads()
+    results = []
+    sizes = [200_003, 17, 65_536 * 3 + 5, 1, 5000]
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            generator = torch.Generator().manual_seed(12)
+            values = [torch.randn(n, generator=generator).bfloat16() for n in sizes]
+            results.append(make(CASES[10], values, "cpu", mode))
+            for _ in range(2):
+                step([results[-1]], [torch.randn(n, generator=generator).bfloat16() for n in sizes])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if "8bit" not in m])
+@pytest.mark.parametrize("cuts", [[1, 100, 255, 256, 257, 1000], [3, 511, 513]], ids=str)
+def test_any_chunking_has_the_same_bits(mode, cuts):
+    """Also of a chunk that begins in the middle of a counter's eight elements."""
+    results = []
+    for pieces in ([0, 1500], [0, *cuts, 1500]):
+        generator = torch.Generator().manual_seed(13)
+        optimizer = make(CASES[10], [torch.randn(1500, generator=generator).bfloat16()], "cpu", MODES[mode])
+        (param,) = params_of(optimizer)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        param.grad = torch.randn(1500, generator=generator).bfloat16()
+        (plan,) = optimizer._prepare_plans()
+        hyper = optimizer.hyper(optimizer.param_groups[0], None)
+        for first, last in itertools.pairwise(pieces):
+            _C.cpu_run_range(plan.native, hyper, False, 1.0, first, last)
+        plan.native.release_grads()
+        results.append(optimizer)
+    assert_same(*results)
+
+
+def test_a_range_that_cuts_a_block_is_refused():
+    optimizer = make(CASES[10], [torch.randn(5000)], "cpu", {"state_dtype": "8bit"})
+    (param,) = params_of(optimizer)
+    param.grad = torch.zeros_like(param)
+    (plan,) = optimizer._prepare_plans()
+    hyper = optimizer.hyper(optimizer.param_groups[0], None)
+    for first, last in ((0, 300), (300, 5000)):
+        with pytest.raises(ValueError, match="range"):
+            _C.cpu_run_range(plan.native, hyper, False, 1.0, first, last)
+
+
+@by_mode
+def test_extreme_numbers_have_the_references_bits(mode):
+    """Zeros, subnormals, infinities, NaN, and finite numbers that 16 bits cannot hold, each in a block of its own."""
+    edges = [0.0, -0.0, 1e-40, -3e-39, 1e-38, 3.4e38, -3.39e38, float("inf"), float("nan"), 7e4, -65519.0, 6e-8, 1e-20]
+    for dtype in dtypes_for(mode):
+        generator = torch.Generator().manual_seed(14)
+        base = torch.randn(len(edges), 512, generator=generator)
+        base[:, 0] = torch.tensor(edges)
+        base[:, 300] = torch.tensor(edges[::-1])
+        base[-1] = 1e-42
+        for case in (CASES[1], CASES[3], CASES[10]):
+            optimizers = pair(case, [base.flatten().to(dtype), torch.zeros(5000, dtype=dtype)], mode)
+            for scale in (1.0, 1e-30):
+                step(optimizers, [base.flip(0).flatten() * scale, torch.full((5000,), scale)])
+            assert_same(*optimizers)
+
+
+@hypothesis.given(
+    numbers=st.lists(st.tuples(*[st.floats(width=32)] * 2), min_size=1, max_size=40),
+    case=st.sampled_from(CASES),
+    mode=st.sampled_from(sorted(MODES)),
+    seed=st.integers(0, 2**63 - 1),
+)
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_any_numbers_have_the_references_bits(numbers, case, mode, seed):
+    param, grad = torch.tensor(numbers, dtype=torch.float32).unbind(1)
+    optimizers = pair(case, [param.repeat(5000 // len(numbers) + 1).bfloat16()], {**MODES[mode], "rounding_seed": seed})
+    for _ in range(2):
+        step(optimizers, [grad.repeat(5000 // len(numbers) + 1)])
+    assert_same(*optimizers)
+
+
+@by_mode
+def test_a_plan_is_kept_from_step_to_step(mode):
+    optimizer = make(CASES[10], [torch.randn(5000).bfloat16()], "cpu", mode)
+    step([optimizer], [torch.randn(5000).bfloat16()])
+    plans = optimizer._plans
+    for _ in range(3):
+        step([optimizer], [torch.randn(5000).bfloat16()])
+    assert optimizer._plans is plans
+    assert optimizer.kernel_calls == 1

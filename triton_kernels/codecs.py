@@ -1,0 +1,99 @@
+"""How weights and states are stored in fewer bits: csrc/codecs.h in Triton, with the same formats to the same bits."""
+
+import triton
+import triton.language as tl
+
+from .numeric import divide, narrow, widen
+
+BLOCK_8BIT = tl.constexpr(256)  # numbers that share a scale
+
+
+@triton.jit
+def random_16(seed, index, step, first, lanes, N: tl.constexpr):
+    """16 random bits for each element ``first + lanes``, N of them; ``first`` is a multiple of 8."""
+    group = first // 8 + tl.arange(0, N // 8)
+    low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+    none = low * 0
+    w0, w1, w2, w3 = tl.philox(seed, low, high, none + index.to(tl.uint32), none + step.to(tl.uint32), 10)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (N // 8, 4))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (N,))
+
+
+@triton.jit
+def narrow_stochastic(x, random, DTYPE: tl.constexpr):
+    """As they are stored, rounded up with the probability of what rounding down would cut off."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    sign = (bits >> 16) & 0x8000
+    if DTYPE == "bf16":
+        narrowed = tl.where(magnitude > 0x7F800000, 0x7FC0, (magnitude + random) >> 16)
+        return (narrowed | sign).to(tl.uint16)
+    else:
+        normal = (magnitude + (random & 0x1FFF) - 0x38000000) >> 13
+        # Below 2^-14 numbers are multiples of 2^-24; the sum is in units of 2^-40.
+        small = tl.where(magnitude < 0x38800000, tl.abs(x), 0.0)
+        tiny = ((small * 1099511627776.0).to(tl.int32).to(tl.uint32) + random) >> 16
+        finite = tl.where(magnitude < 0x38800000, tiny, tl.where(magnitude < 0x47800000, normal, 0x7C00))
+        narrowed = tl.where(magnitude > 0x7F800000, 0x7E00, finite)
+        return (narrowed | sign).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def split(x):
+    """fp32 as bf16, to nearest with ties away from zero, and the lower 16 bits, both as uint16."""
+    given = x.to(tl.uint32, bitcast=True)
+    bits = tl.where((given & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, given).to(tl.uint32)
+    return ((bits + 0x8000) >> 16).to(tl.uint16), (bits & 0xFFFF).to(tl.uint16)
+
+
+@triton.jit
+def join(upper, lower):
+    """The fp32 numbers that `split` took apart."""
+    low = lower.to(tl.uint32)
+    return ((upper.to(tl.uint32) << 16) + low - ((low >> 15) << 16)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def compensate(x, DTYPE: tl.constexpr):
+    """As they are stored, and what that lost, stored in the same way."""
+    narrowed = narrow(x, DTYPE)
+    wide = widen(narrowed, DTYPE, tl.float32)
+    finite = (wide.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
+    return narrowed, narrow(tl.where(finite, x - wide, 0.0), DTYPE)
+
+
+@triton.jit
+def encode(x, exists, DTYPE: tl.constexpr, N: tl.constexpr):
+    """The codes of N numbers, "i8" with a sign, "u8" without, and the scales of their blocks."""
+    bits = tl.reshape(x.to(tl.uint32, bitcast=True), (N // BLOCK_8BIT, BLOCK_8BIT))
+    magnitude = bits & 0x7FFFFFFF
+    counted = tl.where(tl.reshape(exists, (N // BLOCK_8BIT, BLOCK_8BIT)), magnitude, 0).to(tl.int32)
+    largest = tl.max(counted, 1)
+    coded = (largest >= 0x00800000) & (largest < 0x7F800000)
+    scale = tl.where(coded, largest, tl.where(largest < 0x7F800000, 0, 0x7FC00000)).to(tl.float32, bitcast=True)
+    divisor = tl.where(coded, scale, 1.0)
+    inverse = tl.where(coded, divide(divisor * 0.0 + 1.0, divisor), 0.0)
+    kept = tl.where(coded[:, None], magnitude, 0).to(tl.uint32).to(tl.float32, bitcast=True)
+    relative = (kept * inverse[:, None]).to(tl.uint32, bitcast=True)
+    if DTYPE == "i8":
+        root = ((relative >> 1) + 0x1FC00000) | (bits & 0x80000000)
+        number = (root.to(tl.float32, bitcast=True) * 127.0 + 12582912.0).to(tl.uint32, bitcast=True)
+        codes = (number & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True)
+    else:
+        root = (relative >> 2) + 0x33A00000  # 256 times the root
+        number = (root.to(tl.float32, bitcast=True) + 8388608.0).to(tl.uint32, bitcast=True)
+        codes = (tl.maximum(number, 0x4B000001) - 0x4B000001).to(tl.uint8)
+    return tl.reshape(codes, (N,)), scale
+
+
+@triton.jit
+def decode(codes, scale, DTYPE: tl.constexpr):
+    """The numbers of codes, each with its scale."""
+    if DTYPE == "i8":
+        number = codes.to(tl.float32)
+        root = (number * 0.007874015718698502).to(tl.uint32, bitcast=True)  # 1 / 127 in fp32
+        relative = ((root - 0x1FC00000) << 1) | (root & 0x80000000)
+        return tl.where(codes == 0, 0, relative).to(tl.uint32).to(tl.float32, bitcast=True) * scale
+    else:
+        number = (codes.to(tl.int32) + 1).to(tl.float32).to(tl.uint32, bitcast=True)
+        return ((number - 0x33A00000) << 2).to(tl.float32, bitcast=True) * scale
