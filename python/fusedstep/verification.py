@@ -2,7 +2,8 @@
 
 Two statements are checked for each row. The backend gives the same bits as the reference implementation, over several
 steps; and the reference stays within a stated number of units in the last place (ULP) of the same steps in float64.
-The precision options are rows of their own, whose states and companions of weights count among the tensors.
+The precision options are rows of their own, whose states and companions of weights count among the tensors; so is the
+chain of clipping, zeroed gradients and averages, of which the averages count too.
 Sums over rows, columns and tensors have an order of their own on each backend: of a rule that has any, backend and
 reference are both held to float64, with the backend's states.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .cases import REDUCING, Case, gradient, layouts, precision_cases, select_cases
+from .cases import Case, chain_cases, gradient, layouts, precision_cases, reduces, select_cases
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -106,7 +107,7 @@ def _check(case: Case, dtype_name: str, backend: str, device: torch.device, step
     dtype = DTYPES[dtype_name]
     tested, reference = (_Run(case, dtype, device, name) for name in (backend, "reference"))
     exact = _Run(case, dtype, device, "reference", wide=True)
-    reduces = case in REDUCING
+    sums = reduces(case)
     # Below fp32 each step's rounding moves the next step's start: only the first can be compared with float64.
     narrow = dtype in (torch.bfloat16, torch.float16) or case.options.get("state_dtype") in (torch.bfloat16, "8bit")
     scale = [param.detach().clone() for param in reference.params]
@@ -118,11 +119,11 @@ def _check(case: Case, dtype_name: str, backend: str, device: torch.device, step
             for i, (param, true) in enumerate(zip(reference.params, exact.params, strict=True)):
                 scale[i] = torch.maximum(scale[i].abs(), param.detach().abs())
                 max_ulp = max(max_ulp, ulp_distance(param.detach(), true.detach(), scale[i]) / number)
-            if reduces:
+            if sums:
                 max_ulp = max(max_ulp, _reduced_ulp(tested, exact, scale) / number)
     pairs = list(zip(tested.tensors(), reference.tensors(), strict=True))
     different = sum(not same_bits(a, b) for a, b in pairs)
-    ok = max_ulp <= REDUCING_ULP_PER_STEP if reduces else different == 0 and max_ulp <= ULP_PER_STEP
+    ok = max_ulp <= REDUCING_ULP_PER_STEP if sums else different == 0 and max_ulp <= ULP_PER_STEP
     return Row(str(case), dtype_name, backend, str(device), len(pairs), different, max_ulp, ok)
 
 
@@ -158,8 +159,8 @@ def checks_of(
         if dtype not in DTYPES:
             raise ValueError(f"Invalid dtype: {dtype!r} (it must be one of {', '.join(DTYPES)})")
     chosen = [(c, d) for c in select_cases(optimizers) for d in dtypes or DTYPES]
-    wanted = [(c, d) for c, d in precision_cases() if not optimizers or c.optimizer in optimizers]
-    chosen += [(c, d) for c, d in wanted if d in (dtypes or DTYPES)]
+    further = [*precision_cases(), *((c, d) for c in chain_cases() for d in DTYPES)]
+    chosen += [(c, d) for c, d in further if d in (dtypes or DTYPES) and c.optimizer in (optimizers or [c.optimizer])]
     return [(c, d, b) for b in names for c, d in chosen]
 
 
