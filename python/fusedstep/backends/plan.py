@@ -126,12 +126,14 @@ class Plan:
             return None
         what = checks.describe(slot.index, slot.name, slot.param)
         checks.check_grad(self.optimizer, self.options, slot.param, grad, what)
-        # Rows cannot be taken out of blocks, and a weight has more to it than its row: both stay as they are in a dense
-        # step without gradient.
-        rows_alone = self.optimizer.changes_rows_alone(self.options) and slot.storage is None
-        if grad.layout == torch.sparse_coo and not (rows_alone and grad.sparse_dim()):
+        if grad.layout == torch.sparse_coo and not self._takes_rows_of(grad, slot):
             grad = grad.to_dense()
         return grad
+
+    def _takes_rows_of(self, grad: Tensor, slot: Slot) -> bool:
+        # Rows cannot be taken out of blocks, and a weight in another form than its dtype's has more to it than its row.
+        plain = slot.storage is None
+        return bool(plain and grad.sparse_dim() and self.optimizer.changes_rows_alone(self.options))
 
     def _take_rows(self, sparse: list[tuple[int, Tensor]]) -> None:
         """Plan this step's sparse gradients, given with the index of their slots."""
