@@ -168,7 +168,7 @@ def test_any_chunking_has_the_same_bits(mode, cuts):
         param.grad = torch.zeros_like(param)
         optimizer.step()
         param.grad = torch.randn(1500, generator=generator).bfloat16()
-        (plan,) = optimizer._prepare_plans()
+        (plan,) = optimizer._plans_that_fit()
         hyper = optimizer.hyper(optimizer.param_groups[0], None)
         for first, last in itertools.pairwise(pieces):
             _C.cpu_run_range(plan.native, hyper, False, 1.0, first, last)
@@ -181,7 +181,7 @@ def test_a_range_that_cuts_a_block_is_refused():
     optimizer = make(CASES[10], [torch.randn(5000)], "cpu", {"state_dtype": "8bit"})
     (param,) = params_of(optimizer)
     param.grad = torch.zeros_like(param)
-    (plan,) = optimizer._prepare_plans()
+    (plan,) = optimizer._new_plans(optimizer._look_up(needs_norm=False))
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
     for first, last in ((0, 300), (300, 5000)):
         with pytest.raises(ValueError, match="range"):

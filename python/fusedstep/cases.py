@@ -125,10 +125,17 @@ def precision_cases() -> list[tuple[Case, str]]:
 CHAIN = {"max_grad_norm": 0.5, "norm_type": float("inf"), "zero_grads": True, "ema_decay": 0.9}
 
 
-def chain_cases() -> list[Case]:
-    """The last row of each optimizer with `CHAIN`."""
+def chain_cases() -> list[tuple[Case, str]]:
+    """The last row of each optimizer with `CHAIN`, and a dtype.
+
+    Not that of a narrow parameter of `REDUCING`: its average follows the rounded numbers, which are far from float64.
+    """
     last = {case.optimizer: case for case in (*REDUCING, *CASES)}.values()
-    return [Case(case.optimizer, {**case.options, **CHAIN}) for case in last]
+    return [
+        (Case(case.optimizer, {**case.options, **CHAIN}), dtype)
+        for case in last
+        for dtype in (("fp32", "fp64") if reduces(case) else ("fp32", "bf16", "fp16", "fp64"))
+    ]
 
 
 def reduces(case: Case) -> bool:

@@ -159,7 +159,7 @@ def checks_of(
         if dtype not in DTYPES:
             raise ValueError(f"Invalid dtype: {dtype!r} (it must be one of {', '.join(DTYPES)})")
     chosen = [(c, d) for c in select_cases(optimizers) for d in dtypes or DTYPES]
-    further = [*precision_cases(), *((c, d) for c in chain_cases() for d in DTYPES)]
+    further = [*precision_cases(), *chain_cases()]
     chosen += [(c, d) for c, d in further if d in (dtypes or DTYPES) and c.optimizer in (optimizers or [c.optimizer])]
     return [(c, d, b) for b in names for c, d in chosen]
 
