@@ -47,10 +47,8 @@ int step(const Call& call, RuleId id, const Table& table) {
     if (!takes_part(call, segment)) continue;
     visit_rule(id, [&](auto rule) {
       using Rule = decltype(rule);
-      if (segment.n_records <= 64)
-        launch<Rule, 64>(call, table, i);
-      else if (segment.n_records <= 512)
-        launch<Rule, 512>(call, table, i);
+      if (segment.n_records <= kFewTensors)
+        launch<Rule, kFewTensors>(call, table, i);
       else
         launch<Rule, kMaxTensorsPerLaunch>(call, table, i);
     });
@@ -81,7 +79,7 @@ std::string why_not(int device) {
   try {
     const OnDevice on_device(device);
     visit_rule(RuleId{}, [&](auto rule) {  // any of them: they are compiled together
-      check(cudaFuncGetAttributes(&attributes, step_kernel<decltype(rule), 64>), "loading the step kernel");
+      check(cudaFuncGetAttributes(&attributes, step_kernel<decltype(rule), kFewTensors>), "loading the step kernel");
     });
   } catch (const std::runtime_error& error) {
     cudaGetLastError();  // clears it

@@ -18,6 +18,8 @@ struct Chunk {
 
 // What one launch covers. Gradient addresses travel as a kernel argument, so their number is limited.
 constexpr int64_t kMaxTensorsPerLaunch = 4000;
+// For few tensors there is a kernel of its own, whose arguments fit into the 4 KB of ordinary launches.
+constexpr int64_t kFewTensors = 448;
 struct Segment {
   int64_t first_record, n_records;
   int64_t first_chunk, n_block_chunks, n_small_chunks;

@@ -25,8 +25,8 @@ void launch(const NormCall& call, const Table& table, size_t segment_index, bool
 int add_to_norm(const NormCall& call, const Table& table) {
   const OnDevice on_device(call.device);
   return for_segments(call, table, [&](size_t i, bool first, bool last) {
-    if (table.segments[i].n_records <= 512)
-      launch<512>(call, table, i, first, last);
+    if (table.segments[i].n_records <= kFewTensors)
+      launch<kFewTensors>(call, table, i, first, last);
     else
       launch<kMaxTensorsPerLaunch>(call, table, i, first, last);
   });

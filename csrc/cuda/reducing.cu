@@ -30,7 +30,7 @@ int step(const Call& call, ReducingRuleId id, const ReducingTable& table, char* 
     if (!takes_part(call, segment)) continue;
     launches += visit_reducing_rule(id, [&](auto rule) {
       using Rule = decltype(rule);
-      if (segment.n_records <= 512) return launch<Rule, 512>(call, table, work, i);
+      if (segment.n_records <= kFewTensors) return launch<Rule, kFewTensors>(call, table, work, i);
       return launch<Rule, kMaxTensorsPerLaunch>(call, table, work, i);
     });
   }
