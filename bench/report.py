@@ -1,7 +1,8 @@
-"""The markdown table of a results file: `python -m fusedstep.bench.report FILE.json [OPTIMIZER ...]`."""
+"""The markdown tables of a results file: `python -m fusedstep.bench.report [--brief] FILE.json [OPTIMIZER ...]`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -80,22 +81,20 @@ def ratio(value: float) -> str:
     return f"{value:.2f}x" if value < 10 else f"{number(value)}x"
 
 
-def markdown(found: dict[str, Any], optimizers: list[str] | None = None) -> str:
-    """Tables of median step times, one per optimizer, and a line about the machine.
+def markdown(found: dict[str, Any], optimizers: list[str] | None = None, brief: bool = False) -> str:
+    """Tables of median step times, and a line about the machine.
 
     Args:
         found: the content of a results file.
         optimizers: which ones; None: all.
+        brief: one table for all, with the contender that the speed-up refers to; otherwise one per optimizer with all.
+
+    Raises:
+        ValueError: one of ``optimizers`` is not in the file.
     """
     device = found["device"]["type"]
-    lines = []
-    for optimizer, cases in blocks(found, optimizers):
-        columns = others(cases)
-        heads = [f"{name}, ms" for name in columns] + ["fusedstep, ms", "speed-up"]
-        heads += ["warm caches"] if device == "cpu" else []
-        heads += ["GB/s (share)", "host, us", "calls"]
-        lines += ["", f"| {optimizer} | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-        lines += [_line(block, cases, columns, device) for block in cases]
+    tables = _brief if brief else _full
+    lines = tables(blocks(found, optimizers), device)
     memory = "a copy" if device == "cuda" else "reading and writing memory in place"
     notes = [
         "Medians of whole `step()` calls in interleaved rounds, caches flushed before each; speed-up over torch "
@@ -109,21 +108,53 @@ def markdown(found: dict[str, Any], optimizers: list[str] | None = None) -> str:
     return "\n".join(lines).lstrip("\n")
 
 
+def _head(name: str, heads: list[str]) -> list[str]:
+    return ["", f"| {name} | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+
+
+def _full(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
+    lines = []
+    for optimizer, cases in grouped:
+        columns = others(cases)
+        heads = [f"{name}, ms" for name in columns] + ["fusedstep, ms", "speed-up"]
+        heads += ["warm caches"] if device == "cpu" else []
+        lines += _head(optimizer, [*heads, "GB/s (share)", "host, us", "calls"])
+        lines += [_line(block, cases, columns, device) for block in cases]
+    return lines
+
+
+def _brief(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
+    heads = ["case", "compared with", "its ms", "fusedstep, ms", "speed-up"]
+    lines = _head("optimizer", [*heads, *(["warm caches"] if device == "cpu" else []), "GB/s (share)"])
+    for optimizer, cases in grouped:
+        for block in cases:
+            ours = best_of_ours(block)
+            other = block.get(ours["baseline"]) if ours else None
+            cells = [optimizer, case_label(next(iter(block.values())), cases)]
+            cells += [other["contender"] if other else "-", _milliseconds(other)]
+            lines.append(f"| {' | '.join(cells + _ours(ours, block, device))} |")
+    return lines
+
+
 def _line(block: Block, cases: list[Block], columns: list[str], device: str) -> str:
     ours = best_of_ours(block)
-    cells = [_milliseconds(block.get(name)) for name in columns]
+    cells = [_milliseconds(block.get(name)) for name in columns] + _ours(ours, block, device)
     if ours is None:
-        cells.append(next((row["status"] for row in block.values() if row["ours"]), "not measured"))
-        cells += [""] * (5 if device == "cpu" else 4)
+        cells += ["", ""]
     else:
-        cells += [f"**{_milliseconds(ours)}**", f"**{_ratio(ours['speedup'])}**"]
-        cells += [_ratio(ours["warm_speedup"])] if device == "cpu" else []
-        cells += [
-            f"{number(ours['gb_per_s'])} ({of_memory(ours, device):.0%})",
-            number(ours["host_us"]["median"]) if ours["host_us"] else "",
-            "" if ours["calls"] is None else str(ours["calls"]),
-        ]
+        cells.append(number(ours["host_us"]["median"]) if ours["host_us"] else "")
+        cells.append("" if ours["calls"] is None else str(ours["calls"]))
     return f"| {case_label(next(iter(block.values())), cases)} | {' | '.join(cells)} |"
+
+
+def _ours(ours: dict[str, Any] | None, block: Block, device: str) -> list[str]:
+    """The cells for fusedstep's time, its speed-up with cold and warm caches, and its speed."""
+    if ours is None:
+        status = next((row["status"] for row in block.values() if row["ours"]), "not measured")
+        return [status, *[""] * (3 if device == "cpu" else 2)]
+    cells = [f"**{_milliseconds(ours)}**", f"**{_ratio(ours['speedup'])}**"]
+    cells += [_ratio(ours["warm_speedup"])] if device == "cpu" else []
+    return [*cells, f"{number(ours['gb_per_s'])} ({of_memory(ours, device):.0%})"]
 
 
 def _ratio(value: float | None) -> str:
@@ -137,12 +168,14 @@ def _milliseconds(row: dict[str, Any] | None) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Print the table of a results file; returns an exit code."""
-    if not argv:
-        print("usage: python -m fusedstep.bench.report FILE.json [OPTIMIZER ...]", file=sys.stderr)
-        return 2
+    """Print the tables of a results file; returns an exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fusedstep.bench.report", description=__doc__)
+    parser.add_argument("file", metavar="FILE.json", type=Path)
+    parser.add_argument("optimizers", metavar="OPTIMIZER", nargs="*")
+    parser.add_argument("--brief", action="store_true", help="one table for all optimizers")
+    args = parser.parse_args(argv)
     try:
-        print(markdown(results.load(Path(argv[0])), argv[1:] or None))
+        print(markdown(results.load(args.file), args.optimizers, args.brief))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -244,6 +244,19 @@ def test_the_report_is_a_markdown_table_of_the_medians(run):
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == text
 
 
+def test_the_brief_report_has_a_line_for_each_optimizer_and_case(run):
+    _, found, _ = run
+    lines = report.markdown(found, brief=True).splitlines()
+    ours = [row for row in found["rows"] if row["contender"] == "fusedstep cpu"]
+    for row, line in zip(ours, lines[2:-2], strict=True):
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        assert len(cells) == lines[0].count("|") - 1
+        assert cells[0] == row["optimizer"]
+        assert cells[1].endswith(row["dtype"])
+        assert cells[2] == row["baseline"]
+        assert cells[4] == report.number(row["step_ms"]["median"])
+
+
 @pytest.mark.parametrize("program", ["report", "plot"])
 def test_a_file_that_is_no_results_file_is_refused_in_one_line(program, tmp_path, capsys):
     wrong = tmp_path / "wrong.json"
