@@ -93,6 +93,28 @@ REDUCING: tuple[Case, ...] = (
 )
 
 
+# What a step does around the update, all in one. Of the norms it is the one that has no order of summation.
+CHAIN = {"max_grad_norm": 0.5, "norm_type": float("inf"), "zero_grads": True, "ema_decay": 0.9}
+
+
+def chain_cases() -> list[tuple[Case, str]]:
+    """The last row of each optimizer with `CHAIN`, and a dtype.
+
+    Not that of a narrow parameter of `REDUCING`: its average follows the rounded numbers, which are far from float64.
+    """
+    last = {case.optimizer: case for case in (*REDUCING, *CASES)}.values()
+    return [
+        (Case(case.optimizer, {**case.options, **CHAIN}), dtype)
+        for case in last
+        for dtype in (("fp32", "fp64") if reduces(case) else ("fp32", "bf16", "fp16", "fp64"))
+    ]
+
+
+def reduces(case: Case) -> bool:
+    """Whether a case is one of `REDUCING`, with whatever other options."""
+    return any(case.optimizer == row.optimizer and case.options.items() >= row.options.items() for row in REDUCING)
+
+
 def layouts(dtype: torch.dtype, device: torch.device | str, generator: torch.Generator) -> dict[str, Tensor]:
     """Parameters of every memory layout, by name, filled with normal numbers in ``dtype``."""
 

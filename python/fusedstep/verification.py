@@ -3,7 +3,8 @@
 Two statements are checked for each row. The backend gives the same bits as the reference implementation, over several
 steps; and the reference stays within a stated number of units in the last place (ULP) of the same steps in float64.
 Sums over rows, columns and tensors have an order of their own on each backend: of a rule that has any, backend and
-reference are both held to float64, with the backend's states.
+reference are both held to float64, with the backend's states. The chain of clipping, zeroed gradients and averages has
+rows of its own, of which the averages count too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .cases import REDUCING, Case, gradient, layouts, select_cases
+from .cases import Case, chain_cases, gradient, layouts, reduces, select_cases
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -105,7 +106,7 @@ def _check(case: Case, dtype_name: str, backend: str, device: torch.device, step
     dtype = DTYPES[dtype_name]
     tested, reference = (_Run(case, dtype, device, name) for name in (backend, "reference"))
     exact = _Run(case, dtype, device, "reference", wide=True)
-    reduces = case in REDUCING
+    sums = reduces(case)
     scale = [param.detach().clone() for param in reference.params]
     max_ulp = 0.0
     for number in range(1, steps + 1):
@@ -116,11 +117,11 @@ def _check(case: Case, dtype_name: str, backend: str, device: torch.device, step
             for i, (param, true) in enumerate(zip(reference.params, exact.params, strict=True)):
                 scale[i] = torch.maximum(scale[i].abs(), param.detach().abs())
                 max_ulp = max(max_ulp, ulp_distance(param.detach(), true.detach(), scale[i]) / number)
-            if reduces:
+            if sums:
                 max_ulp = max(max_ulp, _reduced_ulp(tested, exact, scale) / number)
     pairs = list(zip(tested.tensors(), reference.tensors(), strict=True))
     different = sum(not same_bits(a, b) for a, b in pairs)
-    ok = max_ulp <= REDUCING_ULP_PER_STEP if reduces else different == 0 and max_ulp <= ULP_PER_STEP
+    ok = max_ulp <= REDUCING_ULP_PER_STEP if sums else different == 0 and max_ulp <= ULP_PER_STEP
     return Row(str(case), dtype_name, backend, str(device), len(pairs), different, max_ulp, ok)
 
 
@@ -155,7 +156,11 @@ def checks_of(
     for dtype in dtypes or ():
         if dtype not in DTYPES:
             raise ValueError(f"Invalid dtype: {dtype!r} (it must be one of {', '.join(DTYPES)})")
-    return [(c, d, b) for b in names for c in select_cases(optimizers) for d in dtypes or DTYPES]
+    chosen = [(c, d) for c in select_cases(optimizers) for d in dtypes or DTYPES]
+    chosen += [
+        (c, d) for c, d in chain_cases() if d in (dtypes or DTYPES) and c.optimizer in (optimizers or [c.optimizer])
+    ]
+    return [(c, d, b) for b in names for c, d in chosen]
 
 
 def verify(
