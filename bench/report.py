@@ -108,8 +108,9 @@ def markdown(found: dict[str, Any], optimizers: list[str] | None = None, brief: 
     return "\n".join(lines).lstrip("\n")
 
 
-def _head(name: str, heads: list[str]) -> list[str]:
-    return ["", f"| {name} | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+def _head(words: list[str], numbers: list[str]) -> list[str]:
+    """The head of a table with columns of words, then of numbers."""
+    return ["", f"| {' | '.join(words + numbers)} |", "|" + "---|" * len(words) + "---:|" * len(numbers)]
 
 
 def _full(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
@@ -118,14 +119,14 @@ def _full(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
         columns = others(cases)
         heads = [f"{name}, ms" for name in columns] + ["fusedstep, ms", "speed-up"]
         heads += ["warm caches"] if device == "cpu" else []
-        lines += _head(optimizer, [*heads, "GB/s (share)", "host, us", "calls"])
+        lines += _head([optimizer], [*heads, "GB/s (share)", "host, us", "calls"])
         lines += [_line(block, cases, columns, device) for block in cases]
     return lines
 
 
 def _brief(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
-    heads = ["case", "compared with", "its ms", "fusedstep, ms", "speed-up"]
-    lines = _head("optimizer", [*heads, *(["warm caches"] if device == "cpu" else []), "GB/s (share)"])
+    heads = ["its ms", "fusedstep, ms", "speed-up", *(["warm caches"] if device == "cpu" else []), "GB/s (share)"]
+    lines = _head(["optimizer", "case", "compared with"], heads)
     for optimizer, cases in grouped:
         for block in cases:
             ours = best_of_ours(block)
