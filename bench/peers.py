@@ -189,6 +189,7 @@ def our_contenders(
 
 
 def _cannot_build(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """In place of a class that is not there. Its contender has reasons why, and is listed but never built."""
     raise NotImplementedError
 
 

@@ -41,6 +41,8 @@ Table build_table(const std::vector<Record>& records, int multiprocessors) {
         }
       }
     }
+    const auto begin = records.begin() + first;
+    segment.is_plain = std::all_of(begin, begin + segment.n_records, [](const Record& r) { return is_plain(r); });
     table.segments.push_back(segment);
   }
   return table;

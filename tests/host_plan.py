@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fusedstep import _C
-from fusedstep.backends.base import KernelBackend
+from fusedstep.backends.cpu import CpuBackend
 from fusedstep.backends.plan import KernelPlan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +98,8 @@ class HostPlan(KernelPlan):
                 record.copy_dtype = TAG[follower.dtype]
         return record
 
-    def launch(self, hyper, maximize, grad_scale, found_inf, coefficient=None):
+    def launch(self, call):
+        hyper, maximize, grad_scale, found_inf, coefficient = call
         native = self.native
         rows = zip(self.slots, native.pointers(), native.grad_dtypes(), native.storage(), strict=True)
         records = [self.record(*row) for row in rows]
@@ -135,11 +136,6 @@ class ElementwiseHostPlan(HostPlan):
         return self.library.host_step(rule, scalars, *gradients, records, ctypes.c_int64(n), addresses, *grid)
 
 
-class ElementwiseHostBackend(KernelBackend):
-    name = "cpu"
-
-    def reasons(self, device, dtype=None):
-        return self.dtype_reasons(dtype)
-
+class ElementwiseHostBackend(CpuBackend):
     def plan(self, *args):
         return ElementwiseHostPlan(self, *args)

@@ -13,8 +13,8 @@ from host_plan import FLOATS, HostPlan, built
 
 import fusedstep
 from fusedstep import backends
-from fusedstep.backends.base import KernelBackend
-from fusedstep.backends.cpu import CpuPlan
+from fusedstep.backends.cpu import CpuBackend, CpuPlan
+from fusedstep.backends.plan import Call
 from fusedstep.cases import REDUCING, gradient, layouts
 from fusedstep.verification import same_bits
 
@@ -36,12 +36,7 @@ class ReducingHostPlan(HostPlan):
         )
 
 
-class HostBackend(KernelBackend):
-    name = "cpu"
-
-    def reasons(self, device, dtype=None):
-        return self.dtype_reasons(dtype)
-
+class HostBackend(CpuBackend):
     def plan(self, optimizer, group, options, variant, *args):
         kind = ReducingHostPlan if optimizer.rule_of(variant)[1] else CpuPlan
         return kind(self, optimizer, group, options, variant, *args)
@@ -218,11 +213,11 @@ def test_the_kernels_themselves_skip_and_count_nothing(on_host):
     before = [t.clone() for t in tensors(optimizer)]
     (plan,) = optimizer._plans_that_fit()
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
-    plan.launch(hyper, True, None, torch.tensor(float("inf")))
+    plan.launch(Call(hyper, True, found_inf=torch.tensor(float("inf"))))
     assert all(same_bits(a, b) for a, b in zip(before, tensors(optimizer), strict=True))
     assert plan.gather()
     lr.zero_()  # read by the kernel: only the momentum is left to move the parameter
-    plan.launch(hyper, True, None, torch.tensor(0.0))
+    plan.launch(Call(hyper, True, found_inf=torch.tensor(0.0)))
     assert optimizer.state[params[0]]["step"] == 2
     torch.testing.assert_close(
         params[0].detach() - before[0], 0.5 * 0.5 * 0.05 * torch.ones(40, 30), rtol=1e-4, atol=1e-7

@@ -23,6 +23,7 @@ constexpr int64_t kFewTensors = 448;
 struct Segment {
   int64_t first_record, n_records;
   int64_t first_chunk, n_block_chunks, n_small_chunks;
+  bool is_plain = true;  // all of its records
 };
 
 // The part of a plan that does not change from step to step, to be copied to the device as it is.

@@ -1,10 +1,12 @@
-// What every way through a chunk uses: pointers, gradients, teams of threads.
+// What every kernel uses: pointers, numbers of any dtype, gradients, teams of threads.
 #pragma once
 
 #include "engine.h"
 
 namespace fusedstep::cuda {
 
+constexpr int kThreads = 256;
+constexpr int kMinBlocks = 3;  // for each multiprocessor: at most 64 registers a thread
 constexpr int kWarp = 32;
 
 // Pointers that come from a table are generic to the compiler; knowing better gives it the global memory instructions.
@@ -61,6 +63,60 @@ struct Team {
 
 struct alignas(16) Vector {
   uint32_t words[4];
+};
+
+template <class T>
+__device__ __forceinline__ T load_any(const void* data, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::kBF16:
+      return load<T>(global(static_cast<const BF16*>(data))[i]);
+    case Dtype::kF16:
+      return load<T>(global(static_cast<const F16*>(data))[i]);
+    case Dtype::kF64:
+      return load<T>(global(static_cast<const double*>(data))[i]);
+    default:
+      return load<T>(global(static_cast<const float*>(data))[i]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, T value) {
+  switch (dtype) {
+    case Dtype::kBF16:
+      global(static_cast<BF16*>(data))[i] = narrow<BF16>(value);
+      break;
+    case Dtype::kF16:
+      global(static_cast<F16*>(data))[i] = narrow<F16>(value);
+      break;
+    case Dtype::kF64:
+      global(static_cast<double*>(data))[i] = narrow<double>(value);
+      break;
+    default:
+      global(static_cast<float*>(data))[i] = narrow<float>(value);
+      break;
+  }
+}
+
+// kN numbers stored as S, by 16-byte accesses.
+template <int kN, class S>
+struct Pack {
+  static constexpr int kVectors = kN * static_cast<int>(sizeof(S)) / 16;
+  static_assert(kVectors * 16 == kN * static_cast<int>(sizeof(S)), "a pack is made of whole vectors");
+  union {
+    Vector vectors[kVectors];
+    S numbers[kN];
+  };
+
+  __device__ __forceinline__ void load(const S* from) {
+    const Vector* source = global(reinterpret_cast<const Vector*>(from));
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) vectors[v] = source[v];
+  }
+  __device__ __forceinline__ void store(S* to) const {
+    Vector* target = global(reinterpret_cast<Vector*>(to));
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) target[v] = vectors[v];
+  }
 };
 
 }  // namespace fusedstep::cuda

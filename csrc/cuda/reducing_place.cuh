@@ -1,7 +1,7 @@
 // What the kernels of rules that reduce share: where the numbers of a tensor are, sums over a block, lines.
 #pragma once
 
-#include "kernel.cuh"
+#include "followers.cuh"
 #include "reducing.h"
 
 namespace fusedstep::cuda {

@@ -1,12 +1,12 @@
-// Chunks of tensors that are not stored as the rule computes: master weights, split and compensated ones, stochastic
-// rounding, 8-bit states. A warp takes a block of 256 elements at a time, each lane eight of them: those of one random
-// counter, and 16 bytes of a 16-bit tensor. Everything stays in registers; a block's largest magnitude goes through the
-// warp by shuffles.
+// Chunks of tensors whose dtypes do not tell all: master weights, split and compensated ones, stochastic rounding,
+// 8-bit states; and of those beside them in a group that are stored plainly. A warp takes a block of 256 elements at a
+// time, each lane eight of them: those of one random counter, and 16 bytes of a 16-bit tensor. Everything stays in
+// registers; a block's largest magnitude goes through the warp by shuffles.
 #pragma once
 
 #include <type_traits>
 
-#include "parts.cuh"
+#include "kernel.cuh"
 
 namespace fusedstep::cuda {
 
@@ -219,41 +219,43 @@ __device__ __forceinline__ void store_state(const Record& record, int k, int64_t
 
 // Chunks begin at multiples of a block. The warps of a team take blocks in turn.
 template <class Rule>
-__device__ __noinline__ void update_stored(const Record& record, const void* grad, const Chunk& chunk, Team team,
-                                           GradChange<float> change,
-                                           const typename Rule::template Scalars<float>& scalars) {
-  const auto s = scalars;
-  constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
-  const int warp = team.index / kWarp, warps = team.size / kWarp, lane = team.index % kWarp;
-  for (int first = warp * kBlock; first < chunk.n; first += warps * kBlock) {
-    const int64_t at = chunk.offset + first + lane * kLaneElements;
-    const int64_t rest = chunk.offset + chunk.n - at;
-    const int n = rest >= kLaneElements ? kLaneElements : rest > 0 ? static_cast<int>(rest) : 0;
-    float param[kLaneElements], g[kLaneElements], states[kPlaces][kLaneElements];
-    load_weight(record, at, n, param);
-    widen_any(grad, record.grad_dtype, at, n, g);
-#pragma unroll
-    for (int k = 0; k < kNamed<Rule>; ++k)
-      if (has_state<Rule>(k)) load_state(record, k, at, n, states[k]);
-#pragma unroll
-    for (int i = 0; i < kLaneElements; ++i) {
-      float values[kMaxStates] = {};
+struct Stored {
+  __device__ __forceinline__ static void update(const Record& record, const void* grad, const Chunk& chunk, Team team,
+                                                GradChange<float> change,
+                                                const typename Rule::template Scalars<float>& scalars) {
+    const auto s = scalars;
+    constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
+    const int warp = team.index / kWarp, warps = team.size / kWarp, lane = team.index % kWarp;
+    for (int first = warp * kBlock; first < chunk.n; first += warps * kBlock) {
+      const int64_t at = chunk.offset + first + lane * kLaneElements;
+      const int64_t rest = chunk.offset + chunk.n - at;
+      const int n = rest >= kLaneElements ? kLaneElements : rest > 0 ? static_cast<int>(rest) : 0;
+      float param[kLaneElements], g[kLaneElements], states[kPlaces][kLaneElements];
+      load_weight(record, at, n, param);
+      widen_any(grad, record.grad_dtype, at, n, g);
 #pragma unroll
       for (int k = 0; k < kNamed<Rule>; ++k)
-        if (has_state<Rule>(k)) values[k] = states[k][i];
-      const float changed = change(g[i]);
-      g[i] = change.write ? changed * change.sign : 0.0f;
-      update_with<Rule>(param[i], changed, values, s);
+        if (has_state<Rule>(k)) load_state(record, k, at, n, states[k]);
+#pragma unroll
+      for (int i = 0; i < kLaneElements; ++i) {
+        float values[kMaxStates] = {};
+#pragma unroll
+        for (int k = 0; k < kNamed<Rule>; ++k)
+          if (has_state<Rule>(k)) values[k] = states[k][i];
+        const float changed = change(g[i]);
+        g[i] = change.write ? changed * change.sign : 0.0f;
+        update_with<Rule>(param[i], changed, values, s);
+#pragma unroll
+        for (int k = 0; k < kNamed<Rule>; ++k)
+          if (has_state<Rule>(k)) states[k][i] = values[k];
+      }
+      store_weight(record, at, n, param);
+      if (change.zero || change.write) narrow_any(const_cast<void*>(grad), record.grad_dtype, at, n, g);
 #pragma unroll
       for (int k = 0; k < kNamed<Rule>; ++k)
-        if (has_state<Rule>(k)) states[k][i] = values[k];
+        if (has_state<Rule>(k)) store_state(record, k, at, n, states[k]);
     }
-    store_weight(record, at, n, param);
-    if (change.zero || change.write) narrow_any(const_cast<void*>(grad), record.grad_dtype, at, n, g);
-#pragma unroll
-    for (int k = 0; k < kNamed<Rule>; ++k)
-      if (has_state<Rule>(k)) store_state(record, k, at, n, states[k]);
   }
-}
+};
 
 }  // namespace fusedstep::cuda

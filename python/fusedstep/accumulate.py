@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, layout
-from .backends.plan import Plan, Slot
+from .backends.plan import Call, Plan, Slot
 from .optimizer import FusedOptimizer, _keep_from_compiler
 
 STATE_KEYS = ("step", "weight", "gradients")
@@ -237,7 +237,7 @@ class GradientAccumulator:
                 counters.zero_()
             if len(self._seen) < len(self._params):
                 self._seen.update(plan.slots[i].param for i, _ in plan.grads_in_use())
-            calls += plan.step((weight,), False, None, None)
+            calls += plan.step(Call((weight,)))
         return calls
 
     def _gather(self, gradients: list[Tensor | None] | None, zero: bool) -> bool:

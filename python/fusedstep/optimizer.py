@@ -16,7 +16,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from . import averages, backends, checks, layout, precision
-from .backends.plan import Plan, Slot
+from .backends.plan import Call, Plan, Slot
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .schedules import on_device
 
@@ -622,7 +622,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
         for plan, hyper in zip(plans, hypers, strict=True):
             maximize = bool(groups[plan.group]["maximize"])
-            self.kernel_calls += plan.step(hyper, maximize, grad_scale, found_inf, coefficient)
+            self.kernel_calls += plan.step(Call(hyper, maximize, grad_scale, found_inf, coefficient))
         self.kernel_calls += self._learning_rates.end_step(found_inf)
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 // The CUDA kernel's own source, run on the host for the tests.
 // clang-format off
 #include "cuda_on_host.h"
-#include "../../csrc/cuda/kernel.cuh"
+#include "../../csrc/cuda/plain.cuh"
+#include "../../csrc/cuda/stored.cuh"
 #include "../../csrc/cuda/norm.cuh"
 #include "../../csrc/cuda/schedule.cuh"
 // clang-format on
@@ -22,30 +23,22 @@ void set_reverse(int reverse) {
 
 // One step over records; grads[i] null: takes no part. Returns the number of launches.
 int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, bool write_grads, const float* grad_scale,
-              const float* found_inf, const double* coefficient, double average_weight, const Record* records, int64_t n_records,
-              const void* const* grads, int multiprocessors, unsigned blocks, unsigned threads) {
+              const float* found_inf, const double* coefficient, double average_weight, const Record* records,
+              int64_t n_records, const void* const* grads, int multiprocessors, unsigned blocks, unsigned threads) {
   const Table table = build_table(std::vector<Record>(records, records + n_records), multiprocessors);
   std::vector<char> bytes = table.bytes();
-  const char* chunks = bytes.data() + table.records.size() * sizeof(Record);
-  auto* counters = reinterpret_cast<uint32_t*>(bytes.data() + bytes.size() - table.segments.size() * sizeof(uint32_t));
+  Call call{{},          maximize,       grad_scale,   found_inf, coefficient, zero_grads,
+            write_grads, average_weight, bytes.data(), grads,     0,           nullptr};
+  for (int k = 0; k < kMaxHyper; ++k) call.hyper[k] = hyper[k];
   int launches = 0;
   for (size_t i = 0; i < table.segments.size(); ++i) {
-    const Segment& segment = table.segments[i];
     static Arguments<kMaxTensorsPerLaunch> a;
-    a = {};
-    a.records = reinterpret_cast<const Record*>(bytes.data()) + segment.first_record;
-    a.chunks = reinterpret_cast<const Chunk*>(chunks) + segment.first_chunk;
-    a.done = counters + i;
-    a.n_records = static_cast<int32_t>(segment.n_records);
-    a.n_block_chunks = static_cast<int32_t>(segment.n_block_chunks);
-    a.n_small_chunks = static_cast<int32_t>(segment.n_small_chunks);
-    a.found_inf = found_inf;
-    a.grads_become = {grad_scale, coefficient, maximize, zero_grads, write_grads};
-    a.average_weight = average_weight;
-    for (int k = 0; k < kMaxHyper; ++k) a.hyper[k] = hyper[k];
-    for (int64_t k = 0; k < segment.n_records; ++k) a.grads[k] = grads[segment.first_record + k];
+    set_arguments(&a, call, table, i);
     visit_rule(static_cast<RuleId>(rule), [&](auto r) {
-      launch_on_host(blocks, threads, [&] { step_kernel<decltype(r), kMaxTensorsPerLaunch>(a); });
+      using Rule = decltype(r);
+      const auto kernel = table.segments[i].is_plain ? step_kernel<Rule, Plain, kMaxTensorsPerLaunch>
+                                                     : step_kernel<Rule, Stored, kMaxTensorsPerLaunch>;
+      launch_on_host(blocks, threads, [&] { kernel(a); });
     });
     if (*a.done != 0) return -1;  // the counter must be ready for the next launch
     ++launches;
@@ -55,13 +48,14 @@ int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, boo
 
 // Adds a plan's sums to `norm`; returns the number of launches, or -1 if a counter is left over.
 int host_norm(const Record* records, int64_t n_records, const void* const* grads, const float* grad_scale,
-              const float* found_inf_before, const double* limits, float* found_inf, double* norm, bool first, bool last,
-              int multiprocessors, unsigned blocks) {
+              const float* found_inf_before, const double* limits, float* found_inf, double* norm, bool first,
+              bool last, int multiprocessors, unsigned blocks) {
   const Table table = build_table(std::vector<Record>(records, records + n_records), multiprocessors);
   std::vector<char> bytes = table.bytes();
   std::vector<ChunkSums> sums(table.chunks.size(), ChunkSums{-1e300, -1e300});
-  NormCall call{bytes.data(), sums.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm),
-                first, last, {}, 0, nullptr};
+  NormCall call{
+      bytes.data(), sums.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm),
+      first,        last,        {},    0,          nullptr};
   call.limits = {limits[0], limits[1], limits[2] != 0, limits[3] != 0, limits[4] != 0, limits[5] != 0};
   bool ready = true;
   const int launches = for_segments(call, table, [&](size_t i, bool is_first, bool is_last) {

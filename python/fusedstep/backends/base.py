@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,31 +19,32 @@ if TYPE_CHECKING:
     from .plan import Plan, Slot
 
 
-class Backend:
+class Backend(ABC):
     """One way to run a step."""
 
     name: str
     dtypes: tuple[torch.dtype, ...] | None = None  # of states; None: every floating one
 
+    @abstractmethod
     def reasons(self, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
         """Why this backend cannot update parameters on ``device`` (of ``dtype``); empty if it can."""
-        raise NotImplementedError
 
     def bucket(self, param: Tensor) -> Any:
         """Parameters of a group share a plan if this is equal."""
         return None
 
+    @abstractmethod
     def memory(self, param: Tensor, contiguous: bool = False) -> Tensor:
         """The tensor that a step updates: the parameter's own memory, or a stand-in where that is not dense.
 
         ``contiguous``: the dimensions must be in their logical order.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor | None:
         """``state`` as the kernel can take it beside ``tensor``, or None if it must be laid out anew."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plan(
         self,
         optimizer: type[FusedOptimizer],
@@ -53,7 +55,6 @@ class Backend:
         slots: list[Slot],
     ) -> Plan:
         """A plan for parameters of one group that share their hyperparameters."""
-        raise NotImplementedError
 
     def norm(
         self,
@@ -77,9 +78,9 @@ class Backend:
             norm.finish(limits, grad_scale, found_inf)
         return 0
 
+    @abstractmethod
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
         """Count a step, unless it was skipped, and evaluate the next learning rates; returns the kernel calls."""
-        raise NotImplementedError
 
 
 class KernelBackend(Backend):
@@ -97,11 +98,9 @@ class KernelBackend(Backend):
         usable = tensor.is_contiguous() if contiguous else layout.is_dense(tensor)
         if usable and not layout.is_lazy(tensor):
             return tensor
-        return (
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            if contiguous
-            else (layout.dense_like(tensor))
-        )
+        if contiguous:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return layout.dense_like(tensor)
 
     def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor | None:
         state = layout.local(state)

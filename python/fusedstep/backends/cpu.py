@@ -15,32 +15,25 @@ from .plan import KernelPlan
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
     from .norm import Limits, Norm
-    from .plan import Plan
+    from .plan import Call, Plan
 
 
 class CpuPlan(KernelPlan):
     borrows_grads = True
 
-    def launch(
-        self,
-        hyper: tuple[float | Tensor, ...],
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coefficient: Tensor | None = None,
-    ) -> int:
+    def launch(self, call: Call) -> int:
         from .. import _C
 
-        if found_inf is not None and found_inf.item() != 0:
+        if call.skipped:
             if self.zero_grads:
                 with torch.no_grad():
                     torch._foreach_zero_([grad for i, grad in self.grads_in_use() if i not in self.odd_grads])
             self.native.release_grads()
             return 0
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        factor = 1.0 if coefficient is None else float(coefficient)
+        scale = 1.0 if call.grad_scale is None else float(call.grad_scale)
+        factor = 1.0 if call.coefficient is None else float(call.coefficient)
         _C.cpu_step(
-            *(self.native, hyper, maximize, scale, factor),
+            *(self.native, call.hyper, call.maximize, scale, factor),
             *(self.zero_grads, self.write_grads, self.average_weight, torch.get_num_threads()),
         )
         return 1

@@ -15,7 +15,7 @@ from .plan import KernelPlan
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
     from .norm import Limits, Norm
-    from .plan import Plan
+    from .plan import Call, Plan
 
 
 class CudaPlan(KernelPlan):
@@ -25,14 +25,7 @@ class CudaPlan(KernelPlan):
     table = None
     norm_table = None
 
-    def launch(
-        self,
-        hyper: tuple[float | Tensor, ...],
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coefficient: Tensor | None = None,
-    ) -> int:
+    def launch(self, call: Call) -> int:
         from .. import _C
 
         device = self.device
@@ -40,7 +33,7 @@ class CudaPlan(KernelPlan):
             self._upload(device)
         hyper = tuple(
             value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.is_cuda else value
-            for value in hyper
+            for value in call.hyper
         )
         return _C.cuda_step(
             self.native,
@@ -48,10 +41,10 @@ class CudaPlan(KernelPlan):
             self.memory.data_ptr(),
             self.work.data_ptr(),
             hyper,
-            maximize,
-            None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True),
-            None if found_inf is None else found_inf.to(device, torch.float32, non_blocking=True),
-            None if coefficient is None else coefficient.to(device, non_blocking=True),
+            call.maximize,
+            None if call.grad_scale is None else call.grad_scale.to(device, torch.float32, non_blocking=True),
+            None if call.found_inf is None else call.found_inf.to(device, torch.float32, non_blocking=True),
+            None if call.coefficient is None else call.coefficient.to(device, non_blocking=True),
             self.zero_grads,
             self.write_grads,
             self.average_weight,

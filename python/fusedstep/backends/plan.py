@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -37,7 +38,22 @@ class Slot(NamedTuple):
         return self.param if self.into is None else self.into
 
 
-class Plan:
+class Call(NamedTuple):
+    """What a step is called with, besides the tensors of its plan."""
+
+    hyper: tuple[float | Tensor, ...]  # the rule's hyperparameters
+    maximize: bool = False  # whether gradients are negated
+    grad_scale: Tensor | None = None  # what gradients are divided by
+    found_inf: Tensor | None = None  # the step is skipped if it is not 0
+    coefficient: Tensor | None = None  # what gradients are then multiplied by, a float64 number on the plan's device
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step is skipped; the host waits for the device of ``found_inf``."""
+        return self.found_inf is not None and self.found_inf.item() != 0
+
+
+class Plan(ABC):
     """What every backend's plan has; `gather` and `step` are the backend's."""
 
     zero_grads = False  # whether a step sets each gradient to zero as it reads it
@@ -66,44 +82,29 @@ class Plan:
         self.rows: list[Rows] = []  # of this step's sparse gradients
         self.rows_plan: Plan | None = None
 
+    @abstractmethod
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         """Read and check this step's gradients; False if the plan no longer fits and must be built anew.
 
         Args:
             grads: a gradient or None for each slot, to use in place of the parameters' own.
         """
-        raise NotImplementedError
 
-    def step(
-        self,
-        hyper: tuple[float | Tensor, ...],
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coefficient: Tensor | None = None,
-    ) -> int:
-        """Update the parameters whose gradients `gather` found; returns the number of kernel calls.
+    @abstractmethod
+    def step(self, call: Call) -> int:
+        """Update the parameters whose gradients `gather` found; returns the number of kernel calls."""
 
-        Args:
-            hyper: the rule's hyperparameters.
-            maximize: whether gradients are negated.
-            grad_scale: what gradients are divided by.
-            found_inf: the step is skipped if it is not 0.
-            coefficient: what gradients are then multiplied by, a float64 number on the plan's device.
-        """
-        raise NotImplementedError
-
+    @abstractmethod
     def grads_in_use(self) -> list[tuple[int, Tensor]]:
         """The gradients that `gather` found, by the index of their slot."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grads_as_used(self) -> list[Tensor]:
         """The gradients as the step will read them, replaced ones included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def replace_grad(self, index: int, grad: Tensor) -> None:
         """Use ``grad`` for a slot in this step, in place of what `gather` found."""
-        raise NotImplementedError
 
     def norm_device(self) -> torch.device | None:
         """Where the gradients that `gather` found are; None: there are none.
@@ -150,21 +151,13 @@ class Plan:
                 plan.replace_grad(i, rows.grad)
             self.rows_plan = plan
 
-    def _step_rows(
-        self,
-        hyper: tuple[float | Tensor, ...],
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coefficient: Tensor | None,
-    ) -> int:
+    def _step_rows(self, call: Call) -> int:
         if self.rows_plan is None:
             return 0
         calls = 0
-        # To find the rows has made the host wait already.
-        skipped = found_inf is not None and found_inf.item() != 0
+        skipped = call.skipped  # to find the rows has made the host wait already
         if not skipped:
-            calls = self.rows_plan.step(hyper, maximize, grad_scale, found_inf, coefficient)
+            calls = self.rows_plan.step(call)
         for rows in self.rows:
             if not skipped:
                 rows.write_back()
@@ -278,24 +271,16 @@ class KernelPlan(Plan):
         self.native.set_grad(index, grad)
         self.odd_grads[index] = grad
 
-    def step(
-        self,
-        hyper: tuple[float | Tensor, ...],
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coefficient: Tensor | None = None,
-    ) -> int:
-        step = hyper, maximize, grad_scale, found_inf, coefficient
-        rows_calls = self._step_rows(*step)
+    def step(self, call: Call) -> int:
+        rows_calls = self._step_rows(call)
         if not self.native.any_active():
             self.given = None
             return rows_calls
         launch = self._staged_launch if self.stand_ins or self.wrappers else self.launch
-        calls = launch(*step)
+        calls = launch(call)
         if self.odd_grads and (self.zero_grads or self.write_grads):
             # Copies that a GPU has skipped are as they were.
-            skipped = found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0
+            skipped = call.found_inf is not None and call.found_inf.device.type == "cpu" and call.skipped
             for index, grad in self.odd_grads.items():  # the kernel saw copies
                 own = self._own_grad(index)
                 if own is not None:  # those of rows are their plan's
@@ -303,32 +288,18 @@ class KernelPlan(Plan):
         self.odd_grads, self.given = {}, None
         return rows_calls + calls
 
-    def _staged_launch(
-        self,
-        hyper: tuple[float | Tensor, ...],
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coefficient: Tensor | None = None,
-    ) -> int:
+    def _staged_launch(self, call: Call) -> int:
         active = set(self.native.active())
         staged = [slot for i, slot in self.stand_ins if i in active]
         with torch.no_grad():
             for slot in staged:
                 slot.tensor.copy_(layout.local(slot.target))
-            calls = self.launch(hyper, maximize, grad_scale, found_inf, coefficient)
+            calls = self.launch(call)
             for slot in staged:
                 layout.local(slot.target).copy_(slot.tensor)
         torch.autograd.graph.increment_version([target for i, target in self.wrappers if i in active])
         return calls
 
-    def launch(
-        self,
-        hyper: tuple[float | Tensor, ...],
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coefficient: Tensor | None = None,
-    ) -> int:
+    @abstractmethod
+    def launch(self, call: Call) -> int:
         """Call the kernel on what `gather` found; returns the number of calls."""
-        raise NotImplementedError

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import averages, codecs, layout, precision
 from ..precision import Form, Storage
 from .base import Backend
-from .plan import Plan, Slot
+from .plan import Call, Plan, Slot
 
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
@@ -53,23 +53,16 @@ class ReferencePlan(Plan):
         self.grads[index] = grad
 
     @torch.no_grad()
-    def step(
-        self,
-        hyper: tuple[float | Tensor, ...],
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coefficient: Tensor | None = None,
-    ) -> int:
-        self._step_rows(hyper, maximize, grad_scale, found_inf, coefficient)
+    def step(self, call: Call) -> int:
+        self._step_rows(call)
         grads, self.grads = self.grads, []
-        skipped = found_inf is not None and found_inf.item() != 0
-        numbers = tuple(float(value) for value in hyper)
+        skipped = call.skipped
+        numbers = tuple(float(value) for value in call.hyper)
         for index, (slot, grad) in enumerate(zip(self.slots, grads, strict=True)):
             if grad is None:
                 continue
             if not skipped:
-                self.update(slot, grad, numbers, maximize, grad_scale, coefficient)
+                self.update(slot, grad, call._replace(hyper=numbers))
             if self.zero_grads:
                 grad.zero_()
             own = self._own_grad(index)
@@ -78,32 +71,24 @@ class ReferencePlan(Plan):
         self.given = None
         return 0
 
-    def update(
-        self,
-        slot: Slot,
-        stored_grad: Tensor,
-        hyper: tuple[float, ...],
-        maximize: bool,
-        grad_scale: Tensor | None,
-        coefficient: Tensor | None,
-    ) -> None:
+    def update(self, slot: Slot, stored_grad: Tensor, call: Call) -> None:
         grad = layout.local(stored_grad)
         if grad.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
         memory = real_memory(slot.tensor)
         arithmetic = torch.float64 if memory.dtype == torch.float64 else torch.float32
         grad = grad.to(arithmetic)
-        if grad_scale is not None:
-            grad = grad / grad_scale.to(grad.device, arithmetic)
-        if coefficient is not None:
-            grad = grad * coefficient.to(grad.device, arithmetic)
+        if call.grad_scale is not None:
+            grad = grad / call.grad_scale.to(grad.device, arithmetic)
+        if call.coefficient is not None:
+            grad = grad * call.coefficient.to(grad.device, arithmetic)
         if self.write_grads:
             stored = layout.local(stored_grad)
             stored.copy_(torch.view_as_complex(grad) if stored.is_complex() else grad)
-        if maximize:
+        if call.maximize:
             grad = -grad
         slot.step.add_(1)
-        scalars = self.optimizer.prepare(hyper, int(slot.step.item()))
+        scalars = self.optimizer.prepare(call.hyper, int(slot.step.item()))
         stored = Stored(slot, memory, arithmetic)
         targets = {name: (k, state) for k, (name, state) in enumerate(zip(self.states, slot.states, strict=True))}
         names = [name if targets.get(name, (0, None))[1] is not None else None for name in self.optimizer.state_names]

@@ -21,7 +21,7 @@ from .triton_reducing import ReducingTable, dtypes_of
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
     from .norm import Norm
-    from .plan import Plan
+    from .plan import Call, Plan
 
 NAMES = ("fp32", "bf16", "fp16", "fp64")  # by the tags of csrc/numeric.h
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -154,27 +154,20 @@ class TritonPlan(KernelPlan):
             self.captured += [pinned, copy]  # each replay of the graph reads and writes them again
         return copy
 
-    def launch(
-        self,
-        hyper: tuple[float | Tensor, ...],
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coefficient: Tensor | None = None,
-    ) -> int:
+    def launch(self, call: Call) -> int:
         grad_dtypes = self.native.grad_dtypes()
         if self.launches is None or grad_dtypes != self.grad_dtypes:
             self.launches = self._launches(grad_dtypes)
             self.grad_dtypes = grad_dtypes
-        self._set_hyper(hyper)
-        flags = [None if t is None else t.to(self.device, torch.float32) for t in (grad_scale, found_inf)]
-        flags.append(None if coefficient is None else coefficient.to(self.device))
+        self._set_hyper(call.hyper)
+        flags = [None if t is None else t.to(self.device, torch.float32) for t in (call.grad_scale, call.found_inf)]
+        flags.append(None if call.coefficient is None else call.coefficient.to(self.device))
         flags.append(self._weight())
         addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64)
         calls = 0
         for group in self.launches:
             if group.set_grads(addresses, self):
-                calls += group.run(self, maximize, flags)
+                calls += group.run(self, call.maximize, flags)
         self.native.increment_written(self.zero_grads or self.write_grads)
         self.native.release_grads()
         return calls
