@@ -16,8 +16,7 @@ import torch
 
 import fusedstep
 from fusedstep import backends
-from fusedstep.backends.base import KernelBackend
-from fusedstep.backends.cpu import CpuPlan
+from fusedstep.backends.cpu import CpuBackend, CpuPlan
 from fusedstep.backends.plan import Call, KernelPlan
 from fusedstep.cases import REDUCING, gradient, layouts
 from fusedstep.verification import same_bits
@@ -102,12 +101,7 @@ class HostPlan(KernelPlan):
         return launches
 
 
-class HostBackend(KernelBackend):
-    name = "cpu"
-
-    def reasons(self, device, dtype=None):
-        return self.dtype_reasons(dtype)
-
+class HostBackend(CpuBackend):
     def plan(self, optimizer, group, options, variant, *args):
         kind = HostPlan if optimizer.rule_of(variant)[1] else CpuPlan
         return kind(self, optimizer, group, options, variant, *args)
