@@ -16,7 +16,7 @@
 
 namespace fusedstep::cuda {
 
-template <int kCapacity>
+// Of one capacity: a second set of kernels for few tensors would cost every build minutes.
 struct ReducingArguments {
   const Record* records;
   const Partition* partitions;
@@ -29,13 +29,13 @@ struct ReducingArguments {
   GradsBecome grads_become;
   double average_weight;
   Scalar hyper[kMaxHyper];
-  const void* grads[kCapacity];
+  const void* grads[kMaxTensorsPerLaunch];
 };
 
 // What every kernel does around its own work: goes through the items, and gives body<T>(place, scalars, shared) those
 // whose tensor takes part.
-template <class Rule, int kCapacity, class Body>
-__device__ __forceinline__ void for_items(const ReducingArguments<kCapacity>& a, Shared<Rule>& shared, Body&& body) {
+template <class Rule, class Body>
+__device__ __forceinline__ void for_items(const ReducingArguments& a, Shared<Rule>& shared, Body&& body) {
   const int thread = threadIdx.x;
   constexpr int kHyper = sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]);
   if (thread < kHyper) {
@@ -72,14 +72,12 @@ __device__ __forceinline__ void for_items(const ReducingArguments<kCapacity>& a,
   }
 }
 
-template <int kCapacity>
-__device__ __forceinline__ bool is_skipped(const ReducingArguments<kCapacity>& a) {
+__device__ __forceinline__ bool is_skipped(const ReducingArguments& a) {
   return a.found_inf != nullptr && *global(a.found_inf) != 0.0f;  // the same for all blocks and launches
 }
 
-template <class Rule, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kReducingBlocks)
-    sums_kernel(const __grid_constant__ ReducingArguments<kCapacity> a) {
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, kReducingBlocks) sums_kernel(const __grid_constant__ ReducingArguments a) {
   __shared__ Shared<Rule> shared;
   __shared__ double stage[kStrip * kWarps];
   if (is_skipped(a)) return;
@@ -105,9 +103,9 @@ __global__ void __launch_bounds__(kThreads, kReducingBlocks)
   });
 }
 
-template <class Rule, int kCapacity>
+template <class Rule>
 __global__ void __launch_bounds__(kThreads, kReducingBlocks)
-    update_kernel(const __grid_constant__ ReducingArguments<kCapacity> a) {
+    update_kernel(const __grid_constant__ ReducingArguments a) {
   __shared__ Shared<Rule> shared;
   if (is_skipped(a)) return;
   for_items<Rule>(a, shared, [&](const auto& place, bool) {
@@ -131,8 +129,7 @@ __device__ __forceinline__ void for_runs(const Partition& p, const Item& item, B
 }
 
 // What is left of a step that is skipped.
-template <int kCapacity>
-__device__ __noinline__ void zero_grads(const ReducingArguments<kCapacity>& a) {
+__device__ __noinline__ void zero_grads(const ReducingArguments& a) {
   for (int i = blockIdx.x; i < a.n_items; i += gridDim.x) {
     const Item& item = a.items[i];
     void* const grad = const_cast<void*>(a.grads[item.record]);
@@ -144,9 +141,8 @@ __device__ __noinline__ void zero_grads(const ReducingArguments<kCapacity>& a) {
   }
 }
 
-template <class Rule, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kReducingBlocks)
-    apply_kernel(const __grid_constant__ ReducingArguments<kCapacity> a) {
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, kReducingBlocks) apply_kernel(const __grid_constant__ ReducingArguments a) {
   __shared__ Shared<Rule> shared;
   if (is_skipped(a)) {
     if (a.grads_become.zero) zero_grads(a);
@@ -181,9 +177,8 @@ __global__ void __launch_bounds__(kThreads, kReducingBlocks)
 }
 
 // The arguments of all launches of a segment.
-template <int kCapacity>
-void set_arguments(ReducingArguments<kCapacity>* a, const Call& call, const ReducingTable& table, char* work,
-                   size_t segment_index) {
+inline void set_arguments(ReducingArguments* a, const Call& call, const ReducingTable& table, char* work,
+                          size_t segment_index) {
   const Segment& segment = table.segments[segment_index];
   char* const partitions = call.device_table + table.records.size() * sizeof(Record);
   char* const items = partitions + table.partitions.size() * sizeof(Partition);
@@ -204,11 +199,11 @@ void set_arguments(ReducingArguments<kCapacity>* a, const Call& call, const Redu
 }
 
 // Calls launch(kernel) for each kernel of a step; returns how many there are.
-template <class Rule, int kCapacity, class Launch>
+template <class Rule, class Launch>
 int for_launches(Launch&& launch) {
-  launch(sums_kernel<Rule, kCapacity>);
-  if constexpr (Rule::kUpdateSum) launch(update_kernel<Rule, kCapacity>);
-  launch(apply_kernel<Rule, kCapacity>);
+  launch(sums_kernel<Rule>);
+  if constexpr (Rule::kUpdateSum) launch(update_kernel<Rule>);
+  launch(apply_kernel<Rule>);
   return Rule::kUpdateSum ? 3 : 2;
 }
 

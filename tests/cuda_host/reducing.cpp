@@ -46,11 +46,10 @@ int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool
     call.average_weight = average_weight;
     call.device_table = bytes.data();
     call.grads = grads;
-    static ReducingArguments<kMaxTensorsPerLaunch> a;
+    static ReducingArguments a;
     for (size_t i = 0; i < table.segments.size(); ++i) {
       set_arguments(&a, call, table, reinterpret_cast<char*>(work.data()), i);
-      launches += for_launches<Rule, kMaxTensorsPerLaunch>(
-          [&](auto kernel) { launch_on_host(blocks, kThreads, [&] { kernel(a); }); });
+      launches += for_launches<Rule>([&](auto kernel) { launch_on_host(blocks, kThreads, [&] { kernel(a); }); });
     }
     for (size_t at = bytes.size() - table.n_counters * sizeof(uint32_t); at < bytes.size(); ++at) {
       if (bytes[at] != 0) launches = -1;  // they must be ready for the next step
