@@ -9,7 +9,7 @@ import torch
 from support import by_kind
 
 import fusedstep
-from fusedstep import _C
+from fusedstep import _C, planning
 from fusedstep.cases import CASES, gradient, layouts
 from fusedstep.verification import same_bits
 
@@ -181,7 +181,7 @@ def test_a_range_that_cuts_a_block_is_refused():
     optimizer = make(CASES[10], [torch.randn(5000)], "cpu", {"state_dtype": "8bit"})
     (param,) = params_of(optimizer)
     param.grad = torch.zeros_like(param)
-    (plan,) = optimizer._new_plans(optimizer._look_up(needs_norm=False))
+    (plan,) = optimizer._new_plans(planning.look_up(optimizer, needs_norm=False))
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
     for first, last in ((0, 300), (300, 5000)):
         with pytest.raises(ValueError, match="range"):

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain, repeat
-from typing import Any, ClassVar, Literal, TypeAlias
+from itertools import chain
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages, backends, checks, layout, precision
-from .backends.plan import Call, Plan, Slot
+from . import averages, backends, checkpoint, checks, layout, planning, precision
+from .backends.plan import Call, Plan
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .schedules import on_device
-
-Place: TypeAlias = tuple[int, str | None, Tensor, backends.Backend, Any]  # index, name, parameter, backend, variant
-
-
-def _named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
-    """The parameters of a group with their names, None where there is none."""
-    params = group["params"]
-    names = group.get("param_names") or ()
-    return zip(chain(names, repeat(None)), params, strict=False)  # the user may have edited the list
 
 
 def _keep_from_compiler(function: Callable) -> None:
@@ -194,7 +184,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             first = sum(len(g["params"]) for g in self.param_groups[:-1])
-            for index, (name, param) in enumerate(_named(group), first):
+            for index, (name, param) in enumerate(planning.named(group), first):
                 what = checks.describe(index, name, param)
                 reduces = self.rule_of(self.variant_of(group, name, param))[1]
                 checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
@@ -204,10 +194,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if self.state_at_construction:
-            for name, param in _named(group):
+            for name, param in planning.named(group):
                 state = self.state[param]
-                self._step_counter(param, param, state, ())
-                self._settle(param, name, group)
+                planning.step_counter(self, param, param, state, ())
+                planning.settle(self, param, name, group)
                 for key in self.states_of(group):
                     if key not in state:
                         state[key] = self.init_state(key, group, name, param)
@@ -256,24 +246,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> StateDict:
         """The state as the torch class of this name would write it; tensors are not copied."""
-        state_dict = super().state_dict()
-        if self._precision.rounding == "stochastic":
-            state_dict["rounding_seed"] = self._precision.rounding_seed
-        self._learning_rates.write_numbers(self.param_groups, state_dict["param_groups"], self._most_steps)
-        if self.step_form == "int":
-            state_dict["state"] = {
-                key: {**state, "step": int(state["step"])} if isinstance(state, dict) and "step" in state else state
-                for key, state in state_dict["state"].items()
-            }
-        if self.step_form == "absent":
-            # A parameter whose every step was skipped has buffers but has not started.
-            ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-            params = chain.from_iterable(group["params"] for group in self.param_groups)
-            for key, param in zip(ids, params, strict=True):
-                counter = self._counters.get(param)
-                if key in state_dict["state"] and counter is not None and counter.item() == 0:
-                    del state_dict["state"][key]
-        return state_dict
+        return checkpoint.written(self, super().state_dict())
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state, this class's or the torch class's of the same name.
@@ -287,221 +260,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: this is inside `swap_ema`.
         """
         self._followers.refuse_swapped("load_state_dict()")
-        followed = self._learning_rates.followed(self.param_groups)
-        loaded: dict[Tensor, dict[str, Any]] = {}
-        rest: dict[Any, Any] = {}
-        options = self._precision
-
-        def take_state(_: Any, given: StateDict) -> StateDict:
-            ids = [group["params"] for group in given["param_groups"]]
-            params = [group["params"] for group in self.param_groups]
-            if [len(group) for group in ids] != [len(group) for group in params]:
-                return given  # torch reports the mismatch right after this
-            nonlocal options
-            options = options.with_seed_of(given)
-            places = ((group, *named) for group in self.param_groups for named in _named(group))
-            by_id = dict(zip(chain.from_iterable(ids), places, strict=True))
-            for key, value in given["state"].items():
-                if key in by_id:
-                    loaded[by_id[key][-1]] = self._adopt(key, *by_id[key], value)
-                else:
-                    rest[key] = value
-            self._followers.report(given["state"][key] for key in by_id if key in given["state"])
-            return {**given, "state": {}}
-
-        def give_state(_: Any) -> None:
-            self.state.update(loaded)
-            self.state.update(rest)
-            self._counters.clear()
-            self._precision = options
-            self._learning_rates.read_numbers(self.param_groups, followed, self._most_steps)
-            self.renew_copies()
-
-        # Last before torch's own work and first after it, so that hooks of the user see what torch would show them.
-        with (
-            self.register_load_state_dict_pre_hook(take_state),
-            self.register_load_state_dict_post_hook(give_state, prepend=True),
-        ):
+        with checkpoint.loading(self) as loaded:
             super().load_state_dict(state_dict)
-        names = {param: name for group in self.param_groups for name, param in _named(group)}
+        names = {param: name for group in self.param_groups for name, param in planning.named(group)}
         precision.warn_of_conversions(self, loaded, names)
-
-    def _adopt(
-        self, key: Any, group: dict[str, Any], param_name: str | None, param: Tensor, state: dict[str, Any]
-    ) -> dict[str, Any]:
-        """A parameter's loaded state: our own copies, on its device."""
-        adopted = {}
-        if precision.foreign(state):
-            state = precision.adopted(key, param, state, self.non_negative)
-        for name, value in state.items():
-            shape = None
-            if name in self.state_names:
-                shape = self.state_shape(name, group, param_name, param)
-            elif name == averages.KEY:
-                shape = param.shape
-            if name == "step" or shape is not None:
-                codes = () if name == averages.KEY else precision.CODES
-                checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape, codes)
-            if name == averages.KEY:
-                if isinstance(value, Tensor) and self._followers.ema_decay is not None:
-                    adopted[name] = self._followers.adopt(param, value)
-                continue
-            if isinstance(value, Tensor):
-                value = value.detach()
-                value = value.to_dense() if value.is_sparse else value
-                if name == "step":
-                    value = value.clone()
-                elif shape == param.shape and not layout.is_wrapper(value) and not layout.is_wrapper(param):
-                    value = layout.dense_like(param, value.dtype).copy_(value)
-                else:
-                    value = value.to(param.device, copy=True)
-            adopted[name] = value
-        return adopted
-
-    # Plans.
-
-    @torch.no_grad()
-    def _look_up(self, needs_norm: bool) -> list[list[Place]]:
-        """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created."""
-        self._learning_rates.settle(self.param_groups)
-        chosen: list[list[Place]] = []
-        index = 0
-        for group in self.param_groups:
-            row = []
-            for name, param in _named(group):
-                backend, variant = self._select(param), self.variant_of(group, name, param)
-                reduces = self.rule_of(variant)[1]
-                if param.grad is not None:
-                    what = checks.describe(index, name, param)
-                    checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
-                    self._precision.check_param(type(self).__name__, reduces, param, name, what)
-                    checks.check_grad(type(self), group, param, param.grad, what)
-                    if needs_norm:
-                        checks.check_norm_is_local(type(self), param, what)
-                    if self._followers.any:
-                        self._followers.check(type(self).__name__, param, self.state.get(param, {}), what)
-                    for state in self.states_of(group):
-                        kept = self.state.get(param, {})
-                        value, shape = kept.get(state), self.state_shape(state, group, name, param)
-                        if isinstance(value, Tensor) and shape is not None and not precision.is_coded(kept, state):
-                            checks.check_state(type(self).__name__, state, value, param, shape, backend.dtypes, what)
-                row.append((index, name, param, backend, variant))
-                index += 1
-            for variant in {variant for *_, variant in row}:
-                self._hyper_of(group, variant)
-            chosen.append(row)
-        return chosen
-
-    def _build(self, chosen: list[list[Place]]) -> list[Plan]:
-        """Create missing states, and plan one kernel call per group, backend and device."""
-        plans = []
-        for group_index, (group, row) in enumerate(zip(self.param_groups, chosen, strict=True)):
-            states = self.states_of(group)
-            buckets: dict[Any, list[Slot]] = {}
-            seen: Counter[Tensor] = Counter()
-            listed = Counter(param for _, _, param, *_ in row)
-            for index, name, param, backend, variant in row:
-                # A parameter that is listed twice is updated twice, one call after the other; the last one may write
-                # to its gradient.
-                seen[param] += 1
-                is_last = seen[param] == listed[param]
-                bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)
-                slot = self._slot(index, name, param, group, states, backend, self.rule_of(variant)[1])
-                buckets.setdefault(bucket, []).append(slot)
-            for (backend, variant, *_, is_last), slots in buckets.items():
-                plan = backend.plan(type(self), group_index, group, variant, states, slots)
-                plan.zero_grads = is_last and self._gradients.options.zero_grads
-                plan.write_grads = is_last and self._gradients.options.write_grads
-                plan.average_weight = self._followers.average_weight
-                plans.append(plan)
-        return plans
-
-    def _slot(
-        self,
-        index: int,
-        name: str | None,
-        param: Tensor,
-        group: dict[str, Any],
-        states: tuple[str, ...],
-        backend: backends.Backend,
-        reduces: bool,
-    ) -> Slot:
-        started = param in self.state or param in self._counters
-        if param.grad is None and not started:
-            return Slot(index, name, param, None, None, ())
-        tensor = backend.memory(param, reduces)
-        keeps = self._precision.keeps(param) or self._followers.ema_decay is not None
-        if states or self.step_form != "absent" or keeps:
-            state = self.state[param]
-        else:
-            state = {}
-        step = self._step_counter(param, tensor, state, states)
-        storage = None
-        if self._settle(param, name, group):
-            storage = self._precision.storage(state, states, param, tensor, backend.state_memory)
-        tensors = []
-        for key in states:
-            shape = self.state_shape(key, group, name, param)
-            if shape is None:
-                tensors.append(None)
-                continue
-            value = state.get(key)
-            if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
-                value = state[key] = self.init_state(key, group, name, param)
-            elif value.device != param.device:
-                value = state[key] = value.to(param.device)
-            usable = backend.state_memory(value, tensor)
-            if usable is None:
-                value = state[key] = layout.laid_out_as(value, tensor if shape == param.shape else value.contiguous())
-                usable = value
-            tensors.append(usable)
-        followers = ()
-        if self._followers.any:
-            followers = self._followers.of(param, tensor, state, backend, partial(self._weight_of, param))
-        matrices = self.matrices(group, name, param) if reduces else None
-        return Slot(index, name, param, tensor, step, tuple(tensors), None, matrices, *followers, storage=storage)
-
-    def _settle(self, param: Tensor, name: str | None, group: dict[str, Any]) -> bool:
-        """Bring a parameter's state into the form that the precision options ask for; False: it needs none."""
-        if self._precision.plain and not precision.foreign(self.state.get(param, {})):
-            return False
-
-        def new_state(key: str, like: Tensor) -> Tensor:
-            return self.init_state(key, group, name, like)
-
-        states = [key for key in self.states_of(group) if self.state_shape(key, group, name, param) is not None]
-        self._precision.settle(self.state[param], states, param, name, new_state, self.non_negative)
-        return True
-
-    def _weight_of(self, param: Tensor) -> Tensor:
-        """A parameter's weight as averages and copies follow it."""
-        return self._precision.followed_weight(param, self.state.get(param, {}))
-
-    def _step_counter(self, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]) -> Tensor:
-        """The number of updates of ``param`` so far, as one fp32 number on its device."""
-        if self.step_form != "absent":
-            holder, key = state, "step"
-            count = state.get("step", 0.0)
-        else:
-            saved = self._precision.counts(param)
-            holder, key = (state, "step") if saved else (self._counters, param)
-            count = state.pop("step", self._counters.get(param))  # of other options too
-            missing = all(state.get(name) is None for name in states)
-            # Whoever has no buffer, because momentum was 0 so far or the state was cleared, is at its first step.
-            if count is None or (missing and (states or not saved)):
-                count = 0.0 if missing else 1.0
-        if not (
-            isinstance(count, Tensor)
-            and count.dtype == torch.float32
-            and count.device == tensor.device
-            and count.dim() == 0
-        ):
-            if isinstance(count, Tensor):
-                count = count.detach().reshape(()).to(tensor.device, torch.float32, copy=True)
-            else:
-                count = torch.tensor(float(count), dtype=torch.float32, device=tensor.device)
-        holder[key] = count
-        return count
 
     # The step.
 
@@ -522,10 +284,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plans = None
         return None
 
-    def _new_plans(self, chosen: list[list[Place]]) -> list[Plan]:
+    def _new_plans(self, chosen: list[list[planning.Place]]) -> list[Plan]:
         """Plans with this step's gradients; nothing has been updated when this raises."""
         with torch.no_grad():
-            plans = self._build(chosen)
+            plans = planning.build(self, chosen)
         self._watch = backends.watch(self.state, self.param_groups)
         for plan in plans:
             if not plan.gather():
@@ -545,15 +307,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def copies(self) -> dict[Tensor, Tensor]:
         """Each parameter's copy in the dtype ``weights_copy``, which every step writes beside the parameter."""
-        named = ((group, name, param) for group in self.param_groups for name, param in _named(group))
+        named = ((group, name, param) for group in self.param_groups for name, param in planning.named(group))
         reducing = ((param, self.rule_of(self.variant_of(group, name, param))[1]) for group, name, param in named)
         with torch.no_grad():
             memory = ((p, self._select(p).memory(p, reduces)) for p, reduces in reducing)
-            return self._followers.copies_of(memory, self._weight_of)
+            return self._followers.copies_of(memory, partial(planning.weight_of, self))
 
     def renew_copies(self) -> None:
         """Write `copies` anew, after something else than a step has changed the parameters."""
-        self._followers.renew_copies(self._weight_of)
+        self._followers.renew_copies(partial(planning.weight_of, self))
 
     def swap_ema(self) -> contextlib.AbstractContextManager[None]:
         """Exchange the parameters, in their place in memory, with their averages for the time of a ``with`` block.
@@ -596,7 +358,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
         plans, groups = self._plans_that_fit(), self.param_groups
         if plans is None:
-            chosen = self._look_up(limits is not None)
+            chosen = planning.look_up(self, limits is not None)
             if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
                 return
             plans = self._new_plans(chosen)

@@ -1,0 +1,120 @@
+"""What `state_dict()` shows, and how one is loaded: this class's, or the torch class's of the same name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim.optimizer import StateDict
+
+from . import averages, checks, layout, precision
+from .planning import named
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+
+def written(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
+    """The state_dict that torch's base class has made, as the torch class of the optimizer's name would write it."""
+    if optimizer._precision.rounding == "stochastic":
+        state_dict["rounding_seed"] = optimizer._precision.rounding_seed
+    optimizer._learning_rates.write_numbers(optimizer.param_groups, state_dict["param_groups"], optimizer._most_steps)
+    if optimizer.step_form == "int":
+        state_dict["state"] = {
+            key: {**state, "step": int(state["step"])} if isinstance(state, dict) and "step" in state else state
+            for key, state in state_dict["state"].items()
+        }
+    if optimizer.step_form == "absent":
+        # A parameter whose every step was skipped has buffers but has not started.
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        for key, param in zip(ids, params, strict=True):
+            counter = optimizer._counters.get(param)
+            if key in state_dict["state"] and counter is not None and counter.item() == 0:
+                del state_dict["state"][key]
+    return state_dict
+
+
+@contextlib.contextmanager
+def loading(optimizer: FusedOptimizer) -> Iterator[dict[Tensor, dict[str, Any]]]:
+    """Around a call of torch's base class that loads a state_dict, which finds no states in it; those become ours.
+
+    All of them are checked before anything is changed. In the end the given dictionary has them by parameter.
+    """
+    followed = optimizer._learning_rates.followed(optimizer.param_groups)
+    loaded: dict[Tensor, dict[str, Any]] = {}
+    rest: dict[Any, Any] = {}
+    options = optimizer._precision
+
+    def take_state(_: Any, given: StateDict) -> StateDict:
+        ids = [group["params"] for group in given["param_groups"]]
+        params = [group["params"] for group in optimizer.param_groups]
+        if [len(group) for group in ids] != [len(group) for group in params]:
+            return given  # torch reports the mismatch right after this
+        nonlocal options
+        options = options.with_seed_of(given)
+        places = ((group, *place) for group in optimizer.param_groups for place in named(group))
+        by_id = dict(zip(chain.from_iterable(ids), places, strict=True))
+        for key, value in given["state"].items():
+            if key in by_id:
+                loaded[by_id[key][-1]] = _adopted(optimizer, key, *by_id[key], value)
+            else:
+                rest[key] = value
+        optimizer._followers.report(given["state"][key] for key in by_id if key in given["state"])
+        return {**given, "state": {}}
+
+    def give_state(_: Any) -> None:
+        optimizer.state.update(loaded)
+        optimizer.state.update(rest)
+        optimizer._counters.clear()
+        optimizer._precision = options
+        optimizer._learning_rates.read_numbers(optimizer.param_groups, followed, optimizer._most_steps)
+        optimizer.renew_copies()
+
+    # Last before torch's own work and first after it, so that hooks of the user see what torch would show them.
+    with (
+        optimizer.register_load_state_dict_pre_hook(take_state),
+        optimizer.register_load_state_dict_post_hook(give_state, prepend=True),
+    ):
+        yield loaded
+
+
+def _adopted(
+    optimizer: FusedOptimizer,
+    key: Any,
+    group: dict[str, Any],
+    param_name: str | None,
+    param: Tensor,
+    state: dict[str, Any],
+) -> dict[str, Any]:
+    """A parameter's loaded state: our own copies, on its device."""
+    adopted = {}
+    if precision.foreign(state):
+        state = precision.adopted(key, param, state, optimizer.non_negative)
+    for name, value in state.items():
+        shape = None
+        if name in optimizer.state_names:
+            shape = optimizer.state_shape(name, group, param_name, param)
+        elif name == averages.KEY:
+            shape = param.shape
+        if name == "step" or shape is not None:
+            codes = () if name == averages.KEY else precision.CODES
+            checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape, codes)
+        if name == averages.KEY:
+            if isinstance(value, Tensor) and optimizer._followers.ema_decay is not None:
+                adopted[name] = optimizer._followers.adopt(param, value)
+            continue
+        if isinstance(value, Tensor):
+            value = value.detach()
+            value = value.to_dense() if value.is_sparse else value
+            if name == "step":
+                value = value.clone()
+            elif shape == param.shape and not layout.is_wrapper(value) and not layout.is_wrapper(param):
+                value = layout.dense_like(param, value.dtype).copy_(value)
+            else:
+                value = value.to(param.device, copy=True)
+        adopted[name] = value
+    return adopted

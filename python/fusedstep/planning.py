@@ -1,0 +1,178 @@
+"""Plans of a step: which kernel call updates which parameters, after a look at everything; missing states are made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, layout, precision
+from .backends.plan import Plan, Slot
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+Place: TypeAlias = tuple[int, str | None, Tensor, backends.Backend, Any]  # index, name, parameter, backend, variant
+
+
+def named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
+    """The parameters of a group with their names, None where there is none."""
+    params = group["params"]
+    names = group.get("param_names") or ()
+    return zip(chain(names, repeat(None)), params, strict=False)  # the user may have edited the list
+
+
+@torch.no_grad()
+def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
+    """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created."""
+    optimizer._learning_rates.settle(optimizer.param_groups)
+    chosen: list[list[Place]] = []
+    index = 0
+    for group in optimizer.param_groups:
+        row = []
+        for name, param in named(group):
+            backend, variant = optimizer._select(param), optimizer.variant_of(group, name, param)
+            reduces = optimizer.rule_of(variant)[1]
+            if param.grad is not None:
+                what = checks.describe(index, name, param)
+                checks.check_param(type(optimizer), reduces, param, layout.local(param.detach()), what)
+                optimizer._precision.check_param(type(optimizer).__name__, reduces, param, name, what)
+                checks.check_grad(type(optimizer), group, param, param.grad, what)
+                if needs_norm:
+                    checks.check_norm_is_local(type(optimizer), param, what)
+                if optimizer._followers.any:
+                    optimizer._followers.check(type(optimizer).__name__, param, optimizer.state.get(param, {}), what)
+                for state in optimizer.states_of(group):
+                    kept = optimizer.state.get(param, {})
+                    value, shape = kept.get(state), optimizer.state_shape(state, group, name, param)
+                    if isinstance(value, Tensor) and shape is not None and not precision.is_coded(kept, state):
+                        checks.check_state(type(optimizer).__name__, state, value, param, shape, backend.dtypes, what)
+            row.append((index, name, param, backend, variant))
+            index += 1
+        for variant in {variant for *_, variant in row}:
+            optimizer._hyper_of(group, variant)
+        chosen.append(row)
+    return chosen
+
+
+def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
+    """Create missing states, and plan one kernel call per group, backend and device."""
+    plans = []
+    for group_index, (group, row) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
+        states = optimizer.states_of(group)
+        buckets: dict[Any, list[Slot]] = {}
+        seen: Counter[Tensor] = Counter()
+        listed = Counter(param for _, _, param, *_ in row)
+        for index, name, param, backend, variant in row:
+            # A parameter that is listed twice is updated twice, one call after the other; the last one may write
+            # to its gradient.
+            seen[param] += 1
+            is_last = seen[param] == listed[param]
+            bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)
+            slot = _slot(optimizer, index, name, param, group, states, backend, optimizer.rule_of(variant)[1])
+            buckets.setdefault(bucket, []).append(slot)
+        for (backend, variant, *_, is_last), slots in buckets.items():
+            plan = backend.plan(type(optimizer), group_index, group, variant, states, slots)
+            plan.zero_grads = is_last and optimizer._gradients.options.zero_grads
+            plan.write_grads = is_last and optimizer._gradients.options.write_grads
+            plan.average_weight = optimizer._followers.average_weight
+            plans.append(plan)
+    return plans
+
+
+def _slot(
+    optimizer: FusedOptimizer,
+    index: int,
+    name: str | None,
+    param: Tensor,
+    group: dict[str, Any],
+    states: tuple[str, ...],
+    backend: backends.Backend,
+    reduces: bool,
+) -> Slot:
+    started = param in optimizer.state or param in optimizer._counters
+    if param.grad is None and not started:
+        return Slot(index, name, param, None, None, ())
+    tensor = backend.memory(param, reduces)
+    keeps = optimizer._precision.keeps(param) or optimizer._followers.ema_decay is not None
+    if states or optimizer.step_form != "absent" or keeps:
+        state = optimizer.state[param]
+    else:
+        state = {}
+    step = step_counter(optimizer, param, tensor, state, states)
+    storage = None
+    if settle(optimizer, param, name, group):
+        storage = optimizer._precision.storage(state, states, param, tensor, backend.state_memory)
+    tensors = []
+    for key in states:
+        shape = optimizer.state_shape(key, group, name, param)
+        if shape is None:
+            tensors.append(None)
+            continue
+        value = state.get(key)
+        if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
+            value = state[key] = optimizer.init_state(key, group, name, param)
+        elif value.device != param.device:
+            value = state[key] = value.to(param.device)
+        usable = backend.state_memory(value, tensor)
+        if usable is None:
+            value = state[key] = layout.laid_out_as(value, tensor if shape == param.shape else value.contiguous())
+            usable = value
+        tensors.append(usable)
+    followers = ()
+    if optimizer._followers.any:
+        followers = optimizer._followers.of(param, tensor, state, backend, partial(weight_of, optimizer, param))
+    matrices = optimizer.matrices(group, name, param) if reduces else None
+    return Slot(index, name, param, tensor, step, tuple(tensors), None, matrices, *followers, storage=storage)
+
+
+def settle(optimizer: FusedOptimizer, param: Tensor, name: str | None, group: dict[str, Any]) -> bool:
+    """Bring a parameter's state into the form that the precision options ask for; False: it needs none."""
+    if optimizer._precision.plain and not precision.foreign(optimizer.state.get(param, {})):
+        return False
+
+    def new_state(key: str, like: Tensor) -> Tensor:
+        return optimizer.init_state(key, group, name, like)
+
+    states = [key for key in optimizer.states_of(group) if optimizer.state_shape(key, group, name, param) is not None]
+    optimizer._precision.settle(optimizer.state[param], states, param, name, new_state, optimizer.non_negative)
+    return True
+
+
+def weight_of(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
+    """A parameter's weight as averages and copies follow it."""
+    return optimizer._precision.followed_weight(param, optimizer.state.get(param, {}))
+
+
+def step_counter(
+    optimizer: FusedOptimizer, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]
+) -> Tensor:
+    """The number of updates of ``param`` so far, as one fp32 number on its device."""
+    if optimizer.step_form != "absent":
+        holder, key = state, "step"
+        count = state.get("step", 0.0)
+    else:
+        saved = optimizer._precision.counts(param)
+        holder, key = (state, "step") if saved else (optimizer._counters, param)
+        count = state.pop("step", optimizer._counters.get(param))  # of other options too
+        missing = all(state.get(name) is None for name in states)
+        # Whoever has no buffer, because momentum was 0 so far or the state was cleared, is at its first step.
+        if count is None or (missing and (states or not saved)):
+            count = 0.0 if missing else 1.0
+    if not (
+        isinstance(count, Tensor)
+        and count.dtype == torch.float32
+        and count.device == tensor.device
+        and count.dim() == 0
+    ):
+        if isinstance(count, Tensor):
+            count = count.detach().reshape(()).to(tensor.device, torch.float32, copy=True)
+        else:
+            count = torch.tensor(float(count), dtype=torch.float32, device=tensor.device)
+    holder[key] = count
+    return count
