@@ -19,11 +19,13 @@ from torch import Tensor
 import fusedstep
 
 from .. import backends
+from ..cases import PRECISION
 from . import chain
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 OURS = "fusedstep"  # how the names of our own contenders start
 EAGER = f"{OURS} reference"  # an eager implementation, which stands in where nobody else has the optimizer
+PLAIN = ", plain"  # how the names of those of ours end that have no precision options, to compare with those that have
 
 
 def torch_class(class_name: str) -> type[torch.optim.Optimizer] | None:
@@ -39,7 +41,8 @@ class Optimizer:
 
     ``states`` is the number of states of the parameter's shape and ``grad_reads`` how often the gradient must be read;
     both count the bytes that a step has to move. ``elementwise``: no element's update depends on another element.
-    ``chain``: what is done to the gradients before the step, a kind of `chain.Chain`.
+    ``chain``: what is done to the gradients before the step, a kind of `chain.Chain`. ``precision``: the options of
+    ours beyond ``options``, a name of `cases.PRECISION`.
     ``every_case``: by default it is measured on every case, not only on those with `models.Case.every_optimizer`.
     ``others_tolerance``: what the implementations that are not ours are allowed, where it is more than ours.
     """
@@ -53,6 +56,7 @@ class Optimizer:
     every_case: bool = False
     others_tolerance: float | None = None
     chain: str = ""
+    precision: str = ""
 
     @property
     def torch_class(self) -> type[torch.optim.Optimizer] | None:
@@ -62,15 +66,42 @@ class Optimizer:
     def our_class(self) -> type[torch.optim.Optimizer] | None:
         return getattr(fusedstep, self.class_name, None)
 
-    def bytes_per_parameter(self, dtype: torch.dtype) -> int:
-        """What one step must at least read and write, if parameter, gradient and states are all of ``dtype``."""
-        return dtype.itemsize * (2 + self.grad_reads + 2 * self.states)
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether the precision options mean something for parameters of ``dtype``."""
+        options = PRECISION.get(self.precision, {})
+        if set(options) <= {"state_dtype"}:
+            return options.get("state_dtype") != dtype
+        return dtype != torch.float32
+
+    @property
+    def our_tolerance(self) -> float | None:
+        """What ours is allowed, where the precision options make it more."""
+        options = PRECISION.get(self.precision, {})
+        if options.get("state_dtype") == "8bit":
+            return LOW_PRECISION
+        if options.get("rounding") == "stochastic":
+            return 2 * BF16_STEPS
+        return BF16_STEPS if options.get("state_dtype") == torch.bfloat16 else None
+
+    def bytes_per_parameter(self, dtype: torch.dtype, precision: str = "") -> float:
+        """What one step must at least read and write, with parameter and gradient of ``dtype``.
+
+        So are states, unless ``precision``, a name of `cases.PRECISION`, says otherwise.
+        """
+        options = PRECISION.get(precision, {})
+        companion = {True: 4, "split": 2}.get(options.get("master_weights"), 2 * options.get("kahan", False))
+        state_dtype = options.get("state_dtype") or (torch.float32 if "master_weights" in options else dtype)
+        state = 1 + 4 / 256 if state_dtype == "8bit" else state_dtype.itemsize
+        return dtype.itemsize * (2 + self.grad_reads) + 2 * companion + 2 * self.states * state
 
 
 # Learning rate and decay are large, so that an update without its decay, or by a wrong factor, is far from the right
 # one even in bfloat16. They cost no time: the same arithmetic runs for any value.
 _ADAM = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.5}
 _SGD = {"lr": 0.1, "weight_decay": 0.5}
+
+BF16_STEPS = 3 * 2.0**-7  # the error of three steps that round to bf16 once each
+LOW_PRECISION = 0.1  # and of those that keep states in 8 bits
 
 # A norm that is summed up in fp32, as torch does on the CPU, is off by this much for the 38 M elements of an embedding.
 FP32_SUMS = 5e-3
@@ -107,6 +138,10 @@ OPTIMIZERS: tuple[Optimizer, ...] = (
         **{"states": 0, "grad_reads": 3, "elementwise": False, "others_tolerance": FP32_SUMS},
     ),
     Optimizer("AdamWeightDecay", "AdamWeightDecay", {"learning_rate": 0.1, "weight_decay_rate": 0.5}, states=2),
+    *(
+        Optimizer(f"AdamW-{name.replace(', ', '-').replace(' ', '-')}", "AdamW", _ADAM, states=2, precision=name)
+        for name in PRECISION
+    ),
 )
 
 
@@ -115,17 +150,23 @@ class Contender:
     """An implementation of one optimizer.
 
     ``build(params)`` makes it. ``reasons`` says why it cannot take part. ``tolerance`` is given where it is not meant
-    to agree with the others to rounding error (see `check.error`).
+    to agree with the others to rounding error (see `check.error`). ``precision``: how it stores weights and states.
     """
 
     name: str
     build: Callable[[Sequence[Tensor]], torch.optim.Optimizer]
     reasons: tuple[str, ...] = ()
     tolerance: float | None = None
+    precision: str = ""
 
     @property
     def ours(self) -> bool:
         return self.name.startswith(OURS)
+
+
+def is_compared_with(name: str) -> bool:
+    """Whether a contender is there to be compared with, not what is measured: all that are not ours, and some."""
+    return not name.startswith(OURS) or name == EAGER or name.endswith(PLAIN)
 
 
 # torch.optim
@@ -184,7 +225,11 @@ def our_contenders(
                 build = chain.chained(
                     functools.partial(build, max_grad_norm=chain.MAX_NORM), optimizer.chain, ours=True
                 )
-            contenders.append(Contender(f"{OURS} {name}", build, backend_reasons(name, device, dtype)))
+            reasons = backend_reasons(name, device, dtype)
+            if optimizer.precision:
+                contenders.append(Contender(f"{OURS} {name}{PLAIN}", build, reasons))
+                build = functools.partial(build, **PRECISION[optimizer.precision])
+            contenders.append(Contender(f"{OURS} {name}", build, reasons, optimizer.our_tolerance, optimizer.precision))
     return contenders
 
 
@@ -200,7 +245,8 @@ def _cannot_build(params: Sequence[Tensor]) -> torch.optim.Optimizer:
 class Peer:
     """Another package's optimizers, compared where it is installed.
 
-    ``classes`` maps our class names to (attribute of ``module``, options beside the optimizer's own).
+    ``classes`` maps our class names to (attribute of ``module``, options beside the optimizer's own). ``precision``:
+    how weights and states are stored; it is compared with ours that does the same.
     """
 
     name: str
@@ -210,6 +256,7 @@ class Peer:
     classes: dict[str, tuple[str, dict[str, Any]]]
     tolerance: float | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    precision: str = ""
 
     @property
     def version(self) -> str | None:
@@ -221,8 +268,6 @@ class Peer:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-
-LOW_PRECISION = 0.1  # tolerance for optimizers that keep states in 8 bits
 
 PEERS: tuple[Peer, ...] = (
     Peer(
@@ -259,11 +304,27 @@ PEERS: tuple[Peer, ...] = (
         *("bitsandbytes 8-bit", "bitsandbytes", "bitsandbytes.optim", ("cuda",)),
         {"AdamW": ("AdamW8bit", {})},
         tolerance=LOW_PRECISION,
+        precision="8-bit states",
     ),
     Peer(
         *("torchao 8-bit", "torchao", "torchao.optim", ("cuda",)),
-        {"Adam": ("Adam8bit", {}), "AdamW": ("AdamW8bit", {})},
+        {"AdamW": ("AdamW8bit", {})},
         tolerance=LOW_PRECISION,
+        precision="8-bit states",
+    ),
+    Peer(
+        *("torchao 8-bit stochastic", "torchao", "torchao.optim", ("cuda",)),
+        {"AdamW": ("AdamW8bit", {"bf16_stochastic_round": True})},
+        tolerance=LOW_PRECISION,
+        dtypes=(torch.bfloat16,),
+        precision="stochastic, 8-bit states",
+    ),
+    Peer(
+        *("torchao stochastic", "torchao", "torchao.optim", ("cuda",)),
+        {"AdamW": ("_AdamW", {"bf16_stochastic_round": True})},
+        tolerance=2 * BF16_STEPS,
+        dtypes=(torch.bfloat16,),
+        precision="stochastic",
     ),
     # With L2 decay or Kahan summation it writes into the gradients, which here serve for many steps.
     Peer(
@@ -271,9 +332,11 @@ PEERS: tuple[Peer, ...] = (
         {"AdamW": ("AdamW", {"kahan_sum": False})},
     ),
     Peer(
-        *("flashoptim 8-bit", "flashoptim", "flashoptim", ("cuda",)),
-        {"SGD": ("FlashSGD", {}), "Adam": ("FlashAdam", {}), "AdamW": ("FlashAdamW", {})},
+        *("flashoptim", "flashoptim", "flashoptim", ("cuda",)),  # which splits bf16 weights unless told otherwise
+        {"AdamW": ("FlashAdamW", {})},
         tolerance=LOW_PRECISION,
+        dtypes=(torch.bfloat16,),
+        precision="split, 8-bit states",
     ),
 )
 
@@ -282,7 +345,7 @@ def peer_contenders(optimizer: Optimizer, device: torch.device, dtype: torch.dty
     """Installed packages that have this optimizer with its options."""
     contenders = []
     for peer in PEERS:
-        if optimizer.class_name not in peer.classes or peer.version is None:
+        if optimizer.class_name not in peer.classes or peer.precision != optimizer.precision or peer.version is None:
             continue
         attribute, extra = peer.classes[optimizer.class_name]
         options = {**optimizer.options, **extra}
@@ -301,7 +364,8 @@ def peer_contenders(optimizer: Optimizer, device: torch.device, dtype: torch.dty
                 lacks = [option for option in options if option not in inspect.signature(made).parameters]
                 reasons += [f"has no option '{option}'" for option in lacks]
                 build = functools.partial(_quietly, made, options)
-        contenders.append(Contender(peer.name, build, tuple(reasons), peer.tolerance or optimizer.others_tolerance))
+        tolerance = peer.tolerance or optimizer.others_tolerance
+        contenders.append(Contender(peer.name, build, tuple(reasons), tolerance, peer.precision))
     return contenders
 
 

@@ -1,4 +1,4 @@
-"""`fusedstep bench --precision`: what each precision option costs in bytes and time, all of it measured.
+"""What each precision option costs in bytes, all of it counted.
 
 Bytes read are those of the memory pages that one step touches, as the kernel of Linux counts them: what is only written
 is fetched into the caches too. Bytes written are those of the pages that have other contents after a step; memory is
@@ -8,14 +8,13 @@ options should cost.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
 import re
 import statistics
+import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from ..cases import PRECISION
 
 PAGE = 4096
 MMAP_THRESHOLD = -3  # of mallopt
-FULL, QUICK = (50_000_000, 15), (2_000_000, 3)  # elements, rounds
 FP32, BF16 = torch.float32, torch.bfloat16
 TORCH = "torch fused"
 
@@ -113,61 +111,28 @@ def measure_bytes(n: int, dtype: torch.dtype, options: dict[str, Any] | None) ->
     return {"read": read / n, "written": written(optimizer) / n, "memory": kept / n}
 
 
-def measure_time(n: int, rounds: int) -> list[float]:
-    """Median milliseconds of a step in each mode; the modes take turns, so that they meet the same machine."""
-    made = [make(n, dtype, options) for _, dtype, options in MODES]
-    taken: list[list[float]] = [[] for _ in made]
-    for _ in range(rounds):
-        for times, (_, optimizer) in zip(taken, made, strict=True):
-            start = time.perf_counter()
-            optimizer.step()
-            times.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(times) for times in taken]
+def can_count(device: torch.device) -> bool:
+    """Whether the bytes that a step on ``device`` moves can be counted: on a CPU, by the kernel of Linux."""
+    return device.type == "cpu" and Path("/proc/self/clear_refs").exists()
 
 
-def measure(n: int, rounds: int) -> list[dict[str, Any]]:
-    """One row for each mode."""
-    rows = []
-    for (name, dtype, options), step_ms in zip(MODES, measure_time(n, rounds), strict=True):
-        rows.append(
-            {
-                "mode": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "step_ms": step_ms,
-                **measure_bytes(n, dtype, options),
-            }
-        )
-    return rows
+def measure(n: int) -> list[dict[str, Any]]:
+    """One row for each mode, of AdamW over one tensor of ``n`` elements; in a process that does nothing else."""
+    command = [sys.executable, "-m", __name__, str(n)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table in Markdown."""
-    own = next(row["step_ms"] for row in rows if row["mode"] == "plain")
-    lines = [
-        "| parameter, gradient | AdamW with | bytes moved | memory (weight and states) | step, of our plain fp32 |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        total = row["read"] + row["written"]
-        lines.append(
-            f"| {row['dtype']} | {row['mode']} | {total:.1f} ({row['read']:.1f} + {row['written']:.1f}) "
-            f"| {row['memory']:.1f} | {row['step_ms'] / own:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the table; 2 if this machine cannot count pages."""
-    if not Path("/proc/self/clear_refs").exists() or (args.device is not None and args.device.type != "cpu"):
-        print(
-            "fusedstep bench --precision counts pages of the host's memory: it needs Linux and the CPU", file=sys.stderr
-        )
-        return 2
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def rows(n: int) -> list[dict[str, Any]]:
+    """What `measure` returns, counted in this process."""
     # Each tensor gets pages of its own, which go back to the system when it is freed.
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
-    elements, rounds = QUICK if args.quick else FULL
-    rows = measure(elements, args.rounds or rounds)
-    print(json.dumps(rows, indent=1) if args.json else table(rows))
-    return 0
+    for _, dtype, options in MODES:  # what a process loads and keeps once is no mode's
+        make(1 << 16, dtype, options)
+    return [
+        {"mode": name, "dtype": str(dtype).removeprefix("torch."), "elements": n, **measure_bytes(n, dtype, options)}
+        for name, dtype, options in MODES
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(rows(int(sys.argv[1]))))

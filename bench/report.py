@@ -38,15 +38,13 @@ def blocks(found: dict[str, Any], optimizers: list[str] | None = None) -> list[t
 
 def best_of_ours(block: Block) -> dict[str, Any] | None:
     """The fastest row of fusedstep that was timed."""
-    ours = [row for name, row in block.items() if row["ours"] and name != peers.EAGER and row["step_ms"]]
+    ours = [row for name, row in block.items() if not peers.is_compared_with(name) and row["step_ms"]]
     return min(ours, key=lambda row: row["step_ms"]["median"], default=None)
 
 
 def others(cases: list[Block]) -> list[str]:
     """The contenders that fusedstep's kernels are compared with in a table: those that were timed."""
-    names = dict.fromkeys(
-        name for block in cases for name, row in block.items() if name == peers.EAGER or not row["ours"]
-    )
+    names = dict.fromkeys(name for block in cases for name in block if peers.is_compared_with(name))
     return [name for name in names if any(name in block and block[name]["step_ms"] for block in cases)]
 
 
@@ -105,6 +103,8 @@ def markdown(found: dict[str, Any], optimizers: list[str] | None = None, brief: 
     load = max((row["other_load"] or 0.0 for row in found["rows"]), default=0.0)
     notes += [f"other processes used up to {load:.1f} cores meanwhile"] if load > NOTABLE_LOAD else []
     lines += ["", f"{'; '.join(notes)}. Written by `{found['command']}`."]
+    if found.get("bytes"):
+        lines += _bytes(found["bytes"])
     return "\n".join(lines).lstrip("\n")
 
 
@@ -135,6 +135,16 @@ def _brief(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
             cells += [other["contender"] if other else "-", _milliseconds(other)]
             lines.append(f"| {' | '.join(cells + _ours(ours, block, device))} |")
     return lines
+
+
+def _bytes(rows: list[dict[str, Any]]) -> list[str]:
+    """What `precision.measure` has counted."""
+    lines = _head(["parameter, gradient", "AdamW"], ["bytes moved (read + written)", "memory of weight and states"])
+    for row in rows:
+        total = f"{row['read'] + row['written']:.1f} ({row['read']:.1f} + {row['written']:.1f})"
+        lines.append(f"| {row['dtype']} | {row['mode']} | {total} | {row['memory']:.1f} |")
+    note = f"For each of {rows[0]['elements']:,} parameters in one tensor, counted by pages of memory in the same run."
+    return [*lines, "", note]
 
 
 def _line(block: Block, cases: list[Block], columns: list[str], device: str) -> str:

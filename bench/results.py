@@ -111,6 +111,8 @@ def file_name(results: dict[str, Any]) -> str:
     model = device.get("gpu", device["cpu"]).lower()
     model = re.sub(r"\(r\)|\(tm\)|@.*|\b\d+-core\b|\bprocessor\b|\bcpu\b", " ", model)
     optimizers = "all" if settings["all_optimizers"] else "-".join(settings["optimizers"])
+    if settings["precision"]:
+        optimizers = "precision"
     parts = (device["type"], model, optimizers, "quick" if settings["quick"] else "", results["created"][:10])
     return "-".join(filter(None, (re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts))) + ".json"
 

@@ -44,6 +44,7 @@ class Effort:
 
 FULL = Effort(0.8, 3, 30)
 QUICK = Effort(0.2, 3, 10)
+ELEMENTS, QUICK_ELEMENTS = 20_000_000, 2_000_000  # of the tensor for which `precision` counts bytes
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Bench:
             "reason": "; ".join(contender.reasons) or None,
             "error": None,
             "tolerance": max(contender.tolerance or 0.0, check.TOLERANCES[dtype]),
-            "bytes_per_parameter": optimizer.bytes_per_parameter(dtype),
+            "bytes_per_parameter": optimizer.bytes_per_parameter(dtype, contender.precision),
             **dict.fromkeys(MEASURED),
         }
 
@@ -194,9 +195,9 @@ class Bench:
         if self.memory is None or self.stopwatch is None:
             self.memory = timing.Memory(self.device)
             self.stopwatch = timing.Stopwatch(self.device)
-        moved = configuration.case.elements * configuration.optimizer.bytes_per_parameter(DTYPES[configuration.dtype])
+        moved = {name: configuration.case.elements * rows[name]["bytes_per_parameter"] for name in built}
         # Where nothing fits into the caches anyway, warm caches would tell nothing new.
-        warm = self.device.type == "cpu" and moved < timing.cache_bytes(self.device)
+        warm = self.device.type == "cpu" and max(moved.values()) < timing.cache_bytes(self.device)
         sample = self.stopwatch.sample
         samplers = {name: functools.partial(sample, made.step, warm) for name, made in built.items()}
         samplers[COPY] = functools.partial(sample, self.memory.copy)
@@ -209,7 +210,7 @@ class Bench:
         copy = self.memory.bytes / timing.summary(samples.pop(COPY)[kind])["median"]
         memory = max(copy, self.memory.bytes / timing.summary(samples.pop(IN_PLACE)[kind])["median"])
         for name, taken in samples.items():
-            speed = moved / timing.summary(taken[kind])["median"]
+            speed = moved[name] / timing.summary(taken[kind])["median"]
             rows[name] |= {
                 key: timing.summary(taken[source], scale)
                 for source, key, scale in (
@@ -228,7 +229,7 @@ class Bench:
                 "memory_share": speed / memory,
                 "other_load": load,
             }
-        others = [rows[name] for name in samples if not rows[name]["ours"] or name == peers.EAGER]
+        others = [rows[name] for name in samples if peers.is_compared_with(name) and not name.endswith(peers.PLAIN)]
         baseline = min(
             others, key=lambda row: (row["contender"] != peers.FUSED, row["step_ms"]["median"]), default=None
         )
@@ -399,7 +400,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         action="store_true",
-        help="bytes moved, memory and time of AdamW with each of the precision options instead, on the CPU",
+        help="AdamW with each of the precision options instead; on a CPU the bytes that they move and keep, too",
     )
     add("--plot", action="store_true", help="draw the speed-ups into a PNG beside the results file")
     add("--json", action="store_true", help="print the results as JSON and nothing else")
@@ -412,14 +413,18 @@ def command_line(args: argparse.Namespace) -> str:
         values = getattr(args, option)
         for value in values if isinstance(values, list) else [values]:
             words += [f"--{option}", str(value)] if value is not None else []
-    words += [f"--{option.replace('_', '-')}" for option in ("quick", "check_only", "plot") if getattr(args, option)]
+    flags = ("precision", "quick", "check_only", "plot")
+    words += [f"--{option.replace('_', '-')}" for option in flags if getattr(args, option)]
     return shlex.join(words)
 
 
 def configurations(args: argparse.Namespace, device: torch.device) -> list[Configuration]:
     """What to measure, in order."""
-    chosen = [optimizer for optimizer in peers.OPTIMIZERS if not args.optimizer or optimizer.name in args.optimizer]
-    if args.quick and not args.optimizer:
+    if args.optimizer:
+        chosen = [optimizer for optimizer in peers.OPTIMIZERS if optimizer.name in args.optimizer]
+    else:
+        chosen = [optimizer for optimizer in peers.OPTIMIZERS if bool(optimizer.precision) == args.precision]
+    if args.quick and not args.optimizer and not args.precision:
         chosen = [optimizer for optimizer in chosen if optimizer.every_case]
     threads = args.threads or torch.get_num_threads()
     found = []
@@ -431,7 +436,7 @@ def configurations(args: argparse.Namespace, device: torch.device) -> list[Confi
                 broad = bool(args.optimizer) or optimizer.every_case or case.every_optimizer
                 wanted = device.type in case.devices and (case.quick if args.quick else broad)
             for dtype in DTYPES:
-                if wanted and (not args.dtype or dtype in args.dtype):
+                if wanted and optimizer.takes(DTYPES[dtype]) and (not args.dtype or dtype in args.dtype):
                     found.append(Configuration(optimizer, case, dtype, threads))
                     one_thread = case.one_thread and dtype == "fp32" and device.type == "cpu" and not args.quick
                     if one_thread and threads > 1 and not args.threads:
@@ -441,7 +446,7 @@ def configurations(args: argparse.Namespace, device: torch.device) -> list[Confi
 
 def missing_packages(args: argparse.Namespace) -> list[str]:
     """Packages that the output needs and that are not installed."""
-    needed = ([] if args.json or args.precision else ["rich"]) + (["matplotlib"] if args.plot else [])
+    needed = ([] if args.json else ["rich"]) + (["matplotlib"] if args.plot else [])
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
@@ -463,8 +468,6 @@ def run(args: argparse.Namespace) -> int:
     Returns an exit code: 0, or 1 if a result of fusedstep is wrong, or 2 if the run is impossible as asked for. Wrong
     results of others are reported and not timed, and leave the exit code alone.
     """
-    if args.precision:
-        return precision.run(args)
     missing = missing_packages(args)
     if missing:
         print(f"fusedstep bench needs {' and '.join(missing)}: pip install 'fusedstep[bench]'", file=sys.stderr)
@@ -483,7 +486,8 @@ def run(args: argparse.Namespace) -> int:
     bench = Bench(device, backends, QUICK if args.quick else FULL, args.rounds, args.check_only)
     settings = {
         "optimizers": list(dict.fromkeys(configuration.optimizer.name for configuration in todo)),
-        "all_optimizers": not args.optimizer and not args.quick,
+        "all_optimizers": not (args.optimizer or args.quick or args.precision),
+        "precision": args.precision,
         "backends": backends,
         "rounds": args.rounds,
         "seconds_per_contender": bench.effort.seconds,
@@ -498,6 +502,8 @@ def run(args: argparse.Namespace) -> int:
             what = f"{configuration.optimizer.name}, {configuration.case.title}, {configuration.dtype}"
             found["rows"] += bench.run(configuration, lambda stage, what=what: advance(f"{what}: {stage}", 0))
             advance(what, 1)
+    if args.precision and not args.check_only and precision.can_count(device):
+        found["bytes"] = precision.measure(QUICK_ELEMENTS if args.quick else ELEMENTS)
 
     path = None if args.check_only else results.save(found, args.output)
     picture = None

@@ -30,6 +30,8 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
         load = max(row["other_load"] or 0.0 for row in timed)
         if load > NOTABLE_LOAD:
             console.print(f"[red]other processes used up to {load:.1f} cores meanwhile: repeat on an idle machine[/]")
+    if found.get("bytes"):
+        console.print(_bytes(found["bytes"]))
     absent = [name for name, version in found["peers"].items() if version is None]
     if absent:
         console.print(f"not installed, hence not compared: {', '.join(absent)}")
@@ -40,6 +42,18 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
             refused.setdefault(why, []).append(f"{row['optimizer']}, {row['title']}, {row['dtype']}")
     for why, where in refused.items():
         console.print(escape(f"{why} [{where[0]}{f', and {len(where) - 1} more' if where[1:] else ''}]"))
+
+
+def _bytes(rows: list[dict[str, Any]]) -> Table:
+    title = f"[bold]AdamW, bytes for each of {rows[0]['elements']:,} parameters[/]"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for heading in ("read", "written", "memory of weight and states"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        numbers = [f"{row[key]:.1f}" for key in ("read", "written", "memory")]
+        table.add_row(f"{row['dtype']}, {row['mode']}", *numbers)
+    return table
 
 
 def _columns(device: str, timed: bool) -> dict[str, Callable[[dict[str, Any]], str]]:

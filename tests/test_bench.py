@@ -11,6 +11,7 @@ import torch
 from fusedstep.bench import check, models, peers, plot, precision, report, results, suite, timing
 
 import fusedstep
+from fusedstep.cases import PRECISION
 
 CPU = torch.device("cpu")
 
@@ -88,21 +89,28 @@ def test_gradients_are_random_never_zero_and_the_same_in_every_run():
     assert torch.equal(params[0].grad, before)
 
 
-@pytest.mark.parametrize("dtype", suite.DTYPES)
-@pytest.mark.parametrize("optimizer", peers.OPTIMIZERS, ids=lambda optimizer: optimizer.name)
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [
+        pytest.param(optimizer, dtype, id=f"{optimizer.name}-{name}")
+        for optimizer in peers.OPTIMIZERS
+        for name, dtype in suite.DTYPES.items()
+        if optimizer.takes(dtype)
+    ],
+)
 def test_fusedstep_and_a_for_loop_pass_the_check_and_leave_the_gradients_alone(optimizer, dtype):
-    dtype = suite.DTYPES[dtype]
-    params = check.make_parameters([(1031,), (7, 9), (1,)], dtype, CPU)
+    shapes = [(1031,), (7, 9), (1,), *([(5000,)] if optimizer.precision else [])]  # large enough for 8 bits
+    params = check.make_parameters(shapes, dtype, CPU)
     grads = [param.grad.clone() for param in params]
     start = [param.detach().clone() for param in params]
     right = check.expected(optimizer, params, dtype)
     tested = peers.contenders(optimizer, CPU, dtype, ["cpu", "reference"])
     if optimizer.torch_class is not None:
         tested = [contender for contender in tested if contender.ours or "loop" in contender.name]
-        assert len(tested) == 3
+        assert len(tested) == (5 if optimizer.precision else 3)
     for contender in tested:
         _, error = check.check(contender.build, params, start, right)
-        assert error <= check.TOLERANCES[dtype], contender.name
+        assert error <= max(check.TOLERANCES[dtype], contender.tolerance or 0.0), contender.name
         assert all(torch.equal(param.grad, grad) for param, grad in zip(params, grads, strict=True))
 
 
@@ -408,10 +416,20 @@ def test_one_thread_is_measured_too_where_the_case_asks_for_it():
         torch.set_num_threads(before)
 
 
-def test_precision_counts_the_bytes_of_each_option(capsys):
-    """Of 2 million parameters, so that the interpreter's own pages are below a byte for each."""
-    assert bench("--precision", "--quick", "--json", "--rounds", "1", "--threads", "1") == 0
-    rows = {(row["dtype"], row["mode"]): row for row in json.loads(capsys.readouterr().out)}
+def test_precision_checks_times_and_counts_the_bytes_of_each_option(tmp_path, capsys):
+    arguments = ["--precision", "--quick", "--json", "--rounds", "1", "--threads", "1", "--case", "resnet50"]
+    chosen = ["AdamW-8-bit-states", "AdamW-split-bf16-states"]
+    assert bench(*arguments, *(f"--optimizer={name}" for name in chosen), output=tmp_path) == 0
+    found = json.loads(capsys.readouterr().out)
+    (written,) = tmp_path.iterdir()
+    assert "precision" in written.name
+    ours = [row for row in found["rows"] if row["ours"]]
+    assert {row["status"] for row in ours} == {"ok"}
+    modes = [(row["optimizer"], row["dtype"]) for row in ours if not peers.is_compared_with(row["contender"])]
+    assert modes == [(chosen[0], "fp32"), (chosen[0], "bf16"), (chosen[1], "bf16")]
+    assert all(name in report.markdown(found) for name in chosen)
+    rows = {(row["dtype"], row["mode"]): row for row in found["bytes"]}
+    # Of 2 million parameters, so that the interpreter's own pages are below a byte for each.
     expected = {  # read, written, kept
         ("float32", "plain"): (16, 12, 12),
         ("float32", "8-bit states"): (10, 6, 6),
@@ -423,9 +441,20 @@ def test_precision_counts_the_bytes_of_each_option(capsys):
         row = rows[key]
         assert row["written"] == pytest.approx(written, abs=2.5), key
         assert row["memory"] == pytest.approx(kept, abs=0.5), key
-        assert row["step_ms"] > 0
+        assert f"| {key[0]} | {key[1]} |" in report.markdown(found)
 
 
-def test_precision_needs_the_cpu(capsys):
-    assert precision.run(argparse.Namespace(device=torch.device("cuda"))) == 2
-    assert "it needs Linux and the CPU" in capsys.readouterr().err
+@pytest.mark.parametrize("optimizer", [o for o in peers.OPTIMIZERS if o.precision], ids=lambda o: o.name)
+def test_bytes_of_the_precision_options_are_those_of_their_tensors(optimizer):
+    for dtype in suite.DTYPES.values():
+        if optimizer.takes(dtype):
+            (param,) = check.make_parameters([(256, 256)], dtype, CPU)
+            made = fusedstep.AdamW([param], **PRECISION[optimizer.precision])
+            made.step()
+            kept = sum(t.nbytes for name, t in made.state[param].items() if name != "step") + param.nbytes
+            moved = optimizer.bytes_per_parameter(dtype, optimizer.precision)
+            assert param.numel() * moved == 2 * kept + param.grad.nbytes
+
+
+def test_bytes_cannot_be_counted_on_a_gpu():
+    assert not precision.can_count(torch.device("cuda"))
