@@ -107,7 +107,9 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(label, value(other), value(mine))
 
     def how(run: dict[str, Any]) -> str:
-        return run["implementation"] if run["backends"] is None else "backend " + ", ".join(run["backends"])
+        if run["backends"] is None:
+            return run["implementation"]
+        return ", ".join(filter(None, ("backend " + ", ".join(run["backends"]), run["implementation"])))
 
     row("implementation", how)
     row("train loss, first step", lambda run: f"{run['train_loss'][0]:.4f}")

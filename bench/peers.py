@@ -95,6 +95,9 @@ class Optimizer:
         return dtype.itemsize * (2 + self.grad_reads) + 2 * companion + 2 * self.states * state
 
 
+# The precision options by names that are one word on a command line.
+PRECISIONS = {name.replace(", ", "-").replace(" ", "-"): name for name in PRECISION}
+
 # Learning rate and decay are large, so that an update without its decay, or by a wrong factor, is far from the right
 # one even in bfloat16. They cost no time: the same arithmetic runs for any value.
 _ADAM = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.5}
@@ -138,10 +141,7 @@ OPTIMIZERS: tuple[Optimizer, ...] = (
         **{"states": 0, "grad_reads": 3, "elementwise": False, "others_tolerance": FP32_SUMS},
     ),
     Optimizer("AdamWeightDecay", "AdamWeightDecay", {"learning_rate": 0.1, "weight_decay_rate": 0.5}, states=2),
-    *(
-        Optimizer(f"AdamW-{name.replace(', ', '-').replace(' ', '-')}", "AdamW", _ADAM, states=2, precision=name)
-        for name in PRECISION
-    ),
+    *(Optimizer(f"AdamW-{word}", "AdamW", _ADAM, states=2, precision=name) for word, name in PRECISIONS.items()),
 )
 
 

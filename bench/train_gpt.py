@@ -28,10 +28,11 @@ from torch import nn
 import fusedstep
 
 from .. import backends
+from ..cases import PRECISION
 from . import text
 from .demo_results import Run, draw, findings, show
 from .gpt import GPT, Size
-from .peers import torch_class
+from .peers import PRECISIONS, torch_class
 from .terminal import positive, progress
 from .timing import OtherLoad
 
@@ -68,11 +69,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Contender:
-    """One of the two optimizers: ``build(groups)`` makes it."""
+    """One of the two optimizers: ``build(groups)`` makes it, for a model in ``dtype``."""
 
     name: str
     implementation: str
     build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    dtype: torch.dtype = torch.float32
 
 
 def optimizers() -> list[str]:
@@ -101,9 +103,12 @@ def fused_works(optimizer: type[torch.optim.Optimizer], device: torch.device) ->
 
 
 def contenders(
-    name: str, options: dict[str, Any], device: torch.device, backend: str | None
+    name: str, options: dict[str, Any], device: torch.device, backend: str | None, precision: str = ""
 ) -> tuple[Contender, Contender]:
-    """torch's optimizer and ours; where torch has none, ours on the reference backend is the one to compare with."""
+    """torch's optimizer and ours; where torch has none, ours on the reference backend is the one to compare with.
+
+    ``precision``, a name of `cases.PRECISION`, concerns ours alone; the other one trains an fp32 model in any case.
+    """
     ours = getattr(fusedstep, name)
     theirs = torch_class(name)
     if theirs is None:
@@ -119,7 +124,13 @@ def contenders(
             "fused=True" if fused else "default",
             lambda groups: theirs(groups, **fused, **options),
         )
-    mine = Contender(f"fusedstep.{name}", "", lambda groups: ours(groups, backend=backend, **options))
+    more = PRECISION.get(precision, {})
+    mine = Contender(
+        f"fusedstep.{name}",
+        precision,
+        lambda groups: ours(groups, backend=backend, **options, **more),
+        torch.float32 if set(more) <= {"state_dtype"} else torch.bfloat16,  # the others concern 16-bit weights
+    )
     return other, mine
 
 
@@ -174,7 +185,7 @@ def train(
         Diverged: the loss is no longer finite.
     """
     size, device, corpus = training.size, training.device, training.corpus
-    model = training.model()
+    model = training.model().to(contender.dtype)
     optimizer = contender.build(param_groups(model, training.optimizer))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
     generator = torch.Generator().manual_seed(training.seed)
@@ -255,6 +266,7 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="run the model under bfloat16 autocast (default: only on a GPU)",
     )
+    add("--precision", choices=PRECISIONS, help="how fusedstep stores weights and states (default: as torch does)")
     add("--seed", metavar="N", type=int, default=0, help="(default: %(default)s)")
     for item in dataclasses.fields(Size):
         defaults = ", ".join(f"{getattr(size, item.name)} on {name}" for name, size in SIZES.items())
@@ -295,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {**OPTIONS.get(args.optimizer, {}), **({} if args.lr is None else {"lr": args.lr})}
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     training = Training(corpus, size, args.optimizer, device, args.seed, bf16)
-    both = contenders(args.optimizer, options, device, args.backend)
+    both = contenders(args.optimizer, options, device, args.backend, PRECISIONS.get(args.precision, ""))
     words = sys.argv[1:] if argv is None else argv
     try:
         for contender in both:
@@ -319,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = shlex.join(["python", "-m", __spec__.name, *words])
     found = findings(training, options, (runs[0], runs[1]), command, load)
-    data = args.output / f"train_gpt-{args.optimizer}.json"
+    data = args.output / f"train_gpt-{'-'.join(filter(None, (args.optimizer, args.precision)))}.json"
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     picture = data.with_suffix(".png")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from fusedstep.bench import text, train_gpt
+from fusedstep.bench import peers, text, train_gpt
 
 STEPS = 6
 SIZE = train_gpt.Size(layers=1, width=16, heads=2, context=16, batch=4, steps=STEPS)
@@ -73,6 +73,26 @@ def test_every_optimizer_learns_like_what_it_is_compared_with(demo, capsys, name
     assert found["comparison"]["max_train_difference"] <= 1e-3
     losses = found["runs"][1]["validation_loss"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("8-bit-states", torch.float32), ("split", torch.bfloat16)])
+def test_precision_concerns_ours_alone(demo, capsys, tmp_path, monkeypatch, precision, dtype):
+    dtypes = []
+    monkeypatch.setattr(train_gpt.GPT, "loss", spy(train_gpt.GPT.loss, dtypes))
+    assert demo("--json", "--precision", precision) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [run["implementation"] for run in found["runs"]] == ["fused=True", peers.PRECISIONS[precision]]
+    assert dtypes[0] == torch.float32
+    assert dtypes[-1] == dtype
+    assert (tmp_path / f"train_gpt-AdamW-{precision}.json").exists()
+
+
+def spy(loss, dtypes):
+    def noted(model, *args):
+        dtypes.append(model.token.weight.dtype)
+        return loss(model, *args)
+
+    return noted
 
 
 def test_an_optimizer_that_torch_lacks_is_compared_with_the_reference(demo, capsys, monkeypatch):
