@@ -113,9 +113,10 @@ FUSEDSTEP_FN S lost(float x, S narrowed) {
 // A block whose largest magnitude is below the smallest normal number is all zeros; one with an infinity or a NaN
 // becomes all NaN, for its scale is.
 struct Block {
-  float inverse;
-  uint32_t keep;  // mask of the magnitudes to encode
+  float inverse = 0.0f;
+  uint32_t keep = 0;  // mask of the magnitudes to encode
 
+  Block() = default;
   // largest: the bits of the block's largest magnitude.
   FUSEDSTEP_FN explicit Block(uint32_t largest) {
     const bool coded = largest >= 0x00800000u && largest < 0x7f800000u;

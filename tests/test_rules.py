@@ -44,6 +44,15 @@ def test_update_names_its_arguments_as_the_compiled_rule_does(cls):
     assert [argument.split()[-1].strip("&") for argument in signature.split(",")] == arguments
 
 
+@by_rule
+def test_states_that_are_never_negative_are_those_of_the_compiled_rule(cls):
+    source = (ROOT / "csrc" / "rules.h").read_text()
+    struct = source[source.index(f'kName = "{cls.rule}"') :]
+    flags = re.search(r"kNonNegative(?:\[\] = )?\{(.*?)\};", struct).group(1).split(", ")
+    named = tuple(name for name, flag in zip(cls.state_names, flags, strict=cls.state_names != ()) if flag == "true")
+    assert named == getattr(cls, "non_negative", ())
+
+
 @by_any_rule
 def test_scalars_are_those_of_the_compiled_rule(cls):
     source = (ROOT / "csrc" / ("reducing_rules.h" if cls in REDUCING_CLASSES else "rules.h")).read_text()

@@ -3,6 +3,7 @@
 // clang-format off
 #include "stored.h"  // first: the rules that engine.h brings in then find packs' square root
 #include "engine.h"
+#include "coded.h"
 #include "followers.h"
 #include "tiles.h"
 // clang-format on
@@ -56,6 +57,23 @@ void update_uniform(const Record& record, const void* grad, int64_t begin, int64
                        Stored<T, S>{const_cast<S*>(static_cast<const S*>(grad))}, states, begin, end, change, scalars);
 }
 
+// With param and grad in fp32, the states stored as S.
+template <class Rule, class S>
+void update_fp32(const Record& record, float* grad, int64_t n, const GradChange<float>& change,
+                 const typename Rule::template Scalars<float>& scalars) {
+  Stored<float, S> states[kMaxStates];
+  for (int k = 0; k < kNamed<Rule>; ++k) states[k].data = static_cast<S*>(record.states[k]);
+  update_loop<Rule, float>(Stored<float, float>{static_cast<float*>(record.param)}, Stored<float, float>{grad}, states,
+                           0, n, change, scalars);
+}
+
+template <class Rule>
+bool states_are(const Record& record, Dtype dtype) {
+  for (int k = 0; k < kNamed<Rule>; ++k)
+    if (has_state<Rule>(k) && record.state_dtypes[k] != dtype) return false;
+  return true;
+}
+
 // prepare() costs more than a small tensor's update, and most tensors of a group are at the same step.
 template <class Rule, class T>
 struct Prepared {
@@ -74,10 +92,7 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
   const Record& record = *work.record;
   const auto& scalars = prepared.scalars;
   const GradChange<T> change = grad_change<T>(call);
-  bool uniform = is_plain(record) && record.grad_dtype == record.param_dtype;
-  for (int k = 0; k < kNamed<Rule>; ++k)
-    uniform = uniform && (!has_state<Rule>(k) || record.state_dtypes[k] == record.param_dtype);
-  if (uniform) {
+  if (is_plain(record) && record.grad_dtype == record.param_dtype && states_are<Rule>(record, record.param_dtype)) {
     if constexpr (sizeof(T) == sizeof(double))
       return update_uniform<Rule, T, double>(record, work.grad, begin, end, change, scalars);
     else if (record.param_dtype == Dtype::kF32)
@@ -94,17 +109,32 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
                          AnyStored<T>{const_cast<void*>(work.grad), record.grad_dtype}, states, begin, end, change,
                          scalars);
   } else {
-    struct Context {
-      GradChange<T> change;
-      const typename Rule::template Scalars<T>& scalars;
+    const bool writes_grad = change.zero || change.write;
+    const auto tiles = [&](bool widens_states, const auto& update) {
+      using Update = std::remove_reference_t<decltype(update)>;
+      const UpdateTile call = [](const Record& tile, float* grad, int64_t n, const void* context) {
+        (*static_cast<Update*>(context))(tile, grad, n);
+      };
+      update_tiles(record, work.grad, begin, end, kPresentBits<Rule>, prepared.step, writes_grad, widens_states, call,
+                   &update);
     };
-    const Context context{change, scalars};
-    const auto update = [](const Record& tile, const void* grad, int64_t n, const void* context) {
-      const auto& c = *static_cast<const Context*>(context);
-      update_uniform<Rule, T, float>(tile, grad, 0, n, c.change, c.scalars);
-    };
-    update_tiles(record, work.grad, begin, end, kPresentBits<Rule>, prepared.step, change.zero || change.write, update,
-                 &context);
+    // States all in fp32, in bf16 or in 8 bits are updated as they are.
+    if constexpr (kHeld<Rule> > 0) {
+      if (record.precision.in_blocks) {
+        CodedStates<Rule> coded(record, begin, change, scalars);
+        tiles(false, [&](const Record& tile, float* grad, int64_t n) {
+          coded.update(static_cast<float*>(tile.param), grad, n);
+        });
+        return coded.finish();
+      }
+      if (states_are<Rule>(record, Dtype::kBF16))
+        return tiles(false, [&](const Record& tile, float* grad, int64_t n) {
+          update_fp32<Rule, BF16>(tile, grad, n, change, scalars);
+        });
+    }
+    tiles(!states_are<Rule>(record, Dtype::kF32), [&](const Record& tile, float* grad, int64_t n) {
+      update_fp32<Rule, float>(tile, grad, n, change, scalars);
+    });
   }
 }
 

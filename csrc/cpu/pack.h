@@ -120,15 +120,29 @@ template <>
 FUSEDSTEP_FN FloatPack load_pack<float, BF16>(const BF16* stored) {
   HalfWordPack bits;
   __builtin_memcpy(&bits, stored, sizeof(bits));
+#if defined(__AVX512BW__)
+  const __m512i places = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0,
+                                          3, 0, 2, 0, 1, 0, 0, 0);
+  return (FloatPack)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_castsi256_si512((__m256i)bits));
+#else
   return (FloatPack)(widen_words(bits) << 16);
+#endif
 }
 
 template <>
 FUSEDSTEP_FN void store_pack<float, BF16>(BF16* stored, FloatPack pack) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m512i bits = (__m512i)pack, most = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)pack, (__m512)pack, _CMP_UNORD_Q);
+  const HalfWordPack halves = upper_halves((WordPack)_mm512_mask_add_epi32(most, odd, most, _mm512_set1_epi32(1)));
+  const __m256i narrowed = _mm256_mask_mov_epi16((__m256i)halves, nan, _mm256_set1_epi16(0x7fc0));
+#else
   const WordPack bits = (WordPack)pack;
   const WordPack rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const WordPack quiet_nan = WordPack{} + 0x7fc00000u;
   const HalfWordPack narrowed = upper_halves(pack != pack ? quiet_nan : rounded);
+#endif
   __builtin_memcpy(stored, &narrowed, sizeof(narrowed));
 }
 

@@ -19,26 +19,32 @@ struct alignas(64) Buffer {
   float numbers[kTile];
 };
 
+// Calls visit(the numbers from element `at` on).
 template <class Visit>
-void visit_stored(void* data, Dtype dtype, const Visit& visit) {
-  AnyStored<float>{data, dtype}.visit(visit);
+void visit_stored(void* data, Dtype dtype, int64_t at, const Visit& visit) {
+  AnyStored<float>{data, dtype}.visit([&](auto stored) {
+    stored.data += at;
+    visit(stored);
+  });
 }
 
 void widen_plain(const void* data, Dtype dtype, int64_t at, int64_t n, float* to) {
-  visit_stored(const_cast<void*>(data), dtype, [&](auto stored) {
+  visit_stored(const_cast<void*>(data), dtype, at, [n, to](auto stored) {
+    const int64_t count = n;  // stores may change whatever is not a variable of this function
     const Stored<float, float> wide{to};
     int64_t i = 0;
-    for (; i + kLanes<float> <= n; i += kLanes<float>) wide.store(i, stored.load(at + i));
-    if (i < n) wide.store_part(i, n - i, stored.load_part(at + i, n - i));
+    for (; i + kLanes<float> <= count; i += kLanes<float>) wide.store(i, stored.load(i));
+    if (i < count) wide.store_part(i, count - i, stored.load_part(i, count - i));
   });
 }
 
 void narrow_plain(void* data, Dtype dtype, int64_t at, int64_t n, const float* from) {
-  visit_stored(data, dtype, [&](auto stored) {
+  visit_stored(data, dtype, at, [n, from](auto stored) {
+    const int64_t count = n;
     const Stored<float, float> wide{const_cast<float*>(from)};
     int64_t i = 0;
-    for (; i + kLanes<float> <= n; i += kLanes<float>) stored.store(at + i, wide.load(i));
-    if (i < n) stored.store_part(at + i, n - i, wide.load_part(i, n - i));
+    for (; i + kLanes<float> <= count; i += kLanes<float>) stored.store(i, wide.load(i));
+    if (i < count) stored.store_part(i, count - i, wide.load_part(i, count - i));
   });
 }
 
@@ -52,13 +58,15 @@ struct alignas(64) RandomTile {
 
   RandomTile(uint64_t seed, uint32_t index, uint32_t step, int64_t tile) {
     const uint64_t first = static_cast<uint64_t>(tile) * kCounters;  // a multiple of 32: its lower word does not wrap
-    uint64_t pairs[kCounters][2];
+    LongPack lanes, lower, upper;  // of two packs one after the other: the places of their first and second halves
+    for (int i = 0; i < kLanes64; ++i) {
+      lanes[i] = static_cast<uint64_t>(i);
+      lower[i] = static_cast<uint64_t>(i / 2 + i % 2 * kLanes64);
+      upper[i] = static_cast<uint64_t>(kLanes64 / 2 + i / 2 + i % 2 * kLanes64);
+    }
     for (int n = 0; n < kPacks; ++n) {
-      LongPack c0{}, c1{}, c2{}, c3{};
-      for (int i = 0; i < kLanes64; ++i) c0[i] = first + static_cast<uint64_t>(n * kLanes64 + i);
-      c1 += first >> 32;
-      c2 += index;
-      c3 += step;
+      LongPack c0 = lanes + (first + static_cast<uint64_t>(n * kLanes64)), c1 = LongPack{} + (first >> 32);
+      LongPack c2 = LongPack{} + index, c3 = LongPack{} + step;
       uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
       for (int round = 0; round < kPhiloxRounds; ++round) {
         const LongPack p0 = product(c0, kPhiloxMultipliers[0]), p1 = product(c2, kPhiloxMultipliers[1]);
@@ -70,13 +78,10 @@ struct alignas(64) RandomTile {
         k1 += kPhiloxKeySteps[1];
       }
       const LongPack low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
-      for (int i = 0; i < kLanes64; ++i) {
-        pairs[n * kLanes64 + i][0] = low[i];
-        pairs[n * kLanes64 + i][1] = high[i];
-      }
+      const LongPack words[2] = {__builtin_shuffle(low, high, lower), __builtin_shuffle(low, high, upper)};
+      static_assert(kPacks * sizeof(words) == sizeof(bits), "a counter has 16 bits for each of its elements");
+      std::memcpy(reinterpret_cast<char*>(bits) + static_cast<size_t>(n) * sizeof(words), words, sizeof(words));
     }
-    static_assert(sizeof(pairs) == sizeof(bits), "a counter has 16 bits for each of its elements");
-    std::memcpy(bits, pairs, sizeof(bits));
   }
 
  private:
@@ -245,143 +250,58 @@ struct Weight {
   }
 };
 
-// Bytes as packs of numbers, and the lowest bytes of a pack of words.
-template <class Code>
-FUSEDSTEP_FN FloatPack widen_bytes(const Code* from) {
-  typedef int32_t IntPack __attribute__((vector_size(kPackBytes)));
-  IntPack words;
-  constexpr bool is_signed = std::is_signed_v<Code>;
-#if defined(__AVX512F__)
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  words = (IntPack)(is_signed ? _mm512_maskz_cvtepi8_epi32(0xffff, bytes) : _mm512_maskz_cvtepu8_epi32(0xffff, bytes));
-#elif defined(__AVX2__)
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  words = (IntPack)(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
-#elif defined(__SSE4_1__)
-  int32_t four;
-  __builtin_memcpy(&four, from, sizeof(four));
-  const __m128i bytes = _mm_cvtsi32_si128(four);
-  words = (IntPack)(is_signed ? _mm_cvtepi8_epi32(bytes) : _mm_cvtepu8_epi32(bytes));
-#else
-  for (int i = 0; i < kLanes<float>; ++i) words[i] = from[i];
-#endif
-  return __builtin_convertvector(words + (is_signed ? 0 : 1), FloatPack);
-}
-FUSEDSTEP_FN void store_lowest_bytes(void* to, WordPack words) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)words));
-#elif defined(__AVX2__)
-  const __m256i lowest = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                                          0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-  const __m256i fours = _mm256_shuffle_epi8((__m256i)words, lowest);
-  const __m128i eight = _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-  _mm_storel_epi64(static_cast<__m128i*>(to), eight);
-#elif defined(__SSE4_1__)
-  const __m128i lowest = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-  const int32_t four = _mm_cvtsi128_si32(_mm_shuffle_epi8((__m128i)words, lowest));
-  __builtin_memcpy(to, &four, sizeof(four));
-#else
-  for (int i = 0; i < kLanes<float>; ++i) static_cast<uint8_t*>(to)[i] = static_cast<uint8_t>(words[i]);
-#endif
-}
-
-template <class Code>
-void decode_block(const Code* codes, float scale, int64_t n, float* to) {
-  alignas(64) Code padded[kTile];
-  const Code* from = codes;
-  if (n < kTile) {
-    std::memset(padded, 0, sizeof(padded));
-    from = static_cast<const Code*>(std::memcpy(padded, codes, static_cast<size_t>(n)));
-  }
-  for (int64_t i = 0; i < kTile; i += kLanes<float>) {
-    const FloatPack code = widen_bytes(from + i);
-    const FloatPack wide =
-        std::is_signed_v<Code> ? decode_signed<WordPack>(code, scale) : decode_unsigned<WordPack>(code, scale);
-    store_pack<float, float>(to + i, wide);
-  }
-  if (n < kTile) std::memset(to + n, 0, static_cast<size_t>(kTile - n) * sizeof(float));
-}
-
-// from: a whole tile, zeros behind the first n numbers.
-template <class Code>
-void encode_block(Code* codes, float* scale, int64_t n, const float* from) {
-  WordPack most{};
-  for (int64_t i = 0; i < kTile; i += kLanes<float>) {
-    const WordPack magnitude = (WordPack)wide_pack(from + i) & 0x7fffffffu;
-    most = magnitude > most ? magnitude : most;
-  }
-  uint32_t largest = 0;
-  for (int i = 0; i < kLanes<float>; ++i) largest = std::max(largest, most[i]);
-  const Block block(largest);
-  alignas(64) Code padded[kTile];
-  Code* const to = n < kTile ? padded : codes;
-  for (int64_t i = 0; i < kTile; i += kLanes<float>) {
-    const FloatPack wide = wide_pack(from + i);
-    store_lowest_bytes(
-        to + i, std::is_signed_v<Code> ? encode_signed<WordPack>(wide, block) : encode_unsigned<WordPack>(wide, block));
-  }
-  if (n < kTile) std::memcpy(codes, padded, static_cast<size_t>(n));
-  *scale = Block::scale(largest);
-}
-
-// A state, in its format.
+// A state that is not updated where it lies.
 struct State {
   void* data;
-  float* scales;
   Dtype dtype;
   Buffer buffer;
 
   float* load(int64_t at, int64_t n) {
     if (dtype == Dtype::kF32) return static_cast<float*>(data) + at;
-    if (dtype == Dtype::kI8)
-      decode_block(static_cast<const int8_t*>(data) + at, scales[at / kBlock], n, buffer.numbers);
-    else if (dtype == Dtype::kU8)
-      decode_block(static_cast<const uint8_t*>(data) + at, scales[at / kBlock], n, buffer.numbers);
-    else
-      widen_plain(data, dtype, at, n, buffer.numbers);
+    widen_plain(data, dtype, at, n, buffer.numbers);
     return buffer.numbers;
   }
   void store(int64_t at, int64_t n) const {
-    if (dtype == Dtype::kF32) return;
-    if (dtype == Dtype::kI8)
-      encode_block(static_cast<int8_t*>(data) + at, scales + at / kBlock, n, buffer.numbers);
-    else if (dtype == Dtype::kU8)
-      encode_block(static_cast<uint8_t*>(data) + at, scales + at / kBlock, n, buffer.numbers);
-    else
-      narrow_plain(data, dtype, at, n, buffer.numbers);
+    if (dtype != Dtype::kF32) narrow_plain(data, dtype, at, n, buffer.numbers);
   }
 };
 
 }  // namespace
 
 void update_tiles(const Record& record, const void* grad, int64_t begin, int64_t end, uint32_t states, int64_t step,
-                  bool writes_grad, UpdateTile update, const void* context) {
+                  bool writes_grad, bool widens_states, UpdateTile update, const void* context) {
   Weight weight{record, {}};
   State state[kMaxStates];
   for (int k = 0; k < kMaxStates; ++k) {
     state[k].data = record.states[k];
-    state[k].scales = record.precision.scales[k];
     state[k].dtype = record.state_dtypes[k];
   }
   Buffer grad_buffer;
   Record tile = record;
+  const bool in_place = record.precision.form == Form::kPlain && record.param_dtype == Dtype::kF32 &&
+                        record.grad_dtype == Dtype::kF32 && !widens_states;
   for (int64_t at = begin, n; at < end; at += n) {
-    n = std::min(end, (at / kTile + 1) * kTile) - at;
-    const float* wide_grad = static_cast<const float*>(grad) + at;
+    n = (in_place ? end : std::min(end, (at / kTile + 1) * kTile)) - at;
+    float* wide_grad = static_cast<float*>(const_cast<void*>(grad)) + at;
     if (record.grad_dtype != Dtype::kF32) {
-      widen_plain(grad, record.grad_dtype, at, n, grad_buffer.numbers);
       wide_grad = grad_buffer.numbers;
+      widen_plain(grad, record.grad_dtype, at, n, wide_grad);
     }
     float* const wide = weight.load(at, n);
     tile.param = wide;
-    for (int k = 0; k < kMaxStates; ++k)
-      if (states >> k & 1) tile.states[k] = state[k].load(at, n);
+    for (int k = 0; k < kMaxStates; ++k) {
+      if ((states >> k & 1) == 0) continue;
+      if (widens_states)
+        tile.states[k] = state[k].load(at, n);
+      else
+        tile.states[k] = static_cast<char*>(record.states[k]) + at * size_of(record.state_dtypes[k]);
+    }
     update(tile, wide_grad, n, context);
     weight.store(at, n, step, wide);
     for (int k = 0; k < kMaxStates; ++k)
-      if (states >> k & 1) state[k].store(at, n);
+      if (widens_states && (states >> k & 1)) state[k].store(at, n);
     if (writes_grad && record.grad_dtype != Dtype::kF32)
-      narrow_plain(const_cast<void*>(grad), record.grad_dtype, at, n, grad_buffer.numbers);
+      narrow_plain(const_cast<void*>(grad), record.grad_dtype, at, n, wide_grad);
   }
 }
 
