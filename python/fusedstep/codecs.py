@@ -71,8 +71,9 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(upper: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 numbers that `split` took apart."""
-    bits = upper.contiguous().view(torch.int16).to(torch.int64) * 65536 + remainder
+    """The fp32 numbers that `split` took apart; zeros that somebody has written beside negative remainders stay."""
+    high = upper.contiguous().view(torch.int16).to(torch.int64)
+    bits = high * 65536 + torch.where((high & 0x7FFF == 0) & (remainder < 0), 0, remainder)
     return bits.to(torch.int32).view(torch.float32)
 
 
