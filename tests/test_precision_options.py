@@ -9,6 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedstep
 from fusedstep import codecs, precision
@@ -313,6 +314,31 @@ def saved(optimizer):
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("n", [0, 1, 1024, 1025, 5000])
+def test_what_coding_takes_beside_the_numbers_does_not_grow_with_them(monkeypatch, signed, n):
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                sizes.append(result.untyped_storage().nbytes())
+            return result
+
+    x = normal(n) if signed else normal(n).square()
+    codes, scales = codecs.encode(x, signed)
+    values = codecs.decode(codes, scales)
+    monkeypatch.setattr(codecs, "PIECE", 1024)
+    with Watch():
+        again = codecs.encode(x, signed)
+        back = codecs.decode(codes, scales)
+    assert torch.equal(again[0], codes)
+    assert torch.equal(again[1], scales)
+    assert torch.equal(back, values)
+    assert all(size <= 8 * 1024 or size in (n, 4 * n) for size in sizes)  # the codes and the numbers
+
 
 
 @by_rule
