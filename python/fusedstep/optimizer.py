@@ -173,7 +173,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Add a group, as torch does, after checking its options and that the chosen backend can take it.
 
         Raises:
-            ValueError, TypeError: an option is out of range.
+            ValueError, TypeError: an option is out of range, or holds for all groups.
             RuntimeError: the backend that was asked for cannot run, with its reasons.
         """
         if isinstance(param_group, dict):
@@ -181,6 +181,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.check_implementation(group)
             self.check_group(on_device.at_the_beginning(group))
         super().add_param_group(param_group)
+            checks.check_placement(param_group)
         group = self.param_groups[-1]
         try:
             first = sum(len(g["params"]) for g in self.param_groups[:-1])
