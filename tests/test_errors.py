@@ -353,7 +353,7 @@ def test_a_state_that_cannot_be_used(backend, name, value):
     mine.state[parameters_of(mine)[1]][name] = value
     give_grads(mine)
     before = snapshot(mine)
-    with pytest.raises(RuntimeError, match=rf"AdamW: state '{name}' has .*parameter 1, shape \(3,\)"):
+    with pytest.raises(RuntimeError, match=rf"AdamW: state '{name}' (has|is) .*parameter 1, shape \(3,\)"):
         mine.step()
     assert_untouched(before, mine)
 

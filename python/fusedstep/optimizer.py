@@ -177,11 +177,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: the backend that was asked for cannot run, with its reasons.
         """
         if isinstance(param_group, dict):
+            checks.check_placement(param_group)
             group = {**self.defaults, **param_group}
             checks.check_implementation(group)
             self.check_group(on_device.at_the_beginning(group))
         super().add_param_group(param_group)
-            checks.check_placement(param_group)
         group = self.param_groups[-1]
         try:
             first = sum(len(g["params"]) for g in self.param_groups[:-1])
@@ -195,10 +195,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if self.state_at_construction:
+            names = planning.first_names(self)
             for name, param in planning.named(group):
                 state = self.state[param]
                 planning.step_counter(self, param, param, state, ())
-                planning.settle(self, param, name, group)
+                # Copies of weights wait for the first step: until then, the user may load other weights.
+                planning.settle(self, param, names[param], group, weight_too=False)
                 for key in self.states_of(group):
                     if key not in state:
                         state[key] = self.init_state(key, group, name, param)
@@ -263,8 +265,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._followers.refuse_swapped("load_state_dict()")
         with checkpoint.loading(self) as loaded:
             super().load_state_dict(state_dict)
-        names = {param: name for group in self.param_groups for name, param in planning.named(group)}
-        precision.warn_of_conversions(self, loaded, names)
+        precision.warn_of_conversions(self, loaded, planning.first_names(self))
 
     # The step.
 
