@@ -395,6 +395,23 @@ def test_of_two_names_the_first_tells_what_stays_wide(case, names):
     assert optimizer.state[param].keys() == once.state[params_of(once)[0]].keys()
 
 
+@by_backend
+@pytest.mark.parametrize(("narrow", "momentum"), [("8bit", torch.int8), (torch.bfloat16, torch.bfloat16)], ids=str)
+def test_a_variance_is_not_the_difference_of_two_narrow_numbers(backend, narrow, momentum):
+    """It would often be zero, and the step as large as the gradient over eps."""
+    case = Case("RMSprop", {"lr": 0.001, "alpha": 0.9, "centered": True, "momentum": 0.5})
+    optimizer = make(case, [torch.zeros(5000)], backend, state_dtype=narrow)
+    (param,) = params_of(optimizer)
+    for _ in range(100):
+        step([optimizer], [1 + 0.05 * normal(5000)])
+    assert param.abs().max() < 10
+    kept = {key: value.dtype for key, value in optimizer.state[param].items()}
+    assert kept["momentum_buffer"] == momentum
+    assert kept["square_avg"] == kept["grad_avg"] == torch.float32
+    other = make(case, [torch.zeros(5000)], backend, state_dtype=narrow)
+    other.load_state_dict(saved(optimizer))  # which converts nothing, and says nothing
+
+
 @pytest.mark.parametrize("optimizer", sorted({case.optimizer for case in CASES}))
 def test_states_that_are_never_negative_have_names_of_the_rule(optimizer):
     cls = getattr(fusedstep, optimizer)

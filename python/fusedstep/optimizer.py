@@ -158,6 +158,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The shape of the state ``key`` of a parameter; None if this parameter does not have the state."""
         return param.shape
 
+    def exact_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Those of `states_of` that stay in fp32 where ``state_dtype`` is less: the rule takes their difference."""
+        return ()
+
     def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
         """The state ``key`` of a parameter before its first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)

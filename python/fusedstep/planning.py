@@ -168,7 +168,8 @@ def settle(
             state[key] = value.to(param.device)
     if weight_too:
         optimizer._precision.settle_weight(state, param)
-    optimizer._precision.settle(state, states, param, name, new_state, optimizer.non_negative)
+    exact = optimizer.exact_states(group)
+    optimizer._precision.settle(state, states, param, name, new_state, optimizer.non_negative, exact)
     return True
 
 

@@ -135,12 +135,14 @@ class Precision:
         """Whether something is kept for a parameter even where its rule has no state."""
         return self.form_of(param) is not Form.PLAIN
 
-    def format_of(self, param: Tensor, name: str | None) -> StateDtype:
-        """The format of a parameter's states; None: whatever they have."""
+    def format_of(self, param: Tensor, name: str | None, exact: bool = False) -> StateDtype:
+        """The format of a parameter's states, or of one that must be ``exact``; None: whatever they have."""
         if param.dtype not in NARROWABLE:
             return None
         if self.state_dtype is None:
             return torch.float32 if self.form_of(param) in EXACT_FORMS else None
+        if exact:
+            return torch.float32
         if self.state_dtype != "8bit":
             return self.state_dtype
         named_wide = name is not None and any(re.search(pattern, name) for pattern in self.wide_states)
@@ -178,6 +180,7 @@ class Precision:
         name: str | None,
         new_state: Callable[[str, Tensor], Tensor],
         non_negative: tuple[str, ...],
+        exact: tuple[str, ...],
     ) -> None:
         """Bring a parameter's states into these options' format, whatever they were in; missing ones are made.
 
@@ -186,9 +189,10 @@ class Precision:
             states: the names of the rule's states that there must be.
             new_state: makes the state of that name, like a tensor.
             non_negative: names of the states that an 8-bit code stores without a sign.
+            exact: names of those that are not stored in fewer bits than fp32.
         """
-        target = self.format_of(param, name)
         for key in states:
+            target = self.format_of(param, name, key in exact)
             value = state.get(key)
             if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
                 like = param if target in (None, param.dtype) else _like(param, torch.float32)
@@ -408,13 +412,15 @@ def warn_of_conversions(
     """One warning of all that the next step will convert of a loaded state; none if there is nothing."""
     options = optimizer._precision
     found: dict[str, None] = {}
+    groups = {param: group for group in reversed(optimizer.param_groups) for param in group["params"]}
     for param, state in loaded.items():
         form = options.form_of(param)
         for other, key in COMPANIONS.items():
             if key in state and other is not form:
                 found[f"{key} becomes {COMPANIONS.get(form) or 'nothing (the weights go on as they are)'}"] = None
-        target = options.format_of(param, names.get(param))
+        exact = optimizer.exact_states(groups[param])
         for key in optimizer.state_names:
+            target = options.format_of(param, names.get(param), key in exact)
             value = state.get(key)
             if not isinstance(value, Tensor):
                 continue
