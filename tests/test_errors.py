@@ -144,12 +144,12 @@ def test_bad_arguments_of_a_group(name, options, kind, text, torchs):
 @pytest.mark.parametrize("option", sorted(fusedstep.Options.__annotations__))
 def test_an_option_that_holds_for_all_groups_is_refused_in_one(case, option):
     first, second = parameters([(2,), (3,)])
-    message = f"a parameter group has {option}=None, an option that holds for all groups"
+    message = f"a parameter group has {option}='other', an option that holds for all groups"
     with pytest.raises(ValueError, match=message):
-        ours(case, [{"params": [first]}, {"params": [second], option: None}])
+        ours(case, [{"params": [first]}, {"params": [second], option: "other"}])
     optimizer = ours(case, [first])
     with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": [second], option: None})
+        optimizer.add_param_group({"params": [second], option: "other"})
     assert parameters_of(optimizer) == [first]
 
 

@@ -114,10 +114,13 @@ def check_implementation(group: dict[str, Any]) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
-def check_placement(group: dict[str, Any]) -> None:
-    """Raise ValueError for an option in a parameter group that holds for all groups: it would have no effect there."""
+def check_placement(group: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raise ValueError for an option in a group that holds for all groups, where it would have no effect.
+
+    ``options``: the optimizer's own, which `ZeroRedundancyOptimizer` puts into each group.
+    """
     for name in Options.__annotations__:
-        if name in group:
+        if name in group and not (name in options and group[name] == options[name]):
             raise ValueError(
                 f"a parameter group has {name}={group[name]!r}, an option that holds for all groups: "
                 "give it to the constructor, or use two optimizers"

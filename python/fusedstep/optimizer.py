@@ -17,6 +17,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from . import averages, backends, checkpoint, checks, layout, planning, precision
 from .backends.plan import Call, Plan
 from .gradients import GradientOptions, Gradients, check_max_norm
+from .options import Options
 from .schedules import on_device
 
 
@@ -81,6 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         ema_decay: float | None = None,
         weights_copy: torch.dtype | None = None,
     ) -> None:
+        self._options = {name: value for name, value in locals().items() if name in Options.__annotations__}
         checks.check_implementation(defaults)
         self._precision = precision.Precision.checked(
             state_dtype, master_weights, rounding, kahan, wide_states, rounding_seed
@@ -181,7 +183,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: the backend that was asked for cannot run, with its reasons.
         """
         if isinstance(param_group, dict):
-            checks.check_placement(param_group)
+            checks.check_placement(param_group, self._options)
             group = {**self.defaults, **param_group}
             checks.check_implementation(group)
             self.check_group(on_device.at_the_beginning(group))
@@ -236,13 +238,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision")
-        return super().__getstate__() | {key: vars(self)[key] for key in kept}
+        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options")
+        return super().__getstate__() | {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_options", {})
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
         self.__dict__.setdefault("_followers", averages.Followers())
         self.__dict__.setdefault("_learning_rates", on_device.LearningRates(self._backend)).renew(self.param_groups)

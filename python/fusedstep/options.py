@@ -14,8 +14,8 @@ class Options(TypedDict, total=False):
 
     Every optimizer takes every option on every backend; but rules with sums over rows, columns or whole tensors store
     weights and states as they are, and take none of ``state_dtype``, ``master_weights``, ``kahan`` and ``rounding``.
-    Options hold for all groups, and are errors in one. 16-bit parameters are bf16 and fp16; others are not concerned
-    by ``master_weights``, ``kahan`` and ``rounding``, of which at most one may be chosen.
+    Options hold for all groups, and another value in a group is an error. 16-bit parameters are bf16 and fp16; others
+    are not concerned by ``master_weights``, ``kahan`` and ``rounding``, of which at most one may be chosen.
 
     Args:
         backend: "auto" (default), "cuda", "triton", "cpu" or "reference".
