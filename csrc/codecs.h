@@ -86,10 +86,12 @@ struct Split {
     lower = bits << 16;
   }
 };
-// From both, each in the upper half of a word.
+// From both, each in the upper half of a word. No number is split into zero and a negative rest: there, somebody has
+// set the weight to zero, and to go on counting down from zero's bits would end in a NaN.
 template <class F, class W>
 FUSEDSTEP_FN F join(W upper, W lower) {
-  return bit_cast<F>(upper + (lower >> 16) - ((lower >> 31) << 16));
+  const W borrow = (lower >> 31) << 16, bits = upper + (lower >> 16) - borrow;
+  return bit_cast<F>((upper & 0x7fffffffu) < borrow ? upper : bits);
 }
 FUSEDSTEP_FN float join(BF16 upper, int16_t lower) {
   return join<float>(uint32_t{upper.bits} << 16, static_cast<uint32_t>(static_cast<uint16_t>(lower)) << 16);

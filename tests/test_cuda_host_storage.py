@@ -137,3 +137,12 @@ def test_numbers_that_are_not_finite_have_the_references_bits(library, mode):  #
         grad[: 300 * len(edges) : 300] = torch.tensor(edges)
         pair.step(library, [grad * scale])
     pair.assert_same()
+
+
+def test_zeros_that_were_written_beside_remainders_have_the_references_bits(library):  # noqa: F811
+    pair = Pair(CASES[0], [5000], torch.bfloat16, MODES["split-own"])
+    for optimizer in (pair.kernel, pair.reference):
+        optimizer.param_groups[0]["params"][0].data.mul_(torch.arange(5000) % 2)
+    pair.step(library, random_grads([5000], torch.Generator().manual_seed(8)))
+    pair.assert_same()
+    assert pair.kernel.param_groups[0]["params"][0].isfinite().all()

@@ -9,9 +9,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedstep
-from fusedstep import codecs, precision
+from fusedstep import codecs, planning, precision
 from fusedstep.cases import CASES, Case
 from fusedstep.verification import same_bits
 
@@ -191,6 +192,71 @@ def test_kahan_follows_fp32_where_16_bits_do_not(backend, dtype):
     assert (kahan.state[param]["compensation"].abs() <= param.abs() * torch.finfo(dtype).eps / 2).all()
 
 
+@pytest.mark.parametrize("mode", [{"master_weights": True}, {"master_weights": "split"}, {"kahan": True}], ids=str)
+def test_weights_that_are_loaded_before_the_first_step_count(mode):
+    """Also where states are made at construction."""
+    optimizer = make(Case("Adagrad", {"lr": 0.001}), [normal(100, dtype=torch.bfloat16)], **mode)
+    (param,) = params_of(optimizer)
+    with torch.no_grad():
+        param.fill_(100.0)
+    step([optimizer], [normal(100)])
+    assert (param == 100.0).all()
+
+
+@by_backend
+def test_weights_that_are_set_to_zero_stay_there(backend):
+    optimizer = make(CASES[0], [normal(5000, dtype=torch.bfloat16)], backend, master_weights="split")
+    (param,) = params_of(optimizer)
+    step([optimizer], [normal(5000)])
+    with torch.no_grad():
+        param.mul_(torch.arange(5000) % 2)  # zeros with and without a sign
+    before = param.detach().clone()
+    step([optimizer], [torch.zeros(5000)])
+    assert torch.equal(param == 0, before == 0)
+    assert param.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("back", [False, True])
+def test_a_model_may_be_moved_to_another_dtype(dtype, back):
+    for mode in MODES.values():
+        optimizers = [make(ADAMW, [normal(5000, dtype=torch.bfloat16)], b, **mode) for b in ("cpu", "reference")]
+        pair = [params_of(o)[0] for o in optimizers]
+        pair[1].data.copy_(pair[0].data)
+        step(optimizers, [normal(5000)])
+        for param in pair:
+            param.grad, param.data = None, param.data.to(dtype)
+        if mode.get("master_weights") == "split" and dtype == torch.float16:
+            for optimizer in optimizers:
+                with pytest.raises(ValueError, match="needs bfloat16"):
+                    step([optimizer], [normal(5000)])
+            continue
+        step(optimizers, [normal(5000)])
+        if back:
+            for param in pair:
+                param.grad, param.data = None, param.data.bfloat16()
+            step(optimizers, [normal(5000)])
+        assert same_bits(*[p.detach() for p in pair])
+        a, b = (o.state[p] for o, p in zip(optimizers, pair, strict=True))
+        assert a.keys() == b.keys()
+        assert all(same_bits(a[key], b[key]) for key in a)
+        form = optimizers[0]._precision.form_of(pair[0])
+        assert [k for k in precision.COMPANIONS.values() if k in a] == [
+            key for f, key in precision.COMPANIONS.items() if f is form
+        ]
+
+
+def test_what_is_kept_follows_a_parameter_to_its_device():
+    optimizer = make(ADAMW, [normal(70, 80, dtype=torch.bfloat16)], state_dtype="8bit", master_weights="split")
+    step([optimizer], [normal(70, 80)])
+    moved = torch.nn.Parameter(torch.empty(70, 80, dtype=torch.bfloat16, device="meta"))
+    optimizer.state[moved] = optimizer.state.pop(params_of(optimizer)[0])
+    assert planning.settle(optimizer, moved, None, optimizer.param_groups[0])
+    assert {key: value.device.type for key, value in optimizer.state[moved].items() if key != "step"} == dict.fromkeys(
+        ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "weight_remainder"), "meta"
+    )
+
+
 def test_master_weights_have_fp32_states_unless_told_otherwise():
     for options, dtype in (({}, torch.float32), ({"state_dtype": torch.bfloat16}, torch.bfloat16)):
         optimizer = make(ADAMW, [normal(10, dtype=torch.bfloat16)], master_weights="split", **options)
@@ -249,6 +315,31 @@ def test_a_block_that_is_not_finite_is_not_a_number(bad, signed):
     assert (codes[256:512] == 0).all()
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("n", [0, 1, 1024, 1025, 5000])
+def test_what_coding_takes_beside_the_numbers_does_not_grow_with_them(monkeypatch, signed, n):
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                sizes.append(result.untyped_storage().nbytes())
+            return result
+
+    x = normal(n) if signed else normal(n).square()
+    codes, scales = codecs.encode(x, signed)
+    values = codecs.decode(codes, scales)
+    monkeypatch.setattr(codecs, "PIECE", 1024)
+    with Watch():
+        again = codecs.encode(x, signed)
+        back = codecs.decode(codes, scales)
+    assert torch.equal(again[0], codes)
+    assert torch.equal(again[1], scales)
+    assert torch.equal(back, values)
+    assert all(size <= 8 * 1024 or size in (n, 4 * n) for size in sizes)  # the codes and the numbers
+
+
 @by_backend
 def test_what_stays_wide(backend):
     shapes = {
@@ -272,6 +363,53 @@ def test_what_stays_wide(backend):
     assert narrow(state_dtype="8bit") == {"fc.weight", "head.weight"}
     assert narrow(state_dtype="8bit", wide_states=()) == set(shapes) - {"fc.bias"}
     assert narrow(state_dtype="8bit", wide_states=["^head", r"\bfc\b"]) == {"tok_emb.weight", "transformer.wte.weight"}
+
+
+def test_names_of_embeddings_may_be_compiled_patterns_with_flags():
+    optimizer = fusedstep.AdamW(
+        [("EMB", torch.nn.Parameter(normal(70, 80)))],
+        state_dtype="8bit",
+        wide_states=[re.compile("emb", re.IGNORECASE)],
+    )
+    step([optimizer], [normal(70, 80)])
+    assert optimizer.state[params_of(optimizer)[0]]["exp_avg"].dtype == torch.float32
+    assert pickle.loads(pickle.dumps(optimizer))._precision == optimizer._precision
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("names", [("emb", "head"), ("head", "emb")])
+@pytest.mark.parametrize("case", [ADAMW, Case("Adagrad", {"lr": 0.1})], ids=str)
+def test_of_two_names_the_first_tells_what_stays_wide(case, names):
+    """Else the two updates of a step would each have a state."""
+    param = torch.nn.Parameter(normal(70, 80))
+    optimizer = getattr(fusedstep, case.optimizer)(
+        [(name, param) for name in names], **case.options, state_dtype="8bit"
+    )
+    once = make(case, [param.detach()], state_dtype="8bit" if names[0] == "head" else None)
+    for _ in range(2):
+        grad = normal(70, 80)
+        param.grad = grad.clone()
+        optimizer.step()
+        step([once, once], [grad])
+    assert torch.equal(param, params_of(once)[0])
+    assert optimizer.state[param].keys() == once.state[params_of(once)[0]].keys()
+
+
+@by_backend
+@pytest.mark.parametrize(("narrow", "momentum"), [("8bit", torch.int8), (torch.bfloat16, torch.bfloat16)], ids=str)
+def test_a_variance_is_not_the_difference_of_two_narrow_numbers(backend, narrow, momentum):
+    """It would often be zero, and the step as large as the gradient over eps."""
+    case = Case("RMSprop", {"lr": 0.001, "alpha": 0.9, "centered": True, "momentum": 0.5})
+    optimizer = make(case, [torch.zeros(5000)], backend, state_dtype=narrow)
+    (param,) = params_of(optimizer)
+    for _ in range(100):
+        step([optimizer], [1 + 0.05 * normal(5000)])
+    assert param.abs().max() < 10
+    kept = {key: value.dtype for key, value in optimizer.state[param].items()}
+    assert kept["momentum_buffer"] == momentum
+    assert kept["square_avg"] == kept["grad_avg"] == torch.float32
+    other = make(case, [torch.zeros(5000)], backend, state_dtype=narrow)
+    other.load_state_dict(saved(optimizer))  # which converts nothing, and says nothing
 
 
 @pytest.mark.parametrize("optimizer", sorted({case.optimizer for case in CASES}))
@@ -416,6 +554,36 @@ def test_torchs_own_state_loads_and_goes_on():
     assert ours.state[params_of(ours)[0]]["step"] == 2
 
 
+def test_copies_after_loading_are_of_the_weight_that_was_saved():
+    first = make(ADAMW, [normal(70, 80, dtype=torch.bfloat16)], master_weights="split", weights_copy=torch.float16)
+    step([first], [normal(70, 80)])
+    (param,) = params_of(first)
+    second = make(ADAMW, [param.detach()], master_weights=True, weights_copy=torch.float16)
+    with pytest.warns(UserWarning, match="weight_remainder becomes master_weight"):
+        second.load_state_dict(first.state_dict())
+    assert torch.equal(second.copies[params_of(second)[0]], first.copies[param])
+
+
+def test_what_a_rule_without_states_keeps_is_saved_after_a_skipped_step():
+    first = make(CASES[0], [normal(30, dtype=torch.bfloat16)], master_weights=True)
+    step([first], [normal(30)])
+    state = saved(first)
+    second = make(CASES[0], [p.detach() for p in params_of(first)], master_weights=True)
+    second.load_state_dict(state)
+    params_of(second)[0].grad = normal(30, dtype=torch.bfloat16)
+    second._new_plans(planning.look_up(second, needs_norm=False))  # as far as a step gets that the device skips
+    assert torch.equal(second.state_dict()["state"][0]["master_weight"], state["state"][0]["master_weight"])
+
+
+def test_states_of_the_users_own_load_whatever_their_dtype():
+    first = make(ADAMW, [normal(70, 80)])
+    step([first], [normal(70, 80)])
+    first.state[params_of(first)[0]]["mask"] = torch.ones(5, dtype=torch.uint8)
+    second = make(ADAMW, [normal(70, 80)])
+    second.load_state_dict(saved(first))
+    assert torch.equal(second.state[params_of(second)[0]]["mask"], torch.ones(5, dtype=torch.uint8))
+
+
 def test_an_8_bit_state_keeps_its_numbers_in_another_layout():
     first = make(ADAMW, [normal(4, 8, 16, 32)], state_dtype="8bit")
     step([first], [normal(4, 8, 16, 32)])
@@ -450,6 +618,7 @@ def test_an_8_bit_state_keeps_its_numbers_in_another_layout():
         ({"rounding_seed": 1.5}, "Invalid rounding_seed: 1.5"),
         ({"wide_states": "emb"}, "Invalid wide_states: 'emb'"),
         ({"wide_states": ["("]}, "Invalid wide_states"),
+        ({"wide_states": [b"emb"]}, "Invalid wide_states: [b'emb']"),
         ({"master_weights": True, "kahan": True}, "master_weights=True and kahan=True contradict each other"),
         ({"master_weights": "split", "rounding": "stochastic"}, "contradict each other"),
         ({"kahan": True, "rounding": "stochastic"}, "kahan=True and rounding='stochastic' contradict each other"),
@@ -508,7 +677,10 @@ def changed(**changes):
             changed(exp_avg=lambda s: s.to(torch.uint8)),
             "'exp_avg' of parameter 0 is torch.uint8, shape (70, 80), expected torch.int8",
         ),
-        (changed(exp_avg=lambda s: s[:3]), "'exp_avg' of parameter 0 has shape (3, 80), expected (70, 80)"),
+        (
+            changed(exp_avg=lambda s: s[:3]),
+            "'exp_avg' of parameter 0 is torch.int8, shape (3, 80), expected torch.int8, shape (70, 80)",
+        ),
         (
             changed(weight_remainder=lambda s: s.float()),
             "'weight_remainder' of parameter 0 is torch.float32, shape (70, 80), expected torch.int16, shape (70, 80)",
@@ -529,6 +701,36 @@ def test_a_state_that_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         second.load_state_dict(state)
     assert not second.state
+
+
+@by_backend
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            changed(exp_avg_scale=None),
+            "state 'exp_avg_scale' is missing, expected torch.float32, shape (22,) for param",
+        ),
+        (
+            changed(exp_avg=lambda s: s.view(80, 70)),
+            "state 'exp_avg' is torch.int8, shape (80, 70), expected torch.int8, shape (70, 80) (or a float",
+        ),
+        (
+            changed(weight_remainder=lambda s: s.int()),
+            "state 'weight_remainder' is torch.int32, shape (70, 80), expected",
+        ),
+        (changed(master_weight=1.0), "state 'weight_remainder' stands beside 'master_weight', expected one of them"),
+    ],
+)
+def test_a_state_that_was_edited_wrongly_is_refused_in_the_next_step(backend, change, message):
+    optimizer = make(ADAMW, [normal(70, 80, dtype=torch.bfloat16)], backend, state_dtype="8bit", master_weights="split")
+    (param,) = params_of(optimizer)
+    step([optimizer], [normal(70, 80)])
+    change(optimizer.state[param])
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        step([optimizer], [normal(70, 80)])
+    assert torch.equal(param, before)
 
 
 def test_a_remainder_of_another_dtype_is_refused():

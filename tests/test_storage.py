@@ -137,6 +137,18 @@ def test_every_layout_has_the_references_bits(case, mode, other_layout):
     assert_same(*optimizers)
 
 
+def test_a_parameter_that_is_laid_out_anew_has_the_references_bits():
+    for mode in (MODES["plain-8bit"], MODES["stochastic-8bit"]):
+        generator = torch.Generator().manual_seed(11)
+        optimizers = pair(CASES[10], [torch.randn(4, 8, 16, 32, generator=generator).bfloat16()], mode)
+        for _ in range(2):
+            step(optimizers, [torch.randn(4, 8, 16, 32, generator=generator)])
+            for optimizer in optimizers:
+                (param,) = params_of(optimizer)
+                param.grad, param.data = None, param.data.to(memory_format=torch.channels_last)
+        assert_same(*optimizers)
+
+
 @by_mode
 def test_threads_and_ranges_do_not_change_the_bits(mode):
     before = torch.get_num_threads()

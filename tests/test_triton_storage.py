@@ -92,6 +92,17 @@ def test_numbers_that_are_not_finite_have_the_references_bits():
         assert_same(optimizers)
 
 
+def test_zeros_that_were_written_beside_remainders_have_the_references_bits():
+    generator = torch.Generator().manual_seed(3)
+    optimizers = pair(CASES[0], [torch.randn(5000, generator=generator).bfloat16()], MODES["split-own"])
+    for factor in (1.0, torch.arange(5000) % 2):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["params"][0].data.mul_(factor)
+        step(optimizers, [torch.randn(5000, generator=generator)])
+    assert_same(optimizers)
+    assert optimizers[0].param_groups[0]["params"][0].isfinite().all()
+
+
 def test_tensors_of_several_forms_take_a_launch_each():
     sizes = [100, 5000, 200]
     optimizers = pair(CASES[10], [torch.randn(n) for n in sizes], {"state_dtype": "8bit"})

@@ -48,9 +48,11 @@ def split(x):
 
 @triton.jit
 def join(upper, lower):
-    """The fp32 numbers that `split` took apart."""
-    low = lower.to(tl.uint32)
-    return ((upper.to(tl.uint32) << 16) + low - ((low >> 15) << 16)).to(tl.float32, bitcast=True)
+    """The fp32 numbers that `split` took apart; zeros that somebody has written beside a negative rest as zeros."""
+    high, low = upper.to(tl.uint32) << 16, lower.to(tl.uint32)
+    borrow = (low >> 15) << 16
+    bits = tl.where((high & 0x7FFFFFFF) < borrow, high, high + low - borrow)
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -34,7 +34,12 @@ def written(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
         for key, param in zip(ids, params, strict=True):
             counter = optimizer._counters.get(param)
             if key in state_dict["state"] and counter is not None and counter.item() == 0:
-                del state_dict["state"][key]
+                buffers = {*optimizer.state_names, *map(precision.scale_name, optimizer.state_names)}
+                kept = {name: value for name, value in state_dict["state"][key].items() if name not in buffers}
+                if kept:
+                    state_dict["state"][key] = kept
+                else:
+                    del state_dict["state"][key]
     return state_dict
 
 
@@ -93,7 +98,7 @@ def _adopted(
     """A parameter's loaded state: our own copies, on its device."""
     adopted = {}
     if precision.foreign(state):
-        state = precision.adopted(key, param, state, optimizer.non_negative)
+        state = precision.adopted(key, param, state, optimizer.state_names, optimizer.non_negative)
     for name, value in state.items():
         shape = None
         if name in optimizer.state_names:

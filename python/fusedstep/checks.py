@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import layout
+from .options import Options
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -111,6 +112,19 @@ def check_implementation(group: dict[str, Any]) -> None:
         )
     if group.get("fused") and group.get("foreach"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def check_placement(group: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raise ValueError for an option in a group that holds for all groups, where it would have no effect.
+
+    ``options``: the optimizer's own, which `ZeroRedundancyOptimizer` puts into each group.
+    """
+    for name in Options.__annotations__:
+        if name in group and not (name in options and group[name] == options[name]):
+            raise ValueError(
+                f"a parameter group has {name}={group[name]!r}, an option that holds for all groups: "
+                "give it to the constructor, or use two optimizers"
+            )
 
 
 def describe(index: int, name: str | None, tensor: Tensor) -> str:

@@ -6,12 +6,15 @@ triton_kernels/codecs.py hold the same functions; csrc/codecs.h explains the for
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from . import layout
 
 BLOCK = 256  # numbers that share a scale
+PIECE = BLOCK << 14  # numbers that are coded at a time, for what that takes beside them not to grow with the tensor
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
@@ -71,8 +74,9 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(upper: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 numbers that `split` took apart."""
-    bits = upper.contiguous().view(torch.int16).to(torch.int64) * 65536 + remainder
+    """The fp32 numbers that `split` took apart; zeros that somebody has written beside negative remainders stay."""
+    high = upper.contiguous().view(torch.int16).to(torch.int64)
+    bits = high * 65536 + torch.where((high & 0x7FFF == 0) & (remainder < 0), 0, remainder)
     return bits.to(torch.int32).view(torch.float32)
 
 
@@ -105,14 +109,31 @@ def blocks_of(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
+def pieces(values: Tensor, codes: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Whole blocks of a tensor at a time, in the order of its memory."""
+    return zip(flat(values).split(PIECE), flat(codes).split(PIECE), scales.split(PIECE // BLOCK), strict=True)
+
+
 def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """A dense fp32 tensor as 8-bit codes in its layout, and one fp32 scale for each block along its memory."""
+    dtype = torch.int8 if signed else torch.uint8
+    codes = torch.empty_strided(values.shape, values.stride(), dtype=dtype, device=values.device)
+    scales = torch.empty(blocks_of(values.numel()), dtype=torch.float32, device=values.device)
+    for wide, target, target_scales in pieces(values, codes, scales):
+        some_codes, some_scales = encode_blocks(wide, signed)
+        target.copy_(some_codes)
+        target_scales.copy_(some_scales)
+    return codes, scales
+
+
+def encode_blocks(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """The codes of some numbers in a row, and their scales."""
     numel = values.numel()
     padded = torch.zeros(blocks_of(numel) * BLOCK, dtype=torch.float32, device=values.device)
-    padded[:numel] = flat(values)
+    padded[:numel] = values
     bits = bits_of(padded).view(-1, BLOCK)
     magnitude = bits & 0x7FFFFFFF
-    largest = magnitude.amax(1) if numel else magnitude.new_zeros(0)
+    largest = magnitude.amax(1)
     coded = (largest >= SMALLEST_NORMAL) & (largest < INFINITY)
     scales = torch.where(coded, largest, (largest >= INFINITY) * QUIET_NAN).to(torch.int32).view(torch.float32)
     inverse = torch.where(coded, 1.0 / scales, 0.0)
@@ -124,16 +145,20 @@ def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
         codes = torch.where(bits < 0, -nearest, nearest)
     else:
         codes = (nearest - 1).clamp(min=0)
-    codes = torch.where(coded[:, None], codes, 0).to(torch.int8 if signed else torch.uint8)
-    coded_values = torch.empty_strided(values.shape, values.stride(), dtype=codes.dtype, device=values.device)
-    flat(coded_values).copy_(codes.view(-1)[:numel])
-    return coded_values, scales
+    return torch.where(coded[:, None], codes, 0).view(-1)[:numel], scales
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """The fp32 numbers, in the layout of the dense ``codes``; their dtype tells the code: int8 has a sign."""
-    numel = codes.numel()
-    number = flat(codes).to(torch.int32)
+    values = torch.empty_strided(codes.shape, codes.stride(), dtype=torch.float32, device=codes.device)
+    for target, some_codes, some_scales in pieces(values, codes, scales):
+        target.copy_(decode_blocks(some_codes, some_scales))
+    return values
+
+
+def decode_blocks(codes: Tensor, scales: Tensor) -> Tensor:
+    """The numbers of some codes in a row."""
+    number = codes.to(torch.int32)
     signed = codes.dtype == torch.int8
     shift, bias = ROOT_BIAS[signed]
     if signed:
@@ -143,6 +168,4 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
     else:
         root = (number + 1).to(torch.float32) * (1.0 / 256.0)
         relative = ((bits_of(root) - bias) << shift).view(torch.float32)
-    values = torch.empty_strided(codes.shape, codes.stride(), dtype=torch.float32, device=codes.device)
-    flat(values).copy_(relative * scales.repeat_interleave(BLOCK)[:numel])
-    return values
+    return relative * scales.repeat_interleave(BLOCK)[: codes.numel()]

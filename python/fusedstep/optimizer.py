@@ -17,6 +17,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from . import averages, backends, checkpoint, checks, layout, planning, precision
 from .backends.plan import Call, Plan
 from .gradients import GradientOptions, Gradients, check_max_norm
+from .options import Options
 from .schedules import on_device
 
 
@@ -81,6 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         ema_decay: float | None = None,
         weights_copy: torch.dtype | None = None,
     ) -> None:
+        self._options = {name: value for name, value in locals().items() if name in Options.__annotations__}
         checks.check_implementation(defaults)
         self._precision = precision.Precision.checked(
             state_dtype, master_weights, rounding, kahan, wide_states, rounding_seed
@@ -158,6 +160,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The shape of the state ``key`` of a parameter; None if this parameter does not have the state."""
         return param.shape
 
+    def exact_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Those of `states_of` that stay in fp32 where ``state_dtype`` is less: the rule takes their difference."""
+        return ()
+
     def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
         """The state ``key`` of a parameter before its first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
@@ -173,10 +179,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Add a group, as torch does, after checking its options and that the chosen backend can take it.
 
         Raises:
-            ValueError, TypeError: an option is out of range.
+            ValueError, TypeError: an option is out of range, or holds for all groups.
             RuntimeError: the backend that was asked for cannot run, with its reasons.
         """
         if isinstance(param_group, dict):
+            checks.check_placement(param_group, self._options)
             group = {**self.defaults, **param_group}
             checks.check_implementation(group)
             self.check_group(on_device.at_the_beginning(group))
@@ -194,10 +201,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if self.state_at_construction:
+            names = planning.first_names(self)
             for name, param in planning.named(group):
                 state = self.state[param]
                 planning.step_counter(self, param, param, state, ())
-                planning.settle(self, param, name, group)
+                # Copies of weights wait for the first step: until then, the user may load other weights.
+                planning.settle(self, param, names[param], group, weight_too=False)
                 for key in self.states_of(group):
                     if key not in state:
                         state[key] = self.init_state(key, group, name, param)
@@ -229,13 +238,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision")
-        return super().__getstate__() | {key: vars(self)[key] for key in kept}
+        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options")
+        return super().__getstate__() | {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_options", {})
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
         self.__dict__.setdefault("_followers", averages.Followers())
         self.__dict__.setdefault("_learning_rates", on_device.LearningRates(self._backend)).renew(self.param_groups)
@@ -262,8 +272,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._followers.refuse_swapped("load_state_dict()")
         with checkpoint.loading(self) as loaded:
             super().load_state_dict(state_dict)
-        names = {param: name for group in self.param_groups for name, param in planning.named(group)}
-        precision.warn_of_conversions(self, loaded, names)
+        precision.warn_of_conversions(self, loaded, planning.first_names(self))
 
     # The step.
 

@@ -14,8 +14,8 @@ class Options(TypedDict, total=False):
 
     Every optimizer takes every option on every backend; but rules with sums over rows, columns or whole tensors store
     weights and states as they are, and take none of ``state_dtype``, ``master_weights``, ``kahan`` and ``rounding``.
-    Options hold for all groups. 16-bit parameters are bf16 and fp16; others are not concerned by ``master_weights``,
-    ``kahan`` and ``rounding``, of which at most one may be chosen.
+    Options hold for all groups, and another value in a group is an error. 16-bit parameters are bf16 and fp16; others
+    are not concerned by ``master_weights``, ``kahan`` and ``rounding``, of which at most one may be chosen.
 
     Args:
         backend: "auto" (default), "cuda", "triton", "cpu" or "reference".
@@ -23,17 +23,20 @@ class Options(TypedDict, total=False):
             fp32 beside master weights. ``torch.float32`` or ``torch.bfloat16``. "8bit": one byte for each number and
             one fp32 scale (the largest magnitude) for each block of 256 along the memory, as ``exp_avg`` and
             ``exp_avg_scale``; int8 with square root spacing, uint8 with fourth root spacing for states that are never
-            negative. States of fp64 and complex parameters keep their dtype.
-        wide_states: regular expressions. With "8bit", the states of parameters that one of them is found in the name of
-            stay in fp32, as do those of parameters with fewer than 4,096 elements. Default ``("emb", "wte", "wpe")``:
-            embeddings by their usual names. A parameter has a name if the optimizer was given named parameters.
+            negative; an infinity or a NaN makes its whole block NaN. ``torch.optim`` cannot read 8-bit states, though
+            it loads them. States of fp64 and complex parameters keep their dtype, and the averages of a centered
+            RMSprop, of whose difference it takes the root, are in fp32 at least.
+        wide_states: regular expressions, as strings or compiled. With "8bit", the states of parameters that one of them
+            is found in the name of stay in fp32, as do those of parameters with fewer than 4,096 elements. Default
+            ``("emb", "wte", "wpe")``: embeddings by their usual names. A parameter has a name if the optimizer was
+            given named parameters.
         master_weights: True keeps an fp32 copy of each 16-bit parameter, ``master_weight`` (4 bytes); "split" keeps the
             lower half of the fp32 number whose upper half the bf16 parameter is, ``weight_remainder`` (2 bytes). Either
             way training is that of fp32 weights, and the parameter is the fp32 weight rounded to nearest (ties: to even
             for a copy, away from zero for a split). Whatever else than a step writes a parameter that has a copy must
             write the copy too.
         kahan: keep what rounding a 16-bit parameter has lost, ``compensation``, in its dtype (2 bytes), and add it back
-            before the next update.
+            before the next update, also to a weight that something else has written meanwhile.
         rounding: "nearest" (default), or "stochastic": a 16-bit parameter is rounded up with the probability of what
             rounding down would cut off, with random numbers that depend on the seed, the parameter's index, the
             element's place in memory and the parameter's step alone (Philox4x32-10).

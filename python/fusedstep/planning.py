@@ -27,6 +27,15 @@ def named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
     return zip(chain(names, repeat(None)), params, strict=False)  # the user may have edited the list
 
 
+def first_names(optimizer: FusedOptimizer) -> dict[Tensor, str | None]:
+    """The name of each parameter by which its states are stored: of one that is listed twice, the first."""
+    names: dict[Tensor, str | None] = {}
+    for group in optimizer.param_groups:
+        for name, param in named(group):
+            names.setdefault(param, name)
+    return names
+
+
 @torch.no_grad()
 def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
     """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created."""
@@ -47,10 +56,14 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
                     checks.check_norm_is_local(type(optimizer), param, what)
                 if optimizer._followers.any:
                     optimizer._followers.check(type(optimizer).__name__, param, optimizer.state.get(param, {}), what)
-                for state in optimizer.states_of(group):
-                    kept = optimizer.state.get(param, {})
+                kept, states = optimizer.state.get(param, {}), optimizer.states_of(group)
+                if precision.foreign(kept):
+                    cls = type(optimizer).__name__
+                    precision.check_kept(cls, param, kept, states, optimizer.non_negative, what)
+                for state in states:
                     value, shape = kept.get(state), optimizer.state_shape(state, group, name, param)
-                    if isinstance(value, Tensor) and shape is not None and not precision.is_coded(kept, state):
+                    plain = isinstance(value, Tensor) and value.dtype not in precision.CODES
+                    if plain and shape is not None:
                         checks.check_state(type(optimizer).__name__, state, value, param, shape, backend.dtypes, what)
             row.append((index, name, param, backend, variant))
             index += 1
@@ -63,6 +76,7 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
 def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
     """Create missing states, and plan one kernel call per group, backend and device."""
     plans = []
+    names = first_names(optimizer)
     for group_index, (group, row) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
         states = optimizer.states_of(group)
         buckets: dict[Any, list[Slot]] = {}
@@ -74,7 +88,8 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
             seen[param] += 1
             is_last = seen[param] == listed[param]
             bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)
-            slot = _slot(optimizer, index, name, param, group, states, backend, optimizer.rule_of(variant)[1])
+            reduces = optimizer.rule_of(variant)[1]
+            slot = _slot(optimizer, index, name, param, group, states, backend, reduces, names[param])
             buckets.setdefault(bucket, []).append(slot)
         for (backend, variant, *_, is_last), slots in buckets.items():
             plan = backend.plan(type(optimizer), group_index, group, variant, states, slots)
@@ -94,6 +109,7 @@ def _slot(
     states: tuple[str, ...],
     backend: backends.Backend,
     reduces: bool,
+    first_name: str | None,
 ) -> Slot:
     started = param in optimizer.state or param in optimizer._counters
     if param.grad is None and not started:
@@ -106,7 +122,7 @@ def _slot(
         state = {}
     step = step_counter(optimizer, param, tensor, state, states)
     storage = None
-    if settle(optimizer, param, name, group):
+    if settle(optimizer, param, first_name, group):
         storage = optimizer._precision.storage(state, states, param, tensor, backend.state_memory)
     tensors = []
     for key in states:
@@ -131,16 +147,29 @@ def _slot(
     return Slot(index, name, param, tensor, step, tuple(tensors), None, matrices, *followers, storage=storage)
 
 
-def settle(optimizer: FusedOptimizer, param: Tensor, name: str | None, group: dict[str, Any]) -> bool:
-    """Bring a parameter's state into the form that the precision options ask for; False: it needs none."""
+def settle(
+    optimizer: FusedOptimizer, param: Tensor, name: str | None, group: dict[str, Any], weight_too: bool = True
+) -> bool:
+    """Bring a parameter's state into the form that the precision options ask for; False: it needs none.
+
+    ``weight_too``: also what is kept beside the weight itself.
+    """
     if optimizer._precision.plain and not precision.foreign(optimizer.state.get(param, {})):
         return False
+    state = optimizer.state[param]
 
     def new_state(key: str, like: Tensor) -> Tensor:
         return optimizer.init_state(key, group, name, like)
 
     states = [key for key in optimizer.states_of(group) if optimizer.state_shape(key, group, name, param) is not None]
-    optimizer._precision.settle(optimizer.state[param], states, param, name, new_state, optimizer.non_negative)
+    for key in (*states, *map(precision.scale_name, states), *precision.COMPANIONS.values()):
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.device != param.device:
+            state[key] = value.to(param.device)
+    if weight_too:
+        optimizer._precision.settle_weight(state, param)
+    exact = optimizer.exact_states(group)
+    optimizer._precision.settle(state, states, param, name, new_state, optimizer.non_negative, exact)
     return True
 
 

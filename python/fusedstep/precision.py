@@ -41,6 +41,7 @@ class Form(enum.IntEnum):
 
 EXACT_FORMS = (Form.MASTER, Form.SPLIT)  # that keep an fp32 weight
 COMPANIONS = {Form.MASTER: "master_weight", Form.SPLIT: "weight_remainder", Form.KAHAN: "compensation"}
+COMPANION_DTYPES = {"master_weight": (torch.float32,), "weight_remainder": (torch.int16,), "compensation": HALVES}
 
 
 def scale_name(state: str) -> str:
@@ -65,7 +66,7 @@ class Precision:
     master_weights: bool | Literal["split"] = False
     rounding: Literal["nearest", "stochastic"] = "nearest"
     kahan: bool = False
-    wide_states: tuple[str, ...] = WIDE_STATES
+    wide_states: tuple[str | re.Pattern[str], ...] = WIDE_STATES
     rounding_seed: int = 0
 
     @classmethod
@@ -90,7 +91,9 @@ class Precision:
         if isinstance(wide_states, str):
             raise ValueError(f"Invalid wide_states: {wide_states!r} (it must be a sequence of regular expressions)")
         try:
-            wide_states = tuple(re.compile(pattern).pattern for pattern in wide_states)
+            patterns = tuple(re.compile(pattern) for pattern in wide_states)
+            for pattern in patterns:
+                pattern.search("")  # one of bytes would fail at the first name
         except (TypeError, re.error) as error:
             raise ValueError(
                 f"Invalid wide_states: {wide_states!r} (it must be a sequence of regular expressions: {error})"
@@ -105,7 +108,7 @@ class Precision:
                 f"{' and '.join(chosen)} contradict each other: each is another answer to what rounding a 16-bit "
                 "weight loses; choose one"
             )
-        return cls(state_dtype, master_weights, rounding, kahan, wide_states, rounding_seed)
+        return cls(state_dtype, master_weights, rounding, kahan, patterns, rounding_seed)
 
     @property
     def plain(self) -> bool:
@@ -132,12 +135,14 @@ class Precision:
         """Whether something is kept for a parameter even where its rule has no state."""
         return self.form_of(param) is not Form.PLAIN
 
-    def format_of(self, param: Tensor, name: str | None) -> StateDtype:
-        """The format of a parameter's states; None: whatever they have."""
+    def format_of(self, param: Tensor, name: str | None, exact: bool = False) -> StateDtype:
+        """The format of a parameter's states, or of one that must be ``exact``; None: whatever they have."""
         if param.dtype not in NARROWABLE:
             return None
         if self.state_dtype is None:
             return torch.float32 if self.form_of(param) in EXACT_FORMS else None
+        if exact:
+            return torch.float32
         if self.state_dtype != "8bit":
             return self.state_dtype
         named_wide = name is not None and any(re.search(pattern, name) for pattern in self.wide_states)
@@ -175,18 +180,19 @@ class Precision:
         name: str | None,
         new_state: Callable[[str, Tensor], Tensor],
         non_negative: tuple[str, ...],
+        exact: tuple[str, ...],
     ) -> None:
-        """Bring a parameter's state into these options' form, whatever form it was in; missing states are made.
+        """Bring a parameter's states into these options' format, whatever they were in; missing ones are made.
 
         Args:
             state: what is kept for the parameter; changed in place.
             states: the names of the rule's states that there must be.
             new_state: makes the state of that name, like a tensor.
             non_negative: names of the states that an 8-bit code stores without a sign.
+            exact: names of those that are not stored in fewer bits than fp32.
         """
-        self._settle_weight(state, param)
-        target = self.format_of(param, name)
         for key in states:
+            target = self.format_of(param, name, key in exact)
             value = state.get(key)
             if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
                 like = param if target in (None, param.dtype) else _like(param, torch.float32)
@@ -195,40 +201,40 @@ class Precision:
             is_signed = key not in non_negative
             code = torch.int8 if is_signed else torch.uint8
             if value.dtype == (code if wanted == "8bit" else wanted):
-                if wanted == "8bit":
-                    state[scale_name(key)] = state[scale_name(key)].to(value.device)
                 continue
             scales = state.pop(scale_name(key), None)
             if value.dtype in CODES:
-                value = codecs.decode(value, scales.to(value.device))
+                value = codecs.decode(value, scales)
             if wanted != "8bit":
                 state[key] = value.to(wanted)
             else:
                 wide = value if layout.is_dense(value) else layout.laid_out_as(value, layout.dense_like(param))
                 state[key], state[scale_name(key)] = codecs.encode(wide.float(), is_signed)
 
-    def _settle_weight(self, state: dict[str, Any], param: Tensor) -> None:
-        form = self.form_of(param)
-        found = next((f for f, key in COMPANIONS.items() if key in state), Form.PLAIN)
-        if found is form or (found is Form.PLAIN and form is Form.STOCHASTIC):
+    def settle_weight(self, state: dict[str, Any], param: Tensor) -> None:
+        """Bring what is kept beside a parameter into these options' form, whatever form it was in."""
+        form, found = self.form_of(param), found_form(state, param)
+        if found is form and form in COMPANIONS:
             return
-        memory = layout.local(param.detach())
-        weight = memory.float()
-        if found is not Form.PLAIN:
-            weight = exact_weight(found, memory, layout.local(state.pop(COMPANIONS[found])).to(memory.device))
+        kept = {}
         if form in COMPANIONS:
-            state[COMPANIONS[form]] = _companion(form, param, memory, weight)
+            memory = layout.local(param.detach())
+            plain = found is Form.PLAIN
+            weight = memory.float() if plain else exact_weight(found, memory, _companion(found, state, param))
+            kept[COMPANIONS[form]] = _new_companion(form, param, memory, weight)
+        for key in COMPANIONS.values():
+            state.pop(key, None)
+        state.update(kept)
 
     def followed_weight(self, param: Tensor, state: dict[str, Any]) -> Tensor:
         """What averages and copies follow: the fp32 weight where the options keep one, else the stored one."""
-        form = self.form_of(param)
-        if form not in EXACT_FORMS or COMPANIONS[form] not in state:
+        found = found_form(state, param)  # other options', until the next step
+        if self.form_of(param) not in EXACT_FORMS or found is Form.PLAIN:
             return param.detach()
-        if form is Form.MASTER:
-            return state[COMPANIONS[form]]
+        if found is Form.MASTER:
+            return state[COMPANIONS[found]]
         weight = _like(param, torch.float32)
-        memory, companion = layout.local(param.detach()), layout.local(state[COMPANIONS[form]])
-        layout.local(weight).copy_(exact_weight(form, memory, companion.to(memory.device)))
+        layout.local(weight).copy_(exact_weight(found, layout.local(param.detach()), _companion(found, state, param)))
         return weight
 
     def storage(
@@ -249,13 +255,13 @@ class Precision:
         scales = []
         for key in states:
             coded = state[key].dtype in CODES
-            if coded and memory_of(state[key], tensor) is None:
-                state[key], state[scale_name(key)] = laid_out_as(state[key], state[scale_name(key)], tensor)
+            if coded:
+                dense = tensor if layout.is_dense(tensor) else layout.dense_like(tensor)
+                state[key], state[scale_name(key)] = laid_out_as(state[key], state[scale_name(key)], dense)
             scales.append(state[scale_name(key)] if coded else None)
         companion = None
         if form in COMPANIONS:
             kept = state[COMPANIONS[form]]
-            kept = state[COMPANIONS[form]] = kept if kept.device == param.device else kept.to(param.device)
             companion = memory_of(kept, tensor)
             if companion is None:
                 companion = state[COMPANIONS[form]] = layout.laid_out_as(kept, tensor)
@@ -267,22 +273,21 @@ class Precision:
 PLAIN = Precision()
 
 
-def is_coded(state: dict[str, Any], key: str) -> bool:
-    """Whether the state of that name is in 8 bits, and complete."""
-    codes, scales = state[key], state.get(scale_name(key))
-    return (
-        codes.dtype in CODES
-        and isinstance(scales, Tensor)
-        and scales.dtype == torch.float32
-        and scales.shape == (codecs.blocks_of(codes.numel()),)
-    )
-
-
 def foreign(state: dict[str, Any]) -> bool:
     """Whether a parameter's state is in a form that only these options make."""
     return any(key in state for key in COMPANIONS.values()) or any(
         isinstance(value, Tensor) and value.dtype in CODES for value in state.values()
     )
+
+
+def found_form(state: dict[str, Any], param: Tensor) -> Form:
+    """The form of a parameter by what its state has; what belongs to a weight of another dtype does not count."""
+    for form, key in COMPANIONS.items():
+        if key in state and (
+            form is Form.MASTER or (param.dtype == (torch.bfloat16 if form is Form.SPLIT else state[key].dtype))
+        ):
+            return form
+    return Form.PLAIN
 
 
 def exact_weight(form: Form, param: Tensor, companion: Tensor) -> Tensor:
@@ -294,7 +299,12 @@ def exact_weight(form: Form, param: Tensor, companion: Tensor) -> Tensor:
     return param.float() + companion.float()
 
 
-def _companion(form: Form, param: Tensor, memory: Tensor, weight: Tensor) -> Tensor:
+def _companion(form: Form, state: dict[str, Any], param: Tensor) -> Tensor:
+    """The memory of what is kept beside a parameter, on its device."""
+    return layout.local(state[COMPANIONS[form]]).to(param.device)
+
+
+def _new_companion(form: Form, param: Tensor, memory: Tensor, weight: Tensor) -> Tensor:
     """What is kept beside a parameter that stands for ``weight``, in its layout."""
     if form is Form.MASTER:
         kept = weight
@@ -316,58 +326,83 @@ def laid_out_as(codes: Tensor, scales: Tensor, like: Tensor) -> tuple[Tensor, Te
     codes = codes if layout.is_dense(codes) else codes.contiguous()
     if layout.same_layout(codes, like):
         return codes, scales
-    values = layout.laid_out_as(codecs.decode(codes, scales.to(codes.device)), like)
+    values = layout.laid_out_as(codecs.decode(codes, scales), like)
     return codecs.encode(values, codes.dtype == torch.int8)
 
 
-# What loads.
+# What was loaded, or edited by the user.
 
 
-def check_loaded(key: Any, param: Tensor, state: dict[str, Any], non_negative: tuple[str, ...]) -> None:
+def misfit(
+    param: Tensor, state: dict[str, Any], states: Iterable[str], non_negative: tuple[str, ...]
+) -> tuple[str, str, str] | None:
+    """What of a companion, or of 8-bit states, cannot be a parameter's: its key, what was found, what is expected."""
+
+    def differs(value: Any, dtypes: tuple[torch.dtype, ...], shape: torch.Size | tuple[int]) -> tuple[str, str] | None:
+        if isinstance(value, Tensor) and value.dtype in dtypes and value.shape == shape:
+            return None
+        found = f"is {value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
+        return found, f"{' or '.join(map(str, dtypes))}, shape {tuple(shape)}"
+
+    companions = [key for key in COMPANIONS.values() if key in state]
+    if len(companions) > 1:
+        return companions[1], f"stands beside '{companions[0]}'", "one of them"
+    blocks = codecs.blocks_of(param.numel())
+    for key in companions:
+        if wrong := differs(state[key], COMPANION_DTYPES[key], param.shape):
+            return key, *wrong
+    for key in states:
+        value, scales = state.get(key), scale_name(key)
+        if not (isinstance(value, Tensor) and value.dtype in CODES):
+            continue
+        if wrong := differs(value, (torch.uint8 if key in non_negative else torch.int8,), param.shape):
+            return key, wrong[0], f"{wrong[1]} (or a float dtype)"
+        if scales not in state:
+            return scales, "is missing", f"torch.float32, shape ({blocks},)"
+        if wrong := differs(state[scales], (torch.float32,), (blocks,)):
+            return scales, *wrong
+    return None
+
+
+def check_kept(
+    optimizer: str,
+    param: Tensor,
+    state: dict[str, Any],
+    states: Iterable[str],
+    non_negative: tuple[str, ...],
+    what: str,
+) -> None:
+    """Raise RuntimeError if what ``state`` has beside plain numbers cannot go with ``param``, which ``what`` names."""
+    if wrong := misfit(param, state, states, non_negative):
+        name, found, expected = wrong
+        raise RuntimeError(f"{optimizer}: state '{name}' {found}, expected {expected} for {what}")
+
+
+def check_loaded(
+    key: Any, param: Tensor, state: dict[str, Any], states: Iterable[str], non_negative: tuple[str, ...]
+) -> None:
     """Raise ValueError if what a loaded state keeps beside plain states does not fit; ``key`` is the parameter's."""
-
-    def reject(name: str, found: str, expected: str) -> None:
+    wrong = misfit(param, state, states, non_negative)
+    if wrong is None and "compensation" in state and state["compensation"].dtype != param.dtype:
+        wrong = "compensation", f"is {state['compensation'].dtype}", f"{param.dtype}, shape {tuple(param.shape)}"
+    if wrong is None and "weight_remainder" in state and param.dtype != torch.bfloat16:
+        wrong = "weight_remainder", f"belongs to a {param.dtype} weight", "a torch.bfloat16 weight"
+    if wrong is not None:
+        name, found, expected = wrong
         raise ValueError(f"loaded state dict: '{name}' of parameter {key} {found}, expected {expected}")
 
-    def describe(value: Any) -> str:
-        return f"is {value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
 
-    kept = {"master_weight": torch.float32, "weight_remainder": torch.int16, "compensation": param.dtype}
-    companions = [name for name in kept if name in state]
-    if len(companions) > 1:
-        reject(companions[1], f"stands beside '{companions[0]}'", "one of them")
-    for name in companions:
-        value = state[name]
-        fits = isinstance(value, Tensor) and value.dtype == kept[name] and value.shape == param.shape
-        if not fits:
-            reject(name, describe(value), f"{kept[name]}, shape {tuple(param.shape)}")
-        if name == "weight_remainder" and param.dtype != torch.bfloat16:
-            reject(name, f"belongs to a {param.dtype} weight", "a torch.bfloat16 weight")
-    blocks = codecs.blocks_of(param.numel())
-    for name, value in state.items():
-        scale = state.get(scale_name(name))
-        if isinstance(value, Tensor) and value.dtype in CODES:
-            code = torch.uint8 if name in non_negative else torch.int8
-            if value.dtype != code:
-                reject(name, describe(value), f"{code} (or a float dtype)")
-            if scale is None:
-                reject(scale_name(name), "is missing", f"torch.float32, shape ({blocks},)")
-        if scale is not None and not (
-            isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.shape == (blocks,)
-        ):
-            reject(scale_name(name), describe(scale), f"torch.float32, shape ({blocks},)")
-
-
-def adopted(key: Any, param: Tensor, state: dict[str, Any], non_negative: tuple[str, ...]) -> dict[str, Any]:
+def adopted(
+    key: Any, param: Tensor, state: dict[str, Any], states: Iterable[str], non_negative: tuple[str, ...]
+) -> dict[str, Any]:
     """A loaded state, checked, with 8-bit states in the layout of their parameter."""
-    check_loaded(key, param, state, non_negative)
+    check_loaded(key, param, state, states, non_negative)
     adopted = dict(state)
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.dtype in CODES and value.shape == param.shape:
-            like = layout.dense_like(param)
-            adopted[name], adopted[scale_name(name)] = laid_out_as(
-                value.to(param.device), state[scale_name(name)], like
-            )
+    for name in states:
+        value = state.get(name)
+        if isinstance(value, Tensor) and value.dtype in CODES:
+            codes, scales = (t.to(param.device) for t in (value, state[scale_name(name)]))
+            adopted[name], adopted[scale_name(name)] = laid_out_as(codes, scales, layout.dense_like(param))
     return adopted
 
 
@@ -377,13 +412,15 @@ def warn_of_conversions(
     """One warning of all that the next step will convert of a loaded state; none if there is nothing."""
     options = optimizer._precision
     found: dict[str, None] = {}
+    groups = {param: group for group in reversed(optimizer.param_groups) for param in group["params"]}
     for param, state in loaded.items():
         form = options.form_of(param)
         for other, key in COMPANIONS.items():
             if key in state and other is not form:
                 found[f"{key} becomes {COMPANIONS.get(form) or 'nothing (the weights go on as they are)'}"] = None
-        target = options.format_of(param, names.get(param))
+        exact = optimizer.exact_states(groups[param])
         for key in optimizer.state_names:
+            target = options.format_of(param, names.get(param), key in exact)
             value = state.get(key)
             if not isinstance(value, Tensor):
                 continue

@@ -106,6 +106,9 @@ class RMSprop(FusedOptimizer):
         momentum = ("momentum_buffer",) if group["momentum"] != 0 else ()
         return ("square_avg", *momentum, *(("grad_avg",) if group["centered"] else ()))
 
+    def exact_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("square_avg", "grad_avg") if group["centered"] else ()
+
     def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
         return tuple(group[name] for name in self.hyper_names)
 

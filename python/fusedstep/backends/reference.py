@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 class ReferencePlan(Plan):
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        self.shapes = [self._shapes(slot) for slot in self.slots]
+        self.seen = [self._looks(slot) for slot in self.slots]
 
     @staticmethod
-    def _shapes(slot: Slot) -> list[torch.Size]:
-        return [slot.param.shape, *(state.shape for state in slot.states if state is not None)]
+    def _looks(slot: Slot) -> list[tuple]:
+        """What a plan is made for: a parameter that gets another dtype, for one, may get another form."""
+        tensors = [slot.param, *(state for state in slot.states if state is not None)]
+        return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         self.grads, self.given = [], grads
@@ -33,7 +35,7 @@ class ReferencePlan(Plan):
             if grad is not None and (
                 slot.tensor is None
                 or layout.overlaps_itself(layout.local(slot.tensor))
-                or self._shapes(slot) != self.shapes[index]
+                or self._looks(slot) != self.seen[index]
             ):
                 return False
             if grad is not None and grad.layout == torch.sparse_coo:
