@@ -4,9 +4,9 @@
 // A rule whose option adds a state takes that option as a template flag; an option that only changes a number is a
 // hyperparameter. T is the number that update() works on: float, double, or a vector of them; S holds the scalars, of
 // plain float or double. update() names every state that the rule can have, in one fixed order; kPresent says which
-// there are, and an absent one (its flag is off) is a dummy that the compiler removes; kNonNegative says which are
-// never negative, so that 8 bits need none for a sign. Operations are written one by one because all backends keep this
-// order: they agree bit for bit in fp32 (no contraction into FMA, IEEE division and square root).
+// there are, and an absent one (its flag is off) is a dummy that the compiler removes; kCodes says how 8 bits store
+// each. Operations are written one by one because all backends keep this order: they agree bit for bit in fp32 (no
+// contraction into FMA, IEEE division and square root).
 #pragma once
 
 #include <array>
@@ -18,6 +18,9 @@ namespace fusedstep {
 
 constexpr int kMaxHyper = 10;
 constexpr int kMaxStates = 5;
+
+// How a state is stored in 8 bits (codecs.h): not at all, with a sign, or without one.
+enum class Code : uint8_t { kNone, kSigned, kNonNegative };
 
 // The list of all rules; visit_rule below gives each its type.
 enum class RuleId : int {
@@ -68,7 +71,7 @@ struct Sgd {
   static constexpr const char* kHyper[] = {"lr", "momentum", "dampening", "weight_decay", "nesterov"};
   static constexpr const char* kStateNames[] = {"momentum_buffer"};
   static constexpr bool kPresent[] = {kMomentum};
-  static constexpr bool kNonNegative[] = {false};
+  static constexpr Code kCodes[] = {Code::kSigned};
 
   template <class T>
   struct Scalars {
@@ -109,7 +112,7 @@ struct Adam {
       "lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "epsilon_hat", "lr_decay"};
   static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr bool kPresent[] = {true, true, kAmsgrad};
-  static constexpr bool kNonNegative[] = {false, true, true};
+  static constexpr Code kCodes[] = {Code::kSigned, Code::kNonNegative, Code::kNonNegative};
 
   template <class T>
   struct Scalars {
@@ -155,7 +158,8 @@ struct Rmsprop {
   static constexpr const char* kHyper[] = {"lr", "alpha", "eps", "weight_decay", "momentum", "momentum_decay"};
   static constexpr const char* kStateNames[] = {"square_avg", "momentum_buffer", "grad_avg"};
   static constexpr bool kPresent[] = {true, kMomentum, kCentered};
-  static constexpr bool kNonNegative[] = {true, false, false};
+  // The variance is a difference of two states, which fewer bits would make zero.
+  static constexpr Code kCodes[] = {kCentered ? Code::kNone : Code::kNonNegative, Code::kSigned, Code::kNone};
 
   template <class T>
   struct Scalars {
@@ -201,7 +205,7 @@ struct Adagrad {
   static constexpr const char* kHyper[] = {"lr", "lr_decay", "weight_decay", "eps"};
   static constexpr const char* kStateNames[] = {"sum"};
   static constexpr bool kPresent[] = {true};
-  static constexpr bool kNonNegative[] = {true};
+  static constexpr Code kCodes[] = {Code::kNonNegative};
 
   template <class T>
   struct Scalars {
@@ -232,7 +236,7 @@ struct Lion {
   static constexpr const char* kHyper[] = {"lr", "beta1", "beta2", "weight_decay"};
   static constexpr const char* kStateNames[] = {"exp_avg"};
   static constexpr bool kPresent[] = {true};
-  static constexpr bool kNonNegative[] = {false};
+  static constexpr Code kCodes[] = {Code::kSigned};
 
   template <class T>
   struct Scalars {
@@ -271,7 +275,7 @@ struct AdaBelief {
       "lr", "beta1", "beta2", "eps", "weight_decay", "weight_decouple", "fixed_decay", "rectify", "degenerated_to_sgd"};
   static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_var", "max_exp_avg_var"};
   static constexpr bool kPresent[] = {true, true, kAmsgrad};
-  static constexpr bool kNonNegative[] = {false, true, true};
+  static constexpr Code kCodes[] = {Code::kSigned, Code::kNonNegative, Code::kNonNegative};
 
   template <class T>
   struct Scalars {
@@ -342,7 +346,7 @@ struct Amos {
                                            "extra_l2", "c_coef", "d_coef", "eps"};
   static constexpr const char* kStateNames[] = {"exp_avg_sq", "decay", "exp_avg"};
   static constexpr bool kPresent[] = {true, true, kMomentum};
-  static constexpr bool kNonNegative[] = {true, true, false};
+  static constexpr Code kCodes[] = {Code::kNonNegative, Code::kNonNegative, Code::kSigned};
 
   template <class T>
   struct Scalars {
@@ -412,7 +416,7 @@ struct Accumulate {
   static constexpr const char* kHyper[] = {"weight"};
   static constexpr std::array<const char*, 0> kStateNames{};
   static constexpr std::array<bool, 0> kPresent{};
-  static constexpr std::array<bool, 0> kNonNegative{};
+  static constexpr std::array<Code, 0> kCodes{};
 
   template <class T>
   struct Scalars {

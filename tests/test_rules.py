@@ -45,12 +45,12 @@ def test_update_names_its_arguments_as_the_compiled_rule_does(cls):
 
 
 @by_rule
-def test_states_that_are_never_negative_are_those_of_the_compiled_rule(cls):
+def test_8_bit_codes_are_those_of_the_compiled_rule(cls):
     source = (ROOT / "csrc" / "rules.h").read_text()
     struct = source[source.index(f'kName = "{cls.rule}"') :]
-    flags = re.search(r"kNonNegative(?:\[\] = )?\{(.*?)\};", struct).group(1).split(", ")
-    named = tuple(name for name, flag in zip(cls.state_names, flags, strict=cls.state_names != ()) if flag == "true")
-    assert named == getattr(cls, "non_negative", ())
+    codes = re.search(r"kCodes(?:\[\] = )?\{(.*?)\};", struct).group(1)
+    unsigned = [name for name, code in zip(cls.state_names, codes.split(","), strict=False) if "NonNegative" in code]
+    assert tuple(unsigned) == getattr(cls, "non_negative", ())
 
 
 @by_any_rule

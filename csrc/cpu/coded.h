@@ -113,7 +113,11 @@ class CodedStates {
     Block blocks[kPlaces];
   };
 
-  // Calls visit(k, the codes of block b) for each state, so that their type is known.
+  // Whether a state's numbers are codes; what 8 bits cannot hold is in fp32.
+  template <class Number>
+  static constexpr bool kCoded = !std::is_same_v<Number, float>;
+
+  // Calls visit(k, the numbers of block b) for each state, so that their type is known.
   template <class Visit>
   FUSEDSTEP_FN void visit_states(int64_t b, const Visit& visit) const {
     static_assert(kNamed<Rule> <= 3, "add a line");
@@ -125,8 +129,9 @@ class CodedStates {
   FUSEDSTEP_FN void visit_state(int64_t b, const Visit& visit) const {
     if constexpr (k < kNamed<Rule>) {
       if constexpr (has_state<Rule>(k)) {
-        using Code = std::conditional_t<Rule::kNonNegative[k], uint8_t, int8_t>;
-        visit(k, static_cast<Code*>(record_.states[k]) + b * kBlock);
+        using Byte = std::conditional_t<Rule::kCodes[k] == Code::kSigned, int8_t, uint8_t>;
+        using Number = std::conditional_t<Rule::kCodes[k] == Code::kNone, float, Byte>;
+        visit(k, static_cast<Number*>(record_.states[k]) + b * kBlock);
       }
     }
   }
@@ -139,37 +144,48 @@ class CodedStates {
     const Stored<float, float> params{param}, grads{grad};
     Fresh& now = fresh_[block_ % kGenerations];
     const Fresh& old = fresh_[(block_ + 1) % kGenerations];
-    const void* from[kPlaces];
-    void* to[kPlaces];
+    void* places[kPlaces];  // in variables, which stores into tensors do not change
     float scales[kPlaces];
     Block blocks[kPlaces];
     WordPack most[kPlaces] = {};
-    visit_states(block_, [&](int k, auto* codes) FUSEDSTEP_INLINE {
-      from[k] = codes;
-      to[k] = codes - kDelay * kBlock;
-      scales[k] = record_.precision.scales[k][block_];
-      if (kEncodes) blocks[k] = old.blocks[k];
+    visit_states(block_, [&](int k, auto* numbers) FUSEDSTEP_INLINE {
+      places[k] = numbers;
+      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
+        scales[k] = record_.precision.scales[k][block_];
+        if (kEncodes) blocks[k] = old.blocks[k];
+      }
     });
     for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
       FloatPack p = params.load(i), g = change(grads.load(i)), pack[kMaxStates] = {};
       if (change.zero) grads.store(i, FloatPack{});
       if (change.write) grads.store(i, g * change.sign);
-      visit_states(0, [&](int k, auto* codes) FUSEDSTEP_INLINE {
-        pack[k] = decode_pack(static_cast<decltype(codes)>(const_cast<void*>(from[k])) + i, scales[k]);
+      visit_states(0, [&](int k, auto* type) FUSEDSTEP_INLINE {
+        const auto* const numbers = static_cast<decltype(type)>(places[k]);
+        if constexpr (kCoded<std::remove_pointer_t<decltype(type)>>)
+          pack[k] = decode_pack(numbers + i, scales[k]);
+        else
+          pack[k] = load_pack<float, float>(numbers + i);
       });
       update_with<Rule>(p, g, pack, s);
       params.store(i, p);
-      visit_states(0, [&](int k, auto* codes) FUSEDSTEP_INLINE {
-        most[k] = larger_magnitude(most[k], pack[k]);
-        store_pack<float, float>(now.numbers[k] + i, pack[k]);
-        if (kEncodes) {
-          FloatPack wide;  // in one load, which load_pack's are not
-          __builtin_memcpy(&wide, old.numbers[k] + i, sizeof(wide));
-          encode_pack(static_cast<decltype(codes)>(to[k]) + i, wide, blocks[k]);
+      visit_states(0, [&](int k, auto* type) FUSEDSTEP_INLINE {
+        auto* const numbers = static_cast<decltype(type)>(places[k]);
+        if constexpr (kCoded<std::remove_pointer_t<decltype(type)>>) {
+          most[k] = larger_magnitude(most[k], pack[k]);
+          store_pack<float, float>(now.numbers[k] + i, pack[k]);
+          if (kEncodes) {
+            FloatPack wide;  // in one load, which load_pack's are not
+            __builtin_memcpy(&wide, old.numbers[k] + i, sizeof(wide));
+            encode_pack(numbers - kDelay * kBlock + i, wide, blocks[k]);
+          }
+        } else {
+          store_pack<float, float>(numbers + i, pack[k]);
         }
       });
     }
-    visit_states(block_, [&](int k, auto*) FUSEDSTEP_INLINE { close(k, most[k]); });
+    visit_states(block_, [&](int k, auto* numbers) FUSEDSTEP_INLINE {
+      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) close(k, most[k]);
+    });
     ++block_;
   }
 
@@ -181,37 +197,41 @@ class CodedStates {
 
   void encode(int64_t b) const {
     const Fresh& old = fresh_[b % kGenerations];
-    visit_states(b, [&](int k, auto* codes) FUSEDSTEP_INLINE {
-      for (int64_t i = 0; i < kBlock; i += kLanes<float>)
-        encode_pack(codes + i, load_pack<float, float>(old.numbers[k] + i), old.blocks[k]);
+    visit_states(b, [&](int k, auto* numbers) FUSEDSTEP_INLINE {
+      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
+        for (int64_t i = 0; i < kBlock; i += kLanes<float>)
+          encode_pack(numbers + i, load_pack<float, float>(old.numbers[k] + i), old.blocks[k]);
+      }
     });
   }
 
   // The last n numbers, fewer than a block: in copies that are a whole one.
   void update_part(float* param, float* grad, int64_t n) {
     alignas(64) float params[kBlock] = {}, grads[kBlock] = {};
-    alignas(64) char codes[kPlaces][kBlock] = {};
-    const size_t bytes = static_cast<size_t>(n) * sizeof(float);
+    alignas(64) char states[kPlaces][kBlock * sizeof(float)] = {};
+    const size_t count = static_cast<size_t>(n), bytes = count * sizeof(float);
     std::memcpy(params, param, bytes);
     std::memcpy(grads, grad, bytes);
     Record copy = record_;
-    visit_states(block_, [&](int k, auto* from) {
-      copy.states[k] = std::memcpy(codes[k], from, static_cast<size_t>(n));
+    visit_states(block_, [&](int k, auto* numbers) {
+      copy.states[k] = std::memcpy(states[k], numbers, count * sizeof(*numbers));
       copy.precision.scales[k] += block_;
     });
     CodedStates part(copy, 0, change_, scalars_);
     part.template pass<false>(params, grads);
     part.block_ = 0;
-    visit_states(0, [&](int k, auto*) {  // what is behind the last number is none
-      float* const numbers = part.fresh_[0].numbers[k];
-      std::fill(numbers + n, numbers + kBlock, 0.0f);
-      WordPack most{};
-      for (int64_t i = 0; i < kBlock; i += kLanes<float>)
-        most = larger_magnitude(most, load_pack<float, float>(numbers + i));
-      part.close(k, most);
+    visit_states(0, [&](int k, auto* numbers) {
+      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
+        float* const fresh = part.fresh_[0].numbers[k];
+        std::fill(fresh + n, fresh + kBlock, 0.0f);  // what is behind the last number does not count
+        WordPack most{};
+        for (int64_t i = 0; i < kBlock; i += kLanes<float>)
+          most = larger_magnitude(most, load_pack<float, float>(fresh + i));
+        part.close(k, most);
+      }
     });
     part.encode(0);
-    visit_states(block_, [&](int k, auto* to) { std::memcpy(to, codes[k], static_cast<size_t>(n)); });
+    visit_states(block_, [&](int k, auto* to) { std::memcpy(to, states[k], count * sizeof(*to)); });
     std::memcpy(param, params, bytes);
     if (change_.zero || change_.write) std::memcpy(grad, grads, bytes);
   }
