@@ -125,7 +125,9 @@ def _full(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
 
 
 def _brief(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
-    heads = ["its ms", "fusedstep, ms", "speed-up", *(["warm caches"] if device == "cpu" else []), "GB/s (share)"]
+    plain = any(name.endswith(peers.PLAIN) for _, cases in grouped for block in cases for name in block)
+    heads = ["its ms", *(["fusedstep plain, ms"] if plain else []), "fusedstep, ms", "speed-up"]
+    heads += [*(["warm caches"] if device == "cpu" else []), "GB/s (share)"]
     lines = _head(["optimizer", "case", "compared with"], heads)
     for optimizer, cases in grouped:
         for block in cases:
@@ -133,6 +135,7 @@ def _brief(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
             other = block.get(ours["baseline"]) if ours else None
             cells = [optimizer, case_label(next(iter(block.values())), cases)]
             cells += [other["contender"] if other else "-", _milliseconds(other)]
+            cells += [_milliseconds(block.get(f"{ours['contender']}{peers.PLAIN}" if ours else None))] if plain else []
             lines.append(f"| {' | '.join(cells + _ours(ours, block, device))} |")
     return lines
 

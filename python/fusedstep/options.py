@@ -24,8 +24,8 @@ class Options(TypedDict, total=False):
             one fp32 scale (the largest magnitude) for each block of 256 along the memory, as ``exp_avg`` and
             ``exp_avg_scale``; int8 with square root spacing, uint8 with fourth root spacing for states that are never
             negative; an infinity or a NaN makes its whole block NaN. ``torch.optim`` cannot read 8-bit states, though
-            it loads them. States of fp64 and complex parameters keep their dtype, and the averages of a centered
-            RMSprop, of whose difference it takes the root, are in fp32 at least.
+            it loads them. States of fp64 and complex parameters keep their dtype, and states whose difference a
+            rule takes the root of (a centered variance) are in fp32 at least.
         wide_states: regular expressions, as strings or compiled. With "8bit", the states of parameters that one of them
             is found in the name of stay in fp32, as do those of parameters with fewer than 4,096 elements. Default
             ``("emb", "wte", "wpe")``: embeddings by their usual names. A parameter has a name if the optimizer was

@@ -42,7 +42,8 @@ class RMSprop(FusedOptimizer):
         **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number), ``square_avg``, with momentum ``momentum_buffer``, if centered
-    ``grad_avg``, in the parameter's dtype and layout: 4, 8 or 12 bytes per fp32 parameter.
+    ``grad_avg``, in the parameter's dtype and layout: 4, 8 or 12 bytes per fp32 parameter. With ``state_dtype`` both
+    averages of a centered one are in fp32: their difference would not survive in fewer bits.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
