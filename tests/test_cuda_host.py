@@ -20,10 +20,9 @@ from fusedstep.schedules import on_device
 from fusedstep.verification import same_bits
 
 
-@pytest.fixture(scope="session", params=["plain", "sanitized"])
-def library(request, tmp_path_factory):
-    target = tmp_path_factory.mktemp("cuda_host") / f"{request.param}.so"
-    loaded = built(target, "library.cpp", "cuda_table.cpp", request.param == "sanitized")
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    loaded = built(tmp_path_factory.mktemp("cuda_host") / "library.so", "library.cpp", "cuda_table.cpp")
     loaded.check_chunks.restype = ctypes.c_int64
     return loaded
 

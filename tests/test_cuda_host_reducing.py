@@ -44,7 +44,7 @@ class HostBackend(CpuBackend):
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    return built(tmp_path_factory.mktemp("cuda_host") / "reducing.so", "reducing.cpp", "cuda_reducing_table.cpp", True)
+    return built(tmp_path_factory.mktemp("cuda_host") / "reducing.so", "reducing.cpp", "cuda_reducing_table.cpp")
 
 
 @pytest.fixture

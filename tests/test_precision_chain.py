@@ -48,7 +48,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    return built(tmp_path_factory.mktemp("cuda_host") / "chain.so", "library.cpp", "cuda_table.cpp", True)
+    return built(tmp_path_factory.mktemp("cuda_host") / "chain.so", "library.cpp", "cuda_table.cpp")
 
 
 @pytest.fixture(params=["cpu", "cuda on the host", "triton"])
