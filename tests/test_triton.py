@@ -74,7 +74,7 @@ def random(sizes, generator, dtypes=(torch.float32,)):
 
 @pytest.mark.parametrize("optimizer", sorted({case.optimizer for case in CASES}))
 def test_every_layout_and_dtype_has_the_references_bits(interpreted, optimizer):
-    report = verify([optimizer], backend="triton", steps=2)
+    report = verify([optimizer], backend="triton", steps=1)
     assert {str(case) for case in CASES if case.optimizer == optimizer} <= {row.case for row in report.rows}
     assert report.ok, [row for row in report.rows if not row.ok]
 
