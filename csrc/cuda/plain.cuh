@@ -109,28 +109,28 @@ __device__ __noinline__ void update_by_16_bit(const Record& record, const void* 
 
 template <class Rule>
 struct Plain {
-__device__ __forceinline__ static void update(const Record& record, const void* grad, const Chunk& chunk, Team team,
-                                              GradChange<float> change,
-                                              const typename Rule::template Scalars<float>& s) {
-  const Dtype dtype = record.param_dtype, grad_dtype = record.grad_dtype;
-  int rest = 0;
-  if (!is_aligned<Rule>(record, grad)) {
-    // update_any's
-  } else if (grad_dtype == dtype) {
-    if (dtype == Dtype::kF32 && states_are<Rule>(record, Dtype::kF32)) {
-      constexpr int kPacks = kHeld<Rule> <= 2 ? 2 : 1;  // as many as the registers hold
-      update_packs<Rule, float, float, float, 4, kPacks>(record, grad, chunk, team, change, s);
-      rest = chunk.n / 4 * 4;
-    } else if (dtype != Dtype::kF32 && (states_are<Rule>(record, Dtype::kF32) || states_are<Rule>(record, dtype))) {
-      update_16_bit<Rule>(record, grad, chunk, team, change, s);
+  __device__ __forceinline__ static void update(const Record& record, const void* grad, const Chunk& chunk, Team team,
+                                                GradChange<float> change,
+                                                const typename Rule::template Scalars<float>& s) {
+    const Dtype dtype = record.param_dtype, grad_dtype = record.grad_dtype;
+    int rest = 0;
+    if (!is_aligned<Rule>(record, grad)) {
+      // update_any's
+    } else if (grad_dtype == dtype) {
+      if (dtype == Dtype::kF32 && states_are<Rule>(record, Dtype::kF32)) {
+        constexpr int kPacks = kHeld<Rule> <= 2 ? 2 : 1;  // as many as the registers hold
+        update_packs<Rule, float, float, float, 4, kPacks>(record, grad, chunk, team, change, s);
+        rest = chunk.n / 4 * 4;
+      } else if (dtype != Dtype::kF32 && (states_are<Rule>(record, Dtype::kF32) || states_are<Rule>(record, dtype))) {
+        update_16_bit<Rule>(record, grad, chunk, team, change, s);
+        rest = chunk.n / 8 * 8;
+      }
+    } else if (dtype == Dtype::kF32 && grad_dtype != Dtype::kF64 && states_are<Rule>(record, Dtype::kF32)) {
+      update_by_16_bit<Rule>(record, grad, chunk, team, change, s);
       rest = chunk.n / 8 * 8;
     }
-  } else if (dtype == Dtype::kF32 && grad_dtype != Dtype::kF64 && states_are<Rule>(record, Dtype::kF32)) {
-    update_by_16_bit<Rule>(record, grad, chunk, team, change, s);
-    rest = chunk.n / 8 * 8;
+    if (rest < chunk.n) update_any<Rule, float>(record, grad, chunk, rest, team, change, s);
   }
-  if (rest < chunk.n) update_any<Rule, float>(record, grad, chunk, rest, team, change, s);
-}
 };
 
 }  // namespace fusedstep::cuda
