@@ -19,6 +19,15 @@ def _same_numbers_and_no_lucky_zeros():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def one_thread():
+    """For little work a second one only adds waiting, above all where tests run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _no_choice_from_outside(monkeypatch):
     monkeypatch.delenv("FUSEDSTEP_BACKEND", raising=False)

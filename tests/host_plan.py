@@ -7,6 +7,7 @@ the plan that a GPU would have. It proves nothing of a GPU.
 import ctypes
 import shutil
 import subprocess
+from abc import abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +124,9 @@ class HostPlan(KernelPlan):
         native.release_grads()
         return launches
 
+    @abstractmethod
     def run(self, scalars, gradients, records, n, addresses):
-        raise NotImplementedError
+        """Call the kernels; returns the number of launches."""
 
 
 class ElementwiseHostPlan(HostPlan):

@@ -16,6 +16,27 @@ CHECKPOINT_CASES = [CASES[2], CASES[4], CASES[10]]  # with states
 ADAMW = next(case for case in CASES if case.optimizer == "AdamW")
 MOMENTUM = next(case for case in CASES if "dampening" in case.options)
 
+# The precision options by themselves: how weights are stored, and how states are.
+WEIGHTS = {
+    "plain": {},
+    "master": {"master_weights": True},
+    "split": {"master_weights": "split"},
+    "kahan": {"kahan": True},
+    "stochastic": {"rounding": "stochastic", "rounding_seed": 2**40 + 17},
+}
+STATES = {
+    "own": {},
+    "fp32": {"state_dtype": torch.float32},
+    "bf16": {"state_dtype": torch.bfloat16},
+    "8bit": {"state_dtype": "8bit"},
+}
+
+
+def precision_modes(*states):
+    """Every way to store weights with each of ``states``, by name."""
+    return {f"{w}-{s}": {**WEIGHTS[w], **STATES[s]} for w in WEIGHTS for s in states}
+
+
 SHAPES = ((3, 5), (7,), (), (2, 3, 4))
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # for float64
 

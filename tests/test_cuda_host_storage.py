@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from support import STATES, precision_modes
 from test_cuda_host import inside, library, random_grads, run_on_host  # noqa: F401
 
 import fusedstep
@@ -11,27 +12,14 @@ from fusedstep.cases import CASES
 from fusedstep.precision import COMPANIONS, scale_name
 from fusedstep.verification import same_bits
 
-WEIGHTS = {
-    "plain": {},
-    "master": {"master_weights": True},
-    "split": {"master_weights": "split"},
-    "kahan": {"kahan": True},
-    "stochastic": {"rounding": "stochastic", "rounding_seed": 2**40 + 17},
-}
-STATES = {"own": {}, "bf16": {"state_dtype": torch.bfloat16}, "8bit": {"state_dtype": "8bit"}}
-MODES = {f"{w}-{s}": {**WEIGHTS[w], **STATES[s]} for w, s in itertools.product(WEIGHTS, STATES)}
+MODES = precision_modes("own", "bf16", "8bit")
 MODES.pop("plain-own")
 SIZES = [0, 1, 7, 8, 9, 255, 256, 257, 1024, 4095, 4096, 4097, 5000]
 CODES = (torch.int8, torch.uint8, torch.int16)
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Pair:

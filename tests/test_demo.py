@@ -13,13 +13,7 @@ SIZE = train_gpt.Size(layers=1, width=16, heads=2, context=16, batch=4, steps=ST
 SMALL = [word for name, value in vars(SIZE).items() for word in (f"--{name}", str(value))]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """For so little work a second one only adds waiting, above all where tests run side by side."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(folder, *words):

@@ -15,12 +15,7 @@ import fusedstep
 COUNTS = {"train": 40, "test": 10}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def idx(array):

@@ -1,13 +1,12 @@
 """The precision options together with clipping, gradients that are left, averages and copies, on every backend."""
 
 import importlib.util
-import itertools
 
 import numpy as np
 import pytest
 import torch
 from host_plan import ElementwiseHostBackend, HostPlan, built
-from support import ADAMW, MOMENTUM, parameters_of
+from support import ADAMW, MOMENTUM, STATES, WEIGHTS, parameters_of, precision_modes
 
 import fusedstep
 from fusedstep import backends
@@ -15,15 +14,7 @@ from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES, gradient, layouts
 from fusedstep.verification import same_bits
 
-WEIGHTS = {
-    "plain": {},
-    "master": {"master_weights": True},
-    "split": {"master_weights": "split"},
-    "kahan": {"kahan": True},
-    "stochastic": {"rounding": "stochastic", "rounding_seed": 2**40 + 17},
-}
-STATES = {"own": {}, "8bit": {"state_dtype": "8bit"}}
-MODES = {f"{w}-{s}": {**WEIGHTS[w], **STATES[s]} for w, s in itertools.product(WEIGHTS, STATES)}
+MODES = precision_modes("own", "8bit")
 MODES["plain-bf16"] = {"state_dtype": torch.bfloat16}
 # The largest gradient is the same number on every backend; sums are not.
 CLIPPED = {"max_grad_norm": 0.7, "norm_type": float("inf")}
@@ -38,12 +29,7 @@ by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 by_chain = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")

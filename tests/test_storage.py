@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from support import by_kind
+from support import by_kind, precision_modes
 
 import fusedstep
 from fusedstep import _C, planning
@@ -14,28 +14,13 @@ from fusedstep.cases import CASES, gradient, layouts
 from fusedstep.verification import same_bits
 
 HALVES = (torch.bfloat16, torch.float16)
-WEIGHTS = {
-    "plain": {},
-    "master": {"master_weights": True},
-    "split": {"master_weights": "split"},
-    "kahan": {"kahan": True},
-    "stochastic": {"rounding": "stochastic", "rounding_seed": 2**40 + 17},
-}
-STATES = {"own": {}, "fp32": {"state_dtype": torch.float32}, "bf16": {"state_dtype": torch.bfloat16}}
-STATES["8bit"] = {"state_dtype": "8bit"}
-MODES = {f"{w}-{s}": {**WEIGHTS[w], **STATES[s]} for w, s in itertools.product(WEIGHTS, STATES)}
+MODES = precision_modes("own", "fp32", "bf16", "8bit")
 SIZES = [0, 1, 7, 8, 9, 255, 256, 257, 4095, 4096, 4097, 4352, 9001]
 
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Waking threads takes longer than the small tensors here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=_C.cpu_isas())

@@ -1,7 +1,6 @@
 """The Triton backend in every form of the precision options: its bits under the interpreter, its code for sm_90."""
 
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import precision_modes
 
 import fusedstep
 from fusedstep.backends import BACKENDS
@@ -19,15 +19,7 @@ from fusedstep.verification import same_bits
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-WEIGHTS = {
-    "plain": {},
-    "master": {"master_weights": True},
-    "split": {"master_weights": "split"},
-    "kahan": {"kahan": True},
-    "stochastic": {"rounding": "stochastic", "rounding_seed": 2**40 + 17},
-}
-STATES = {"own": {}, "bf16": {"state_dtype": torch.bfloat16}, "8bit": {"state_dtype": "8bit"}}
-MODES = {f"{w}-{s}": {**WEIGHTS[w], **STATES[s]} for w, s in itertools.product(WEIGHTS, STATES)}
+MODES = precision_modes("own", "bf16", "8bit")
 MODES.pop("plain-own")
 SIZES = [0, 1, 9, 257, 4095, 4097, 16_384 + 4096 + 3]
 # A rule without states, with a state of its own step count, with a state that has a sign and one that has none.
