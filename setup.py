@@ -11,6 +11,9 @@ pyproject.toml. Environment variables:
   MAX_JOBS              how many compilers run at a time
 """
 
+import functools
+import hashlib
+import json
 import os
 import platform
 import re
@@ -26,9 +29,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
-# One folder for all Pythons: only what includes Python.h is compiled for each of them. Paths in it are relative, so that
-# objects stay valid where the whole tree is copied to another place.
+# One folder for all Pythons: only what includes Python.h is compiled for each of them. Paths in it are relative, so
+# that objects stay valid where the whole tree is copied to another place.
 BUILD = ROOT / "build" / sysconfig.get_platform()
+CARRIED = "carried"  # a folder in it
 DEFAULT_CUDA_ARCHS = "80;90;100;120+PTX"
 
 # No contraction into FMA, neither here nor in nvcc's flags: all backends give the same bits. sqrtf() is vectorised only
@@ -168,7 +172,11 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
         command.append(f"-DFUSEDSTEP_NVCC_VERSION={nvcc_version(nvcc)}")
         units += [(source, f"cuda.{source.stem}.o", command) for source in sorted((csrc / "cuda").glob("*.cu"))]
     return [
-        (source, name, [*command, *defines, "-MMD", "-MF", f"{name}.d", "-c", os.path.relpath(source, BUILD), "-o", name])
+        (
+            source,
+            name,
+            [*command, *defines, "-MMD", "-MF", f"{name}.d", "-c", os.path.relpath(source, BUILD), "-o", name],
+        )
         for source, name, command in units
     ]
 
@@ -180,28 +188,49 @@ def nvcc_version(nvcc: str) -> str:
     return match[1] if match else "unknown"
 
 
-def ninja_file(steps: list[tuple[Path, str, list[str]]], link: list[str]) -> str:
-    """The text of build.ninja, which makes _C.so from the steps' objects."""
+def quote(words: list[str]) -> str:
+    """A command for the shell."""
+    return " ".join(word if word == NVCC else shlex.quote(word) for word in words)
 
 
-    def quote(words: list[str]) -> str:
-        return " ".join(word if word == NVCC else shlex.quote(word) for word in words).replace("$", "$$")
+def carried_objects(steps: list[tuple[Path, str, list[str]]]) -> dict[str, str]:
+    """Objects that another machine has compiled (gpu/carry.py), in place of those that the same command would make.
+
+    Valid are those whose source, and all that it includes, is what was compiled there.
+    """
+    try:
+        known = json.loads((BUILD / CARRIED / "objects.json").read_text())
+    except OSError:
+        return {}
+    digest = functools.cache(lambda path: hashlib.sha256((BUILD / path).read_bytes()).hexdigest())
+    found = {}
+    for _, name, command in steps:
+        made = known.get(name, {"command": None})
+        if made["command"] == quote(command) and all(
+            (BUILD / path).is_file() and digest(path) == expected for path, expected in made["inputs"].items()
+        ):
+            found[name] = f"{CARRIED}/{name}"
+    return found
+
+
+def ninja_file(steps: list[tuple[Path, str, list[str]]], link: list[str], carried: dict[str, str] | None = None) -> str:
+    """The text of build.ninja, which makes _C.so from the steps' objects, or those carried in place of some."""
+    carried = carried or {}
 
     def path(source: Path) -> str:
         return re.sub(r"([$: ])", r"$\1", os.path.relpath(source, BUILD))
 
     lines = [
         *("rule compile", "  command = $words", "  deps = gcc", "  depfile = $out.d", "  description = compile $out"),
-        # nvcc names the headers of its toolkit too, which lie elsewhere on another machine; its version says enough.
-        *("rule nvcc", "  command = $words && sed -i -E 's: /[^ ]*::g' $out.d"),
-        *("  deps = gcc", "  depfile = $out.d", "  description = compile $out"),
         *("rule link", "  command = $words", "  description = link $out"),
     ]
     for source, name, command in steps:
-        rule = "nvcc" if command[0] == NVCC else "compile"
-        lines += [f"build {name}: {rule} {path(source)}", f"  words = {quote(command)}"]
-    objects = [name for _, name, _ in steps]
-    lines += [f"build {EXTENSION}: link {' '.join(objects)}", f"  words = {quote([*link, *objects, '-o', EXTENSION])}"]
+        if name not in carried:
+            words = quote(command).replace("$", "$$")
+            lines += [f"build {name}: compile {path(source)}", f"  words = {words}"]
+    objects = [carried.get(name, name) for _, name, _ in steps]
+    words = quote([*link, *objects, "-o", EXTENSION]).replace("$", "$$")
+    lines += [f"build {EXTENSION}: link {' '.join(objects)}", f"  words = {words}"]
     return "\n".join(lines) + "\n"
 
 
@@ -229,7 +258,7 @@ class NinjaBuildExt(build_ext):
             link = [*cxx, "-shared", "-fopenmp"]
         manifest = BUILD / sys.implementation.cache_tag / "build.ninja"
         manifest.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(ninja_file(steps, link))
+        manifest.write_text(ninja_file(steps, link, carried_objects(steps)))
         print(f"fusedstep: C++ by {shlex.join(cxx)}, CUDA {f'by {nvcc}' if nvcc else 'left out'}", flush=True)
         jobs = ["-j", environ["MAX_JOBS"]] if environ.get("MAX_JOBS") else []
         command = [Path(ninja.BIN_DIR) / "ninja", "-C", BUILD, "-f", manifest.relative_to(BUILD), *jobs]

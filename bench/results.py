@@ -136,7 +136,9 @@ def resume(results: dict[str, Any], path: Path) -> None:
     before = load(path)
     for key in ("command", "device", "versions", "git"):
         if before[key] != results[key]:
-            raise ValueError(f"{path} cannot be resumed: its {key} is {before[key]}, that of this run is {results[key]}")
+            raise ValueError(
+                f"{path} cannot be resumed: its {key} is {before[key]}, that of this run is {results[key]}"
+            )
     results |= {"rows": before["rows"], "created": before["created"]}
 
 

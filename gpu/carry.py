@@ -1,10 +1,9 @@
 """Objects that one machine has compiled, for another one without the time: only what differs is compiled there.
 
     python gpu/carry.py pack FILE.tar.gz      after a build; the file goes along with the sources
-    python gpu/carry.py unpack FILE.tar.gz    before a build, in a copy of the tree at any place
+    python gpu/carry.py unpack FILE.tar.gz    before a build, in a copy of the tree at any place, for any Python
 
-Whether an object is still valid is ninja's decision, by times and commands. A copied source has a time of its own: it
-gets back the time that it had if its content is what was compiled.
+setup.py takes such an object if its command and the contents of all that went into it are the same: times do not count.
 """
 
 from __future__ import annotations
@@ -14,54 +13,66 @@ import hashlib
 import io
 import json
 import os
+import re
+import subprocess
 import sys
 import sysconfig
 import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / sysconfig.get_platform()  # as in setup.py
-MANIFEST = "sources.json"
+BUILD = ROOT / "build" / sysconfig.get_platform()  # as in setup.py, and so are these names
+CARRIED, LIST = "carried", "objects.json"
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def inputs(manifest: Path) -> dict[str, list[str]]:
+    """The files of this tree, from `BUILD`, that went into each object; a toolkit's own say its version."""
+    import ninja
+
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", BUILD, "-f", manifest.relative_to(BUILD), "-t", "deps"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[str]] = {}
+    listed: list[str] | None = None  # None: of an object that has changed since
+    for line in told.splitlines():
+        if line.startswith("    "):
+            if listed is not None and not os.path.isabs(line.strip()):
+                listed.append(line.strip())
+        elif line:
+            name, _, state = line.partition(": ")
+            listed = found.setdefault(name, []) if state.endswith("(VALID)") else None
+    return found
 
 
 def pack(file: Path) -> None:
-    objects = [path for path in BUILD.iterdir() if path.suffix == ".o" or path.name in (".ninja_log", ".ninja_deps")]
-    if not any(path.suffix == ".o" for path in objects):
+    manifests = sorted(BUILD.glob("*/build.ninja"), key=lambda path: path.stat().st_mtime)
+    if not manifests:
         raise SystemExit(f"there are no objects in {BUILD}: run make build first")
-    sources = {
-        str(path.relative_to(ROOT)): (digest(path), path.stat().st_mtime_ns)
-        for path in sorted((ROOT / "csrc").rglob("*"))
-        if path.is_file()
-    }
-    times = {path.name: path.stat().st_mtime_ns for path in objects}
-    text = json.dumps({"sources": sources, "objects": times}).encode()
+    text = manifests[-1].read_text()
+    commands = dict(re.findall(r"^build (\S+): compile .*\n  words = (.*)$", text, re.MULTILINE))
+    listed = {}
+    for name, paths in inputs(manifests[-1]).items():
+        if name in commands and "/" not in name:  # others are of one Python
+            for path in paths:
+                if (BUILD / path).stat().st_mtime_ns > (BUILD / name).stat().st_mtime_ns:
+                    raise SystemExit(f"{name} is older than {path}: run make build first")
+            digests = {path: hashlib.sha256((BUILD / path).read_bytes()).hexdigest() for path in paths}
+            listed[name] = {"command": commands[name].replace("$$", "$"), "inputs": digests}
     with tarfile.open(file, "w:gz") as tar:
-        about = tarfile.TarInfo(MANIFEST)
-        about.size = len(text)
-        tar.addfile(about, io.BytesIO(text))
-        for path in sorted(objects):
-            tar.add(path, path.name)
-    print(f"{len(objects)} files, {file.stat().st_size / 2**20:.1f} MiB")
+        content = json.dumps(listed).encode()
+        about = tarfile.TarInfo(LIST)
+        about.size = len(content)
+        tar.addfile(about, io.BytesIO(content))
+        for name in sorted(listed):
+            tar.add(BUILD / name, name)
+    print(f"{len(listed)} objects, {file.stat().st_size / 2**20:.1f} MiB")
 
 
 def unpack(file: Path) -> None:
-    BUILD.mkdir(parents=True, exist_ok=True)
+    folder = BUILD / CARRIED
+    folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file) as tar:
-        manifest = json.loads(tar.extractfile(MANIFEST).read())
-        for name, time in manifest["objects"].items():
-            (BUILD / name).write_bytes(tar.extractfile(name).read())
-            os.utime(BUILD / name, ns=(time, time))
-    same = 0
-    for name, (expected, time) in manifest["sources"].items():
-        path = ROOT / name
-        if path.is_file() and digest(path) == expected:
-            os.utime(path, ns=(time, time))
-            same += 1
-    print(f"{len(manifest['objects'])} files; {same} of {len(manifest['sources'])} sources are as they were compiled")
+        tar.extractall(folder, filter="data")
+    print(f"{len(list(folder.glob('*.o')))} objects")
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fusedstep.bench import models, peers, results, timing
 from torch import Tensor
 
 import fusedstep
-from fusedstep.bench import models, peers, results, timing
 from fusedstep.cases import PRECISION
 
 WINDOWS = 5
@@ -79,7 +80,9 @@ def cases() -> Iterator[Case]:
         dtype = torch.float32 if name in ("bf16 states",) else bf16
         precise = {"precision": name, "ours": PRECISION[name], "torch_variants": ()}
         if PRECISION[name] != {"state_dtype": dtype}:
-            yield Case(f"AdamW 10^9 {'fp32' if dtype == torch.float32 else 'bf16'}, {name}", BILLION, dtype=dtype, **precise)
+            yield Case(
+                f"AdamW 10^9 {'fp32' if dtype == torch.float32 else 'bf16'}, {name}", BILLION, dtype=dtype, **precise
+            )
         if name == "8-bit states":
             yield Case(f"AdamW 10^9 fp32, {name}", BILLION, **precise)
     adafactor = {"optimizer": "TorchAdafactor", "options": {"lr": 0.01}, "states": 0, "grad_reads": 3}
@@ -143,7 +146,7 @@ class Clock:
                 call()
             event.record()
         self.synchronize()
-        return [a.elapsed_time(b) / 1e3 / n for a, b in zip(events, events[1:], strict=False)]
+        return [a.elapsed_time(b) / 1e3 / n for a, b in itertools.pairwise(events)]
 
     def host(self, call: Callable[[], object]) -> float:
         """Seconds until a call returns, the device being idle."""
@@ -177,7 +180,9 @@ class Contenders:
             made = getattr(fusedstep, self.case.optimizer)
             return made(self.params, backend=name.split()[1], **options, **self.case.ours)
         variant = peers.TORCH_VARIANTS[name]
-        if self.theirs is None or ("fused" in variant and self.case.optimizer not in ("AdamW", "Adam", "SGD", "Adagrad")):
+        if self.theirs is None or (
+            "fused" in variant and self.case.optimizer not in ("AdamW", "Adam", "SGD", "Adagrad")
+        ):
             return None
         if self.case.optimizer == "Adagrad" and self.device.type == "cuda" and "fused" in variant:
             return None

@@ -23,7 +23,33 @@ from fusedstep.cases import CASES, PRECISION, REDUCING, Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Around vectors, warps, blocks, tiles and chunks.
-SIZES = (0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 65, 255, 256, 257, 511, 513, 1023, 1024, 1025, 2047, 2049, 4095, 4097, 8193)
+SIZES = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    31,
+    32,
+    33,
+    63,
+    65,
+    255,
+    256,
+    257,
+    511,
+    513,
+    1023,
+    1024,
+    1025,
+    2047,
+    2049,
+    4095,
+    4097,
+    8193,
+)
 LARGE = (32_769, 65_537)
 SHAPES = ((), (0, 3), (33, 17), (65, 517), (1030, 3), (3, 2100), (40, 5, 7), (256, 1025), (1, 9000))
 KINDS = (CASES[0], CASES[2], CASES[8], CASES[10])  # no state, one, two, three

@@ -1,11 +1,11 @@
-"""Every test starts from the same seed, and uninitialised memory is full of NaN. What runs on a GPU, and its results."""
+"""Every test starts from the same seed, and uninitialised memory is full of NaN; what runs on a GPU."""
 
 import json
 import os
 
 import pytest
 import torch
-from gpu import DEVICE, DRY
+from on_gpu import DEVICE, DRY
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported

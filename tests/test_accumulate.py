@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from gpu import DEVICE, captured, needs_cuda
+from on_gpu import DEVICE, captured, needs_cuda
 from support import SHAPES, parameters, parameters_of
 
 import fusedstep
@@ -695,7 +695,7 @@ def test_capturing_the_first_call_says_what_to_do_and_creates_nothing(kernel):
 
     def first():
         torch.ones(1, device=DEVICE)  # torch warns of an empty graph
-        with pytest.raises(RuntimeError, match="GradientAccumulator met new or changed tensors .* before capturing"):
+        with pytest.raises(RuntimeError, match=r"GradientAccumulator met new or changed tensors .* before capturing"):
             accumulator()
 
     captured(first)

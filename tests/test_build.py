@@ -10,6 +10,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from setuptools.errors import SetupError
@@ -234,56 +235,74 @@ class TestCompiler:
 class TestCarriedObjects:
     """gpu/carry.py: what one machine has compiled is valid in a copy of the tree."""
 
+    SOURCES: ClassVar = {
+        "a.cpp": '#include "a.h"\nint a() { return A; }\n',
+        "a.h": "#define A 1\n",
+        "b.cpp": "int b;\n",
+    }
+
     @pytest.fixture
     def carry(self):
         return module_at("fusedstep_carry", ROOT / "gpu" / "carry.py")
 
-    @staticmethod
-    def place(carry, setup_py, monkeypatch, root):
-        """Work in the tree at ``root``; returns a function that builds it and says which objects were compiled."""
+    @pytest.fixture
+    def tree(self, carry, setup_py, monkeypatch, tmp_path):
+        """A function that makes a tree of sources at a place, and returns one that builds it with some flags there.
+
+        The latter says which objects were compiled.
+        """
         ninja = pytest.importorskip("ninja")
         if not shutil.which("g++"):
             pytest.skip("g++ is not installed")
-        build = root / "build" / "platform"
-        for module, name, value in ((carry, "ROOT", root), (carry, "BUILD", build), (setup_py, "BUILD", build)):
-            monkeypatch.setattr(module, name, value)
 
-        def run():
-            build.mkdir(parents=True, exist_ok=True)
-            steps = []
-            for name in ("a", "b"):
-                source = root / "csrc" / f"{name}.cpp"
-                words = ["g++", "-MMD", "-MF", f"{name}.o.d", "-c", os.path.relpath(source, build), "-o", f"{name}.o"]
-                steps.append((source, f"{name}.o", words))
-            (build / "build.ninja").write_text(setup_py.ninja_file(steps, ["true"]))
-            command = [Path(ninja.BIN_DIR) / "ninja", "-C", build, "a.o", "b.o"]
-            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            return [name for name in ("a.o", "b.o") if f"compile {name}" in told]
+        def make(place):
+            root = tmp_path / place
+            (root / "csrc").mkdir(parents=True)
+            for name, text in self.SOURCES.items():
+                (root / "csrc" / name).write_text(text)
+            build = root / "build" / "platform"
+            for module, name, value in ((carry, "ROOT", root), (carry, "BUILD", build), (setup_py, "BUILD", build)):
+                monkeypatch.setattr(module, name, value)
 
-        return run
+            def run(*flags):
+                steps = []
+                for name in ("a", "b"):
+                    source = root / "csrc" / f"{name}.cpp"
+                    words = ["g++", *flags, "-MMD", "-MF", f"{name}.o.d", "-c", os.path.relpath(source, build)]
+                    steps.append((source, f"{name}.o", [*words, "-o", f"{name}.o"]))
+                text = setup_py.ninja_file(steps, ["ld", "-r"], setup_py.carried_objects(steps))
+                manifest = build / sys.implementation.cache_tag / "build.ninja"
+                manifest.parent.mkdir(parents=True, exist_ok=True)
+                manifest.write_text(text)
+                command = [Path(ninja.BIN_DIR) / "ninja", "-C", build, "-f", manifest.relative_to(build)]
+                told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                assert (build / setup_py.EXTENSION).exists()
+                return [name for name in ("a.o", "b.o") if f"compile {name}" in told]
 
-    def test_only_what_changed_is_compiled_again(self, carry, setup_py, monkeypatch, tmp_path):
-        sources = {"a.cpp": '#include "a.h"\nint a() { return A; }\n', "a.h": "#define A 1\n", "b.cpp": "int b;\n"}
-        for tree in ("first", "second"):
-            (tmp_path / tree / "csrc").mkdir(parents=True)
-        for name, text in sources.items():
-            (tmp_path / "first" / "csrc" / name).write_text(text)
-        build = self.place(carry, setup_py, monkeypatch, tmp_path / "first")
+            return run
+
+        return make
+
+    def test_only_what_changed_is_compiled_again(self, carry, tree, tmp_path):
+        build = tree("first")
         assert build() == ["a.o", "b.o"]
         carry.pack(tmp_path / "objects.tar.gz")
-
-        for name, text in sources.items():  # newer than the objects
-            (tmp_path / "second" / "csrc" / name).write_text(text)
-        build = self.place(carry, setup_py, monkeypatch, tmp_path / "second")
+        build = tree("second")  # whose sources are newer than the objects
         carry.unpack(tmp_path / "objects.tar.gz")
         assert build() == []
         (tmp_path / "second" / "csrc" / "a.h").write_text("#define A 2\n")
-        carry.unpack(tmp_path / "objects.tar.gz")
         assert build() == ["a.o"]
+        assert build("-O2") == ["a.o", "b.o"]
 
-    def test_without_objects_there_is_nothing_to_pack(self, carry, setup_py, monkeypatch, tmp_path):
-        self.place(carry, setup_py, monkeypatch, tmp_path)
-        carry.BUILD.mkdir(parents=True)
+    def test_what_was_changed_after_its_build_is_not_carried_as_built(self, carry, tree, tmp_path):
+        build = tree("first")
+        build()
+        (tmp_path / "first" / "csrc" / "b.cpp").write_text("int b = 1;\n")
+        with pytest.raises(SystemExit, match=r"b\.o is older than .*b\.cpp: run make build first"):
+            carry.pack(tmp_path / "objects.tar.gz")
+
+    def test_without_objects_there_is_nothing_to_pack(self, carry, tree, tmp_path):
+        tree("first")
         with pytest.raises(SystemExit, match="run make build first"):
             carry.pack(tmp_path / "objects.tar.gz")
 

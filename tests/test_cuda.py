@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from gpu import DEVICE, captured, needs_cuda, warmed_up
+from fusedstep.bench.timing import kernel_launches
+from on_gpu import DEVICE, captured, needs_cuda, warmed_up
 
 import fusedstep
 from fusedstep import schedules
 from fusedstep.backends import BACKENDS
-from fusedstep.bench.timing import kernel_launches
 from fusedstep.cases import CASES, select_cases
 from fusedstep.schedules import on_device
 from fusedstep.verification import DTYPES, same_bits, verify

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gpu import DEVICE, captured, needs_cuda, on_device, warmed_up
+from on_gpu import DEVICE, captured, needs_cuda, on_device, warmed_up
 
 import fusedstep
 from fusedstep.cases import CASES, REDUCING

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gpu import DEVICE, captured, needs_cuda, warmed_up
+from fusedstep.bench.timing import kernel_launches
+from on_gpu import DEVICE, captured, needs_cuda, warmed_up
 
 import fusedstep
-from fusedstep.bench.timing import kernel_launches
 from fusedstep.cases import REDUCING
 from fusedstep.verification import same_bits
 

@@ -85,7 +85,12 @@ def test_the_archive_holds_everything_but_itself(stages, run):
 
 def test_the_report_has_failures_and_numbers_in_20_lines(stages, run):
     tests = [{"test": f"test_{i}", "outcome": "failed" if i < 5 else "passed"} for i in range(9)]
-    numbers = [{"case": f"case {i}", "contender": c, "ms": 1.5, "copy_share": 0.9, "goal": i == 0} for i in range(30) for c in ("ours", "theirs")]  # fmt: skip
+    number = {"ms": 1.5, "copy_share": 0.9}
+    numbers = [
+        {**number, "case": f"case {i}", "contender": name, "goal": i == 0}
+        for i in range(30)
+        for name in ("ours", "theirs")
+    ]
     for name, rows in {
         "cuda.jsonl": tests,
         "first.jsonl": [{"copy_gb_per_s": 1.0}, *numbers],
