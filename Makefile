@@ -3,6 +3,7 @@ PYTHON ?= python3
 OPTIMIZER ?= AdamW
 WORKERS ?= 2
 TORCH ?= torch==2.13.0
+TRITONS ?= 3.6.0 newest
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -17,12 +18,13 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lenet test gpu gpu-dry build lint clean FORCE
+.PHONY: help demo lenet test test-triton-versions gpu gpu-dry build lint clean FORCE
 
 help:
 	@echo "make demo    train a small GPT with torch.optim.AdamW and with fusedstep.AdamW (OPTIMIZER=$(OPTIMIZER))"
 	@echo "make lenet   train LeNet under six learning-rate schedules (ARGS=\"--data FOLDER\" for Fashion-MNIST)"
 	@echo "make test    run the tests that need no GPU"
+	@echo "make test-triton-versions   compile the Triton kernels with each of TRITONS=\"$(TRITONS)\""
 	@echo "make gpu     on a GPU machine, without network: all stages of make gpu-build, gpu-first, gpu-cuda, gpu-triton,"
 	@echo "             gpu-memcheck, gpu-bench, gpu-profile; results in OUT=$(OUT)"
 	@echo "make gpu-dry walk through these stages without a GPU"
@@ -43,6 +45,23 @@ lenet: $(DEPS) $(BUILT)
 
 test: $(DEPS) $(BUILT)
 	$(PY) -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)
+
+# Each Triton lies in a folder of its own that comes before all else; everything but Triton is borrowed from the
+# environment.
+test-triton-versions: $(DEPS) $(BUILT)
+	@failed=; \
+	for version in $(TRITONS); do \
+	  folder=$(CURDIR)/$(VENV)/triton-$$version; \
+	  if [ $$version = newest ]; then \
+	    $(PIP) install -q --no-deps --upgrade --target $$folder triton; \
+	  else \
+	    [ -d $$folder/triton ] || $(PIP) install -q --no-deps --target $$folder triton==$$version; \
+	  fi || exit 1; \
+	  echo; echo "=== $$(PYTHONPATH=$$folder $(PY) -c 'import triton; print("Triton", triton.__version__, "in", triton.__path__[0])')"; \
+	  PYTHONPATH=$$folder $(PY) -m pytest tests/test_triton_compile.py tests/test_triton_launch.py $(ARGS) \
+	    || failed="$$failed $$version"; \
+	done; \
+	[ -z "$$failed" ] || { echo "FAILED with Triton$$failed"; exit 1; }
 
 build: $(DEPS) $(OPTIONS)
 	$(INSTALL)
