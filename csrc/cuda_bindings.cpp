@@ -17,7 +17,7 @@ class DeviceTable {
  public:
   DeviceTable(const Plan& plan, int multiprocessors) : reduces_(plan.reduces()) {
     if (!reduces_) {
-      elementwise_ = cuda::build_table(plan.records(), multiprocessors);
+      elementwise_ = cuda::build_step_table(plan.records(), plan.rule(), multiprocessors);
       return;
     }
     const LineFactors factors =
@@ -30,8 +30,9 @@ class DeviceTable {
   // It no longer fits when a gradient has changed its dtype.
   bool fits(const Plan& plan) const {
     const std::vector<Record>& records = reduces_ ? reducing_.records : elementwise_.records;
-    for (size_t i = 0; i < plan.size(); ++i) {
-      if (plan.active(i) && plan.records()[i].grad_dtype != records[i].grad_dtype) return false;
+    for (size_t k = 0; k < plan.size(); ++k) {
+      const size_t i = reduces_ ? k : elementwise_.order[k];
+      if (plan.active(i) && plan.records()[i].grad_dtype != records[k].grad_dtype) return false;
     }
     return true;
   }
