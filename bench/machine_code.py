@@ -62,7 +62,7 @@ ROWS: tuple[Row, ...] = (
     Row("fp32, 8-bit states", "", r"lab::adamw_8bit<float, float>", 8, 4),
     Row("fp32, average", "", r"lab::adamw_average<false>", 20, 16),
     Row("fp32, average, zeros", "", r"lab::adamw_average<true>", 20, 20),
-    Row("norm, fp32", "", r"lab::norm<float>", 4),
+    Row("norm, fp32", r"norm_kernel<448, false>", r"lab::norm<float>", 4),
     Row("norm, bf16", "", r"lab::norm<lab::BF16>", 2),
     Row("sums, fp32", "", r"lab::sums<float>", 8),
     Row("sums, bf16", "", r"lab::sums<lab::BF16>", 4),

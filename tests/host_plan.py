@@ -53,14 +53,14 @@ class Scalar(ctypes.Structure):
     _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
 
 
-def built(target, source, table):
+def built(target, source, *tables):
     """A library of the kernels' source for the host."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     # The undefined-behaviour checks trap, which needs no runtime library inside this Python.
     flags = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    sources = [ROOT / "tests/cuda_host" / source, ROOT / "csrc" / table]
+    sources = [ROOT / "tests/cuda_host" / source, *(ROOT / "csrc" / table for table in tables)]
     flags += ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"]
     subprocess.run([compiler, *flags, "-o", str(target), *map(str, sources)], check=True)
     loaded = ctypes.CDLL(str(target))

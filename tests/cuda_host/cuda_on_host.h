@@ -149,6 +149,10 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, unsigned lanes) {
   return Block::current->exchange(value, (threadIdx.x % 32) ^ lanes);
 }
+template <class T>
+T __shfl_sync(unsigned, T value, unsigned lane) {
+  return Block::current->exchange(value, lane);
+}
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   const unsigned old = *address;

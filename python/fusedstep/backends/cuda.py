@@ -63,7 +63,7 @@ class CudaPlan(KernelPlan):
 
         device = self.device
         if self.norm_table is None or not self.norm_table.fits(self.native):
-            self.norm_table = _C.CudaNormTable(self.native, _C.cuda_multiprocessors(device.index))
+            self.norm_table = _C.CudaNormTable(self.native)
             self.norm_memory = self._uploaded(self.norm_table.bytes())
         return self.norm_table.launch(
             self.native,
