@@ -159,6 +159,10 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   }
   return result;
 }
+template <class T>
+T __shfl_sync(unsigned, T value, unsigned lane) {
+  return Block::current->exchange(value, lane);
+}
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   const unsigned old = *address;

@@ -61,22 +61,22 @@ int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, boo
 // Adds a plan's sums to `norm`; returns the number of launches, or -1 if a counter is left over.
 int host_norm(const Record* records, int64_t n_records, const void* const* grads, const float* grad_scale,
               const float* found_inf_before, const double* limits, float* found_inf, double* norm, bool first,
-              bool last, int multiprocessors, unsigned blocks) {
-  const Table table = build_table(std::vector<Record>(records, records + n_records), multiprocessors);
-  std::vector<char> bytes = table.bytes();
-  std::vector<ChunkSums> sums(table.chunks.size(), ChunkSums{-1e300, -1e300});
-  NormCall call{
-      bytes.data(), sums.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm),
-      first,        last,        {},    0,          nullptr};
+              bool last) {
+  const NormTable table = build_norm_table(std::vector<Record>(records, records + n_records));
+  std::vector<char> memory = table.bytes();
+  const size_t sums = table.chunks.size() * sizeof(NormChunk), counters = sums + table.n_sums * sizeof(ChunkSums);
+  std::fill(memory.begin() + sums, memory.begin() + counters, '\xff');  // NaN
+  NormCall call{memory.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm),
+                first,         last,  {},         0,                nullptr};
   call.limits = {limits[0], limits[1], limits[2] != 0, limits[3] != 0, limits[4] != 0, limits[5] != 0};
-  bool ready = true;
   const int launches = for_segments(call, table, [&](size_t i, bool is_first, bool is_last) {
     static NormArguments<kMaxTensorsPerLaunch> a;
     set_arguments(&a, call, table, i, is_first, is_last);
-    launch_on_host(blocks, kThreads, [&] { norm_kernel<kMaxTensorsPerLaunch>(a); });
-    ready = ready && *a.done == 0;
+    const auto kernel =
+        grad_scale != nullptr ? norm_kernel<kMaxTensorsPerLaunch, true> : norm_kernel<kMaxTensorsPerLaunch, false>;
+    launch_on_host(a.n_blocks, kNormThreads, [&] { kernel(a); });
   });
-  return ready ? launches : -1;
+  return std::all_of(memory.begin() + counters, memory.end(), [](char byte) { return byte == 0; }) ? launches : -1;
 }
 
 // Counts a step of n groups with schedules.
