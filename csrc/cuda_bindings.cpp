@@ -20,9 +20,9 @@ class DeviceTable {
       elementwise_ = cuda::build_table(plan.records(), multiprocessors);
       return;
     }
-    const LineFactors factors =
-        visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return kLineFactors<decltype(rule)>; });
-    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), factors);
+    const cuda::ReducingTraits traits =
+        visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return cuda::kReducingTraits<decltype(rule)>; });
+    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), traits);
   }
 
   std::vector<char> bytes() const { return reduces_ ? reducing_.bytes() : elementwise_.bytes(); }

@@ -22,7 +22,9 @@ from fusedstep.verification import same_bits
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    loaded = built(tmp_path_factory.mktemp("cuda_host") / "library.so", "library.cpp", "cuda_table.cpp", "cuda_norm_table.cpp")
+    loaded = built(
+        tmp_path_factory.mktemp("cuda_host") / "library.so", "library.cpp", "cuda_table.cpp", "cuda_norm_table.cpp"
+    )
     loaded.check_chunks.restype = ctypes.c_int64
     return loaded
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_cuda_host_reducing import launches_of
 
 import fusedstep
 from fusedstep.backends import BACKENDS
@@ -77,7 +78,10 @@ def test_every_shape_is_close_to_the_reference(kernel, case):
             give(optimizer, grads)
             optimizer.step()
     assert_close(*map(tensors, optimizers))
-    assert optimizers[0].kernel_calls == (5 if case.options.get("reduce") == (0,) else 3)  # rows, columns, scalar
+    if kernel == "cuda":
+        assert optimizers[0].kernel_calls == launches_of(case)
+    else:
+        assert optimizers[0].kernel_calls == (5 if case.options.get("reduce") == (0,) else 3)  # rows, columns, scalar
 
 
 @by_kind
@@ -117,7 +121,7 @@ def test_a_group_of_mixed_dtypes_has_the_same_bits_from_run_to_run(kernel, case)
             optimizer.step()
         results.append(tensors(optimizer))
         if kernel == "cuda":
-            assert optimizer.kernel_calls == 3
+            assert optimizer.kernel_calls == 9  # tiles of two dtypes, and what is no tile
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -157,7 +161,7 @@ def test_a_captured_graph_has_the_bits_of_eager_steps(kernel, case):
         assert same_bits(a, b)
 
 
-def test_a_step_is_three_launches_in_the_profiler_and_allocates_nothing(kernel):
+def test_a_step_is_a_few_launches_in_the_profiler_and_allocates_nothing(kernel):
     generator = torch.Generator().manual_seed(5)
     optimizer = make(REDUCING[4], random(generator), kernel)
     give(optimizer, random(generator))
@@ -169,5 +173,5 @@ def test_a_step_is_three_launches_in_the_profiler_and_allocates_nothing(kernel):
         optimizer.step()
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if "mem" not in event.name.lower()]
-    assert len(kernels) == 3, kernels
+    assert len(kernels) == (launches_of(REDUCING[4]) if kernel == "cuda" else 3), kernels
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

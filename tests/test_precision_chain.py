@@ -34,7 +34,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    return built(tmp_path_factory.mktemp("cuda_host") / "chain.so", "library.cpp", "cuda_table.cpp", "cuda_norm_table.cpp")
+    return built(
+        tmp_path_factory.mktemp("cuda_host") / "chain.so", "library.cpp", "cuda_table.cpp", "cuda_norm_table.cpp"
+    )
 
 
 @pytest.fixture(params=["cpu", "cuda on the host", "triton"])

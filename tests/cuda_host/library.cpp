@@ -54,8 +54,8 @@ int host_norm(const Record* records, int64_t n_records, const void* const* grads
   std::vector<char> memory = table.bytes();
   const size_t sums = table.chunks.size() * sizeof(NormChunk), counters = sums + table.n_sums * sizeof(ChunkSums);
   std::fill(memory.begin() + sums, memory.begin() + counters, '\xff');  // NaN
-  NormCall call{memory.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm),
-                first,         last,  {},         0,                nullptr};
+  NormCall call{memory.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm), first,
+                last,          {},    0,          nullptr};
   call.limits = {limits[0], limits[1], limits[2] != 0, limits[3] != 0, limits[4] != 0, limits[5] != 0};
   const int launches = for_segments(call, table, [&](size_t i, bool is_first, bool is_last) {
     static NormArguments<kMaxTensorsPerLaunch> a;
