@@ -56,7 +56,7 @@ lint: $(DEPS)
 	  { $(call requirements,p["optional-dependencies"]["lint"]) && $(PIP) install -q -r $(VENV)/requirements.txt; }
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(CLANG_FORMAT) --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(CLANG_FORMAT) --dry-run -Werror $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/fusedstep/_C.*.so

@@ -17,12 +17,12 @@ class DeviceTable {
  public:
   DeviceTable(const Plan& plan, int multiprocessors) : reduces_(plan.reduces()) {
     if (!reduces_) {
-      elementwise_ = cuda::build_step_table(plan.records(), plan.rule(), multiprocessors);
+      elementwise_ = cuda::build_table(plan.records(), plan.rule(), multiprocessors);
       return;
     }
-    const LineFactors factors =
-        visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return kLineFactors<decltype(rule)>; });
-    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), factors);
+    const cuda::ReducingTraits traits =
+        visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return cuda::kReducingTraits<decltype(rule)>; });
+    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), traits);
   }
 
   std::vector<char> bytes() const { return reduces_ ? reducing_.bytes() : elementwise_.bytes(); }
@@ -84,20 +84,15 @@ std::vector<const void*> addresses_of_grads(const Plan& plan) {
   return grads;
 }
 
-// The chunks that a plan's gradients are summed in; its memory holds the table's bytes, and behind them, on a multiple
-// of 16, the sums.
+// How a plan's gradients are dealt out to be summed.
 class NormTable {
  public:
-  NormTable(const Plan& plan, int multiprocessors) : table_(cuda::build_table(plan.records(), multiprocessors)) {}
+  explicit NormTable(const Plan& plan) : table_(cuda::build_norm_table(plan.records())) {}
 
-  std::vector<char> bytes() const {
-    std::vector<char> bytes = table_.bytes();
-    bytes.resize(offset() + table_.chunks.size() * sizeof(cuda::ChunkSums), 0);
-    return bytes;
-  }
+  std::vector<char> bytes() const { return table_.bytes(); }
   bool fits(const Plan& plan) const {
     for (size_t i = 0; i < plan.size(); ++i) {
-      if (plan.active(i) && plan.records()[i].grad_dtype != table_.records[i].grad_dtype) return false;
+      if (plan.active(i) && plan.records()[i].grad_dtype != table_.dtypes[i]) return false;
     }
     return true;
   }
@@ -108,8 +103,7 @@ class NormTable {
     plan.check_borrowed();
     const std::vector<const void*> grads = addresses_of_grads(plan);
     cuda::NormCall call{};
-    call.device_table = reinterpret_cast<char*>(memory);
-    call.sums = reinterpret_cast<cuda::ChunkSums*>(memory + offset());
+    call.memory = reinterpret_cast<char*>(memory);
     call.grads = grads.data();
     call.grad_scale = to_flag(grad_scale, plan, "grad_scale");
     call.found_inf_before = to_flag(found_inf_before, plan, "found_inf");
@@ -124,9 +118,7 @@ class NormTable {
   }
 
  private:
-  size_t offset() const { return (table_.size_in_bytes() + 15) / 16 * 16; }
-
-  cuda::Table table_;
+  cuda::NormTable table_;
 };
 
 int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uintptr_t work, const py::tuple& hyper,
@@ -169,7 +161,7 @@ void bind_cuda(py::module_& m) {
       .def("fits", &DeviceTable::fits);
   m.def("cuda_step", &cuda_step);
   py::class_<NormTable>(m, "CudaNormTable")
-      .def(py::init<const Plan&, int>(), py::arg("plan"), py::arg("multiprocessors"))
+      .def(py::init<const Plan&>(), py::arg("plan"))
       .def("bytes",
            [](const NormTable& table) {
              const std::vector<char> bytes = table.bytes();

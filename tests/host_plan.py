@@ -81,7 +81,7 @@ def step_library():
     """The kernels of elementwise rules, of norms and of schedules, built once for all modules."""
     steps = sorted(path.name for path in (ROOT / "tests/cuda_host").glob("step_*.cpp"))
     with tempfile.TemporaryDirectory() as folder:
-        loaded = built(Path(folder) / "library.so", "library.cpp", "cuda_table.cpp", *steps)
+        loaded = built(Path(folder) / "library.so", "library.cpp", "cuda_table.cpp", "cuda_norm_table.cpp", *steps)
     loaded.check_chunks.restype = ctypes.c_int64
     return loaded
 

@@ -268,7 +268,7 @@ def test_averages_and_copies_have_the_references_bits(library, case, dtype, copy
     pair.assert_same()
 
 
-def host_norm(library, plans, limits, grad_scale=None, found_inf=None, blocks=3):
+def host_norm(library, plans, limits, grad_scale=None, found_inf=None):
     """(sum of squares, largest, norm, coefficient, whether the step is skipped) of the gradients of several plans."""
     norm, flag = torch.full((4,), float("nan"), dtype=torch.float64), torch.full((), 5.0)
     values = (ctypes.c_double * 6)(*limits)
@@ -287,7 +287,6 @@ def host_norm(library, plans, limits, grad_scale=None, found_inf=None, blocks=3)
             ctypes.c_void_p(norm.data_ptr()),
             ctypes.c_bool(number == 0),
             ctypes.c_bool(number == len(plans) - 1),
-            *(2, blocks),
         )
         assert launches == max(1, -(-len(records) // 4000))
     return (*norm.tolist(), flag.item())
@@ -312,12 +311,12 @@ def test_the_norm_of_several_plans_is_that_of_all_their_gradients(library, dtype
         assert seen[2] == pytest.approx(norm, rel=1e-6)
         assert seen[3] == pytest.approx(0.5 / (norm + 1e-6), rel=1e-6)
         assert seen[4] == 0.0
-        # The same bits from any grid, order and address.
+        # The same bits from any order and address.
         library.set_reverse(True)
-        assert host_norm(library, plans, limits, grad_scale=scale, blocks=7) == seen
+        assert host_norm(library, plans, limits, grad_scale=scale) == seen
         library.set_reverse(False)
         moved = [[None if g is None else inside(g, offset + 1)[1] for g in plan] for plan in plans]
-        assert host_norm(library, moved, limits, grad_scale=scale, blocks=1) == seen
+        assert host_norm(library, moved, limits, grad_scale=scale) == seen
 
 
 @pytest.mark.parametrize("n", [1, 4001, 8500])
@@ -377,15 +376,15 @@ def test_any_order_and_number_of_threads_has_the_references_bits(library, genera
     pair.assert_same()
 
 
-@pytest.mark.parametrize(("multiprocessors", "steps"), [(1, False), (132, False), (132, True)])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
 @pytest.mark.parametrize(
     "sizes",
     [[0], [5_000_000_000], [2**31 - 1, 2**31, 2**31 + 17, 3, 0, 1023, 1024], [1] * 10_001],
     ids=["empty", "one", "several", "many"],
 )
-def test_every_element_is_dealt_out_once_beyond_32_bits(library, sizes, multiprocessors, steps):
+def test_every_element_is_dealt_out_once_beyond_32_bits(library, sizes, multiprocessors):
     numels = (ctypes.c_int64 * len(sizes))(*sizes)
-    chunks = library.check_chunks(numels, ctypes.c_int64(len(sizes)), multiprocessors, ctypes.c_bool(steps))
+    chunks = library.check_chunks(numels, ctypes.c_int64(len(sizes)), multiprocessors)
     assert chunks >= sum(-(-n // 65_536) for n in sizes)
 
 

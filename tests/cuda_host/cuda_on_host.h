@@ -28,6 +28,10 @@
 
 using std::min;
 
+inline int __clz(int x) {
+  return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x));
+}
+
 struct Index {
   unsigned x;
 };
@@ -158,6 +162,10 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     result |= (bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
   }
   return result;
+}
+template <class T>
+T __shfl_sync(unsigned, T value, unsigned lane) {
+  return Block::current->exchange(value, lane);
 }
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* address, unsigned limit) {

@@ -36,7 +36,7 @@ int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, boo
               const float* found_inf, const double* coefficient, double average_weight, const Record* records,
               int64_t n_records, const void* const* grads, int multiprocessors, bool general, unsigned threads) {
   Table table =
-      build_step_table(std::vector<Record>(records, records + n_records), static_cast<RuleId>(rule), multiprocessors);
+      build_table(std::vector<Record>(records, records + n_records), static_cast<RuleId>(rule), multiprocessors);
   std::vector<char> bytes = table.bytes();
   Call call{{},          maximize,       grad_scale,   found_inf, coefficient, zero_grads,
             write_grads, average_weight, bytes.data(), grads,     0,           nullptr};
@@ -61,22 +61,22 @@ int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, boo
 // Adds a plan's sums to `norm`; returns the number of launches, or -1 if a counter is left over.
 int host_norm(const Record* records, int64_t n_records, const void* const* grads, const float* grad_scale,
               const float* found_inf_before, const double* limits, float* found_inf, double* norm, bool first,
-              bool last, int multiprocessors, unsigned blocks) {
-  const Table table = build_table(std::vector<Record>(records, records + n_records), multiprocessors);
-  std::vector<char> bytes = table.bytes();
-  std::vector<ChunkSums> sums(table.chunks.size(), ChunkSums{-1e300, -1e300});
-  NormCall call{
-      bytes.data(), sums.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm),
-      first,        last,        {},    0,          nullptr};
+              bool last) {
+  const NormTable table = build_norm_table(std::vector<Record>(records, records + n_records));
+  std::vector<char> memory = table.bytes();
+  const size_t sums = table.chunks.size() * sizeof(NormChunk), counters = sums + table.n_sums * sizeof(ChunkSums);
+  std::fill(memory.begin() + sums, memory.begin() + counters, '\xff');  // NaN
+  NormCall call{memory.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm), first,
+                last,          {},    0,          nullptr};
   call.limits = {limits[0], limits[1], limits[2] != 0, limits[3] != 0, limits[4] != 0, limits[5] != 0};
-  bool ready = true;
   const int launches = for_segments(call, table, [&](size_t i, bool is_first, bool is_last) {
     static NormArguments<kMaxTensorsPerLaunch> a;
     set_arguments(&a, call, table, i, is_first, is_last);
-    launch_on_host(blocks, kThreads, [&] { norm_kernel<kMaxTensorsPerLaunch>(a); });
-    ready = ready && *a.done == 0;
+    const auto kernel =
+        grad_scale != nullptr ? norm_kernel<kMaxTensorsPerLaunch, true> : norm_kernel<kMaxTensorsPerLaunch, false>;
+    launch_on_host(a.n_blocks, kNormThreads, [&] { kernel(a); });
   });
-  return ready ? launches : -1;
+  return std::all_of(memory.begin() + counters, memory.end(), [](char byte) { return byte == 0; }) ? launches : -1;
 }
 
 // Counts a step of n groups with schedules.
@@ -85,17 +85,16 @@ void host_advance_schedules(double* values, const double* table, int n, const fl
   launch_on_host(blocks, threads, [&] { schedule_kernel(values, table, n, found_inf); });
 }
 
-// Deals out tensors of the given sizes, for a step if `steps` and else for sums; returns the number of chunks, or -1 if
-// an element is dealt out twice or not at all. No memory is touched.
-int64_t check_chunks(const int64_t* numels, int64_t n, int multiprocessors, bool steps) {
+// Deals out tensors of the given sizes, of two kinds; returns the number of chunks, or -1 if an element is dealt out
+// twice or not at all. No memory is touched.
+int64_t check_chunks(const int64_t* numels, int64_t n, int multiprocessors) {
   std::vector<Record> records(n);
   for (int64_t i = 0; i < n; ++i) {
     records[i] = {};
     records[i].numel = numels[i];
     if (i % 3 == 1) records[i].param_dtype = records[i].grad_dtype = Dtype::kBF16;
   }
-  const Table table =
-      steps ? build_step_table(records, RuleId::kSgd, multiprocessors) : build_table(records, multiprocessors);
+  const Table table = build_table(records, RuleId::kSgd, multiprocessors);
   std::vector<int64_t> reached(n, 0);
   int64_t n_segment_records = 0, n_segment_chunks = 0;
   for (const Segment& segment : table.segments) {
@@ -104,9 +103,8 @@ int64_t check_chunks(const int64_t* numels, int64_t n, int multiprocessors, bool
     n_segment_chunks += segment.n_block_chunks + segment.n_small_chunks;
     for (int64_t c = segment.first_chunk; c < n_segment_chunks; ++c) {
       const Chunk& chunk = table.chunks[c];
-      const int64_t record = segment.first_record + chunk.record;
-      int64_t& at = reached[steps ? table.order[record] : record];
-      if (chunk.offset != at || chunk.n <= 0 || chunk.offset % (steps ? kBlock : 16) != 0) return -1;
+      int64_t& at = reached[table.order[segment.first_record + chunk.record]];
+      if (chunk.offset != at || chunk.n <= 0 || chunk.offset % kBlock != 0) return -1;
       at += chunk.n;
     }
   }
