@@ -50,6 +50,11 @@ class Row:
     beside: int = 0  # bytes a thread by 16-byte loads of what belongs to columns, not to elements
 
 
+def reducing(name: str, stored: str, beside: str) -> str:
+    """The name of a kernel of Adafactor."""
+    return rf"\b{name}_kernel<\S*Adafactor<false>, \S*Packed<\S*\b{stored}, float>, \S*\b{beside}>"
+
+
 ROWS: tuple[Row, ...] = (
     Row("fp32", "", r"lab::adamw<float, float, float>", 16, 12),
     Row("bf16", "", r"lab::adamw<lab::BF16, lab::BF16, lab::BF16>", 8, 6),
@@ -64,12 +69,12 @@ ROWS: tuple[Row, ...] = (
     Row("fp32, average, zeros", "", r"lab::adamw_average<true>", 20, 20),
     Row("norm, fp32", r"norm_kernel<448, false>", r"lab::norm<float>", 4),
     Row("norm, bf16", "", r"lab::norm<lab::BF16>", 2),
-    Row("sums, fp32", "", r"lab::sums<float>", 8),
-    Row("sums, bf16", "", r"lab::sums<lab::BF16>", 4),
-    Row("squares, fp32", "", r"lab::squares<float>", 4, beside=16),
-    Row("squares, bf16", "", r"lab::squares<lab::BF16>", 2, beside=32),
-    Row("apply, fp32", "", r"lab::apply<float>", 8, 4, beside=16),
-    Row("apply, bf16", "", r"lab::apply<lab::BF16>", 4, 2, beside=32),
+    Row("sums, fp32", reducing("sums", "float", "Unchanged"), r"lab::sums<float>", 8),
+    Row("sums, bf16", reducing("sums", "BF16", "Unchanged"), r"lab::sums<lab::BF16>", 4),
+    Row("squares, fp32", reducing("update", "float", "Unchanged"), r"lab::squares<float>", 4, beside=16),
+    Row("squares, bf16", reducing("update", "BF16", "Unchanged"), r"lab::squares<lab::BF16>", 2, beside=32),
+    Row("apply, fp32", reducing("apply", "float", "NothingBeside"), r"lab::apply<float>", 8, 4, beside=16),
+    Row("apply, bf16", reducing("apply", "BF16", "NothingBeside"), r"lab::apply<lab::BF16>", 4, 2, beside=32),
 )
 
 

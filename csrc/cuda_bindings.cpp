@@ -17,12 +17,12 @@ class DeviceTable {
  public:
   DeviceTable(const Plan& plan, int multiprocessors) : reduces_(plan.reduces()) {
     if (!reduces_) {
-      elementwise_ = cuda::build_step_table(plan.records(), plan.rule(), multiprocessors);
+      elementwise_ = cuda::build_table(plan.records(), plan.rule(), multiprocessors);
       return;
     }
-    const LineFactors factors =
-        visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return kLineFactors<decltype(rule)>; });
-    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), factors);
+    const cuda::ReducingTraits traits =
+        visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return cuda::kReducingTraits<decltype(rule)>; });
+    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), traits);
   }
 
   std::vector<char> bytes() const { return reduces_ ? reducing_.bytes() : elementwise_.bytes(); }

@@ -10,52 +10,12 @@ namespace fusedstep::cuda {
 namespace {
 
 constexpr int64_t kSmallTensor = 1024;  // elements; below it a warp takes the whole tensor
-constexpr int64_t kMinChunk = 2048, kMaxChunk = 65536;
-// Enough pieces for every resident block to take several: the last ones then finish at about the same time.
-constexpr int64_t kChunksPerBlock = 8, kBlocksPerMultiprocessor = 4;
-
-int64_t chunk_size(int64_t numel, int multiprocessors) {
-  const int64_t pieces = kChunksPerBlock * kBlocksPerMultiprocessor * std::max(multiprocessors, 1);
-  int64_t size = kMinChunk;
-  while (size < kMaxChunk && size * pieces < numel) size *= 2;
-  return size;
-}
-
-}  // namespace
-
-Table build_table(const std::vector<Record>& records, int multiprocessors) {
-  Table table;
-  table.records = records;
-  int64_t numel = 0;
-  for (const Record& record : records) numel += record.numel;
-  const int64_t size = chunk_size(numel, multiprocessors);
-  const int64_t n = static_cast<int64_t>(records.size());
-  for (int64_t first = 0; first < n; first += kMaxTensorsPerLaunch) {
-    Segment segment{first, std::min(kMaxTensorsPerLaunch, n - first), static_cast<int64_t>(table.chunks.size()), 0, 0};
-    for (const bool small : {false, true}) {
-      for (int64_t i = 0; i < segment.n_records; ++i) {
-        const int64_t elements = records[first + i].numel;
-        if (elements == 0 || (elements < kSmallTensor) != small) continue;
-        for (int64_t offset = 0; offset < elements; offset += size) {
-          const int64_t length = std::min(size, elements - offset);
-          table.chunks.push_back(Chunk{static_cast<int32_t>(i), static_cast<int32_t>(length), offset});
-          ++(small ? segment.n_small_chunks : segment.n_block_chunks);
-        }
-      }
-    }
-    table.segments.push_back(segment);
-  }
-  return table;
-}
-
-namespace {
-
-constexpr int64_t kStepThreads = 256;
+constexpr int64_t kThreads = 256;
 constexpr int64_t kBlocksToFill = 8;  // for each multiprocessor, before a block takes more than one tile
 
 // The elements of a chunk: of as many tiles as leave every multiprocessor enough blocks.
-int64_t step_chunk_size(int format, int64_t numel, int multiprocessors) {
-  const int64_t tile = kStepThreads * (format == kGeneral ? kGeneralNumbers : numbers_per_thread(kFormats[format]));
+int64_t chunk_size(int format, int64_t numel, int multiprocessors) {
+  const int64_t tile = kThreads * (format == kGeneral ? kGeneralNumbers : numbers_per_thread(kFormats[format]));
   int64_t tiles = most_tiles(format);
   while (tiles > 1 && numel < tiles * tile * kBlocksToFill * std::max(multiprocessors, 1)) tiles /= 2;
   return tiles * tile;
@@ -79,7 +39,7 @@ void add_chunks(Table* table, Segment* segment, int64_t size) {
 
 }  // namespace
 
-Table build_step_table(const std::vector<Record>& records, RuleId rule, int multiprocessors) {
+Table build_table(const std::vector<Record>& records, RuleId rule, int multiprocessors) {
   Table table;
   const int64_t n = static_cast<int64_t>(records.size());
   std::vector<int> kinds(records.size());
@@ -97,7 +57,7 @@ Table build_step_table(const std::vector<Record>& records, RuleId rule, int mult
     const int kind = kinds[table.order[first]];
     int64_t end = first, numel = 0;
     for (; end < n && kinds[table.order[end]] == kind; ++end) numel += table.records[end].numel;
-    const int64_t size = step_chunk_size(kind / 2, numel, multiprocessors);
+    const int64_t size = chunk_size(kind / 2, numel, multiprocessors);
     for (; first < end; first = std::min(end, first + kMaxTensorsPerLaunch)) {
       Segment segment{first, std::min(kMaxTensorsPerLaunch, end - first), 0, 0, 0, kind / 2, kind % 2 != 0};
       add_chunks(&table, &segment, size);

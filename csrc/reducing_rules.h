@@ -16,9 +16,9 @@
 //   update     the parameter and the states that have a number for each element           every element
 //
 // The factors of an element are those of its line; where rows and columns both have some, their product, the row's
-// first multiplied by the matrix's. T is the number that a function works on: float, double, or a vector of them; S
-// holds scalars. An engine adds in a fixed order of its own: backends agree to rounding, and each with itself to the
-// bit.
+// first multiplied by the matrix's. square needs no scalars unless kSquareTakesScalars. T is the number that a function
+// works on: float, double, or a vector of them; S holds scalars. An engine adds in a fixed order of its own: backends
+// agree to rounding, and each with itself to the bit.
 #pragma once
 
 #include <cmath>
@@ -76,7 +76,7 @@ struct Adafactor {
   static constexpr bool kPresent[] = {kMomentum, true, true, true, true};
   static constexpr Span kSpans[] = {Span::kElement, Span::kRow, Span::kColumn, Span::kFlat, Span::kTensor};
   static constexpr int kFactors = 1;
-  static constexpr bool kRowMean = true, kParamSum = true, kUpdateSum = true;
+  static constexpr bool kRowMean = true, kParamSum = true, kUpdateSum = true, kSquareTakesScalars = false;
 
   template <class T>
   struct Scalars {
@@ -160,7 +160,7 @@ struct TorchAdafactor {
   static constexpr bool kPresent[] = {true, true, true};
   static constexpr Span kSpans[] = {Span::kRow, Span::kColumn, Span::kFlat};
   static constexpr int kFactors = 1;
-  static constexpr bool kRowMean = true, kParamSum = true, kUpdateSum = true;
+  static constexpr bool kRowMean = true, kParamSum = true, kUpdateSum = true, kSquareTakesScalars = false;
 
   template <class T>
   struct Scalars {
@@ -235,7 +235,7 @@ struct AmosOfLines {
   static constexpr auto& kPresent = Elementwise::kPresent;
   static constexpr Span kSpans[] = {kLine, kLine, Span::kElement};
   static constexpr int kFactors = 2;
-  static constexpr bool kRowMean = false, kParamSum = false, kUpdateSum = false;
+  static constexpr bool kRowMean = false, kParamSum = false, kUpdateSum = false, kSquareTakesScalars = true;
 
   template <class T>
   using Scalars = typename Elementwise::template Scalars<T>;

@@ -198,27 +198,32 @@ class Contenders:
             return clip_and_step
         return optimizer.step
 
+    @staticmethod
+    def sample(tensor: Tensor) -> Tensor:
+        """A copy of some of its elements, on the host."""
+        return tensor.reshape(-1)[:SAMPLE].to("cpu", torch.float64, copy=True)
+
     def check(self, name: str, step: Callable[[], object]) -> None:
         """Take a first step; raises if some of its elements are not what the reference makes of them."""
         case = self.case
         sampled = self.params[:2] + self.params[-1:]
         alone = case.grad_reads == 1  # no element depends on another one
-        before = [(p.detach().view(-1)[:SAMPLE].cpu(), p.grad.view(-1)[:SAMPLE].cpu()) for p in sampled]
+        before = [(self.sample(p.detach()), self.sample(p.grad)) for p in sampled]
         step()
-        after = [p.detach().view(-1)[:SAMPLE].cpu().double() for p in sampled]
+        after = [self.sample(p.detach()) for p in sampled]
         if not all(bool(value.isfinite().all()) for value in after):
             raise AssertionError(f"{name}: the parameters are not finite after a step")
         if not alone:
             return
         params = []
         for value, grad in before:
-            params.append(torch.nn.Parameter(value.double()))
-            params[-1].grad = grad.double()
+            params.append(torch.nn.Parameter(value.clone()))
+            params[-1].grad = grad
         getattr(fusedstep, case.optimizer)(params, backend="reference", **case.options).step()
         rounding = 2.0**-24 if case.dtype == torch.float32 else 2.0**-7
         for (value, _), found, right in zip(before, after, params, strict=True):
-            moved = (right.detach() - value.double()).abs()
-            allowed = 4 * rounding * value.double().abs() + (0.1 if "8-bit" in case.precision else 0.01) * moved
+            moved = (right.detach() - value).abs()
+            allowed = 4 * rounding * value.abs() + (0.1 if "8-bit" in case.precision else 0.01) * moved
             if not bool(((found - right.detach()).abs() <= allowed + 1e-7).all()):
                 worst = ((found - right.detach()).abs() - allowed).max().item()
                 raise AssertionError(f"{name}: a step is wrong by {worst:.3g} more than rounding")

@@ -376,15 +376,15 @@ def test_any_order_and_number_of_threads_has_the_references_bits(library, genera
     pair.assert_same()
 
 
-@pytest.mark.parametrize(("multiprocessors", "steps"), [(1, False), (132, False), (132, True)])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
 @pytest.mark.parametrize(
     "sizes",
     [[0], [5_000_000_000], [2**31 - 1, 2**31, 2**31 + 17, 3, 0, 1023, 1024], [1] * 10_001],
     ids=["empty", "one", "several", "many"],
 )
-def test_every_element_is_dealt_out_once_beyond_32_bits(library, sizes, multiprocessors, steps):
+def test_every_element_is_dealt_out_once_beyond_32_bits(library, sizes, multiprocessors):
     numels = (ctypes.c_int64 * len(sizes))(*sizes)
-    chunks = library.check_chunks(numels, ctypes.c_int64(len(sizes)), multiprocessors, ctypes.c_bool(steps))
+    chunks = library.check_chunks(numels, ctypes.c_int64(len(sizes)), multiprocessors)
     assert chunks >= sum(-(-n // 65_536) for n in sizes)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fusedstep.bench.timing import kernel_launches
 from on_gpu import DEVICE, captured, needs_cuda, warmed_up
+from test_cuda_host_reducing import launches_of
 
 import fusedstep
 from fusedstep.cases import REDUCING
@@ -77,7 +78,9 @@ def test_every_shape_is_close_to_the_reference(kernel, case):
         for way, old, new in zip(ways, before, params_of(optimizers[1]), strict=True):
             way += (new - old).abs()
     assert_close(*map(tensors, optimizers), ways=ways)
-    if kernel != "cpu":
+    if kernel == "cuda":
+        assert optimizers[0].kernel_calls == launches_of(case)
+    elif kernel != "cpu":
         assert optimizers[0].kernel_calls == (5 if case.options.get("reduce") == (0,) else 3)  # rows, columns, scalar
 
 
@@ -112,7 +115,7 @@ def test_a_group_of_mixed_dtypes_has_the_same_bits_from_run_to_run(kernel, case)
             optimizer.step()
         results.append(tensors(optimizer))
         if kernel == "cuda":
-            assert optimizer.kernel_calls == 3
+            assert optimizer.kernel_calls == 9  # tiles of two dtypes, and what is no tile
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -148,7 +151,7 @@ def test_a_captured_graph_has_the_bits_of_eager_steps(kernel, case):
 
 
 @needs_cuda
-def test_a_step_is_three_launches_in_the_profiler_and_allocates_nothing(kernel):
+def test_a_step_is_a_few_launches_in_the_profiler_and_allocates_nothing(kernel):
     generator = torch.Generator().manual_seed(5)
     optimizer = make(REDUCING[4], random(generator), kernel)
     give(optimizer, random(generator))
@@ -159,4 +162,4 @@ def test_a_step_is_three_launches_in_the_profiler_and_allocates_nothing(kernel):
     optimizer.step()
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    assert kernel_launches(optimizer.step) == 3
+    assert kernel_launches(optimizer.step) == (launches_of(REDUCING[4]) if kernel == "cuda" else 3)

@@ -39,9 +39,8 @@ struct Table {
     return records.size() * sizeof(Record) + chunks.size() * sizeof(Chunk) + segments.size() * sizeof(uint32_t);
   }
 };
-Table build_table(const std::vector<Record>& records, int multiprocessors);
-// For a step: records sorted by how they are stored, a segment for each kind that occurs.
-Table build_step_table(const std::vector<Record>& records, RuleId rule, int multiprocessors);
+// Records are sorted by how they are stored; each kind that occurs has segments of its own.
+Table build_table(const std::vector<Record>& records, RuleId rule, int multiprocessors);
 
 // A number, or a one-element tensor on the device that the kernel reads when it runs.
 struct Scalar {

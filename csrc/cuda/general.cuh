@@ -113,9 +113,9 @@ struct General {
       GradChange<double> change_twice;
     };
 
-    __device__ __forceinline__ void fill(const double* hyper, int64_t number, bool fp64,
+    __device__ __forceinline__ void fill(const Record& record, const double* hyper, int64_t number,
                                          const GradsBecome& become) {
-      if (fp64) {
+      if (record.param_dtype == Dtype::kF64) {
         twice = Rule::template prepare<double>(hyper, number);
         change_twice = become.change<double>();
       } else {
@@ -126,53 +126,46 @@ struct General {
     }
   };
 
-  const Record* record;
-  void* grad;
-  int64_t offset;
-
-  __device__ __forceinline__ void begin(const Record& from, const void* gradient, int64_t chunk_offset) {
-    record = &from;
-    grad = const_cast<void*>(gradient);
-    offset = chunk_offset;
+  __device__ __forceinline__ void begin(const Record&, const void*) {}
+  __device__ __forceinline__ void ask(const Record&, const void*, int64_t, int) {}
+  __device__ __forceinline__ void zero_grad(const Record& record, void* grad, int64_t at, int n) {
+    for (int j = 0; j < min(n, kN); ++j) store_any(grad, record.grad_dtype, at + j, 0.0f);
   }
-  __device__ __forceinline__ bool is_fp64() const { return record->param_dtype == Dtype::kF64; }
-  __device__ __forceinline__ void ask(int, int) {}
-  __device__ __forceinline__ void zero_grad(int at, int n) {
-    for (int i = 0; i < min(n, kN); ++i) store_any(grad, record->grad_dtype, offset + at + i, 0.0f);
-  }
-  __device__ __forceinline__ void update(const Prepared& prepared, int at, int n, double average_weight) {
-    if (is_fp64())
-      update_as(prepared.twice, prepared.change_twice, 0, at, n, average_weight);
+  __device__ __forceinline__ void update(const Record& record, void* grad, const Prepared& prepared, int64_t at, int n,
+                                         double average_weight) {
+    if (record.param_dtype == Dtype::kF64)
+      update_as(record, grad, prepared.twice, prepared.change_twice, 0, at, n, average_weight);
     else
-      update_as(prepared.single, prepared.change, prepared.step, at, n, static_cast<float>(average_weight));
+      update_as(record, grad, prepared.single, prepared.change, prepared.step, at, n,
+                static_cast<float>(average_weight));
   }
 
  private:
   template <class T>
-  __device__ __forceinline__ void update_as(const typename Rule::template Scalars<T>& s, const GradChange<T>& change,
-                                            uint32_t step, int at, int n, T average_weight) {
-    const bool in_blocks = record->precision.in_blocks;
-    const int64_t begin = offset + at;
+  __device__ __forceinline__ void update_as(const Record& record, void* grad,
+                                            const typename Rule::template Scalars<T>& s, const GradChange<T>& change,
+                                            uint32_t step, int64_t at, int n, T average_weight) {
+    const bool in_blocks = record.precision.in_blocks;
     float scales[kMaxStates] = {};
     uint32_t largest[kMaxStates] = {};
     Block blocks[kMaxStates];
 #pragma unroll
     for (int k = 0; k < kNamed<Rule>; ++k) {
-      if (has_state<Rule>(k) && is_coded(k) && at % kBlock + n > 0)
-        scales[k] = global(record->precision.scales[k])[begin / kBlock];
+      if (has_state<Rule>(k) && is_coded(record, k) && static_cast<int>(at % kBlock) + n > 0)
+        scales[k] = global(record.precision.scales[k])[at / kBlock];
     }
     // States that share scales are computed twice: the largest of a block is known only after the first time.
 #pragma unroll 1
     for (int pass = in_blocks ? 0 : 1; pass < 2; ++pass) {
 #pragma unroll 1
       for (int j = 0; j < min(n, kN); ++j) {
-        const int64_t i = begin + j;
-        T param = load_weight<T>(*record, i);
-        const T g = change(load_any<T>(grad, record->grad_dtype, i));
+        const int64_t i = at + j;
+        T param = load_weight<T>(record, i);
+        const T g = change(load_any<T>(grad, record.grad_dtype, i));
         T states[kMaxStates] = {};
 #pragma unroll
         for (int k = 0; k < kNamed<Rule>; ++k)
-          if (has_state<Rule>(k)) states[k] = load_coded<T>(*record, k, i, scales[k]);
+          if (has_state<Rule>(k)) states[k] = load_coded<T>(record, k, i, scales[k]);
         update_with<Rule>(param, g, states, s);
         if (pass == 0) {
 #pragma unroll
@@ -183,15 +176,15 @@ struct General {
           continue;
         }
         if constexpr (std::is_same_v<T, double>)
-          store_any(record->param, record->param_dtype, i, param);
+          store_any(record.param, record.param_dtype, i, param);
         else
-          store_formed(*record, i, param, step);
-        if (change.zero) store_any(grad, record->grad_dtype, i, T(0));
-        if (change.write) store_any(grad, record->grad_dtype, i, g * change.sign);
+          store_formed(record, i, param, step);
+        if (change.zero) store_any(grad, record.grad_dtype, i, T(0));
+        if (change.write) store_any(grad, record.grad_dtype, i, g * change.sign);
 #pragma unroll
         for (int k = 0; k < kNamed<Rule>; ++k)
-          if (has_state<Rule>(k)) store_coded(*record, k, i, states[k], blocks[k]);
-        if (record->has_followers()) follow_one<T>(*record, i, average_weight);
+          if (has_state<Rule>(k)) store_coded(record, k, i, states[k], blocks[k]);
+        if (record.has_followers()) follow_one<T>(record, i, average_weight);
       }
       if (pass == 0) {
 #pragma unroll
@@ -204,12 +197,12 @@ struct General {
     }
 #pragma unroll
     for (int k = 0; k < kNamed<Rule>; ++k) {
-      if (has_state<Rule>(k) && is_coded(k) && at % kBlock == 0 && n > 0)
-        global(record->precision.scales[k])[begin / kBlock] = Block::scale(largest[k]);
+      if (has_state<Rule>(k) && is_coded(record, k) && at % kBlock == 0 && n > 0)
+        global(record.precision.scales[k])[at / kBlock] = Block::scale(largest[k]);
     }
   }
-  __device__ __forceinline__ bool is_coded(int k) const {
-    return record->state_dtypes[k] == Dtype::kI8 || record->state_dtypes[k] == Dtype::kU8;
+  __device__ __forceinline__ static bool is_coded(const Record& record, int k) {
+    return record.state_dtypes[k] == Dtype::kI8 || record.state_dtypes[k] == Dtype::kU8;
   }
 };
 

@@ -25,12 +25,37 @@ struct Arguments {
   const void* grads[kCapacity];
 };
 
+// What a team shares: addresses too, which would take too many registers from each thread.
+template <class Way>
+struct TeamShared {
+  static constexpr int kHyper = sizeof(Way::Rule::kHyper) / sizeof(Way::Rule::kHyper[0]);
+  Record record;
+  void* grad;
+  double hyper[kHyper];
+  typename Way::Prepared prepared;
+
+  // By a warp, of which `lane` is this thread's.
+  template <int kCapacity>
+  __device__ __forceinline__ void fill(const Arguments<kCapacity>& a, const Record& from, const void* gradient,
+                                       int lane) {
+    static_assert(sizeof(Record) % sizeof(uint64_t) == 0 && sizeof(Record) / sizeof(uint64_t) <= kWarp && kHyper < kWarp);
+    if (lane < static_cast<int>(sizeof(Record) / sizeof(uint64_t)))
+      reinterpret_cast<uint64_t*>(&record)[lane] = global(reinterpret_cast<const uint64_t*>(&from))[lane];
+    if (lane < kHyper) {
+      const Scalar& scalar = a.hyper[lane];
+      hyper[lane] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
+    }
+    __syncwarp();
+    if (lane != 0) return;
+    grad = const_cast<void*>(gradient);
+    prepared.fill(record, hyper, static_cast<int64_t>(*global(record.step)) + 1, a.grads_become);
+  }
+};
+
 template <class Way, int kCapacity>
 __global__ void __launch_bounds__(kThreads, Way::kBlocks)
     step_kernel(const __grid_constant__ Arguments<kCapacity> arguments) {
-  constexpr int kHyper = sizeof(Way::Rule::kHyper) / sizeof(Way::Rule::kHyper[0]);
-  __shared__ double hyper[kThreads / kWarp][kHyper];
-  __shared__ typename Way::Prepared prepared[kThreads / kWarp];
+  __shared__ TeamShared<Way> shared[kThreads / kWarp];
   __shared__ bool is_last;
   const auto& a = arguments;
   const int thread = threadIdx.x, warp = thread / kWarp, warps = blockDim.x / kWarp, block = blockIdx.x;
@@ -43,50 +68,43 @@ __global__ void __launch_bounds__(kThreads, Way::kBlocks)
   const bool skipped = a.found_inf != nullptr && *global(a.found_inf) != 0.0f;
 
   Way tile;
-  const float* step = nullptr;
-  int left = 0;  // of the chunk, from the tile on; 0: nothing to do
+  int left = 0;   // of the chunk, from this thread's numbers on
+  int more = 0;   // the same of the team's first thread; 0: nothing to do
+  int64_t at = 0;  // where this thread's numbers begin in the tensor
+  const int stride = team.size * Way::kN;
   if (index < a.n_block_chunks + a.n_small_chunks) {
     const Chunk chunk = a.chunks[index];
     const void* const grad = a.grads[chunk.record];
     if (grad != nullptr) {
       const Record& record = a.records[chunk.record];
-      step = record.step;
-      left = chunk.n;
-      tile.begin(record, grad, chunk.offset);
-    }
-  }
-  int at = team.index * Way::kN;
-  const int before = at, stride = team.size * Way::kN;
-  if (skipped) {
-    if (!a.grads_become.zero) return;
-    for (; at < left; at += stride) tile.zero_grad(at, left - at);
-    return;
-  }
-
-  if (left > 0) {
-    tile.ask(at, left - before);
-    if (team.index < kWarp) {
-      if (team.index < kHyper) {
-        const Scalar& scalar = a.hyper[team.index];
-        hyper[owner][team.index] =
-            scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
+      more = chunk.n;
+      left = chunk.n - team.index * Way::kN;
+      at = chunk.offset + team.index * Way::kN;
+      tile.begin(record, grad);
+      if (skipped) {
+        if (a.grads_become.zero) {
+          for (; left > 0; left -= stride, at += stride) tile.zero_grad(record, const_cast<void*>(grad), at, left);
+        }
+        return;
       }
-      __syncwarp();
-      if (team.index == 0)
-        prepared[owner].fill(hyper[owner], static_cast<int64_t>(*global(step)) + 1, tile.is_fp64(), a.grads_become);
+      tile.ask(record, grad, at, left);
+      if (team.index < kWarp) shared[owner].fill(a, record, grad, team.index);
     }
   }
+  if (skipped) return;
   __syncthreads();
   // Here all of the block's threads that read a step have used it. The last block to come here advances the counters, at
   // its end.
   bool last = false;
   if (thread == 0) last = atomicInc(a.done, gridDim.x - 1) == gridDim.x - 1;
 
-  while (left > 0) {
-    tile.update(prepared[owner], at, left - before, a.average_weight);
+  const TeamShared<Way>& mine = shared[owner];
+  while (more > 0) {
+    tile.update(mine.record, mine.grad, mine.prepared, at, left, a.average_weight);
     at += stride;
     left -= stride;
-    if (left > 0) tile.ask(at, left - before);
+    more -= stride;
+    if (more > 0) tile.ask(mine.record, mine.grad, at, left);
   }
 
   if (thread == 0) is_last = last;

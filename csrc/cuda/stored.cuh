@@ -12,44 +12,44 @@ struct alignas(8) HalfVector {
   uint32_t words[2];
 };
 
-// kN numbers of an array of S: where the chunk's first lies, and a thread's as they are in memory.
+// kN numbers of type S as they are in memory.
 template <class S, int kN>
 struct Array {
   static_assert(sizeof(S) <= 4, "a word holds a number");
+  using Number = S;
   using Access = std::conditional_t<sizeof(S) * kN % 16 == 0, Vector, HalfVector>;
   static constexpr int kBytes = sizeof(S) * kN, kAccesses = kBytes / sizeof(Access), kWords = kBytes / 4;
   static constexpr int kPerWord = 4 / sizeof(S), kBits = 8 * sizeof(S);
   static_assert(kBytes % sizeof(Access) == 0, "made of whole accesses");
 
-  S* data;
   uint32_t words[kWords];
 
-  __device__ __forceinline__ void load(int at) {
-    const Access* const from = global(reinterpret_cast<const Access*>(data + at));
+  __device__ __forceinline__ void load(const S* data) {
+    const Access* const from = global(reinterpret_cast<const Access*>(data));
     Access accesses[kAccesses];
 #pragma unroll
     for (int k = 0; k < kAccesses; ++k) accesses[k] = from[k];
     __builtin_memcpy(words, accesses, sizeof(words));
   }
-  __device__ __forceinline__ void store(int at) const {
-    Access* const to = global(reinterpret_cast<Access*>(data + at));
+  __device__ __forceinline__ void store(S* data) const {
+    Access* const to = global(reinterpret_cast<Access*>(data));
     Access accesses[kAccesses];
     __builtin_memcpy(accesses, words, sizeof(words));
 #pragma unroll
     for (int k = 0; k < kAccesses; ++k) to[k] = accesses[k];
   }
   // The first n of them, at any address; the others are zeros.
-  __device__ __forceinline__ void load_some(int at, int n) {
+  __device__ __forceinline__ void load_some(const S* data, int n) {
     clear();
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      if (i < n) words[i / kPerWord] |= to_word(global(data)[at + i]) << (i % kPerWord * kBits);
+      if (i < n) words[i / kPerWord] |= to_word(global(data)[i]) << (i % kPerWord * kBits);
     }
   }
-  __device__ __forceinline__ void store_some(int at, int n) const {
+  __device__ __forceinline__ void store_some(S* data, int n) const {
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      if (i < n) global(data)[at + i] = from_word(words[i / kPerWord] >> (i % kPerWord * kBits));
+      if (i < n) global(data)[i] = from_word(words[i / kPerWord] >> (i % kPerWord * kBits));
     }
   }
   __device__ __forceinline__ void clear() {
@@ -112,32 +112,23 @@ struct Numbers : Array<S, kN> {
   }
 };
 
-// Where a thread's numbers stand in their tensor, for what depends on it.
-struct Position {
-  int64_t at;  // of the first
-  int n;       // how many there are: kN, or less at a tensor's end
-  uint32_t step;
-};
-
-// Weights. begin() takes addresses; for_arrays() visits all arrays, with false those that are only written; join() gives
-// fp32 numbers, and split() takes new ones and leaves in their place what averages and copies follow.
+// Weights. for_arrays() visits each array and its tensor, with false those that are only written; join() gives fp32
+// numbers, and split() takes new ones, of step `step` and from element i on, and leaves in their place what averages and
+// copies follow. No address stays in a register.
 
 template <class S, int kN>
 struct PlainWeight {
   Numbers<S, kN> stored;
 
-  __device__ __forceinline__ void begin(const Record& record, int64_t offset) {
-    stored.data = static_cast<S*>(record.param) + offset;
-  }
   template <class Visitor>
-  __device__ __forceinline__ void for_arrays(Visitor&& visitor) {
-    visitor(stored);
+  __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
+    visitor(stored, static_cast<S*>(record.param));
   }
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
     for (int i = 0; i < kN; ++i) to[i] = stored[i];
   }
-  __device__ __forceinline__ void split(float* from, const Position&) {
+  __device__ __forceinline__ void split(float* from, const Record&, int64_t, uint32_t) {
     stored.put(from);
     join(from);
   }
@@ -148,20 +139,16 @@ struct MasterWeight {
   Numbers<BF16, kN> stored;
   Numbers<float, kN> master;
 
-  __device__ __forceinline__ void begin(const Record& record, int64_t offset) {
-    stored.data = static_cast<BF16*>(record.param) + offset;
-    master.data = static_cast<float*>(record.precision.companion) + offset;
-  }
   template <class Visitor>
-  __device__ __forceinline__ void for_arrays(Visitor&& visitor) {
-    visitor(stored, false);
-    visitor(master);
+  __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
+    visitor(stored, static_cast<BF16*>(record.param), false);
+    visitor(master, static_cast<float*>(record.precision.companion));
   }
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
     for (int i = 0; i < kN; ++i) to[i] = master[i];
   }
-  __device__ __forceinline__ void split(float* from, const Position&) {
+  __device__ __forceinline__ void split(float* from, const Record&, int64_t, uint32_t) {
     stored.put(from);
     master.put(from);
   }
@@ -173,14 +160,10 @@ struct SplitWeight {
   Array<BF16, kN> upper;
   Array<int16_t, kN> lower;
 
-  __device__ __forceinline__ void begin(const Record& record, int64_t offset) {
-    upper.data = static_cast<BF16*>(record.param) + offset;
-    lower.data = static_cast<int16_t*>(record.precision.companion) + offset;
-  }
   template <class Visitor>
-  __device__ __forceinline__ void for_arrays(Visitor&& visitor) {
-    visitor(upper);
-    visitor(lower);
+  __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
+    visitor(upper, static_cast<BF16*>(record.param));
+    visitor(lower, static_cast<int16_t*>(record.precision.companion));
   }
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
@@ -192,7 +175,7 @@ struct SplitWeight {
       to[i] = bit_cast<float>((both & 0x7fffffffu) < borrow ? both & 0xffff0000u : both - borrow);
     }
   }
-  __device__ __forceinline__ void split(float* from, const Position&) {
+  __device__ __forceinline__ void split(float* from, const Record&, int64_t, uint32_t) {
 #pragma unroll
     for (int i = 0; i < kN; i += 2) {
       const Split<uint32_t, float> a(from[i]), b(from[i + 1]);
@@ -206,20 +189,16 @@ template <int kN>
 struct KahanWeight {
   Numbers<BF16, kN> stored, rest;
 
-  __device__ __forceinline__ void begin(const Record& record, int64_t offset) {
-    stored.data = static_cast<BF16*>(record.param) + offset;
-    rest.data = static_cast<BF16*>(record.precision.companion) + offset;
-  }
   template <class Visitor>
-  __device__ __forceinline__ void for_arrays(Visitor&& visitor) {
-    visitor(stored);
-    visitor(rest);
+  __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
+    visitor(stored, static_cast<BF16*>(record.param));
+    visitor(rest, static_cast<BF16*>(record.precision.companion));
   }
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
     for (int i = 0; i < kN; ++i) to[i] = stored[i] + rest[i];
   }
-  __device__ __forceinline__ void split(float* from, const Position&) {
+  __device__ __forceinline__ void split(float* from, const Record&, int64_t, uint32_t) {
     stored.put(from);
     float left[kN];
 #pragma unroll
@@ -235,22 +214,14 @@ struct KahanWeight {
 
 template <int kN>
 struct StochasticWeight : PlainWeight<BF16, kN> {
-  uint64_t seed;
-  uint32_t index;
-
-  __device__ __forceinline__ void begin(const Record& record, int64_t offset) {
-    PlainWeight<BF16, kN>::begin(record, offset);
-    seed = record.precision.seed;
-    index = record.precision.index;
-  }
-  __device__ __forceinline__ void split(float* from, const Position& position) {
+  __device__ __forceinline__ void split(float* from, const Record& record, int64_t i, uint32_t step) {
     static_assert(kN == kPhiloxElements, "a thread's numbers share a counter");
-    const Philox random(seed, index, position.step, static_cast<uint64_t>(position.at) / kPhiloxElements);
+    const Philox random(record.precision.seed, record.precision.index, step, static_cast<uint64_t>(i) / kPhiloxElements);
 #pragma unroll
-    for (int i = 0; i < kN; i += 2) {
-      const uint32_t low = stochastic_upper_half<uint32_t>(from[i], random.bits(i));
-      const uint32_t high = stochastic_upper_half<uint32_t>(from[i + 1], random.bits(i + 1));
-      this->stored.words[i / 2] = __byte_perm(low, high, 0x7632);
+    for (int j = 0; j < kN; j += 2) {
+      const uint32_t low = stochastic_upper_half<uint32_t>(from[j], random.bits(j));
+      const uint32_t high = stochastic_upper_half<uint32_t>(from[j + 1], random.bits(j + 1));
+      this->stored.words[j / 2] = __byte_perm(low, high, 0x7632);
     }
     this->join(from);
   }
@@ -262,19 +233,16 @@ template <class S, int kN>
 struct PlainState {
   Numbers<S, kN> stored;
 
-  __device__ __forceinline__ void begin(const Record& record, int k, int64_t offset) {
-    stored.data = static_cast<S*>(record.states[k]) + offset;
-  }
   template <class Visitor>
-  __device__ __forceinline__ void for_arrays(Visitor&& visitor) {
-    visitor(stored);
+  __device__ __forceinline__ void for_arrays(const Record& record, int k, Visitor&& visitor) {
+    visitor(stored, static_cast<S*>(record.states[k]));
   }
-  __device__ __forceinline__ void load_scale(int, int) {}
+  __device__ __forceinline__ void load_scale(const Record&, int, int64_t, int) {}
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
     for (int i = 0; i < kN; ++i) to[i] = stored[i];
   }
-  __device__ __forceinline__ void split(const float* from, int, int) { stored.put(from); }
+  __device__ __forceinline__ void split(const float* from, const Record&, int, int64_t, int) { stored.put(from); }
 };
 
 // Codes of 8 bits: a warp holds a block. A byte becomes a float as the lowest of 2^23 + byte, which takes no conversion.
@@ -283,20 +251,15 @@ struct CodedState {
   static constexpr bool kSigned = std::is_signed_v<S>;
   static_assert(kN * kWarp == kBlock, "a warp holds a block");
   Array<S, kN> codes;
-  float* scales;
   float scale;
 
-  __device__ __forceinline__ void begin(const Record& record, int k, int64_t offset) {
-    codes.data = static_cast<S*>(record.states[k]) + offset;
-    scales = record.precision.scales[k] + offset / kBlock;
-  }
   template <class Visitor>
-  __device__ __forceinline__ void for_arrays(Visitor&& visitor) {
-    visitor(codes);
+  __device__ __forceinline__ void for_arrays(const Record& record, int k, Visitor&& visitor) {
+    visitor(codes, static_cast<S*>(record.states[k]));
   }
   // A lane behind the last element may still be in the last block; a whole warp may be behind it.
-  __device__ __forceinline__ void load_scale(int at, int n) {
-    scale = at % kBlock + n > 0 ? global(scales)[at / kBlock] : 0.0f;
+  __device__ __forceinline__ void load_scale(const Record& record, int k, int64_t i, int n) {
+    scale = static_cast<int>(i) % kBlock + n > 0 ? global(record.precision.scales[k])[i / kBlock] : 0.0f;
   }
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
@@ -308,7 +271,7 @@ struct CodedState {
                       : decode_unsigned<uint32_t>(shifted - 8388607.0f, scale);
     }
   }
-  __device__ __forceinline__ void split(const float* from, int at, int n) {
+  __device__ __forceinline__ void split(const float* from, const Record& record, int k, int64_t at, int n) {
     uint32_t largest = 0;
     if (n == kN) {
 #pragma unroll
@@ -328,7 +291,7 @@ struct CodedState {
         c[j] = kSigned ? encode_signed<uint32_t>(from[i + j], block) : encode_unsigned<uint32_t>(from[i + j], block);
       codes.words[i / 4] = __byte_perm(__byte_perm(c[0], c[1], 0x0040), __byte_perm(c[2], c[3], 0x0040), 0x5410);
     }
-    if (at % kBlock == 0 && n > 0) global(scales)[at / kBlock] = Block::scale(largest);
+    if (at % kBlock == 0 && n > 0) global(record.precision.scales[k])[at / kBlock] = Block::scale(largest);
   }
 
  private:

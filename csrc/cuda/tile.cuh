@@ -33,60 +33,45 @@ struct States<Rule, kStates, kN, k, true> {
 template <int kN, bool kFollowed>
 struct Followers {
   Numbers<float, kN> average;
-  void* copy;
-  Dtype copy_dtype;
 
-  __device__ __forceinline__ void begin(const Record& record, int64_t offset) {
-    average.data = record.average == nullptr ? nullptr : static_cast<float*>(record.average) + offset;
-    copy_dtype = record.copy_dtype;
-    copy = record.copy == nullptr
-               ? nullptr
-               : static_cast<char*>(record.copy) + offset * (copy_dtype == Dtype::kF32 ? sizeof(float) : sizeof(BF16));
-  }
-  __device__ __forceinline__ uint64_t address_bits() const {
-    return reinterpret_cast<uint64_t>(average.data) | reinterpret_cast<uint64_t>(copy);
+  __device__ __forceinline__ static uint64_t address_bits(const Record& record) {
+    return reinterpret_cast<uint64_t>(record.average) | reinterpret_cast<uint64_t>(record.copy);
   }
   template <class Visitor>
-  __device__ __forceinline__ void for_loaded(Visitor&& visitor) {
-    if (average.data != nullptr) visitor(average);
+  __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
+    if (record.average != nullptr) visitor(average, static_cast<float*>(record.average));
   }
-  template <class S>
-  __device__ __forceinline__ void store_copy(const float* followed, int at, int n, bool whole) {
+  template <class S, class Visitor>
+  __device__ __forceinline__ void store_copy(const Record& record, const float* followed, Visitor&& store) {
     Numbers<S, kN> numbers;
-    numbers.data = static_cast<S*>(copy);
     numbers.put(followed);
-    if (whole)
-      numbers.store(at);
-    else
-      numbers.store_some(at, n);
+    store(numbers, static_cast<S*>(record.copy));
   }
-  __device__ __forceinline__ void update(const float* followed, float weight, int at, int n, bool whole) {
-    if (average.data != nullptr) {
+  template <class Visitor>
+  __device__ __forceinline__ void update(const Record& record, const float* followed, float weight, Visitor&& store) {
+    if (record.average != nullptr) {
       float values[kN];
 #pragma unroll
       for (int i = 0; i < kN; ++i) values[i] = average[i] + weight * (followed[i] - average[i]);
       average.put(values);
-      if (whole)
-        average.store(at);
-      else
-        average.store_some(at, n);
+      for_arrays(record, store);
     }
-    if (copy == nullptr) return;
-    if (copy_dtype == Dtype::kBF16)
-      store_copy<BF16>(followed, at, n, whole);
-    else if (copy_dtype == Dtype::kF16)
-      store_copy<F16>(followed, at, n, whole);
+    if (record.copy == nullptr) return;
+    if (record.copy_dtype == Dtype::kBF16)
+      store_copy<BF16>(record, followed, store);
+    else if (record.copy_dtype == Dtype::kF16)
+      store_copy<F16>(record, followed, store);
     else
-      store_copy<float>(followed, at, n, whole);
+      store_copy<float>(record, followed, store);
   }
 };
 template <int kN>
 struct Followers<kN, false> {
-  __device__ __forceinline__ void begin(const Record&, int64_t) {}
-  __device__ __forceinline__ uint64_t address_bits() const { return 0; }
+  __device__ __forceinline__ static uint64_t address_bits(const Record&) { return 0; }
   template <class Visitor>
-  __device__ __forceinline__ void for_loaded(Visitor&&) {}
-  __device__ __forceinline__ void update(const float*, float, int, int, bool) {}
+  __device__ __forceinline__ void for_arrays(const Record&, Visitor&&) {}
+  template <class Visitor>
+  __device__ __forceinline__ void update(const Record&, const float*, float, Visitor&&) {}
 };
 
 template <class R, int kFormat, bool kFollowed>
@@ -94,127 +79,124 @@ struct Tile {
   using Rule = R;
   static constexpr Format kF = kFormats[kFormat];
   static constexpr int kN = numbers_per_thread(kF);
-  // Registers for four blocks a multiprocessor, or for three where many numbers are held.
-  static constexpr int kBlocks = (kHeld<Rule> + (kFollowed ? 1 : 0)) * kN > 20 ? 3 : 4;
-
   struct Prepared {
     typename Rule::template Scalars<float> scalars;
     GradChange<float> change;
     uint32_t step;
 
-    __device__ __forceinline__ void fill(const double* hyper, int64_t number, bool, const GradsBecome& become) {
+    __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number, const GradsBecome& become) {
       scalars = Rule::template prepare<float>(hyper, number);
       change = become.change<float>();
       step = static_cast<uint32_t>(number);
     }
   };
 
+  using GradNumber = typename NumberOf<kF.grad>::Type;
   typename WeightOf<kF.weight, kN>::Type weight;
-  Numbers<typename NumberOf<kF.grad>::Type, kN> grad;
+  Numbers<GradNumber, kN> grad;
   States<Rule, kF.states, kN> states;
   Followers<kN, kFollowed> followers;
-  int64_t offset;
   bool aligned;
 
-  __device__ __forceinline__ void begin(const Record& record, const void* gradient, int64_t chunk_offset) {
-    offset = chunk_offset;
-    weight.begin(record, offset);
-    grad.data = const_cast<decltype(grad.data)>(static_cast<const std::remove_pointer_t<decltype(grad.data)>*>(gradient)) +
-                offset;
-    states.for_each([&](int k, auto& state) { state.begin(record, k, chunk_offset); });
-    followers.begin(record, offset);
+  // Blocks for each multiprocessor: four that have 64 bytes in flight for each thread, or three that have more.
+  static constexpr int kBlocks = sizeof(weight) + sizeof(grad) + sizeof(states) + sizeof(followers) > 68 ? 3 : 4;
+
+  __device__ __forceinline__ void begin(const Record& record, const void* gradient) {
     // Chunks begin at multiples of 16 elements, so that the tensors' own addresses decide.
-    uint64_t bits = reinterpret_cast<uint64_t>(grad.data) | followers.address_bits();
-    const auto add = [&](auto& array, bool = true) { bits |= reinterpret_cast<uint64_t>(array.data); };
-    weight.for_arrays(add);
-    states.for_each([&](int, auto& state) { state.for_arrays(add); });
+    uint64_t bits = reinterpret_cast<uint64_t>(gradient) | followers.address_bits(record);
+    const auto add = [&](auto&, auto* data, bool = true) { bits |= reinterpret_cast<uint64_t>(data); };
+    weight.for_arrays(record, add);
+    states.for_each([&](int k, auto& state) { state.for_arrays(record, k, add); });
     aligned = (bits & 15) == 0;
   }
 
-  __device__ __forceinline__ bool is_fp64() const { return false; }
-  // Asks for everything, before anything is used. n: how many numbers there are from `at` on, 0 or less included.
-  __device__ __forceinline__ void ask(int at, int n) {
-    states.for_each([&](int, auto& state) { state.load_scale(at, n); });
+  // Asks for everything, before anything is used. n: how many numbers there are from element i on, 0 or less included.
+  __device__ __forceinline__ void ask(const Record& record, const void* gradient, int64_t i, int n) {
+    states.for_each([&](int k, auto& state) { state.load_scale(record, k, i, n); });
     if (!whole(n)) return;
-    const auto take = [&](auto& array, bool loaded = true) {
-      if (loaded) array.load(at);
-    };
-    weight.for_arrays(take);
-    take(grad);
-    states.for_each([&](int, auto& state) { state.for_arrays(take); });
-    followers.for_loaded(take);
+    for_loaded(record, gradient, [&](auto& array, auto* data) { array.load(data + i); });
   }
 
-  __device__ __forceinline__ void zero_grad(int at, int n) {
+  __device__ __forceinline__ void zero_grad(const Record&, void* gradient, int64_t i, int n) {
     grad.clear();
-    store_grad(at, n);
+    store_grad(gradient, i, n);
   }
 
-  __device__ __forceinline__ void update(const Prepared& prepared, int at, int n, double average_weight) {
-    if (!whole(n)) {
-      const auto take = [&](auto& array, bool loaded = true) {
-        if (loaded) array.load_some(at, n);
-      };
-      weight.for_arrays(take);
-      take(grad);
-      states.for_each([&](int, auto& state) { state.for_arrays(take); });
-      followers.for_loaded(take);
-    }
+  __device__ __forceinline__ void update(const Record& record, void* gradient, const Prepared& prepared, int64_t i, int n,
+                                         double average_weight) {
+    if (!whole(n)) for_loaded(record, gradient, [&](auto& array, auto* data) { array.load_some(data + i, n); });
     const auto s = prepared.scalars;
-    const GradChange<float>& change = prepared.change;
     constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
     float param[kN], g[kN], values[kPlaces][kN] = {};
     weight.join(param);
 #pragma unroll
-    for (int i = 0; i < kN; ++i) g[i] = grad[i];
+    for (int j = 0; j < kN; ++j) g[j] = grad[j];
     states.for_each([&](int k, auto& state) { state.join(values[k]); });
-    if (change.divides) {
+    change_grad(gradient, prepared.change, g, i, n);
 #pragma unroll
-      for (int i = 0; i < kN; ++i) g[i] = g[i] / change.scale;
-    }
-    if (change.any) {
-#pragma unroll
-      for (int i = 0; i < kN; ++i) g[i] = g[i] * change.factor;
-    }
-    if (change.zero) {
-      zero_grad(at, n);
-    } else if (change.write) {
-      float written[kN];
-#pragma unroll
-      for (int i = 0; i < kN; ++i) written[i] = g[i] * change.sign;
-      grad.put(written);
-      store_grad(at, n);
-    }
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
+    for (int j = 0; j < kN; ++j) {
       float of_one[kMaxStates] = {};
 #pragma unroll
-      for (int k = 0; k < kNamed<Rule>; ++k) of_one[k] = values[k][i];
-      update_with<Rule>(param[i], g[i], of_one, s);
+      for (int k = 0; k < kNamed<Rule>; ++k) of_one[k] = values[k][j];
+      update_with<Rule>(param[j], g[j], of_one, s);
 #pragma unroll
-      for (int k = 0; k < kNamed<Rule>; ++k) values[k][i] = of_one[k];
+      for (int k = 0; k < kNamed<Rule>; ++k) values[k][j] = of_one[k];
     }
-    weight.split(param, Position{offset + at, n, prepared.step});
-    states.for_each([&](int k, auto& state) { state.split(values[k], at, n); });
-    if (whole(n)) {
-      const auto put = [&](auto& array, bool = true) { array.store(at); };
-      weight.for_arrays(put);
-      states.for_each([&](int, auto& state) { state.for_arrays(put); });
-    } else {
-      const auto put = [&](auto& array, bool = true) { array.store_some(at, n); };
-      weight.for_arrays(put);
-      states.for_each([&](int, auto& state) { state.for_arrays(put); });
-    }
-    followers.update(param, static_cast<float>(average_weight), at, n, whole(n));
+    weight.split(param, record, i, prepared.step);
+    states.for_each([&](int k, auto& state) { state.split(values[k], record, k, i, n); });
+    forget_addresses();
+    const auto store = [&](auto& array, auto* data, bool = true) {
+      if (whole(n))
+        array.store(data + i);
+      else
+        array.store_some(data + i, n);
+    };
+    weight.for_arrays(record, store);
+    states.for_each([&](int k, auto& state) { state.for_arrays(record, k, store); });
+    followers.update(record, param, static_cast<float>(average_weight), store);
   }
 
  private:
+  // Those of the loads are read again for the stores, rather than kept in registers meanwhile.
+  __device__ __forceinline__ static void forget_addresses() { asm volatile("" ::: "memory"); }
   __device__ __forceinline__ bool whole(int n) const { return aligned && n >= kN; }
-  __device__ __forceinline__ void store_grad(int at, int n) {
+  template <class Visitor>
+  __device__ __forceinline__ void for_loaded(const Record& record, const void* gradient, Visitor&& visitor) {
+    const auto visit = [&](auto& array, auto* data, bool loaded = true) {
+      if (loaded) visitor(array, data);
+    };
+    weight.for_arrays(record, visit);
+    visit(grad, static_cast<const GradNumber*>(gradient));
+    states.for_each([&](int k, auto& state) { state.for_arrays(record, k, visit); });
+    followers.for_arrays(record, visit);
+  }
+  __device__ __forceinline__ void store_grad(void* gradient, int64_t i, int n) {
+    GradNumber* const data = static_cast<GradNumber*>(gradient) + i;
     if (whole(n))
-      grad.store(at);
+      grad.store(data);
     else
-      grad.store_some(at, n);
+      grad.store_some(data, n);
+  }
+  __device__ __forceinline__ void change_grad(void* gradient, const GradChange<float>& change, float* g, int64_t i,
+                                              int n) {
+    if (change.divides) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) g[j] = g[j] / change.scale;
+    }
+    if (change.any) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) g[j] = g[j] * change.factor;
+    }
+    if (change.zero) {
+      grad.clear();
+      store_grad(gradient, i, n);
+    } else if (change.write) {
+      float written[kN];
+#pragma unroll
+      for (int j = 0; j < kN; ++j) written[j] = g[j] * change.sign;
+      grad.put(written);
+      store_grad(gradient, i, n);
+    }
   }
 };
 

@@ -28,6 +28,10 @@
 
 using std::min;
 
+inline int __clz(int x) {
+  return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x));
+}
+
 struct Index {
   unsigned x;
 };

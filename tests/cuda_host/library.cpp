@@ -36,7 +36,7 @@ int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, boo
               const float* found_inf, const double* coefficient, double average_weight, const Record* records,
               int64_t n_records, const void* const* grads, int multiprocessors, bool general, unsigned threads) {
   Table table =
-      build_step_table(std::vector<Record>(records, records + n_records), static_cast<RuleId>(rule), multiprocessors);
+      build_table(std::vector<Record>(records, records + n_records), static_cast<RuleId>(rule), multiprocessors);
   std::vector<char> bytes = table.bytes();
   Call call{{},          maximize,       grad_scale,   found_inf, coefficient, zero_grads,
             write_grads, average_weight, bytes.data(), grads,     0,           nullptr};
@@ -66,8 +66,8 @@ int host_norm(const Record* records, int64_t n_records, const void* const* grads
   std::vector<char> memory = table.bytes();
   const size_t sums = table.chunks.size() * sizeof(NormChunk), counters = sums + table.n_sums * sizeof(ChunkSums);
   std::fill(memory.begin() + sums, memory.begin() + counters, '\xff');  // NaN
-  NormCall call{memory.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm),
-                first,         last,  {},         0,                nullptr};
+  NormCall call{memory.data(), grads, grad_scale, found_inf_before, found_inf, reinterpret_cast<Norm*>(norm), first,
+                last,          {},    0,          nullptr};
   call.limits = {limits[0], limits[1], limits[2] != 0, limits[3] != 0, limits[4] != 0, limits[5] != 0};
   const int launches = for_segments(call, table, [&](size_t i, bool is_first, bool is_last) {
     static NormArguments<kMaxTensorsPerLaunch> a;
@@ -85,17 +85,16 @@ void host_advance_schedules(double* values, const double* table, int n, const fl
   launch_on_host(blocks, threads, [&] { schedule_kernel(values, table, n, found_inf); });
 }
 
-// Deals out tensors of the given sizes, for a step if `steps` and else for sums; returns the number of chunks, or -1 if
-// an element is dealt out twice or not at all. No memory is touched.
-int64_t check_chunks(const int64_t* numels, int64_t n, int multiprocessors, bool steps) {
+// Deals out tensors of the given sizes, of two kinds; returns the number of chunks, or -1 if an element is dealt out
+// twice or not at all. No memory is touched.
+int64_t check_chunks(const int64_t* numels, int64_t n, int multiprocessors) {
   std::vector<Record> records(n);
   for (int64_t i = 0; i < n; ++i) {
     records[i] = {};
     records[i].numel = numels[i];
     if (i % 3 == 1) records[i].param_dtype = records[i].grad_dtype = Dtype::kBF16;
   }
-  const Table table =
-      steps ? build_step_table(records, RuleId::kSgd, multiprocessors) : build_table(records, multiprocessors);
+  const Table table = build_table(records, RuleId::kSgd, multiprocessors);
   std::vector<int64_t> reached(n, 0);
   int64_t n_segment_records = 0, n_segment_chunks = 0;
   for (const Segment& segment : table.segments) {
@@ -104,9 +103,8 @@ int64_t check_chunks(const int64_t* numels, int64_t n, int multiprocessors, bool
     n_segment_chunks += segment.n_block_chunks + segment.n_small_chunks;
     for (int64_t c = segment.first_chunk; c < n_segment_chunks; ++c) {
       const Chunk& chunk = table.chunks[c];
-      const int64_t record = segment.first_record + chunk.record;
-      int64_t& at = reached[steps ? table.order[record] : record];
-      if (chunk.offset != at || chunk.n <= 0 || chunk.offset % (steps ? kBlock : 16) != 0) return -1;
+      int64_t& at = reached[table.order[segment.first_record + chunk.record]];
+      if (chunk.offset != at || chunk.n <= 0 || chunk.offset % kBlock != 0) return -1;
       at += chunk.n;
     }
   }
