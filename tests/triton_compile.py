@@ -62,8 +62,8 @@ def prepared(kernel: str, wanted: dict) -> list:
     followers = tuple(NUMBERS[name] for name in wanted["followers"])
     chosen = (wanted["rule"], dtypes, followers, wanted["maximize"], wanted["left"])
     if wanted["rule"] in RULES:
-        return [step.prepare(*chosen, step.block_size(torch.device("cuda")), wanted["form"])]
-    return reducing.prepare(*chosen, False)
+        return [step.prepare(*chosen, step.block_size(), wanted["form"])]
+    return reducing.prepare(*chosen)
 
 
 def arguments(names: list[str], wanted: dict) -> list:

@@ -55,6 +55,7 @@ from .reducing_lines import (
 )
 from .reducing_rules import REDUCING_RULES
 from .step import ARGUMENTS as STEP_ARGUMENTS
+from .step import block_size, is_interpreted
 
 ARGUMENTS = tuple("items_ptr" if name == "chunks_ptr" else name for name in STEP_ARGUMENTS)
 
@@ -370,7 +371,7 @@ def kernels_of(rule: str) -> tuple[triton.JITFunction, ...]:
 
 
 def constants(
-    rule: str, dtypes: tuple[int, ...], followers: tuple[int, int], maximize: bool, left: str, interpreted: bool
+    rule: str, dtypes: tuple[int, ...], followers: tuple[int, int], maximize: bool, left: str
 ) -> dict[str, Any]:
     """The compile-time arguments of the kernels.
 
@@ -380,7 +381,7 @@ def constants(
     """
     functions = REDUCING_RULES[rule]
     names = ("prepare", "square", "line", "matrix", "direction", "finish", "update")
-    rows, columns = tile(interpreted)
+    rows, columns = tile()
     return {
         **{name.upper(): getattr(functions, name) for name in names},
         "PARAM_SUM": functions.param_sum,
@@ -389,15 +390,15 @@ def constants(
         "MAXIMIZE": maximize,
         "TILE_ROWS": rows,
         "TILE_COLUMNS": columns,
-        "BLOCK": 16_384 if interpreted else 2048,
+        "BLOCK": block_size(),
         "LEFT": left,
         "FOLLOWERS": followers,
     }
 
 
-def tile(interpreted: bool) -> tuple[int, int]:
+def tile() -> tuple[int, int]:
     """Rows and columns that a program takes at a time; in the interpreter many, because each time costs the same."""
-    return (128, 128) if interpreted else (16, 128)
+    return (128, 128) if is_interpreted() else (16, 128)
 
 
 def prepare(rule: str, *args: Any) -> list[Prepared]:

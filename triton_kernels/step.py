@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
@@ -263,6 +262,6 @@ def is_interpreted() -> bool:
     return not isinstance(step_kernel, triton.JITFunction)
 
 
-def block_size(device: torch.device) -> int:
-    """Elements that a program updates at a time: two 16-byte accesses of fp32 a thread; on the CPU few iterations."""
-    return 16384 if device.type == "cpu" else 2048
+def block_size() -> int:
+    """Elements that a program updates at a time: two 16-byte accesses of fp32 a thread; interpreted few iterations."""
+    return 16384 if is_interpreted() else 2048

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import KernelBackend
+from .lifetime import CHANGED, Streams, is_capturing, refuse_capture
 from .native import extension_reasons
 from .norm import NO_LIMITS, Limits
 from .plan import KernelPlan
@@ -56,6 +57,11 @@ class Launch:
         self.kernels: dict[tuple, list[Prepared]] = {}
         self.build(indices, plan)
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """All device tensors that a launch uses, each always at the same place."""
+        return [self.table, self.chunks, self.grads, self.done]
+
     def build(self, indices: list[int], plan: TritonPlan) -> None:
         """Upload what does not change from step to step."""
         from ..triton_kernels.step import AVERAGE, COPY, ROW
@@ -89,7 +95,7 @@ class Launch:
     def prepare(self, plan: TritonPlan, maximize: bool) -> list[Prepared]:
         from ..triton_kernels import step
 
-        block = step.block_size(plan.device)
+        block = step.block_size()
         fixed = (plan.rule, self.dtypes, self.followers, maximize, plan.left, block, self.form)
         return [step.prepare(*fixed)]
 
@@ -112,11 +118,14 @@ class ReducingLaunch(Launch):
         self.reducing = ReducingTable(self.dtypes, indices, plan)
         self.table, self.chunks = self.reducing.table, self.reducing.items
 
+    @property
+    def memory(self) -> list[Tensor]:
+        return [*super().memory, self.reducing.work, self.reducing.count]
+
     def prepare(self, plan: TritonPlan, maximize: bool) -> list[Prepared]:
         from ..triton_kernels import reducing
 
-        interpreted = plan.device.type == "cpu"
-        return reducing.prepare(plan.rule, self.dtypes, self.followers, maximize, plan.left, interpreted)
+        return reducing.prepare(plan.rule, self.dtypes, self.followers, maximize, plan.left)
 
 
 class NormLaunch(Launch):
@@ -127,18 +136,23 @@ class NormLaunch(Launch):
         chunks = [(row, min(MAX_CHUNK, n - at), at) for row, n in sizes for at in range(0, n, MAX_CHUNK)]
         self.chunks = plan.upload(torch.tensor(chunks or [(0, 0, 0)], dtype=torch.int64))
         self.sums = torch.empty((len(self.chunks), 2), dtype=torch.float64, device=plan.device)
+        self.streams = Streams()
 
-    def add(self, norm: Norm, limits: Limits, numbers: Tensor, first: bool, last: bool, flags: list) -> None:
+    def add(
+        self, plan: TritonPlan, norm: Norm, limits: Limits, numbers: Tensor, first: bool, last: bool, flags: list
+    ) -> None:
         """Queue the sums, which are added to those in ``norm`` unless they are the ``first``."""
         from ..triton_kernels import norm as kernels
         from ..triton_kernels.step import block_size
 
         key = (first, last, limits[2:])
         if key not in self.kernels:
-            block = block_size(self.chunks.device)
+            block = block_size()
             self.kernels[key] = [kernels.prepare(*self.dtypes, first, last, limits, block)]
         memory = self.chunks, self.grads, self.sums, norm.numbers, self.done, numbers, norm.found_inf
-        self.kernels[key][0](self.chunks.device, len(self.chunks), *memory, *flags)
+        self.streams.use(plan.device, memory)
+        plan.graphs.keep(plan.device, norm, *memory, *flags)
+        self.kernels[key][0](plan.device, len(self.chunks), *memory, *flags)
 
 
 class TritonPlan(KernelPlan):
@@ -150,24 +164,30 @@ class TritonPlan(KernelPlan):
     grad_dtypes: list[int] | None = None
     hyper_values: tuple[float, ...] | None = None
     hyper: Tensor | None = None
-
-    def __init__(self, *args) -> None:
-        super().__init__(*args)
-        self.captured: list[Tensor] = []
+    only_in_graph = False
 
     def upload(self, host: Tensor) -> Tensor:
         """A copy on the plan's device, without waiting for it."""
-        if self.device.type == "cpu":
-            return host.clone()
-        pinned = host.pin_memory()
-        copy = pinned.to(self.device, non_blocking=True)
-        if torch.cuda.is_current_stream_capturing():
-            self.captured += [pinned, copy]  # each replay of the graph reads and writes them again
+        source = host.clone() if self.device.type == "cpu" else host.pin_memory()
+        copy = source.to(self.device, non_blocking=True, copy=True)
+        if is_capturing(self.device):
+            self.graphs.keep(self.device, source, copy)
+            self.only_in_graph = True
         return copy
 
+    def _forget_what_only_a_graph_has(self) -> None:
+        """What was uploaded in a capture is in device memory when the graph is replayed, not before."""
+        if self.only_in_graph and not is_capturing(self.device):
+            self.only_in_graph = False
+            self.hyper_values = self.limits = self.weight = None
+            for launch in (*(self.launches or ()), *(self.sums or ())):
+                launch.raw, launch.addresses = b"", None
+
     def launch(self, call: Call) -> int:
+        self._forget_what_only_a_graph_has()
         grad_dtypes = self.native.grad_dtypes()
         if self.launches is None or grad_dtypes != self.grad_dtypes:
+            refuse_capture(self.device, CHANGED)
             self.launches = self._launches(grad_dtypes)
             self.grad_dtypes = grad_dtypes
         self._set_hyper(call.hyper)
@@ -175,10 +195,14 @@ class TritonPlan(KernelPlan):
         flags.append(None if call.coefficient is None else call.coefficient.to(self.device))
         flags.append(self._weight())
         addresses = self.native.grad_pointers()
+        active = [launch for launch in self.launches if launch.set_grads(addresses, self)]
+        memory = [self.hyper, self.weight]
+        for launch in self.launches:
+            memory += launch.memory
+        self.keep(memory, *call.hyper, *flags)
         calls = 0
-        for group in self.launches:
-            if group.set_grads(addresses, self):
-                calls += group.run(self, call.maximize, flags)
+        for launch in active:
+            calls += launch.run(self, call.maximize, flags)
         self.native.increment_written(self.zero_grads or self.write_grads)
         self.native.release_grads()
         return calls
@@ -190,8 +214,10 @@ class TritonPlan(KernelPlan):
 
     def norm_launches(self) -> list[NormLaunch]:
         """Those that sum the gradients that take part."""
+        self._forget_what_only_a_graph_has()
         grad_dtypes = self.native.grad_dtypes()
         if self.sums is None or grad_dtypes != self.sums_dtypes:
+            refuse_capture(self.device, CHANGED)
             groups: dict[int, list[int]] = {}
             for index, slot in enumerate(self.slots):
                 if slot.tensor is not None:
@@ -269,14 +295,13 @@ class TritonBackend(KernelBackend):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> int:
-        launches = [launch for plan in plans for launch in plan.norm_launches()]
+        launches = [(plan, launch) for plan in plans for launch in plan.norm_launches()]
         flags = [None if t is None else t.to(norm.device, torch.float32) for t in (grad_scale, found_inf)]
         finishes = limits is not None
         limits = limits or NO_LIMITS
         numbers = plans[-1].limit_numbers(limits)
-        for launch in launches:
-            first, last = launch is launches[0], finishes and launch is launches[-1]
-            launch.add(norm, limits, numbers, first, last, flags)
+        for number, (plan, launch) in enumerate(launches, 1):
+            launch.add(plan, norm, limits, numbers, number == 1, finishes and number == len(launches), flags)
         return len(launches)
 
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:

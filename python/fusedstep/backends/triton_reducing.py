@@ -34,7 +34,7 @@ class ReducingTable:
         from ..triton_kernels.numeric import FP64
 
         self.size = 8 if dtypes[0] == FP64.value else 4
-        self.tile_columns = reducing.tile(plan.device.type == "cpu")[1]
+        self.tile_columns = reducing.tile()[1]
         self.bytes = self.counters = 0
         rows = [self._row(plan, index) for index in indices]
         self.work = torch.empty(self.bytes, dtype=torch.uint8, device=plan.device)
