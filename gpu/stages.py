@@ -71,6 +71,9 @@ def _build(run: Run) -> list[Command]:
         environ["FUSEDSTEP_CUDA"] = "1"
         if not os.environ.get("FUSEDSTEP_CUDA_ARCHS"):
             environ["FUSEDSTEP_CUDA_ARCHS"] = local_architecture()
+        nvcc = tool("nvcc")
+        if nvcc and not shutil.which("nvcc") and not os.environ.get("CUDACXX"):
+            environ["CUDACXX"] = nvcc
     # Not "make build", which asks the network for what is missing.
     build = Command(["make", f"PYTHON={run.python}", ".venv/.built-stamp"], environ)
     info = Command([str(PYTHON), "-m", "fusedstep.cli", "info"], {})
@@ -182,7 +185,7 @@ def _profile(run: Run) -> list[Command] | str:
         "SchedulerStats",
         "MemoryWorkloadAnalysis",
     )
-    words = [ncu, "--profile-from-start", "off", "--clock-control", "none", "--kernel-name", "regex:fusedstep|kernel"]
+    words = [ncu, "--profile-from-start", "off", "--clock-control", "none"]
     words += [word for section in sections for word in ("--section", section)]
     return [Command([*words, *script], {})]
 
