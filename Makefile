@@ -110,7 +110,7 @@ $(DEPS): pyproject.toml | $(ENV)
 	@touch $@
 
 $(OPTIONS): FORCE | $(ENV)
-	@echo 'cuda=$(FUSEDSTEP_CUDA) archs=$(FUSEDSTEP_CUDA_ARCHS) werror=$(FUSEDSTEP_WERROR) cxx=$(CXX)' > $@.new
+	@echo 'cuda=$(FUSEDSTEP_CUDA) archs=$(FUSEDSTEP_CUDA_ARCHS) werror=$(FUSEDSTEP_WERROR) cxx=$(CXX) nvcc=$(CUDACXX) home=$(CUDA_HOME)' > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(BUILT): $(SOURCES) $(OPTIONS) | $(ENV)

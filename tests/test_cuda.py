@@ -171,6 +171,34 @@ def test_a_captured_graph_follows_lr_scale_and_skips(kernel):
 
 
 @needs_cuda
+def test_a_captured_graph_goes_on_after_other_gradients_and_a_new_group(kernel):
+    """What it was captured with stays where it is, though the optimizer has gone on with other tables."""
+    generator = torch.Generator().manual_seed(16)
+    sizes = [1000, 3, 70_001]
+    values, static = random(sizes, generator), random(sizes, generator)
+    optimizers = replayed, eager = [make(adamw, values, name) for name in (kernel, "reference")]
+    for optimizer in optimizers:
+        for param, grad in zip(params_of(optimizer), static, strict=True):
+            param.grad = grad
+    replayed.step()
+    eager.step()
+    graph = captured(replayed.step)
+    for number in range(10):
+        if number == 5:
+            more = random([50], generator)
+            for optimizer in optimizers:
+                optimizer.add_param_group({"params": [torch.nn.Parameter(more[0].clone())]})
+        step(optimizers, random(sizes, generator))
+        garbage = [torch.full((n,), torch.nan, device=DEVICE) for n in (8, 64, 512, 4096) * 20]
+        del garbage
+        for grad, new in zip(static, random(sizes, generator), strict=True):
+            grad.copy_(new)
+        graph.replay()
+        step([eager], static)
+    assert_same(optimizers)
+
+
+@needs_cuda
 def test_a_captured_graph_follows_a_schedule_by_itself(kernel):
     """Skipped steps left out; and it goes on from where a state was loaded."""
     generator = torch.Generator().manual_seed(7)

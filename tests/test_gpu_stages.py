@@ -25,7 +25,8 @@ def stages():
 
 
 @pytest.fixture
-def run(stages, tmp_path):
+def run(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "DRY_PATIENCE", 1)
     return stages.Run(tmp_path, True, tmp_path / "gpu.tar.gz", sys.executable, None)
 
 
