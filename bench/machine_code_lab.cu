@@ -301,8 +301,8 @@ constexpr int kBand = 8;  // rows of a block
 // The sum of the squares of the update: a thread has one vector of columns.
 template <class S>
 __global__ void __launch_bounds__(kThreads, 4)
-    squares(const S* grads, const float* by_row, const float* by_column, double* of_update, int strips, int columns,
-            Reducing::Scalars<float> s) {
+    squares(const S* grads, const float* by_row, const float* by_column, const float* of_matrix, double* of_update,
+            int apart, int strips, int columns, Reducing::Scalars<float> s) {
   constexpr int kN = 16 / sizeof(S);
   const int strip = blockIdx.x % strips, band = blockIdx.x / strips, column = (strip * kThreads + threadIdx.x) * kN;
   const int64_t first = int64_t{band} * kBand * columns + column;
@@ -314,21 +314,22 @@ __global__ void __launch_bounds__(kThreads, 4)
   float sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < kBand; ++k) {
-    const float row = by_row[band * kBand + k];
+    const float row = by_row[band * kBand + k * apart] * *of_matrix;
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       const float factor = row * factors.get(i), direction = Reducing::direction(grad[k].get(i), &factor, s);
       sum += direction * direction;
     }
   }
-  of_update[int64_t{blockIdx.x} * kThreads + threadIdx.x] = sum;
+  const double of_warp = over_warp(static_cast<double>(sum));
+  if (threadIdx.x % 32 == 0) of_update[int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32] = of_warp;
 }
 
 // The update.
 template <class S>
 __global__ void __launch_bounds__(kThreads, 4)
-    apply(S* params, const S* grads, const float* by_row, const float* by_column, int strips, int columns,
-          Reducing::Scalars<float> s, Reducing::Finish<float> f) {
+    apply(S* params, const S* grads, const float* by_row, const float* by_column, const float* of_matrix, int apart,
+          int strips, int columns, Reducing::Scalars<float> s, Reducing::Finish<float> f) {
   constexpr int kN = 16 / sizeof(S), kRows = kBand / 2;
   const int strip = blockIdx.x % strips, band = blockIdx.x / strips, column = (strip * kThreads + threadIdx.x) * kN;
   const int64_t first = int64_t{band} * kRows * columns + column;
@@ -342,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   factors.load(by_column + column);
 #pragma unroll
   for (int k = 0; k < kRows; ++k) {
-    const float row = by_row[band * kRows + k];
+    const float row = by_row[band * kRows + k * apart] * *of_matrix;
     float numbers[kN], none = 0.0f;
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
@@ -369,10 +370,10 @@ template __global__ void adamw_average<true>(Arrays, int64_t, float, Scalars);
 #define REDUCING(S)                                                                                               \
   template __global__ void norm<S>(const S*, double*, float, int64_t);                                            \
   template __global__ void sums<S>(const S*, const S*, float*, float*, double*, int, int);                        \
-  template __global__ void squares<S>(const S*, const float*, const float*, double*, int, int,                    \
+  template __global__ void squares<S>(const S*, const float*, const float*, const float*, double*, int, int, int, \
                                       Reducing::Scalars<float>);                                                  \
-  template __global__ void apply<S>(S*, const S*, const float*, const float*, int, int, Reducing::Scalars<float>, \
-                                    Reducing::Finish<float>);
+  template __global__ void apply<S>(S*, const S*, const float*, const float*, const float*, int, int, int,        \
+                                    Reducing::Scalars<float>, Reducing::Finish<float>);
 REDUCING(float)
 REDUCING(BF16)
 

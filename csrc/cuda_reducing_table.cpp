@@ -1,6 +1,7 @@
 // Items: how the tensors of a group are cut up for the kernels of rules that reduce. Plain C++, so that it can be
 // tested anywhere. Nothing here may look at more than one tensor or at the GPU: the order of sums would depend on it.
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 #include "cuda/reducing.h"
@@ -86,6 +87,8 @@ Kind kind_of(const Record& record, const Partition& p, int element_state) {
       !is_aligned(record.average) || !is_aligned(record.copy))
     return Kind::kAny;
   if (dtype != Dtype::kF32 && dtype != Dtype::kBF16) return Kind::kAny;
+  // The kernels count the bytes from a thread's row to its next one by 32 bits.
+  if (p.columns * 4 * (kReducingThreads / p.lanes) > UINT32_MAX) return Kind::kAny;
   const Kind kind = dtype == Dtype::kF32 ? Kind::kF32 : Kind::kBF16;
   if (element_state < 0) return kind;
   const Dtype state = record.state_dtypes[element_state];

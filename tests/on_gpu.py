@@ -4,7 +4,9 @@ With FUSEDSTEP_GPU_DRY=1 they run on the CPU, with its engine in the place of th
 `make gpu-dry` so finds the mistakes of tests, not of kernels.
 """
 
+import contextlib
 import os
+import warnings
 
 import pytest
 import torch
@@ -34,3 +36,15 @@ def captured(step):
     with torch.cuda.graph(graph):
         step()
     return graph
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """Whatever waits for the device raises."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

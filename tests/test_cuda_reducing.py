@@ -79,7 +79,7 @@ def test_every_shape_is_close_to_the_reference(kernel, case):
             way += (new - old).abs()
     assert_close(*map(tensors, optimizers), ways=ways)
     if kernel == "cuda":
-        assert optimizers[0].kernel_calls == launches_of(case)
+        assert 0 < optimizers[0].kernel_calls <= launches_of(case)
     elif kernel != "cpu":
         assert optimizers[0].kernel_calls == (5 if case.options.get("reduce") == (0,) else 3)  # rows, columns, scalar
 

@@ -100,8 +100,11 @@ __device__ __forceinline__ ChunkSums see_packs(const void* grad, const NormChunk
   }
   Seen<float, kScaled> seen{inverse};
 #pragma unroll
-  for (int u = 0; u < kNormPacks; ++u)
-    seen.template operator()<kN>(kN, [&](int i) { return load<float>(packs[u].numbers[i]); });
+  for (int u = 0; u < kNormPacks; ++u) {
+    float numbers[kN];
+    unpack(packs[u], numbers);
+    seen.template operator()<kN>(kN, [&](int i) { return numbers[i]; });
+  }
   if (whole + team.index < chunk.n)
     seen.template operator()<1>(1, [&](int) { return load<float>(global(grads)[whole + team.index]); });
   return {seen.sum, static_cast<double>(seen.largest)};
@@ -147,9 +150,10 @@ __device__ __forceinline__ bool leave(const ChunkSums& sums, ChunkSums* place, u
     *global(place) = sums;
     __threadfence();
     last = atomicInc(counter, static_cast<uint32_t>(n - 1)) == static_cast<uint32_t>(n - 1);
-    __threadfence();
   }
-  return __shfl_sync(0xffffffffu, last, 0) != 0;
+  last = __shfl_sync(0xffffffffu, last, 0);
+  if (last != 0) __threadfence();  // now what others have written can be read
+  return last != 0;
 }
 
 template <int kCapacity, bool kScaled>

@@ -1,6 +1,8 @@
 // What every kernel uses: pointers, numbers of any dtype, gradients, teams of threads.
 #pragma once
 
+#include <type_traits>
+
 #include "engine.h"
 
 namespace fusedstep::cuda {
@@ -136,5 +138,19 @@ struct Pack {
     for (int v = 0; v < kVectors; ++v) target[v] = vectors[v];
   }
 };
+
+// The numbers of a pack as fp32 arithmetic has them: of bf16 one instruction each.
+template <int kN, class S>
+__device__ __forceinline__ void unpack(const Pack<kN, S>& pack, float* numbers) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    if constexpr (std::is_same_v<S, BF16>) {
+      const uint32_t both = pack.vectors[i / 8].words[i % 8 / 2];
+      numbers[i] = bit_cast<float>(i % 2 != 0 ? both & 0xffff0000u : both << 16);
+    } else {
+      numbers[i] = load<float>(pack.numbers[i]);
+    }
+  }
+}
 
 }  // namespace fusedstep::cuda

@@ -21,7 +21,7 @@
 namespace fusedstep::cuda {
 
 // For each multiprocessor: in pass 1 at most 128 registers a thread, which hold enough loads in flight.
-constexpr int kTallBlocks = 2, kLowBlocks = 4, kStateBlocks = 3;
+constexpr int kTallBlocks = 2, kLowBlocks = 4, kStateBlocks = 3, kBesideBlocks = 2;
 
 // Of one capacity: a second set of kernels for few tensors would cost every build time.
 struct ReducingArguments {
@@ -54,10 +54,10 @@ __device__ __forceinline__ bool is_aligned(const void* address) {
   return (reinterpret_cast<uint64_t>(address) & 15) == 0;
 }
 
-// Gives body the place of this block's item, if its tensor takes part in this launch.
-template <class Rule, class Stored, class Body>
+// Gives body the place of this block's item, if its tensor takes part in this launch; an item may have several blocks.
+template <class Rule, class Stored, int kBlocksPerItem = 1, class Body>
 __device__ __forceinline__ void with_item(const ReducingArguments& a, Body&& body) {
-  const Item& item = global(a.items)[blockIdx.x];
+  const Item item = global(a.items)[blockIdx.x / kBlocksPerItem];
   const void* const grad = a.grads[item.record];
   constexpr bool kAny = std::is_same_v<Stored, AnyStored>;
   if (grad == nullptr || (kAny ? a.unaligned_only && is_aligned(grad) : !is_aligned(grad))) return;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kReducingThreads, kLowBlocks)
 
 // What is left of a step that is skipped.
 template <class Rule, class T>
-__device__ __noinline__ void zero_grads(const Place<Rule, T>& place) {
+__device__ __forceinline__ void zero_grads(const Place<Rule, T>& place) {
   const Partition& p = place.p;
   const Item& item = place.item;
   void* const grad = const_cast<void*>(place.grad);
@@ -154,22 +154,26 @@ __device__ __noinline__ void zero_grads(const Place<Rule, T>& place) {
 }
 
 template <class Rule, class Stored, class Does>
-__global__ void __launch_bounds__(kReducingThreads, kElementState<Rule> < 0 ? kLowBlocks : kStateBlocks)
+__global__ void __launch_bounds__(kReducingThreads, std::is_same_v<Does, Beside> ? kBesideBlocks
+                                                    : kElementState<Rule> < 0    ? kLowBlocks
+                                                                                 : kStateBlocks)
     apply_kernel(const __grid_constant__ ReducingArguments a) {
   constexpr bool kAny = std::is_same_v<Stored, AnyStored>;
   const bool skipped = is_skipped(a);
   if (skipped && !a.grads_become.zero) return;
-  with_item<Rule, Stored>(a, [&](const auto& place) {
+  constexpr int kBlocksPerItem = kAny ? 1 : kApplyBlocksPerItem<Rule>;
+  with_item<Rule, Stored, kBlocksPerItem>(a, [&](const auto& place) {
     using T = typename std::decay_t<decltype(place)>::Number;
+    const bool first = blockIdx.x % kBlocksPerItem == 0;
     if constexpr (kAny || std::is_same_v<Does, Beside>) {
-      if (skipped) return zero_grads(place);
+      if (skipped) return first ? zero_grads(place) : void();
     }
     if constexpr (kAny)
       apply_any<Rule, T>(place, a.grads_become.template change<T>(), static_cast<T>(a.average_weight));
     else
       apply_tile<Rule, typename Stored::Param, typename Stored::State>(place, Does(a.grads_become, a.average_weight));
     // The passes before have read it.
-    if (place.item.index == 0 && threadIdx.x == 0) *global(place.record.step) += 1.0f;
+    if (first && place.item.index == 0 && threadIdx.x == 0) *global(place.record.step) += 1.0f;
   });
 }
 
@@ -216,14 +220,15 @@ int for_launches(ReducingArguments* a, const Call& call, const ReducingSegment& 
     unaligned = unaligned || (reinterpret_cast<uintptr_t>(a->grads[i]) & 15) != 0;
   const Item* const all = a->items;
   int launches = 0;
-  const auto pass = [&](const Span32* spans, const auto& kernel_of) {
+  const auto pass = [&](const Span32* spans, int blocks_per_item, const auto& kernel_of) {
     for (int kind = 0; kind < kKinds; ++kind) {
       for (const bool any : {false, true}) {
         const bool is_any = kind == static_cast<int>(Kind::kAny);
         if (spans[kind].n == 0 || (any ? !is_any && !unaligned : is_any)) continue;
         a->items = all + spans[kind].first;
         a->unaligned_only = any && !is_any;
-        launch(kernel_of(any ? Kind::kAny : static_cast<Kind>(kind), segment.followed[kind]), spans[kind].n, *a);
+        launch(kernel_of(any ? Kind::kAny : static_cast<Kind>(kind), segment.followed[kind]),
+               spans[kind].n * (any ? 1 : blocks_per_item), *a);
         ++launches;
       }
     }
@@ -231,20 +236,20 @@ int for_launches(ReducingArguments* a, const Call& call, const ReducingSegment& 
   };
   using F32 = Packed<float, float>;
   using B16 = Packed<BF16, float>;
-  pass(segment.tall, [&](Kind kind, bool) {
+  pass(segment.tall, 1, [&](Kind kind, bool) {
     if (kind == Kind::kAny) return sums_kernel<First, AnyStored, Changes>;
     if (kind == Kind::kF32) return changed ? sums_kernel<First, F32, Changes> : sums_kernel<First, F32, Unchanged>;
     return changed ? sums_kernel<First, B16, Changes> : sums_kernel<First, B16, Unchanged>;
   });
   if constexpr (Rule::kUpdateSum) {
-    pass(segment.low, [&](Kind kind, bool) {
+    pass(segment.low, 1, [&](Kind kind, bool) {
       if (kind == Kind::kAny) return update_kernel<First, AnyStored, Changes>;
       if (kind == Kind::kF32)
         return changed ? update_kernel<First, F32, Changes> : update_kernel<First, F32, Unchanged>;
       return changed ? update_kernel<First, B16, Changes> : update_kernel<First, B16, Unchanged>;
     });
   }
-  pass(segment.low, [&](Kind kind, bool followed) {
+  pass(segment.low, kApplyBlocksPerItem<Rule>, [&](Kind kind, bool followed) {
     const bool more = changed || call.zero_grads || call.write_grads || followed;
     if (kind == Kind::kAny) return apply_kernel<Rule, AnyStored, Beside>;
     if (kind == Kind::kF32) return more ? apply_kernel<Rule, F32, Beside> : apply_kernel<Rule, F32, NothingBeside>;

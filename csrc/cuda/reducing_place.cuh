@@ -101,10 +101,11 @@ __device__ __forceinline__ bool last_of(uint32_t* counter, int64_t n, uint32_t* 
   if (threadIdx.x == 0) {
     __threadfence();
     *flag = count(counter, n);
-    __threadfence();
   }
   __syncthreads();
-  return *flag != 0;
+  const bool last = *flag != 0;
+  if (last) __threadfence();
+  return last;
 }
 
 __device__ __forceinline__ double root_mean(double sum, int64_t n) {
@@ -130,6 +131,19 @@ struct Tile {
     row = thread >> shift;
     column = item.column + lane * pack;
     inside = column < p.columns;
+  }
+};
+
+// The rows of a tile that one thread has. Their distance in bytes has 32 bits: one instruction makes an address of it.
+template <class S>
+struct Rows {
+  S* first;
+  uint32_t apart;
+
+  __device__ __forceinline__ Rows(void* array, int64_t begin, int64_t stride)
+      : first(global(static_cast<S*>(array) + begin)), apart(static_cast<uint32_t>(stride * sizeof(S))) {}
+  __device__ __forceinline__ S* operator[](int k) const {
+    return reinterpret_cast<S*>(reinterpret_cast<char*>(first) + uint64_t{static_cast<uint32_t>(k)} * apart);
   }
 };
 
@@ -166,13 +180,6 @@ struct Unchanged {
   template <int kN>
   __device__ __forceinline__ void operator()(float*) const {}
 };
-
-// The numbers of a pack as they are computed with.
-template <int kN, class S>
-__device__ __forceinline__ void unpack(const Pack<kN, S>& pack, float* numbers) {
-#pragma unroll
-  for (int i = 0; i < kN; ++i) numbers[i] = load<float>(pack.numbers[i]);
-}
 
 template <class Rule, class T, Span span>
 __device__ __forceinline__ void load_line(const Record& record, int64_t line, T* states) {

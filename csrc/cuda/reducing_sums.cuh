@@ -73,8 +73,7 @@ __device__ __forceinline__ double sum_tile(const Place<Rule, float>& place, cons
   const int n_rows = item.n_rows;
   const int64_t begin = (item.matrix * p.rows + item.row + tile.row) * p.columns + tile.column;
   const int64_t stride = tile.rows_at_once * p.columns;
-  const S* grads = static_cast<const S*>(place.grad) + begin;
-  const S* params = static_cast<const S*>(place.record.param) + begin;
+  Rows<S> grads(const_cast<void*>(place.grad), begin, stride), params(place.record.param, begin, stride);
   float columns[kN] = {};
   double of_params = 0.0;
 #pragma unroll 1
@@ -84,26 +83,27 @@ __device__ __forceinline__ double sum_tile(const Place<Rule, float>& place, cons
     if (tile.inside && row + (kTallAhead - 1) * tile.rows_at_once < n_rows) {
 #pragma unroll
       for (int k = 0; k < kTallAhead; ++k) {
-        grad[k].load(grads + k * stride);
-        if constexpr (Rule::kParamSum) param[k].load(params + k * stride);
+        grad[k].load(grads[k]);
+        if constexpr (Rule::kParamSum) param[k].load(params[k]);
       }
     } else {
 #pragma unroll
       for (int k = 0; k < kTallAhead; ++k) {
         grad[k] = param[k] = {};  // zeros add nothing
         if (tile.inside && row + k * tile.rows_at_once < n_rows) {
-          grad[k].load(grads + k * stride);
-          if constexpr (Rule::kParamSum) param[k].load(params + k * stride);
+          grad[k].load(grads[k]);
+          if constexpr (Rule::kParamSum) param[k].load(params[k]);
         }
       }
     }
-    grads += kTallAhead * stride;
-    params += kTallAhead * stride;
+    grads.first += kTallAhead * stride;
+    params.first += kTallAhead * stride;
     float rows[kTallAhead], squares = 0.0f;
 #pragma unroll
     for (int k = 0; k < kTallAhead; ++k) {
-      float g[kN];
+      float g[kN], numbers[kN];
       unpack(grad[k], g);
+      if constexpr (Rule::kParamSum) unpack(param[k], numbers);
       change.template operator()<kN>(g);
       rows[k] = 0.0f;
 #pragma unroll
@@ -111,10 +111,7 @@ __device__ __forceinline__ double sum_tile(const Place<Rule, float>& place, cons
         const float square = Rule::square(g[i], s);
         columns[i] += square;
         rows[k] += square;
-        if constexpr (Rule::kParamSum) {
-          const float number = load<float>(param[k].numbers[i]);
-          squares += number * number;
-        }
+        if constexpr (Rule::kParamSum) squares += numbers[i] * numbers[i];
       }
     }
     if constexpr (Rule::kParamSum) of_params += static_cast<double>(squares);
@@ -272,12 +269,12 @@ __device__ __forceinline__ void finish_item(const Place<Rule, T>& place, double 
     }
     __threadfence();
     shared->flags[threadIdx.x] = counts && count(counter, n);
-    __threadfence();
   }
   __syncthreads();
   const bool last = shared->flags[0] != 0, rows = shared->flags[1] != 0, columns = shared->flags[2] != 0;
   const bool first = item.index == 0;
   if (!last && !rows && !columns && !first) return;
+  __threadfence();  // now what others have written can be read
 
   prepare();
   const auto& s = pick<T>(shared->scalars);

@@ -8,30 +8,43 @@ namespace fusedstep::cuda {
 template <class Rule>
 constexpr int kElementState = kPlace<Rule, Span::kElement>;
 
+// Where the factors of a matrix's rows are, and what all of them are multiplied with.
+template <class Rule, class T>
+struct MatrixFactors {
+  const T* of_rows;
+  T of_matrix;
+
+  __device__ __forceinline__ MatrixFactors(const Place<Rule, T>& place, int64_t matrix, int64_t first_row) {
+    if constexpr (kRows<Rule>)
+      of_rows = place.template at<T>(place.p.row_factors) + (matrix * place.p.rows + first_row) * Rule::kFactors;
+    if constexpr (Rule::kRowMean) of_matrix = place.template at<T>(place.p.matrix_factors)[matrix];
+  }
+};
+
 // The factors of a row, the matrix's among them.
 template <class Rule, class T>
 struct RowFactors {
-  T numbers[Rule::kFactors];
+  T numbers[Rule::kFactors] = {};
 
-  // Of row `row` of matrix `matrix`.
-  __device__ __forceinline__ RowFactors(const Place<Rule, T>& place, int64_t matrix, int64_t row) {
+  // Of a row counted from the first one.
+  __device__ __forceinline__ RowFactors(const MatrixFactors<Rule, T>& matrix, int row) {
     if constexpr (kRows<Rule>) {
-      const T* const factors =
-          place.template at<T>(place.p.row_factors) + (matrix * place.p.rows + row) * Rule::kFactors;
 #pragma unroll
       for (int f = 0; f < Rule::kFactors; ++f) {
-        numbers[f] = factors[f];
-        if constexpr (Rule::kRowMean) numbers[f] *= place.template at<T>(place.p.matrix_factors)[matrix];
+        numbers[f] = matrix.of_rows[row * Rule::kFactors + f];
+        if constexpr (Rule::kRowMean) numbers[f] *= matrix.of_matrix;
       }
     }
   }
-  // Those of an element, with its column's.
-  __device__ __forceinline__ void times(const T* of_column, T* factors) const {
-#pragma unroll
-    for (int f = 0; f < Rule::kFactors; ++f)
-      factors[f] = kRows<Rule> && kColumns<Rule> ? numbers[f] * of_column[f] : kRows<Rule> ? numbers[f] : of_column[f];
-  }
 };
+
+// The factors of an element from those of its row and of its column.
+template <class Rule, class T>
+__device__ __forceinline__ void times(const T* of_row, const T* of_column, T* factors) {
+#pragma unroll
+  for (int f = 0; f < Rule::kFactors; ++f)
+    factors[f] = kRows<Rule> && kColumns<Rule> ? of_row[f] * of_column[f] : kRows<Rule> ? of_row[f] : of_column[f];
+}
 
 // The factors of a thread's columns in a tile whose rows are whole vectors.
 template <class Rule, int kN>
@@ -56,28 +69,29 @@ __device__ __forceinline__ float square_rows(const Place<Rule, float>& place, co
   const Item& item = place.item;
   const int64_t begin = (item.matrix * p.rows + item.row + tile.row) * p.columns + tile.column;
   const int64_t stride = tile.rows_at_once * p.columns;
-  const S* const grads = static_cast<const S*>(place.grad) + begin;
+  const Rows<S> grads(const_cast<void*>(place.grad), begin, stride);
   const auto is_there = [&](int k) { return kWhole || tile.row + k * tile.rows_at_once < item.n_rows; };
   Pack<kN, S> grad[kTallAhead];
 #pragma unroll
   for (int k = 0; k < kTallAhead; ++k) {
     if constexpr (!kWhole) grad[k] = {};
-    if (is_there(k)) grad[k].load(grads + k * stride);
+    if (is_there(k)) grad[k].load(grads[k]);
   }
   const ColumnFactors<Rule, kN> of_columns(place, tile);
+  const MatrixFactors<Rule, float> of_matrix(place, item.matrix, item.row);
   const auto s = *place.prepared();
   float total = 0.0f;
 #pragma unroll
   for (int k = 0; k < kTallAhead; ++k) {
     if (!is_there(k)) continue;
-    const RowFactors<Rule, float> of_row(place, item.matrix, item.row + tile.row + k * tile.rows_at_once);
+    const RowFactors<Rule, float> of_row(of_matrix, tile.row + k * tile.rows_at_once);
     float g[kN];
     unpack(grad[k], g);
     change.template operator()<kN>(g);
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       float factors[Rule::kFactors];
-      of_row.times(of_columns.of(i), factors);
+      times<Rule>(of_row.numbers, of_columns.of(i), factors);
       const float direction = Rule::direction(g[i], factors, s);
       total += direction * direction;
     }
@@ -100,14 +114,14 @@ __device__ __forceinline__ void small_factors(const Place<Rule, T>& place, int i
   const uint32_t columns = static_cast<uint32_t>(place.p.columns), rows = static_cast<uint32_t>(place.p.rows);
   const uint32_t line = static_cast<uint32_t>(i) / columns, column = static_cast<uint32_t>(i) % columns;
   const int64_t matrix = place.item.matrix + line / rows;
-  const RowFactors<Rule, T> of_row(place, matrix, line % rows);
+  const RowFactors<Rule, T> of_row(MatrixFactors<Rule, T>(place, matrix, 0), static_cast<int>(line % rows));
   T of_column[Rule::kFactors] = {};
   if constexpr (kColumns<Rule>) {
 #pragma unroll
     for (int f = 0; f < Rule::kFactors; ++f)
       of_column[f] = place.template at<T>(place.p.column_factors)[(matrix * columns + column) * Rule::kFactors + f];
   }
-  of_row.times(of_column, factors);
+  times<Rule>(of_row.numbers, of_column, factors);
 }
 
 // Calls body(i, factors) for each of this thread's elements of an item of any kind, i counted through the tensor. Flat
@@ -130,11 +144,12 @@ __device__ __forceinline__ void for_elements(const Place<Rule, T>& place, Body&&
     const Tile tile(p, item, p.pack);
     const int64_t end = min(tile.column + p.pack, p.columns);
     const T* const of_columns = place.template at<T>(p.column_factors) + item.matrix * p.columns * Rule::kFactors;
+    const MatrixFactors<Rule, T> of_matrix(place, item.matrix, item.row);
     for (int row = tile.row; row < item.n_rows && tile.inside; row += tile.rows_at_once) {
-      const RowFactors<Rule, T> of_row(place, item.matrix, item.row + row);
+      const RowFactors<Rule, T> of_row(of_matrix, row);
       const int64_t first = (item.matrix * p.rows + item.row + row) * p.columns;
       for (int64_t column = tile.column; column < end; ++column) {
-        of_row.times(of_columns + column * Rule::kFactors, factors);
+        times<Rule>(of_row.numbers, of_columns + column * Rule::kFactors, factors);
         body(first + column, factors);
       }
     }
@@ -241,36 +256,51 @@ __device__ __forceinline__ void follow_pack(const Record& record, int64_t at, co
   for (int i = 0; i < kN; ++i) store_any(record.copy, record.copy_dtype, at + i, load<float>(param.numbers[i]));
 }
 
-// Pass 3, rows of a tile whose rows are whole aligned vectors: param and grad stored as P, the state of each element
-// (if there is one) as S. kRows of them are asked for at once; without kWhole some are not there.
-template <class Rule, class P, class S, bool kWhole, int kAhead, class Does>
-__device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, const Tile& tile, int row, const Does& does,
-                                           const ColumnFactors<Rule, kVector<P>>& of_columns) {
-  constexpr int kN = kVector<P>, kState = kElementState<Rule>;
+// How many rows of a tile a thread updates: as many as leave room for enough blocks. A low item is the work of several.
+template <class Rule>
+constexpr int kApplyAhead = kElementState<Rule> < 0 ? 4 : 2;
+template <class Rule>
+constexpr int kApplyBlocksPerItem = kTallAhead / kApplyAhead<Rule>;
+
+// Pass 3, kApplyAhead rows from `row` on of a tile whose rows are whole aligned vectors: param and grad stored as P,
+// the state of each element (if there is one) as S. All is asked for at once and looked up before anything is written;
+// without kWhole some rows are not there.
+template <class Rule, class P, class S, bool kWhole, class Does>
+__device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, const Tile& tile, int row,
+                                           const Does& does) {
+  constexpr int kN = kVector<P>, kState = kElementState<Rule>, kAhead = kApplyAhead<Rule>;
   constexpr bool kMore = std::is_same_v<Does, Beside>;
-  const Partition& p = place.p;
-  const Item& item = place.item;
-  const int64_t begin = (item.matrix * p.rows + item.row + row) * p.columns + tile.column;
-  const int64_t stride = tile.rows_at_once * p.columns;
-  P* const params = static_cast<P*>(place.record.param) + begin;
-  const P* const grads = static_cast<const P*>(place.grad) + begin;
-  S* const states = kState < 0 ? nullptr : static_cast<S*>(place.record.states[kState < 0 ? 0 : kState]) + begin;
-  const auto is_there = [&](int k) { return kWhole || row + k * tile.rows_at_once < item.n_rows; };
+  const Record& record = place.record;
+  const int n_rows = place.item.n_rows, rows_at_once = tile.rows_at_once;
+  const int64_t begin = (place.item.matrix * place.p.rows + place.item.row + row) * place.p.columns + tile.column;
+  const int64_t stride = rows_at_once * place.p.columns;
+  const Rows<P> params(record.param, begin, stride), grads(const_cast<void*>(place.grad), begin, stride);
+  const Rows<S> states(kState < 0 ? record.param : record.states[kState < 0 ? 0 : kState], begin, stride);
+  const auto is_there = [&](int k) { return kWhole || row + k * rows_at_once < n_rows; };
   Pack<kN, P> param[kAhead], grad[kAhead];
   Pack<kN, S> state[kAhead];
 #pragma unroll
   for (int k = 0; k < kAhead; ++k) {
     if (!is_there(k)) continue;
-    param[k].load(params + k * stride);
-    grad[k].load(grads + k * stride);
-    if constexpr (kState >= 0) state[k].load(states + k * stride);
+    param[k].load(params[k]);
+    grad[k].load(grads[k]);
+    if constexpr (kState >= 0) state[k].load(states[k]);
   }
+  const ColumnFactors<Rule, kN> of_columns(place, tile);
+  const MatrixFactors<Rule, float> of_matrix(place, place.item.matrix, place.item.row);
   const auto s = *place.prepared();
   const auto f = *place.finished();
+  float of_rows[kAhead][Rule::kFactors];
 #pragma unroll
   for (int k = 0; k < kAhead; ++k) {
     if (!is_there(k)) continue;
-    const RowFactors<Rule, float> of_row(place, item.matrix, item.row + row + k * tile.rows_at_once);
+    const RowFactors<Rule, float> of_row(of_matrix, row + k * rows_at_once);
+#pragma unroll
+    for (int n = 0; n < Rule::kFactors; ++n) of_rows[k][n] = of_row.numbers[n];
+  }
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) {
+    if (!is_there(k)) continue;
     float g[kN], numbers[kN], values[kN] = {};
     unpack(grad[k], g);
     unpack(param[k], numbers);
@@ -279,17 +309,17 @@ __device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, cons
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       float factors[Rule::kFactors];
-      of_row.times(of_columns.of(i), factors);
+      times<Rule>(of_rows[k], of_columns.of(i), factors);
       Rule::update(numbers[i], g[i], factors, values[i], s, f);
     }
     pack_numbers(numbers, &param[k]);
-    param[k].store(params + k * stride);
+    param[k].store(params[k]);
     if constexpr (kState >= 0) {
       pack_numbers(values, &state[k]);
-      state[k].store(states + k * stride);
+      state[k].store(states[k]);
     }
     if constexpr (kMore) {
-      P* const back = const_cast<P*>(grads) + k * stride;
+      P* const back = grads[k];
       if (does.zero) Pack<kN, P>{}.store(back);
       if (does.write) {
 #pragma unroll
@@ -297,25 +327,21 @@ __device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, cons
         pack_numbers(g, &grad[k]);
         grad[k].store(back);
       }
-      follow_pack(place.record, begin + k * stride, param[k], does.average_weight);
+      follow_pack(record, begin + k * stride, param[k], does.average_weight);
     }
   }
 }
 
 template <class Rule, class P, class S, class Does>
 __device__ __forceinline__ void apply_tile(const Place<Rule, float>& place, const Does& does) {
-  // As many as leave room for enough blocks.
-  constexpr int kAhead = kElementState<Rule> < 0 ? 4 : 2;
   const Tile tile(place.p, place.item, kVector<P>);
+  const int part = blockIdx.x % kApplyBlocksPerItem<Rule>;
+  const int row = tile.row + part * kApplyAhead<Rule> * tile.rows_at_once;
   if (!tile.inside) return;
-  const ColumnFactors<Rule, kVector<P>> of_columns(place, tile);
-#pragma unroll 1
-  for (int row = tile.row; row < place.item.n_rows; row += kAhead * tile.rows_at_once) {
-    if (row + (kAhead - 1) * tile.rows_at_once < place.item.n_rows)
-      apply_rows<Rule, P, S, true, kAhead>(place, tile, row, does, of_columns);
-    else
-      apply_rows<Rule, P, S, false, kAhead>(place, tile, row, does, of_columns);
-  }
+  if (row + (kApplyAhead<Rule> - 1) * tile.rows_at_once < place.item.n_rows)
+    apply_rows<Rule, P, S, true>(place, tile, row, does);
+  else
+    apply_rows<Rule, P, S, false>(place, tile, row, does);
 }
 
 // Pass 3, an item of any kind, dtypes and alignment, one element at a time.
