@@ -268,7 +268,7 @@ def measure(case: Case, clock: Clock, dry: bool) -> Iterator[dict[str, Any]]:
             moved = elements * case.bytes_per_parameter()
             row |= {"ms": seconds * 1e3, "spread": (max(taken) - min(taken)) / seconds}
             row |= {"host_us": clock.host(step) * 1e6, "gb_per_s": moved / seconds / 1e9}
-            if case.elements > 10**7:  # less fits into a cache
+            if elements > 10**7:  # less fits into a cache
                 row["copy_share"] = moved / seconds / clock.copy
         except Exception as problem:  # a finding, not the end of the run
             row["error"] = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]

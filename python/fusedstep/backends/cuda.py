@@ -1,4 +1,4 @@
-"""The compiled CUDA engine. It compiles for sm_80, sm_90 and sm_100; it has never run on a GPU yet."""
+"""The compiled CUDA engine."""
 
 from __future__ import annotations
 

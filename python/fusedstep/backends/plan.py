@@ -312,11 +312,9 @@ class KernelPlan(Plan):
             given: tensors of others that the launch reads.
         """
         self.streams.use(self.device, memory)
-        self.graphs.keep(self.device, self, *memory, *given)
+        # Not the plan itself, which would be a cycle: memory then waits for the garbage collector.
+        self.graphs.keep(self.device, self.slots, *memory, *given)
 
     @abstractmethod
     def launch(self, call: Call) -> int:
-        """Call the kernel on what `gather` found; returns the number of calls.
-
-        It calls `keep` before.
-        """
+        """Call the kernel on what `gather` found; returns the number of calls. On a GPU it calls `keep` before."""
