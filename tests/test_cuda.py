@@ -79,7 +79,9 @@ def test_a_group_of_mixed_dtypes_has_the_references_bits(kernel, case):
     for _ in range(3):
         step(optimizers, random(sizes, generator, FLOATS))
     assert_same(optimizers)
-    if kernel != "triton":
+    if kernel == "cuda":
+        assert optimizers[0].kernel_calls in (3, 4)  # fp32, bf16, and fp16 with fp64 or by itself
+    elif kernel != "triton":
         assert optimizers[0].kernel_calls == 1
 
 
