@@ -169,7 +169,8 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
         supported = set(listed.stdout.split()) or None  # before CUDA 11.5 there was no such list
         archs = gencode_flags(environ.get("FUSEDSTEP_CUDA_ARCHS", "").strip() or DEFAULT_CUDA_ARCHS, supported)
         command = [NVCC, "-ccbin", cxx[-1], *NVCC_FLAGS, *(["-Werror", "all-warnings"] if strict else []), *archs]
-        command.append(f"-DFUSEDSTEP_NVCC_VERSION={nvcc_version(nvcc)}")
+        version = nvcc_version(nvcc)
+        command += [*compression_flags(version), f"-DFUSEDSTEP_NVCC_VERSION={version}"]
         units += [(source, f"cuda.{source.stem}.o", command) for source in sorted((csrc / "cuda").glob("*.cu"))]
     return [
         (
@@ -186,6 +187,12 @@ def nvcc_version(nvcc: str) -> str:
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     match = re.search(r"V(\d+(?:\.\d+)*)", told)
     return match[1] if match else "unknown"
+
+
+def compression_flags(version: str) -> list[str]:
+    """What makes machine code smallest in the file, from nvcc 12.8 on."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    return ["--compress-mode=size"] if numbers >= (12, 8) else []
 
 
 def quote(words: list[str]) -> str:

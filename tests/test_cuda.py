@@ -80,8 +80,8 @@ def test_a_group_of_mixed_dtypes_has_the_references_bits(kernel, case):
         step(optimizers, random(sizes, generator, FLOATS))
     assert_same(optimizers)
     if kernel == "cuda":
-        assert optimizers[0].kernel_calls <= len(FLOATS)  # one launch for each way of storing
-    elif kernel == "cpu":
+        assert optimizers[0].kernel_calls in (3, 4)  # fp32, bf16, and fp16 with fp64 or by itself
+    elif kernel != "triton":
         assert optimizers[0].kernel_calls == 1
 
 
