@@ -440,10 +440,29 @@ GradWatch::Seen GradWatch::look(PyObject* param, const void** data) const {
   return Seen::kLikeBefore;
 }
 
+namespace {
+
+// Whether a tensor's storage holds memory. The storage of a wrapper subclass does not, nor does one that was resized to
+// nothing: torch then gives the tensor's offset in it as the address.
+bool storage_has_memory(PyObject* tensor) {
+  const Slots& at = slots();
+  if (at.storage < 0 || !negation().known()) {
+    try {
+      return py::handle(tensor).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() != 0;
+    } catch (py::error_already_set&) {
+      return false;
+    }
+  }
+  const auto* storage = static_cast<const void* const*>(negation().impl_of(tensor)[at.storage]);
+  return storage != nullptr && storage[at.data] != nullptr;
+}
+
+}  // namespace
+
 bool view_tensor(PyObject* tensor, TensorView* view) {
   const Torch& t = torch();
   const bool found = t.api != nullptr ? view_by_exchange_api(*t.api, tensor, view) : view_by_attributes(tensor, view);
-  return found && (view->data != nullptr || view->numel() == 0) && !negation().of(tensor);
+  return found && (view->numel() == 0 || storage_has_memory(tensor)) && !negation().of(tensor);
 }
 
 Holds::~Holds() {

@@ -38,8 +38,8 @@ struct TensorView {
 // switch threads in it, and the lock around a static variable's first use would then never be released.
 void look_up_torch();
 
-// False (and no Python error) for what has no plain memory: sparse, meta, wrapper subclasses, lazily negated tensors
-// and lazy zeros.
+// False (and no Python error) for what has no plain memory: sparse, meta, wrapper subclasses, storages without memory,
+// lazily negated tensors and lazy zeros.
 bool view_tensor(PyObject* tensor, TensorView* view);
 
 // Same elements at the same offsets: strides of dimensions with one element do not count.

@@ -167,6 +167,16 @@ def check_state(
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
 
 
+def check_memory(optimizer: str, subject: str, tensor: Tensor) -> None:
+    """Raise ValueError unless ``tensor``, which ``subject`` describes, lies in memory of its own."""
+    memory = layout.local(tensor)
+    if memory.layout == torch.strided and not memory._is_zerotensor() and not layout.has_memory(memory):
+        raise ValueError(
+            f"{optimizer}: {subject} has no memory of its own: it is a {type(tensor).__name__} that wraps other "
+            "tensors, a meta tensor or one whose storage was freed; use a plain tensor"
+        )
+
+
 def check_loaded(
     label: str, value: Any, param: Tensor, shape: torch.Size | None, codes: Sequence[torch.dtype] = ()
 ) -> None:
@@ -219,6 +229,7 @@ def check_grad(cls: type[FusedOptimizer], group: dict[str, Any], param: Tensor, 
         raise RuntimeError(f"{optimizer}: the gradient is on {grad.device}, it must be on the device of {what}")
     if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
         raise RuntimeError(f"{optimizer}: the gradient has dtype {grad.dtype}, it must be floating like {what}")
+    check_memory(optimizer, f"the gradient of {what},", grad)
 
 
 def check_norm_is_local(cls: type[FusedOptimizer], param: Tensor, what: str) -> None:

@@ -31,6 +31,16 @@ def is_lazy(tensor: Tensor) -> bool:
     return tensor.is_neg() or tensor._is_zerotensor()
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """False if there is nothing to read or write where a dense tensor lies: it wraps others, or was freed."""
+    if tensor.numel() == 0:
+        return True
+    try:
+        return tensor.untyped_storage().data_ptr() != 0
+    except RuntimeError:  # torch's own classes that wrap others have no storage at all
+        return False
+
+
 def place(tensor: Tensor) -> tuple:
     """Equal for two tensors that are the same stretch of memory, read in the same way."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, is_lazy(tensor)
@@ -48,12 +58,13 @@ def laid_out_as(tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None) 
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The plain memory of a wrapper such as a DTensor; any other tensor is returned as it is."""
-    if not is_wrapper(tensor):
+    """The plain memory of a wrapper, such as a DTensor or a tensor still on its way; any other tensor as it is."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
         return tensor
-    with torch.no_grad():
-        shard = tensor.to_local()
-    return shard.wait() if hasattr(shard, "wait") else shard
+    if is_wrapper(tensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()
+    return tensor.wait() if hasattr(tensor, "wait") else tensor
 
 
 def is_wrapper(tensor: Tensor) -> bool:
