@@ -93,7 +93,7 @@ class Plan {
   Variant variant_;
   Device device_ = Device::kOther;
   int32_t device_index_ = 0;
-  py::list owners_, tensors_, steps_, states_;
+  py::list owners_, tensors_, steps_, states_, precision_;
   py::tuple followers_;
   std::vector<MemoryWatch> state_memory_;  // of the steps and states of all tensors
   std::vector<MemoryWatch> param_memory_;  // of the tensors that have states, in their order
@@ -106,7 +106,6 @@ class Plan {
   std::vector<int64_t> odd_grads_;
   bool any_active_ = false, borrowed_ = false, brief_ = true;
   py::list all_written_;
-  Holds holds_;
 };
 
 }  // namespace fusedstep

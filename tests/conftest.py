@@ -39,6 +39,33 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(scope="session")
+def elementwise_library(tmp_path_factory):
+    """The elementwise CUDA kernels, compiled for the host."""
+    from host_plan import built
+
+    return built(tmp_path_factory.mktemp("cuda_host") / "engine.so", "library.cpp", "cuda_table.cpp")
+
+
+@pytest.fixture(params=["cpu", "reference", "triton", "cuda on the host"])
+def engine(request, monkeypatch):
+    """The name of a backend for CPU tensors; each way there is to run an elementwise step without a GPU."""
+    from fusedstep import backends
+
+    if request.param == "triton":
+        reasons = backends.BACKENDS["triton"].reasons(torch.device("cpu"))
+        if reasons:
+            pytest.skip("; ".join(reasons))
+    if request.param != "cuda on the host":
+        return request.param
+    from host_plan import ElementwiseHostBackend, HostPlan
+
+    monkeypatch.setattr(HostPlan, "library", request.getfixturevalue("elementwise_library"))
+    monkeypatch.setitem(backends.BACKENDS, "cpu", ElementwiseHostBackend())
+    monkeypatch.setattr(backends, "_selected", {})
+    return "cpu"
+
+
 def pytest_collection_modifyitems(items):
     from fusedstep.backends import BACKENDS
 

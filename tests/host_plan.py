@@ -53,8 +53,17 @@ class Scalar(ctypes.Structure):
     _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
 
 
+_loaded = {}
+
+
 def built(target, source, table):
-    """A library of the kernels' source for the host."""
+    """A library of the kernels' source for the host, compiled once in a process."""
+    if (source, table) not in _loaded:
+        _loaded[source, table] = _built(target, source, table)
+    return _loaded[source, table]
+
+
+def _built(target, source, table):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
