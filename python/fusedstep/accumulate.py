@@ -227,7 +227,7 @@ class GradientAccumulator:
     def _run(self, gradients: list[Tensor | None] | None, weight: float, zero: bool, anew: bool = False) -> int:
         """Add gradients to the buffers, or (``anew``) put them there; returns the number of kernel calls."""
         if self._plans is None or not self._gather(gradients, zero):
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._plans = self._build(gradients)
             if not self._gather(gradients, zero):
                 raise RuntimeError("a parameter or gradient changed in another thread during accumulation")

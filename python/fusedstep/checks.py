@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,57 @@ def _number(label: str, value: Any, allowed: Callable[[Any], bool], rule: str) -
         raise ValueError(f"Invalid {label}: {value} (it must be {rule})")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a number or a one-element tensor."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-    if not isinstance(value, (Real, Tensor)):
-        raise TypeError(f"Invalid {name}: {value!r} is a {type(value).__name__}; it must be a number")
+def as_float(label: str, value: Any) -> float:
+    """``value`` as the kernels take numbers; raises ValueError if it is larger than any of them, or a meta tensor."""
+    if isinstance(value, Tensor) and value.is_meta:
+        raise ValueError(f"Invalid {label}: a meta tensor, which has no value; it must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        kind = type(value).__name__
+        raise ValueError(f"Invalid {label}: {kind} too large to convert to a floating-point number") from None
+
+
+def as_number(label: str, value: Any) -> float | Tensor:
+    """A hyperparameter as kernels take it: a float, or a one-element tensor of a device that is not waited for.
+
+    Raises:
+        ValueError, TypeError: it is no number, or one that a float cannot hold.
+    """
+    if not isinstance(value, Tensor):
+        if not isinstance(value, Real):
+            raise TypeError(f"Invalid {label}: {value!r} is a {type(value).__name__}; it must be a number")
+        return as_float(label, value)
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {label} must be 1-element, got shape {tuple(value.shape)}")
+    if value.is_complex():
+        raise TypeError(f"Invalid {label}: a complex tensor; it must be a real number")
+    return as_float(label, value) if value.device.type in ("cpu", "meta") else value.detach()
+
+
+def _numbers_of(group: dict[str, Any]) -> Iterator[tuple[str, float | Tensor]]:
+    """Each number or flag among the options of a group, with the option's name."""
+    for name, option in group.items():
+        if name not in ("params", "param_names"):
+            values = option.values() if isinstance(option, Mapping) else option
+            several = isinstance(values, Iterable) and not isinstance(values, (str, Tensor))
+            for value in values if several else (values,):
+                if isinstance(value, (Real, Tensor)):
+                    yield name, value
+
+
+def check_values(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for an option of a group whose value no float can hold, or that has none."""
+    for name, value in _numbers_of(group):
+        if not isinstance(value, Tensor) or value.is_meta:
+            as_float(f"{name} of {where}", value)
+
+
+def check_options(groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError or TypeError for an option of a group that cannot be the number or flag that it should be."""
+    for index, group in enumerate(groups):
+        for name, value in _numbers_of(group):
+            as_number(f"{name} of parameter group {index}", value)
 
 
 def check_lr(lr: float | Tensor) -> None:

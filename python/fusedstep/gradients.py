@@ -97,6 +97,7 @@ class Gradients:
 
     def __init__(self, options: GradientOptions) -> None:
         self.options = options
+        self.writes = options.zero_grads or options.write_grads  # whether a step leaves something else in gradients
         self.norms: dict[torch.device, Norm] = {}
         self.last: Norm | None = None  # of the last step that needed it
         self.any_seen = False  # whether that step had gradients
@@ -123,7 +124,8 @@ class Gradients:
 
     def _at(self, device: torch.device) -> Norm:
         if device not in self.norms:
-            self.norms[device] = Norm(device)
+            with torch.inference_mode(False):
+                self.norms[device] = Norm(device)
         return self.norms[device]
 
     @torch.no_grad()
@@ -233,12 +235,12 @@ class Gradients:
         if self.options.error_if_nonfinite and last.found_inf.item() == 0 and not math.isfinite(last.norm.item()):
             raise_nonfinite(self.options.norm_type)
 
-    @torch.no_grad()
+    @torch.inference_mode()  # in which inference tensors can be written, and any other one as always
     def skip(self, groups: list[dict[str, Any]]) -> None:
         """What is done to gradients in a step that is known to be skipped."""
         if self.options.zero_grads:
             for grad in _grads(groups):
-                grad.zero_()
+                layout.zero(grad)
 
 
 def _params(groups: list[dict[str, Any]]) -> Iterator[Tensor]:

@@ -41,6 +41,30 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which a dense tensor lies."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum(stride * (size - 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def write(tensor: Tensor, values: Tensor) -> None:
+    """Put ``values`` into a dense tensor, which may be expanded where they are equal."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    tensor.copy_(values)
+
+
+def zero(tensor: Tensor) -> None:
+    """Fill any tensor with zeros: dense or sparse, expanded or a wrapper; torch's own zeros are left as they are."""
+    tensor = local(tensor)
+    if not tensor._is_zerotensor():
+        tensor.zero_()
+
+
 def place(tensor: Tensor) -> tuple:
     """Equal for two tensors that are the same stretch of memory, read in the same way."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, is_lazy(tensor)

@@ -106,6 +106,10 @@ class Plan(ABC):
     def replace_grad(self, index: int, grad: Tensor) -> None:
         """Use ``grad`` for a slot in this step, in place of what `gather` found."""
 
+    @property
+    def writes_grads(self) -> bool:
+        return self.zero_grads or self.write_grads
+
     def norm_device(self) -> torch.device | None:
         """Where the gradients that `gather` found are; None: there are none.
 
@@ -162,12 +166,12 @@ class Plan(ABC):
             if not skipped:
                 rows.write_back()
                 self._follow(self.slots[rows.index])  # all rows move towards the parameter
-            if self.zero_grads or self.write_grads:
-                self._leave_in(self._own_grad(rows.index), rows.grad_of_rows(), skipped)
+            if self.writes_grads:
+                self._leave_in(rows.index, rows.grad_of_rows(), skipped)
         self.rows, self.rows_plan = [], None
         return calls
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _follow(self, slot: Slot) -> None:
         averages.follow(layout.local(slot.param.detach()), slot.average, slot.copy, self.average_weight)
 
@@ -175,15 +179,22 @@ class Plan(ABC):
         """What a step leaves zeros or the changed gradient in, where the kernel sees a copy."""
         return self.slots[index].param.grad if self.given is None else self.given[index]
 
-    @torch.no_grad()
-    def _leave_in(self, grad: Tensor, changed: Tensor, skipped: bool) -> None:
-        """Do to a parameter's own ``grad`` what a kernel has done to the copy of it that it was given."""
+    @torch.inference_mode()  # in which an inference tensor can be written, and any other one as always
+    def _leave_in(self, index: int, changed: Tensor, skipped: bool) -> None:
+        """Do to the gradient of a slot what a kernel has done to the copy of it that it was given."""
+        grad = self._own_grad(index)
         if self.zero_grads:
-            grad.zero_()
+            layout.zero(grad)
         elif self.write_grads and not skipped:
-            if grad.layout == torch.sparse_coo and changed.layout == torch.strided:
-                changed = changed.sparse_mask(grad.coalesce())
-            layout.local(grad).copy_(changed)
+            if grad._is_zerotensor():  # which has no memory to write to
+                with torch.inference_mode(False), torch.no_grad():
+                    self.slots[index].param.grad = layout.laid_out_as(changed, layout.dense_like(grad), grad.dtype)
+            elif grad.layout != torch.sparse_coo:
+                layout.write(layout.local(grad), changed)
+            elif changed.layout == torch.strided:
+                grad.copy_(changed.to(grad.dtype).sparse_mask(grad.coalesce()))
+            else:
+                grad.copy_(changed)
 
 
 class KernelPlan(Plan):
@@ -227,7 +238,7 @@ class KernelPlan(Plan):
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         moved = any(layout.place(layout.local(target)) != place for target, place in self.places)
-        borrow = self.borrows_grads and grads is None and not (self.zero_grads or self.write_grads)
+        borrow = self.borrows_grads and grads is None and not self.writes_grads
         self.given = grads
         if moved or not self.native.gather(borrow, grads):
             self.native.release_grads()
@@ -278,20 +289,19 @@ class KernelPlan(Plan):
             return rows_calls
         launch = self._staged_launch if self.stand_ins or self.wrappers else self.launch
         calls = launch(call)
-        if self.odd_grads and (self.zero_grads or self.write_grads):
+        if self.odd_grads and self.writes_grads:
             # Copies that a GPU has skipped are as they were.
             skipped = call.found_inf is not None and call.found_inf.device.type == "cpu" and call.skipped
             for index, grad in self.odd_grads.items():  # the kernel saw copies
-                own = self._own_grad(index)
-                if own is not None:  # those of rows are their plan's
-                    self._leave_in(own, grad, skipped)
+                if self._own_grad(index) is not None:  # those of rows are their plan's
+                    self._leave_in(index, grad, skipped)
         self.odd_grads, self.given = {}, None
         return rows_calls + calls
 
     def _staged_launch(self, call: Call) -> int:
         active = set(self.native.active())
         staged = [slot for i, slot in self.stand_ins if i in active]
-        with torch.no_grad():
+        with torch.inference_mode():
             for slot in staged:
                 slot.tensor.copy_(layout.local(slot.target))
             calls = self.launch(call)
