@@ -245,7 +245,18 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
     records_[i].grad_dtype = view.dtype;
     if (borrow && brief_) grad_watches_[i].remember(grad.tensor, view);
   }
-  return Gathered::kReady;
+  return !borrow && grads_moved() ? Gathered::kMoved : Gathered::kReady;
+}
+
+bool Plan::grads_moved() {
+  bool moved = false;
+  last_grads_.resize(grads_.size());
+  for (size_t i = 0; i < grads_.size(); ++i) {
+    const std::pair<const void*, Dtype> now{grads_[i].data, records_[i].grad_dtype};
+    moved = moved || last_grads_[i] != now;
+    last_grads_[i] = now;
+  }
+  return moved;
 }
 
 void Plan::check_borrowed() const {

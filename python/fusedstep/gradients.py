@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checks, layout
 from .backends.norm import Limits, Norm, sums
+from .backends.plan import SharedGrads
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -101,6 +102,7 @@ class Gradients:
         self.norms: dict[torch.device, Norm] = {}
         self.last: Norm | None = None  # of the last step that needed it
         self.any_seen = False  # whether that step had gradients
+        self.shared = SharedGrads()
         self._local: bool | None = None  # None: not looked at yet
 
     def __getstate__(self) -> GradientOptions:

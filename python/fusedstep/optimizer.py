@@ -395,6 +395,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if limits is not None:
                 calls, coefficient, found_inf = gradients.reduce(plans, limits, grad_scale, found_inf)
                 self.kernel_calls += calls
+            if gradients.writes:
+                gradients.shared.copy(plans)
         except BaseException as error:
             self._plans = None  # and with the plans their references to the gradients
             if undo is not None:

@@ -151,6 +151,7 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
     plans = []
     for (backend, *place), is_last, slots in planned:
         plan = backend.plan(type(optimizer), *place, slots)
+        plan.grads_change = optimizer._gradients.writes
         plan.zero_grads = is_last and options.zero_grads
         plan.write_grads = is_last and options.write_grads
         plan.average_weight = optimizer._followers.average_weight

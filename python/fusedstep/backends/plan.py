@@ -58,6 +58,8 @@ class Plan(ABC):
 
     zero_grads = False  # whether a step sets each gradient to zero as it reads it
     write_grads = False  # or to what it was changed to before the rule took it
+    grads_change = False  # whether this plan or another one of the same step does either
+    grads_moved = True  # whether a gradient may not be where it was in the last step
     average_weight = 0.0  # of the new parameter in its average
 
     def __init__(
@@ -109,6 +111,10 @@ class Plan(ABC):
     @property
     def writes_grads(self) -> bool:
         return self.zero_grads or self.write_grads
+
+    def copied_grads(self) -> list[int]:
+        """The slots of which a step reads a copy of the gradient, and writes the gradient itself only then."""
+        return [index for index, _ in self.grads_in_use()]
 
     def norm_device(self) -> torch.device | None:
         """Where the gradients that `gather` found are; None: there are none.
@@ -197,6 +203,10 @@ class Plan(ABC):
                 grad.copy_(changed)
 
 
+def _is_same(own: Tensor, grad: Tensor) -> bool:
+    return own.layout == torch.strided and layout.local(own).data_ptr() == grad.data_ptr()
+
+
 class KernelPlan(Plan):
     """A plan for a kernel that takes addresses of flat memory; what is not flat is staged through dense copies."""
 
@@ -240,9 +250,11 @@ class KernelPlan(Plan):
         moved = any(layout.place(layout.local(target)) != place for target, place in self.places)
         borrow = self.borrows_grads and grads is None and not self.writes_grads
         self.given = grads
-        if moved or not self.native.gather(borrow, grads):
+        gathered = 0 if moved else self.native.gather(borrow, grads)
+        if not gathered:
             self.native.release_grads()
             return False
+        self.grads_moved = gathered == 2
         self.odd_grads = {}
         try:
             sparse = []
@@ -281,6 +293,18 @@ class KernelPlan(Plan):
             grad = layout.laid_out_as(grad, tensor, None if known else torch.float32)
         self.native.set_grad(index, grad)
         self.odd_grads[index] = grad
+        self.grads_moved = True
+
+    def copied_grads(self) -> list[int]:
+        own = {i: self._own_grad(i) for i in self.odd_grads}
+        return [i for i, grad in self.odd_grads.items() if own[i] is not None and not _is_same(own[i], grad)]
+
+    def copy_grad(self, index: int) -> None:
+        """Let the kernel have a copy of a gradient that `gather` found; it is copied back after the step."""
+        grad = self.odd_grads.get(index)
+        if grad is None:
+            grad = layout.local(self._own_grad(index))
+        self.replace_grad(index, layout.laid_out_as(grad, self.slots[index].tensor))
 
     def step(self, call: Call) -> int:
         rows_calls = self._step_rows(call)
@@ -313,3 +337,35 @@ class KernelPlan(Plan):
     @abstractmethod
     def launch(self, call: Call) -> int:
         """Call the kernel on what `gather` found; returns the number of calls."""
+
+
+class SharedGrads:
+    """Keeps steps that write into gradients from writing one before another that shares its memory was read."""
+
+    def __init__(self) -> None:
+        self.overlaps: Any = None
+        self.apart: list[Plan] | None = None  # plans whose gradients were found to share nothing
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return SharedGrads, ()
+
+    def copy(self, plans: list[Plan]) -> None:
+        """Replace gradients that share memory, in plans that have gathered them, by copies."""
+        if plans != self.apart or any(plan.grads_moved for plan in plans):
+            self.apart = None if self._copy(plans) else list(plans)
+
+    @torch.no_grad()
+    def _copy(self, plans: list[Plan]) -> bool:
+        kernel_plans = [plan for plan in plans if isinstance(plan, KernelPlan)]
+        if not kernel_plans:  # the reference reads copies
+            return False
+        if self.overlaps is None:
+            from .. import _C
+
+            self.overlaps = _C.Overlaps()
+        own = [plan._own_grad(i) for plan in plans for i in plan.copied_grads()]
+        extents = [layout.extent(layout.local(grad)) for grad in own if grad.layout == torch.strided]
+        shared = self.overlaps.find([plan.native for plan in kernel_plans], extents)
+        for place, index in shared:
+            kernel_plans[place].copy_grad(index)
+        return bool(shared)

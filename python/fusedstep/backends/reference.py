@@ -47,7 +47,7 @@ class ReferencePlan(Plan):
             if grad is not None and grad.layout == torch.sparse_coo:
                 sparse.append((index, grad))
                 grad = None
-            if self.writes_grads and grad is not None:
+            if self.grads_change and grad is not None:
                 grad = layout.local(grad).detach().clone()
             self.grads.append(grad)
         self._take_rows(sparse)
