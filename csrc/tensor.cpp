@@ -235,9 +235,12 @@ class Negation {
   }
   bool known() const { return known_; }
   int keys_slot() const { return keys_slot_; }
-  // The C++ object behind a Python tensor; only if known().
+  // The C++ object behind a Python tensor, and where that keeps it; only if known().
+  const void* const* impl_slot_of(PyObject* tensor) const {
+    return reinterpret_cast<const void* const*>(tensor) + object_slot_;
+  }
   const void* const* impl_of(PyObject* tensor) const {
-    return static_cast<const void* const*>(reinterpret_cast<const void* const*>(tensor)[object_slot_]);
+    return static_cast<const void* const*>(*impl_slot_of(tensor));
   }
 
  private:
@@ -382,15 +385,18 @@ MemoryWatch::MemoryWatch(PyObject* tensor, const TensorView& view, bool with_lay
     dims_.insert(dims_.end(), view.strides, view.strides + view.ndim);
   }
   const Slots& at_word = slots();
-  if (at_word.storage < 0) return;
+  if (at_word.storage < 0 || !negation().known()) return;
   try {
     const Addresses at{py::handle(tensor)};
+    if (negation().impl_of(tensor) != at.impl) return;
     if (at.impl[at_word.storage] != at.storage || at.storage[at_word.data] != at.data) return;
     if (with_layout) {
       if (!describes(at.impl, view)) return;
       layout_slots_ = at.impl + at_word.layout;
       layout_.assign(layout_slots_, at.impl + at_word.layout_end);
     }
+    impl_slot_ = negation().impl_slot_of(tensor);
+    impl_ = at.impl;
     storage_slot_ = at.impl + at_word.storage;
     storage_ = at.storage;
     offset_slot_ = at.impl + at_word.offset;
@@ -440,28 +446,29 @@ GradWatch::Seen GradWatch::look(PyObject* param, const void** data) const {
   return Seen::kLikeBefore;
 }
 
+namespace {
+
+// Whether a tensor's storage holds memory. The storage of a wrapper subclass does not, nor does one that was resized to
+// nothing: torch then gives the tensor's offset in it as the address.
+bool storage_has_memory(PyObject* tensor) {
+  const Slots& at = slots();
+  if (at.storage < 0 || !negation().known()) {
+    try {
+      return py::handle(tensor).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() != 0;
+    } catch (py::error_already_set&) {
+      return false;
+    }
+  }
+  const auto* storage = static_cast<const void* const*>(negation().impl_of(tensor)[at.storage]);
+  return storage != nullptr && storage[at.data] != nullptr;
+}
+
+}  // namespace
+
 bool view_tensor(PyObject* tensor, TensorView* view) {
   const Torch& t = torch();
   const bool found = t.api != nullptr ? view_by_exchange_api(*t.api, tensor, view) : view_by_attributes(tensor, view);
-  return found && (view->data != nullptr || view->numel() == 0) && !negation().of(tensor);
-}
-
-Holds::~Holds() {
-  for (void* held : managed_) {
-    auto* managed = static_cast<DLManagedTensorVersioned*>(held);
-    if (managed->deleter != nullptr) managed->deleter(managed);
-  }
-}
-
-void Holds::add(PyObject* tensor) {
-  const Torch& t = torch();
-  if (t.api == nullptr) return;
-  DLManagedTensorVersioned* managed = nullptr;
-  if (t.api->managed_tensor_from_py_object_no_sync(tensor, &managed) != 0) {
-    PyErr_Clear();  // only slower without it
-    return;
-  }
-  managed_.push_back(managed);
+  return found && (view->numel() == 0 || storage_has_memory(tensor)) && !negation().of(tensor);
 }
 
 PyObject* grad_of(PyObject* param) {

@@ -41,6 +41,25 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(params=["cpu", "reference", "triton", "cuda on the host"])
+def engine(request, monkeypatch):
+    """The name of a backend for CPU tensors; each way there is to run an elementwise step without a GPU."""
+    from fusedstep import backends
+
+    if request.param == "triton":
+        reasons = backends.BACKENDS["triton"].reasons(torch.device("cpu"))
+        if reasons:
+            pytest.skip("; ".join(reasons))
+    if request.param != "cuda on the host":
+        return request.param
+    from host_plan import ElementwiseHostBackend, HostPlan, step_library
+
+    monkeypatch.setattr(HostPlan, "library", step_library())
+    monkeypatch.setitem(backends.BACKENDS, "cpu", ElementwiseHostBackend())
+    monkeypatch.setattr(backends, "_selected", {})
+    return "cpu"
+
+
 # Where a GPU is there to be tested, a test that cannot run is a failure.
 REQUIRED = os.environ.get("FUSEDSTEP_REQUIRE_GPU") == "1"
 ENGINES = [

@@ -1,6 +1,9 @@
 // Threads and the choice of instruction set; the arithmetic is in engine.cpp.
 #include <omp.h>
 #include <pthread.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -85,10 +88,49 @@ int team_size(int threads, int64_t numel) {
   return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(numel / kElementsPerThread, 1)));
 }
 
-void parallel(int threads, const Body& body) {
-  if (threads <= 1) {
-    body(0, 1, [] {});
-  } else if (forked) {
+namespace {
+
+// How a thread computes: what it makes of denormal numbers, how it rounds. Each thread has a mode of its own, and
+// torch.set_flush_denormal sets the caller's alone.
+class FloatingPointMode {
+ public:
+#if defined(__x86_64__)
+  static FloatingPointMode mine() { return FloatingPointMode{_mm_getcsr() & ~kExceptionsSeen}; }
+  void set() const { _mm_setcsr(static_cast<unsigned>(mode_)); }
+#elif defined(__aarch64__)
+  static FloatingPointMode mine() {
+    uint64_t mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return FloatingPointMode{mode};
+  }
+  void set() const { asm volatile("msr fpcr, %0" : : "r"(mode_)); }
+#else
+  static FloatingPointMode mine() { return FloatingPointMode{0}; }
+  void set() const {}
+#endif
+
+ private:
+  static constexpr uint64_t kExceptionsSeen = 0x3f;
+  explicit FloatingPointMode(uint64_t mode) : mode_(mode) {}
+  uint64_t mode_;
+};
+
+// The same body, on each thread in the mode of the one that makes this; a thread of torch's gets its own back.
+Body in_my_mode(const Body& body) {
+  return [&body, mode = FloatingPointMode::mine()](int index, int size, const std::function<void()>& wait) {
+    const FloatingPointMode before = FloatingPointMode::mine();
+    mode.set();
+    body(index, size, wait);
+    before.set();
+  };
+}
+
+}  // namespace
+
+void parallel(int threads, const Body& given) {
+  if (threads <= 1) return given(0, 1, [] {});
+  const Body body = in_my_mode(given);
+  if (forked) {
     pthread_barrier_t barrier;
     pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(threads));
     const auto wait = [&barrier] { pthread_barrier_wait(&barrier); };

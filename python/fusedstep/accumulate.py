@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, checks, layout
 from .backends.lifetime import Graphs, refuse_capture
-from .backends.plan import Call, Plan, Slot
+from .backends.plan import Call, Plan, SharedGrads, Slot
 from .optimizer import FusedOptimizer, _keep_from_compiler
 
 STATE_KEYS = ("step", "weight", "gradients")
@@ -102,6 +102,7 @@ class GradientAccumulator:
         self._closed = False  # from all_reduce() or assign() to reset()
         self._assigned: list[tuple[Tensor, Tensor, torch.dtype | None, Tensor | None]] = []
         self._graphs = Graphs()
+        self._shared = SharedGrads()
         self._plans: list[tuple[Plan, Tensor]] | None = None  # with the counters of each plan's parameters
         self._listed: list[Tensor] = []
         self._params: dict[Tensor, str | None] = {}
@@ -229,10 +230,12 @@ class GradientAccumulator:
     def _run(self, gradients: list[Tensor | None] | None, weight: float, zero: bool, anew: bool = False) -> int:
         """Add gradients to the buffers, or (``anew``) put them there; returns the number of kernel calls."""
         if self._plans is None or not self._gather(gradients, zero):
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._plans = self._build(gradients)
             if not self._gather(gradients, zero):
                 raise RuntimeError("a parameter or gradient changed in another thread during accumulation")
+        if zero:
+            self._shared.copy([plan for plan, _ in self._plans])
         calls = 0
         for plan, counters in self._plans:
             if anew:
@@ -245,7 +248,7 @@ class GradientAccumulator:
     def _gather(self, gradients: list[Tensor | None] | None, zero: bool) -> bool:
         try:
             for plan, _ in self._plans:
-                plan.zero_grads = zero
+                plan.zero_grads = plan.grads_change = zero
                 if not plan.gather(None if gradients is None else [gradients[slot.index] for slot in plan.slots]):
                     return False
         except BaseException:

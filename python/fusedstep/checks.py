@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,57 @@ def _number(label: str, value: Any, allowed: Callable[[Any], bool], rule: str) -
         raise ValueError(f"Invalid {label}: {value} (it must be {rule})")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a number or a one-element tensor."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-    if not isinstance(value, (Real, Tensor)):
-        raise TypeError(f"Invalid {name}: {value!r} is a {type(value).__name__}; it must be a number")
+def as_float(label: str, value: Any) -> float:
+    """``value`` as the kernels take numbers; raises ValueError if it is larger than any of them, or a meta tensor."""
+    if isinstance(value, Tensor) and value.is_meta:
+        raise ValueError(f"Invalid {label}: a meta tensor, which has no value; it must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        kind = type(value).__name__
+        raise ValueError(f"Invalid {label}: {kind} too large to convert to a floating-point number") from None
+
+
+def as_number(label: str, value: Any) -> float | Tensor:
+    """A hyperparameter as kernels take it: a float, or a one-element tensor of a device that is not waited for.
+
+    Raises:
+        ValueError, TypeError: it is no number, or one that a float cannot hold.
+    """
+    if not isinstance(value, Tensor):
+        if not isinstance(value, Real):
+            raise TypeError(f"Invalid {label}: {value!r} is a {type(value).__name__}; it must be a number")
+        return as_float(label, value)
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {label} must be 1-element, got shape {tuple(value.shape)}")
+    if value.is_complex():
+        raise TypeError(f"Invalid {label}: a complex tensor; it must be a real number")
+    return as_float(label, value) if value.device.type in ("cpu", "meta") else value.detach()
+
+
+def _numbers_of(group: dict[str, Any]) -> Iterator[tuple[str, float | Tensor]]:
+    """Each number or flag among the options of a group, with the option's name."""
+    for name, option in group.items():
+        if name not in ("params", "param_names"):
+            values = option.values() if isinstance(option, Mapping) else option
+            several = isinstance(values, Iterable) and not isinstance(values, (str, Tensor))
+            for value in values if several else (values,):
+                if isinstance(value, (Real, Tensor)):
+                    yield name, value
+
+
+def check_values(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for an option of a group whose value no float can hold, or that has none."""
+    for name, value in _numbers_of(group):
+        if not isinstance(value, Tensor) or value.is_meta:
+            as_float(f"{name} of {where}", value)
+
+
+def check_options(groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError or TypeError for an option of a group that cannot be the number or flag that it should be."""
+    for index, group in enumerate(groups):
+        for name, value in _numbers_of(group):
+            as_number(f"{name} of parameter group {index}", value)
 
 
 def check_lr(lr: float | Tensor) -> None:
@@ -167,6 +212,16 @@ def check_state(
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
 
 
+def check_memory(optimizer: str, subject: str, tensor: Tensor) -> None:
+    """Raise ValueError unless ``tensor``, which ``subject`` describes, lies in memory of its own."""
+    memory = layout.local(tensor)
+    if memory.layout == torch.strided and not memory._is_zerotensor() and not layout.has_memory(memory):
+        raise ValueError(
+            f"{optimizer}: {subject} has no memory of its own: it is a {type(tensor).__name__} that wraps other "
+            "tensors, a meta tensor or one whose storage was freed; use a plain tensor"
+        )
+
+
 def check_loaded(
     label: str, value: Any, param: Tensor, shape: torch.Size | None, codes: Sequence[torch.dtype] = ()
 ) -> None:
@@ -219,6 +274,7 @@ def check_grad(cls: type[FusedOptimizer], group: dict[str, Any], param: Tensor, 
         raise RuntimeError(f"{optimizer}: the gradient is on {grad.device}, it must be on the device of {what}")
     if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
         raise RuntimeError(f"{optimizer}: the gradient has dtype {grad.dtype}, it must be floating like {what}")
+    check_memory(optimizer, f"the gradient of {what},", grad)
 
 
 def check_norm_is_local(cls: type[FusedOptimizer], param: Tensor, what: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checks, layout
 from .backends.norm import Limits, Norm, sums
+from .backends.plan import SharedGrads
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -97,9 +98,11 @@ class Gradients:
 
     def __init__(self, options: GradientOptions) -> None:
         self.options = options
+        self.writes = options.zero_grads or options.write_grads  # whether a step leaves something else in gradients
         self.norms: dict[torch.device, Norm] = {}
         self.last: Norm | None = None  # of the last step that needed it
         self.any_seen = False  # whether that step had gradients
+        self.shared = SharedGrads()
         self._local: bool | None = None  # None: not looked at yet
 
     def __getstate__(self) -> GradientOptions:
@@ -123,7 +126,8 @@ class Gradients:
 
     def _at(self, device: torch.device) -> Norm:
         if device not in self.norms:
-            self.norms[device] = Norm(device)
+            with torch.inference_mode(False):
+                self.norms[device] = Norm(device)
         return self.norms[device]
 
     @torch.no_grad()
@@ -233,12 +237,12 @@ class Gradients:
         if self.options.error_if_nonfinite and last.found_inf.item() == 0 and not math.isfinite(last.norm.item()):
             raise_nonfinite(self.options.norm_type)
 
-    @torch.no_grad()
+    @torch.inference_mode()  # in which inference tensors can be written, and any other one as always
     def skip(self, groups: list[dict[str, Any]]) -> None:
         """What is done to gradients in a step that is known to be skipped."""
         if self.options.zero_grads:
             for grad in _grads(groups):
-                grad.zero_()
+                layout.zero(grad)
 
 
 def _params(groups: list[dict[str, Any]]) -> Iterator[Tensor]:

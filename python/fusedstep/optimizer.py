@@ -88,6 +88,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._precision = precision.Precision.checked(
             state_dtype, master_weights, rounding, kahan, wide_states, rounding_seed
         )
+        checks.check_values(defaults, "the defaults")
         self.check_group(on_device.at_the_beginning(defaults))
         self._backend = backends.check_choice(backend)
         self._gradients = Gradients(
@@ -188,6 +189,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.check_placement(param_group, self._options)
             group = {**self.defaults, **param_group}
             checks.check_implementation(group)
+            checks.check_values(group, f"parameter group {len(self.param_groups)}")
             self.check_group(on_device.at_the_beginning(group))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -286,25 +288,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             plans is not None
             and self._watch.unchanged(self.state, self.param_groups)
             and all(plan.states == self.states_of(self.param_groups[plan.group]) for plan in plans)
+            and all(plan.gather() for plan in plans)
         ):
-            try:
-                if all(plan.gather() for plan in plans):
-                    return plans
-            except BaseException:
-                self._plans = None  # and with the plans their references to the gradients
-                raise
+            return plans
         self._plans = None
         return None
 
     def _new_plans(self, chosen: list[list[planning.Place]]) -> list[Plan]:
-        """Plans with this step's gradients; nothing has been updated when this raises."""
+        """Plans with this step's gradients."""
         with torch.no_grad():
             plans = planning.build(self, chosen)
         self._watch = backends.watch(self.state, self.param_groups)
         for plan in plans:
             if not plan.gather():
                 raise RuntimeError("a parameter, gradient or state changed in another thread during step()")
-        self._plans = plans
+        self._plans = plans or None  # without one, nothing would notice the first gradient
         return plans
 
     @property
@@ -360,6 +358,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         if isinstance(grad_scale, Tensor) and grad_scale.dim() > 0:
             grad_scale = grad_scale.reshape(())
+        elif grad_scale is not None and not isinstance(grad_scale, Tensor):
+            grad_scale = torch.tensor(float(grad_scale))
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
             found_inf = None
@@ -368,21 +368,28 @@ class FusedOptimizer(torch.optim.Optimizer):
                 gradients.measure(self, limits, grad_scale, found_inf)
             return gradients.skip(self.param_groups)
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
-        plans, groups = self._plans_that_fit(), self.param_groups
-        if plans is None:
-            for device in {param.device for group in groups for param in group["params"]}:
-                refuse_capture(device, CHANGED)
-            chosen = planning.look_up(self, limits is not None)
-            if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
-                return
-            plans = self._new_plans(chosen)
+        groups, coefficient, undo = self.param_groups, None, None
         try:
-            hypers = [self._hyper_of(groups[plan.group], plan.variant) for plan in plans]
-        except BaseException:
-            self._plans = None  # and with the plans their references to the gradients
-            raise
-        self.kernel_calls, coefficient = 0, None
-        try:
+            plans = self._plans_that_fit()
+            if plans is None:
+                for device in {param.device for group in groups for param in group["params"]}:
+                    refuse_capture(device, CHANGED)
+                # What is made now may be used by a step outside of inference mode.
+                with torch.inference_mode(False):
+                    chosen = planning.look_up(self, limits is not None)
+                    if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
+                        return
+                    undo = planning.undo_of(self)
+                    plans = self._new_plans(chosen)
+            steps = []
+            for plan in plans:
+                group = groups[plan.group]
+                maximize = group["maximize"]
+                if maximize is not True and maximize is not False:
+                    checks.check_flag("maximize", maximize)
+                    maximize = bool(maximize)
+                steps.append((plan, self._hyper_of(group, plan.variant), maximize))
+            self.kernel_calls = 0
             if self.clips():
                 if limits is not None:  # what is not finite may be finite once it is clipped
                     given = limits._replace(max_norm=math.inf)
@@ -393,11 +400,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             if limits is not None:
                 calls, coefficient, found_inf = gradients.reduce(plans, limits, grad_scale, found_inf)
                 self.kernel_calls += calls
-        except BaseException:
-            self._plans = None
+            if gradients.writes:
+                gradients.shared.copy(plans)
+        except BaseException as error:
+            self._plans = None  # and with the plans their references to the gradients
+            if undo is not None:
+                undo()
+            if isinstance(error, (ArithmeticError, RuntimeError, TypeError, ValueError)):
+                checks.check_options(groups)
             raise
-        for plan, hyper in zip(plans, hypers, strict=True):
-            maximize = bool(groups[plan.group]["maximize"])
+        # Whatever may fail is behind; from here on things are written.
+        for plan, hyper, maximize in steps:
             self.kernel_calls += plan.step(Call(hyper, maximize, grad_scale, found_inf, coefficient))
         self.kernel_calls += self._learning_rates.end_step(found_inf)
 
@@ -417,13 +430,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _hyper_of(self, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:
         """`hyper`, after a look at what the user may have put into the group since."""
-        hyper = self.hyper(group, variant)
-        for name, value in zip(self.hyper_names, hyper, strict=True):
-            if type(value) not in (float, int, bool):
-                checks.check_number(name, value)
-        if any(isinstance(value, Tensor) and value.requires_grad for value in hyper):
-            hyper = tuple(value.detach() if isinstance(value, Tensor) else value for value in hyper)
-        return hyper
+        hyper = zip(self.hyper_names, self.hyper(group, variant), strict=True)
+        try:
+            return tuple([value if type(value) is float else checks.as_number(name, value) for name, value in hyper])
+        except (TypeError, ValueError) as error:
+            index = next(index for index, other in enumerate(self.param_groups) if other is group)
+            raise type(error)(f"{error} (parameter group {index})") from None
 
     def _hooked_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step with the hooks around it, as torch's own wrapper of `step` runs them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,7 +17,8 @@ from .backends.plan import Plan, Slot
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-Place: TypeAlias = tuple[int, str | None, Tensor, backends.Backend, Any]  # index, name, parameter, backend, variant
+# Index, name, parameter, backend (None: it can take no part in a step, and has no gradient) and variant.
+Place: TypeAlias = tuple[int, str | None, Tensor, backends.Backend | None, Any]
 
 
 def named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
@@ -45,37 +46,85 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
     for group in optimizer.param_groups:
         row = []
         for name, param in named(group):
-            backend, variant = optimizer._select(param), optimizer.variant_of(group, name, param)
-            reduces = optimizer.rule_of(variant)[1]
+            what = checks.describe(index, name, param)
+            try:
+                backend, variant = _checked(optimizer, group, name, param, what)
+            except (RuntimeError, TypeError, ValueError):
+                if param.grad is not None:
+                    raise
+                backend = variant = None
             if param.grad is not None:
-                what = checks.describe(index, name, param)
-                checks.check_param(type(optimizer), reduces, param, layout.local(param.detach()), what)
-                optimizer._precision.check_param(type(optimizer).__name__, reduces, param, name, what)
                 checks.check_grad(type(optimizer), group, param, param.grad, what)
                 if needs_norm:
                     checks.check_norm_is_local(type(optimizer), param, what)
-                if optimizer._followers.any:
-                    optimizer._followers.check(type(optimizer).__name__, param, optimizer.state.get(param, {}), what)
-                kept, states = optimizer.state.get(param, {}), optimizer.states_of(group)
-                if precision.foreign(kept):
-                    cls = type(optimizer).__name__
-                    precision.check_kept(cls, param, kept, states, optimizer.non_negative, what)
-                for state in states:
-                    value, shape = kept.get(state), optimizer.state_shape(state, group, name, param)
-                    plain = isinstance(value, Tensor) and value.dtype not in precision.CODES
-                    if plain and shape is not None:
-                        checks.check_state(type(optimizer).__name__, state, value, param, shape, backend.dtypes, what)
             row.append((index, name, param, backend, variant))
             index += 1
-        for variant in {variant for *_, variant in row}:
+        for variant in {variant for *_, backend, variant in row if backend is not None}:
             optimizer._hyper_of(group, variant)
         chosen.append(row)
     return chosen
 
 
+def _checked(
+    optimizer: FusedOptimizer, group: dict[str, Any], name: str | None, param: Tensor, what: str
+) -> tuple[backends.Backend, Any]:
+    """The backend and the variant of a parameter, after all checks of it and its states if a step can update it."""
+    backend, variant = optimizer._select(param), optimizer.variant_of(group, name, param)
+    if param.grad is None and not started(optimizer, param):
+        return backend, variant
+    cls, reduces = type(optimizer).__name__, optimizer.rule_of(variant)[1]
+    memory = layout.local(param.detach())
+    checks.check_param(type(optimizer), reduces, param, memory, what)
+    checks.check_memory(cls, what, param)
+    if memory._is_zerotensor():
+        raise ValueError(f"{what}: torch keeps no memory for its zeros; pass a .clone() of it")
+    optimizer._precision.check_param(cls, reduces, param, name, what)
+    kept, states = optimizer.state.get(param, {}), optimizer.states_of(group)
+    for key, value in kept.items():
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided:
+                raise RuntimeError(f"{cls}: state '{key}' has layout {value.layout}, it must be dense like {what}")
+            checks.check_memory(cls, f"state '{key}' of {what},", value)
+    if optimizer._followers.any:
+        optimizer._followers.check(cls, param, kept, what)
+    if precision.foreign(kept):
+        precision.check_kept(cls, param, kept, states, optimizer.non_negative, what)
+    for state in states:
+        value, shape = kept.get(state), optimizer.state_shape(state, group, name, param)
+        plain = isinstance(value, Tensor) and value.dtype not in precision.CODES
+        if plain and shape is not None:
+            checks.check_state(cls, state, value, param, shape, backend.dtypes, what)
+    return backend, variant
+
+
+def started(optimizer: FusedOptimizer, param: Tensor) -> bool:
+    """Whether something is kept for a parameter."""
+    return param in optimizer.state or param in optimizer._counters
+
+
+def undo_of(optimizer: FusedOptimizer) -> Callable[[], None]:
+    """What brings back all that is kept for parameters, as it is now, after plans were built."""
+    states = {param: dict(state) for param, state in optimizer.state.items() if isinstance(state, dict)}
+    before, counters, copies = set(optimizer.state), dict(optimizer._counters), dict(optimizer._followers.copies)
+
+    def undo() -> None:
+        for param in optimizer.state.keys() - before:
+            del optimizer.state[param]
+        for kept, state in [
+            *((kept, optimizer.state[param]) for param, kept in states.items()),
+            (counters, optimizer._counters),
+            (copies, optimizer._followers.copies),
+        ]:
+            state.clear()
+            state.update(kept)
+
+    return undo
+
+
 def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
     """Create missing states, and plan one kernel call per group, backend and device."""
-    plans = []
+    planned: list[tuple[tuple[Any, ...], bool, list[Slot]]] = []
+    bystanders: list[Slot] = []
     names = first_names(optimizer)
     for group_index, (group, row) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
         states = optimizer.states_of(group)
@@ -83,6 +132,9 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
         seen: Counter[Tensor] = Counter()
         listed = Counter(param for _, _, param, *_ in row)
         for index, name, param, backend, variant in row:
+            if backend is None:
+                bystanders.append(Slot(index, name, param, None, None, ()))
+                continue
             # A parameter that is listed twice is updated twice, one call after the other; the last one may write
             # to its gradient.
             seen[param] += 1
@@ -92,12 +144,19 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
             slot = _slot(optimizer, index, name, param, group, states, backend, reduces, names[param])
             buckets.setdefault(bucket, []).append(slot)
         for (backend, variant, *_, is_last), slots in buckets.items():
-            plan = backend.plan(type(optimizer), group_index, group, variant, states, slots)
-            plan.zero_grads = is_last and optimizer._gradients.options.zero_grads
-            plan.write_grads = is_last and optimizer._gradients.options.write_grads
-            plan.average_weight = optimizer._followers.average_weight
-            plan.graphs = optimizer._graphs
-            plans.append(plan)
+            planned.append(((backend, group_index, group, variant, states), is_last, slots))
+    if planned:
+        planned[0][-1].extend(bystanders)  # any plan notices a gradient that comes later
+    options = optimizer._gradients.options
+    plans = []
+    for (backend, *place), is_last, slots in planned:
+        plan = backend.plan(type(optimizer), *place, slots)
+        plan.grads_change = optimizer._gradients.writes
+        plan.zero_grads = is_last and options.zero_grads
+        plan.write_grads = is_last and options.write_grads
+        plan.average_weight = optimizer._followers.average_weight
+        plan.graphs = optimizer._graphs
+        plans.append(plan)
     return plans
 
 
@@ -112,8 +171,7 @@ def _slot(
     reduces: bool,
     first_name: str | None,
 ) -> Slot:
-    started = param in optimizer.state or param in optimizer._counters
-    if param.grad is None and not started:
+    if param.grad is None and not started(optimizer, param):
         return Slot(index, name, param, None, None, ())
     tensor = backend.memory(param, reduces)
     keeps = optimizer._precision.keeps(param) or optimizer._followers.ema_decay is not None
@@ -199,6 +257,7 @@ def step_counter(
         and count.dtype == torch.float32
         and count.device == tensor.device
         and count.dim() == 0
+        and not layout.is_lazy(count)
     ):
         if isinstance(count, Tensor):
             count = count.detach().reshape(()).to(tensor.device, torch.float32, copy=True)

@@ -257,7 +257,8 @@ class Precision:
             coded = state[key].dtype in CODES
             if coded:
                 dense = tensor if layout.is_dense(tensor) else layout.dense_like(tensor)
-                state[key], state[scale_name(key)] = laid_out_as(state[key], state[scale_name(key)], dense)
+                state[key], found = laid_out_as(state[key], state[scale_name(key)], dense)
+                state[scale_name(key)] = found.contiguous()
             scales.append(state[scale_name(key)] if coded else None)
         companion = None
         if form in COMPANIONS:

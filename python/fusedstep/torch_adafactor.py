@@ -101,10 +101,10 @@ class TorchAdafactor(FusedOptimizer):
             ("Clipping threshold d", group["d"], 1.0),
             ("weight_decay", group["weight_decay"], 0.0),
         ):
-            checks.check_number(label, value)
+            checks.as_number(label, value)
             if not least <= value:
                 raise ValueError(f"{label} should be >= {least:g} but is: {value}")
-        checks.check_number("beta2_decay", group["beta2_decay"])
+        checks.as_number("beta2_decay", group["beta2_decay"])
         if not 0.0 >= group["beta2_decay"]:
             raise ValueError(f"beta2_decay should be <= 0 but is: {group['beta2_decay']}")
         checks.check_flag("maximize", group["maximize"])

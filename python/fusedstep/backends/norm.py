@@ -51,7 +51,8 @@ class Norm:
             self.norm.copy_(self.largest / scale)
         else:
             self.norm.copy_(self.sum_of_squares.sqrt())
-        coefficient = (limits.max_norm / (self.norm + limits.epsilon)).clamp(max=1.0)
+        # Of two tensors: a number divided by one would be a product with its reciprocal, which rounds twice.
+        coefficient = (torch.full_like(self.norm, limits.max_norm) / (self.norm + limits.epsilon)).clamp(max=1.0)
         if limits.nan_if_nonfinite:
             coefficient = coefficient + (self.norm - self.norm)
         self.coefficient.copy_(coefficient)
