@@ -1,5 +1,5 @@
-// The kernel that sums over gradients: a block for each chunk, all of whose threads ask for everything they need before
-// they use any of it.
+// The kernel that sums over gradients: a block for each chunk, whose threads ask for eight 16-byte vectors before they
+// use the first.
 //
 // Compiled for sm_80, sm_90 and sm_100 and run thread by thread on the host in the tests.
 #pragma once
@@ -81,29 +81,33 @@ __device__ __noinline__ ChunkSums see_any(const void* grad, const NormChunk& chu
   return {seen.sum, static_cast<double>(seen.largest)};
 }
 
-// By 16-byte accesses. Which thread takes which element does not depend on the address.
+// By 16-byte accesses, a few rounds of all that a thread can ask for. Which thread takes which element does not depend
+// on the address.
 template <class G, bool kScaled>
 __device__ __forceinline__ ChunkSums see_packs(const void* grad, const NormChunk& chunk, Team team, float inverse) {
   constexpr int kN = 16 / static_cast<int>(sizeof(G));
   const G* const grads = static_cast<const G*>(grad) + chunk.offset;
-  const int first = team.index * kN, stride = team.size * kN, whole = chunk.n / kN * kN;
-  Pack<kN, G> packs[kNormPacks];
-  if (whole == stride * kNormPacks) {
+  const int stride = team.size * kN, whole = chunk.n / kN * kN;
+  Seen<float, kScaled> seen{inverse};
+#pragma unroll 1
+  for (int first = team.index * kN; first < whole; first += stride * kNormPacks) {
+    Pack<kN, G> packs[kNormPacks];
+    if (first + (kNormPacks - 1) * stride < whole) {
 #pragma unroll
-    for (int u = 0; u < kNormPacks; ++u) packs[u].load(grads + first + u * stride);
-  } else {
+      for (int u = 0; u < kNormPacks; ++u) packs[u].load(grads + first + u * stride);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kNormPacks; ++u) {
+        packs[u] = {};  // zeros add nothing
+        if (first + u * stride < whole) packs[u].load(grads + first + u * stride);
+      }
+    }
 #pragma unroll
     for (int u = 0; u < kNormPacks; ++u) {
-      packs[u] = {};  // zeros add nothing
-      if (first + u * stride < whole) packs[u].load(grads + first + u * stride);
+      float numbers[kN];
+      unpack(packs[u], numbers);
+      seen.template operator()<kN>(kN, [&](int i) { return numbers[i]; });
     }
-  }
-  Seen<float, kScaled> seen{inverse};
-#pragma unroll
-  for (int u = 0; u < kNormPacks; ++u) {
-    float numbers[kN];
-    unpack(packs[u], numbers);
-    seen.template operator()<kN>(kN, [&](int i) { return numbers[i]; });
   }
   if (whole + team.index < chunk.n)
     seen.template operator()<1>(1, [&](int) { return load<float>(global(grads)[whole + team.index]); });
@@ -148,11 +152,11 @@ __device__ __forceinline__ bool leave(const ChunkSums& sums, ChunkSums* place, u
   uint32_t last = 0;
   if (threadIdx.x == 0) {
     *global(place) = sums;
-    __threadfence();
+    fence();
     last = atomicInc(counter, static_cast<uint32_t>(n - 1)) == static_cast<uint32_t>(n - 1);
   }
   last = __shfl_sync(0xffffffffu, last, 0);
-  if (last != 0) __threadfence();  // now what others have written can be read
+  if (last != 0) fence();  // now what others have written can be read
   return last != 0;
 }
 
