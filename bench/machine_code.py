@@ -57,17 +57,22 @@ def reducing(name: str, stored: str, beside: str) -> str:
     return rf"\b{name}_kernel<\S*Adafactor<false>, \S*Packed<\S*\b{stored}, float>, \S*\b{beside}>"
 
 
+def step(kind: int, followed: str = "false") -> str:
+    """The name of AdamW's kernel for the format of that index in csrc/cuda/formats.h."""
+    return rf"\bstep_kernel<\S*Tile<\S*\bAdam<false>, {kind}, {followed}>, 4000>"
+
+
 ROWS: tuple[Row, ...] = (
-    Row("fp32", "", r"lab::adamw<float, float, float>", 16, 12),
-    Row("bf16", "", r"lab::adamw<lab::BF16, lab::BF16, lab::BF16>", 8, 6),
-    Row("fp32, bf16 states", "", r"lab::adamw<float, float, lab::BF16>", 12, 8),
-    Row("fp32, bf16 gradient", "", r"lab::adamw<float, lab::BF16, float>", 14, 12),
-    Row("split, fp32 states", "", r"lab::adamw<lab::Split, lab::BF16, float>", 14, 12),
-    Row("split, bf16 states", "", r"lab::adamw<lab::Split, lab::BF16, lab::BF16>", 10, 8),
-    Row("bf16, 8-bit states", "", r"lab::adamw_8bit<lab::BF16, lab::BF16>", 4, 2),
-    Row("split, 8-bit states", "", r"lab::adamw_8bit<lab::Split, lab::BF16>", 6, 4),
-    Row("fp32, 8-bit states", "", r"lab::adamw_8bit<float, float>", 8, 4),
-    Row("fp32, average", "", r"lab::adamw_average<false>", 20, 16),
+    Row("fp32", step(0), r"lab::adamw<float, float, float>", 16, 12),
+    Row("bf16", step(4), r"lab::adamw<lab::BF16, lab::BF16, lab::BF16>", 8, 6),
+    Row("fp32, bf16 states", step(2), r"lab::adamw<float, float, lab::BF16>", 12, 8),
+    Row("fp32, bf16 gradient", step(1), r"lab::adamw<float, lab::BF16, float>", 14, 12),
+    Row("split, fp32 states", step(8), r"lab::adamw<lab::Split, lab::BF16, float>", 14, 12),
+    Row("split, bf16 states", step(9), r"lab::adamw<lab::Split, lab::BF16, lab::BF16>", 10, 8),
+    Row("bf16, 8-bit states", step(6), r"lab::adamw_8bit<lab::BF16, lab::BF16>", 4, 2),
+    Row("split, 8-bit states", step(10), r"lab::adamw_8bit<lab::Split, lab::BF16>", 6, 4),
+    Row("fp32, 8-bit states", step(3), r"lab::adamw_8bit<float, float>", 8, 4),
+    Row("fp32, average", step(0, "true"), r"lab::adamw_average<false>", 20, 16),
     Row("fp32, average, zeros", "", r"lab::adamw_average<true>", 20, 20),
     Row("norm, fp32", r"norm_kernel<448, false>", r"lab::norm<float>", 4),
     Row("sums, fp32", reducing("sums", "float", "Unchanged"), r"lab::sums<float>", 8),

@@ -2,12 +2,45 @@
 
 #include <pybind11/stl.h>
 
+#include "cuda/formats.h"
 #include "cuda/norm.h"
 #include "cuda/reducing.h"
 #include "norm_bindings.h"
 #include "plan.h"
 
 namespace fusedstep {
+namespace {
+
+// (format, the rules that have a kernel for it as (name, states), those that have one with averages and copies), for
+// each format of the CUDA engine. Whatever is not in it takes the general kernel.
+py::list cuda_formats() {
+  py::list formats;
+  for (int format = 0; format < cuda::kNumFormats; ++format) {
+    py::list rules[2];
+    for (int id = 0; id < static_cast<int>(RuleId::kCount); ++id) {
+      visit_rule(static_cast<RuleId>(id), [&](auto rule) {
+        using Rule = decltype(rule);
+        py::list states;
+        for (int k = 0; k < kNamed<Rule>; ++k) {
+          if (has_state<Rule>(k)) states.append(Rule::kStateNames[k]);
+        }
+        for (const bool followed : {false, true}) {
+          // A rule without states has one kernel for formats that differ in those alone.
+          bool compiled = false;
+          for (int other = 0; other < cuda::kNumFormats; ++other) {
+            compiled = compiled || (cuda::is_compiled<Rule>(other, followed) &&
+                                    cuda::same_format<Rule>(cuda::kFormats[other], cuda::kFormats[format]));
+          }
+          if (compiled) rules[followed].append(py::make_tuple(Rule::kName, states));
+        }
+      });
+    }
+    formats.append(py::make_tuple(cuda::kFormats[format].name, rules[false], rules[true]));
+  }
+  return formats;
+}
+
+}  // namespace
 
 #if FUSEDSTEP_WITH_CUDA
 namespace {
@@ -17,7 +50,7 @@ class DeviceTable {
  public:
   DeviceTable(const Plan& plan, int multiprocessors) : reduces_(plan.reduces()) {
     if (!reduces_) {
-      elementwise_ = cuda::build_table(plan.records(), multiprocessors);
+      elementwise_ = cuda::build_table(plan.records(), plan.rule(), multiprocessors);
       return;
     }
     const cuda::ReducingTraits traits =
@@ -30,8 +63,9 @@ class DeviceTable {
   // It no longer fits when a gradient has changed its dtype.
   bool fits(const Plan& plan) const {
     const std::vector<Record>& records = reduces_ ? reducing_.records : elementwise_.records;
-    for (size_t i = 0; i < plan.size(); ++i) {
-      if (plan.active(i) && plan.records()[i].grad_dtype != records[i].grad_dtype) return false;
+    for (size_t k = 0; k < plan.size(); ++k) {
+      const size_t i = reduces_ ? k : elementwise_.order[k];
+      if (plan.active(i) && plan.records()[i].grad_dtype != records[k].grad_dtype) return false;
     }
     return true;
   }
@@ -149,6 +183,7 @@ int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uint
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+  m.def("cuda_formats", &cuda_formats);
   py::class_<DeviceTable>(m, "CudaTable")
       .def(py::init<const Plan&, int>(), py::arg("plan"), py::arg("multiprocessors"))
       .def("bytes",
@@ -186,7 +221,9 @@ void bind_cuda(py::module_& m) {
   m.attr("cuda_archs") = cuda::compiled_archs();
 }
 #else
-void bind_cuda(py::module_&) {}
+void bind_cuda(py::module_& m) {
+  m.def("cuda_formats", &cuda_formats);
+}
 #endif
 
 }  // namespace fusedstep

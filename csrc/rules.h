@@ -11,6 +11,7 @@
 
 #include <array>
 #include <iterator>
+#include <type_traits>
 
 #include "numeric.h"
 
@@ -493,6 +494,13 @@ template <class Rule>
 FUSEDSTEP_FN constexpr bool has_state(int k) {
   return (kPresentBits<Rule> >> k & 1u) != 0;
 }
+
+// Whether an engine that is compiled for each way to store a parameter has this rule in all of them; of the others it
+// has the usual ones.
+template <class Rule>
+constexpr bool kWidelyUsed = std::is_same_v<Rule, Sgd<false>> || std::is_same_v<Rule, Sgd<true>> ||
+                             std::is_same_v<Rule, Adam<false>> || std::is_same_v<Rule, Lion> ||
+                             std::is_same_v<Rule, Accumulate>;
 
 // Rule::update with its states in an array.
 template <class Rule, class T, class S>

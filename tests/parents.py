@@ -7,8 +7,7 @@ import math
 import re
 from typing import ClassVar
 
-import adabelief_pytorch
-import lion_pytorch
+import pytest
 import torch
 
 
@@ -108,11 +107,18 @@ def quiet(build):
     return built
 
 
+def lion(params, **options):
+    return pytest.importorskip("lion_pytorch").Lion(params, **options)
+
+
+@quiet
+def adabelief(params, **options):
+    return pytest.importorskip("adabelief_pytorch").AdaBelief(params, print_change_log=False, **options)
+
+
 OTHERS = {
-    "Lion": lion_pytorch.Lion,
-    "AdaBelief": quiet(
-        lambda params, **options: adabelief_pytorch.AdaBelief(params, print_change_log=False, **options)
-    ),
+    "Lion": lion,
+    "AdaBelief": adabelief,
     "Amos": Amos,
     "AdamWeightDecay": AdamWeightDecay,
 }

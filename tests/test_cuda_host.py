@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from host_plan import FLOATS, MAX_HYPER, MAX_STATES, TAG, Precision, Record, Scalar, built
+from host_plan import FLOATS, MAX_HYPER, MAX_STATES, TAG, Precision, Record, Scalar, step_library
 
 import fusedstep
 from fusedstep import _C, schedules
@@ -20,13 +20,9 @@ from fusedstep.schedules import on_device
 from fusedstep.verification import same_bits
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    loaded = built(
-        tmp_path_factory.mktemp("cuda_host") / "library.so", "library.cpp", "cuda_table.cpp", "cuda_norm_table.cpp"
-    )
-    loaded.check_chunks.restype = ctypes.c_int64
-    return loaded
+@pytest.fixture
+def library():
+    return step_library()
 
 
 def inside(values, offset):
@@ -67,7 +63,7 @@ def run_on_host(
     average_weight=0.0,
     followers=None,
     tensor_hyper=False,
-    blocks=3,
+    general=False,
     threads=64,
 ):
     """One step of ``optimizer`` by the kernel; ``grads`` has None where a parameter takes no part."""
@@ -109,7 +105,7 @@ def run_on_host(
         ctypes.c_int64(len(records)),
         (ctypes.c_void_p * len(addresses))(*addresses),
         2,
-        blocks,
+        ctypes.c_bool(general),
         threads,
     )
 
@@ -164,12 +160,12 @@ def random_grads(sizes, generator, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("offset", [0, 1, 3])
-def test_every_size_and_offset_has_the_references_bits(library, case, offset):
+@pytest.mark.parametrize(("offset", "general"), [(0, False), (1, False), (3, False), (1, True)])
+def test_every_size_and_offset_has_the_references_bits(library, case, offset, general):
     generator = torch.Generator().manual_seed(2)
     pair = Pair(case, SIZES, offset=offset)
     for _ in range(3):
-        assert pair.step(library, random_grads(SIZES, generator), offset) == 1
+        assert pair.step(library, random_grads(SIZES, generator), offset, general=general) == 1
     pair.assert_same()
 
 
@@ -366,15 +362,16 @@ def test_many_tensors_take_few_launches(library, n):
 
 
 @pytest.mark.parametrize("in_reverse", [False, True])
-@pytest.mark.parametrize(("blocks", "threads"), [(1, 32), (1, 256), (7, 96), (40, 32)])
-def test_any_grid_and_order_of_threads_has_the_references_bits(library, blocks, threads, in_reverse):
+@pytest.mark.parametrize("threads", [32, 96, 256])
+@pytest.mark.parametrize("general", [False, True])
+def test_any_order_and_number_of_threads_has_the_references_bits(library, general, threads, in_reverse):
     library.set_reverse(in_reverse)
     case = next(c for c in CASES if c.options.get("amsgrad"))
     generator = torch.Generator().manual_seed(6)
     sizes = [300, 9000, 1, 20_000]
     pair = Pair(case, sizes)
     for _ in range(2):
-        pair.step(library, random_grads(sizes, generator), blocks=blocks, threads=threads)
+        pair.step(library, random_grads(sizes, generator), general=general, threads=threads)
     library.set_reverse(False)
     pair.assert_same()
 
@@ -455,9 +452,7 @@ def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, d
             (Record * len(records))(*records),
             ctypes.c_int64(len(records)),
             (ctypes.c_void_p * len(addresses))(*addresses),
-            2,
-            3,
-            64,
+            *(2, ctypes.c_bool(False), 64),
         )
         assert launches == 1
         for i, value in enumerate(values):

@@ -1,11 +1,6 @@
-"""The Triton kernels of rules that reduce: under the interpreter beside the reference, and compiled for sm_90."""
+"""The Triton kernels of rules that reduce: under the interpreter beside the reference."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -115,33 +110,6 @@ def test_bits_do_not_depend_on_the_other_tensors_of_the_group(interpreted):
         alone = make(REDUCING[4], [value], "triton")
         step([alone], [grad])
         assert same_bits(alone.param_groups[0]["params"][0].detach(), expected.detach())
-
-
-@pytest.fixture(scope="module")
-def code():
-    """For each rule, whether elements have a state, and dtype: what the code of its three kernels for sm_90 holds."""
-    variants = [
-        (rule, n, dtype)
-        for rule, n in (("adafactor", 1), ("torch_adafactor", 0), ("amos_rows", 0), ("amos_columns", 1))
-        for dtype in ("fp32", "bf16")
-    ]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    arguments = ["reducing", *(",".join(map(str, variant)) for variant in variants)]
-    script = Path(__file__).with_name("triton_compile.py")
-    run = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return dict(zip(variants, json.loads(run.stdout.splitlines()[-1]), strict=True))
-
-
-def test_the_code_for_sm_90_rounds_after_every_operation_and_spills_nothing(code):
-    for (rule, *_), kernels in code.items():
-        assert len(kernels) == (2 if rule.startswith("amos") else 3)
-        for found in kernels:
-            assert found["approximate"] == 0
-            assert found["local"] == 0
-        assert kernels[0]["rounded_divisions"] > 0
 
 
 @pytest.mark.parametrize("case", [REDUCING[3], REDUCING[4]], ids=str)

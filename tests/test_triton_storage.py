@@ -1,11 +1,6 @@
-"""The Triton backend in every form of the precision options: its bits under the interpreter, its code for sm_90."""
+"""The Triton backend in every form of the precision options: its bits under the interpreter."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,17 +96,3 @@ def test_tensors_of_several_forms_take_a_launch_each():
     step(optimizers, [torch.randn(n) for n in sizes])
     assert optimizers[0].kernel_calls == 2
     assert_same(optimizers)
-
-
-def test_the_code_for_sm_90_rounds_after_every_operation():
-    forms = ["plain,i8", "split,fp32", "master,fp32", "kahan,bf16", "stochastic,bf16", "stochastic,i8"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("triton_compile.py")
-    command = [sys.executable, str(script), "stored", *forms]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    for form, found in zip(forms, json.loads(run.stdout.splitlines()[-1]), strict=True):
-        assert found["fma"] == 0, form
-        assert found["approximate"] == 0, form
-        assert found["local"] == 0, form
-        assert found["wide_loads"] > 0, form

@@ -1,78 +1,100 @@
-"""Compiles the Triton kernels for sm_90 without a GPU and prints what their code holds, as JSON.
+"""Compiles the Triton kernels without a GPU, as their launches do, and prints what their code holds.
 
-Must run without TRITON_INTERPRET.
+Triton's driver is replaced by one that says which GPU there is. Reads kernels from the standard input as
+`triton_code.py` describes them, a JSON list; prints a JSON list with what it says of each. Must run without
+TRITON_INTERPRET.
 """
 
 import json
 import re
 import sys
 
-import triton
-from fusedstep.triton_kernels import norm, reducing
+import torch
+import triton_barriers
+from fusedstep.triton_kernels import norm, reducing, schedule, step
+from fusedstep.triton_kernels.numeric import NONE
 from fusedstep.triton_kernels.rules import RULES
-from fusedstep.triton_kernels.step import constants, step_kernel
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import MockTensor
 
-POINTERS = {
-    **{"table_ptr": "*i64", "chunks_ptr": "*i64", "grads_ptr": "*i64", "hyper_ptr": "*fp64", "done_ptr": "*i32"},
-    **{"grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "coefficient_ptr": "*fp64", "average_weight_ptr": "*fp64"},
-    **{"sums_ptr": "*fp64", "norm_ptr": "*fp64", "limits_ptr": "*fp64", "found_before_ptr": "*fp32"},
+from fusedstep.backends.triton import DTYPES
+
+NUMBERS = {
+    **{"": NONE.value, "fp32": DTYPES[torch.float32], "bf16": DTYPES[torch.bfloat16]},
+    **{"fp16": DTYPES[torch.float16], "fp64": DTYPES[torch.float64], "i8": DTYPES[torch.int8]},
+    **{"u8": DTYPES[torch.uint8]},
 }
+ARGUMENTS = {
+    **dict.fromkeys(("table_ptr", "chunks_ptr", "items_ptr", "grads_ptr"), torch.int64),
+    **dict.fromkeys(("hyper_ptr", "coefficient_ptr", "average_weight_ptr"), torch.float64),
+    **dict.fromkeys(("sums_ptr", "norm_ptr", "limits_ptr", "values_ptr"), torch.float64),
+    **dict.fromkeys(("grad_scale_ptr", "found_inf_ptr", "found_before_ptr"), torch.float32),
+    "done_ptr": torch.int32,
+}
+OPTIONAL = ("grad_scale_ptr", "found_inf_ptr", "coefficient_ptr", "found_before_ptr")
 
 
-def compile_ptx(rule: str, present: int, dtype: str, scaled: bool) -> str:
-    """The kernel's PTX for tensors that are all stored in ``dtype``; bit k of ``present``: whether there is state k."""
-    states = tuple(dtype if present >> k & 1 else "" for k in range(RULES[rule].n_named))
-    fixed = constants(rule, (dtype, dtype, *states), ("", ""), maximize=False, left="", block=2048)
-    if not scaled:
-        fixed |= {"grad_scale_ptr": None, "found_inf_ptr": None, "coefficient_ptr": None, "average_weight_ptr": None}
-    return ptx_of(step_kernel, fixed)
+class Driver:
+    """What Triton's compiler asks of a driver."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-def compile_reducing_ptx(rule: str, element_state: bool, dtype: str) -> list[str]:
-    """The PTX of a reducing rule's kernels for tensors that are all stored in ``dtype``."""
-    has = reducing.REDUCING_RULES[rule]
-    states = (has.row, has.column, has.element and element_state, has.tensor, has.row2, has.column2)
-    dtypes = (dtype, dtype, *(dtype if state else "" for state in states))
-    absent = dict.fromkeys(("grad_scale_ptr", "found_inf_ptr", "coefficient_ptr"))
-    fixed = reducing.constants(rule, dtypes, ("", ""), False, "", False) | absent
-    return [ptx_of(kernel, fixed) for kernel in reducing.kernels_of(rule)]
+def prepared(kernel: str, wanted: dict) -> list:
+    """What the backend would launch."""
+    if kernel == "schedule":
+        return [schedule.prepare()]
+    if kernel == "norm":
+        limits = (1.0, 1e-6, wanted["by_largest"], True, True, True)
+        return [norm.prepare(NUMBERS[wanted["dtype"]], wanted["first"], wanted["last"], limits, 2048)]
+    dtypes = tuple(NUMBERS[name] for name in wanted["dtypes"])
+    followers = tuple(NUMBERS[name] for name in wanted["followers"])
+    chosen = (wanted["rule"], dtypes, followers, wanted["maximize"], wanted["left"])
+    if wanted["rule"] in RULES:
+        return [step.prepare(*chosen, step.block_size(), wanted["form"])]
+    return reducing.prepare(*chosen)
 
 
-def compile_norm_ptx(dtype: str, last: bool) -> str:
-    """The PTX of the kernel that sums over gradients of one dtype."""
-    limits = (1.0, 1e-6, False, False, True, True)
-    return ptx_of(norm.norm_kernel, norm.constants(dtype, False, last, limits, block=2048))
+def arguments(names: list[str], wanted: dict) -> list:
+    """Stand-ins for what a launch is given."""
+    given = []
+    for name in names:
+        if name in ("n_tensors", "n"):
+            given.append(7)
+        elif (name in OPTIONAL and not wanted["optional"]) or (
+            name == "average_weight_ptr" and wanted["followers"][0] == ""
+        ):
+            given.append(None)
+        else:
+            given.append(
+                MockTensor(torch.float64 if name == "table_ptr" and "values_ptr" in names else ARGUMENTS[name])
+            )
+    return given
 
 
-def compile_stored_ptx(form: str, state: str) -> str:
-    """The PTX of Adam's kernel for bf16 weights in a form, with states in "i8" (and "u8") or a dtype."""
-    dtypes = ("bf16", "bf16", state, "u8" if state == "i8" else state, "")
-    fixed = constants("adam", dtypes, ("", ""), False, "", 2048, form)
-    absent = dict.fromkeys(("grad_scale_ptr", "found_inf_ptr", "coefficient_ptr", "average_weight_ptr"))
-    return ptx_of(step_kernel, fixed | absent)
+def compiled(kernel: str, wanted: dict) -> list:
+    """The compiled kernels of a step."""
+    driver.set_active(Driver(wanted["capability"]))
+    found = []
+    for launch in prepared(kernel, wanted):
+        names = [name for name in launch.kernel.arg_names if name not in launch.constants]
+        given = arguments(names, wanted)
+        found.append(launch.kernel.warmup(*given, **launch.constants, **launch.options, grid=(1,)))
+    return found
 
 
-def ptx_of(kernel, fixed: dict) -> str:
-    """The PTX of a kernel with its compile-time arguments."""
-    names = kernel.arg_names
-    signature = {**POINTERS, "items_ptr": "*i64", "n_tensors": "i32", **dict.fromkeys(fixed, "constexpr")}
-    source = ASTSource(
-        fn=kernel,
-        signature={name: type_ for name, type_ in signature.items() if name in names},
-        constexprs={(names.index(name),): value for name, value in fixed.items()},
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name in (*POINTERS, "items_ptr")
-            if name in names and name not in fixed
-        },
-    )
-    options = {"num_warps": 8, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-
-
-def count(ptx: str) -> dict[str, int]:
+def describe(kernel) -> dict:
     """How often what matters occurs. In float64 an approximation is only where the logarithm begins."""
     patterns = {
         "wide_loads": r"\bld\.global[.\w:]*\.v(4\.b32|2\.b64)",
@@ -80,22 +102,25 @@ def count(ptx: str) -> dict[str, int]:
         "fma": r"\bfma\.",
         "local": r"\.local\b",
         "approximate": r"\b(div|sqrt|rcp|rsqrt)\.(full|approx)[.\w]*\.f32",
+        "flushing": r"\.ftz\b",
         "rounded_roots": r"\bsqrt\.rn\.f",
         "rounded_divisions": r"\bdiv\.rn\.f",
     }
-    return {name: len(re.findall(pattern, ptx)) for name, pattern in patterns.items()}
+    found = {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in patterns.items()}
+    ttgir = kernel.asm["ttgir"]
+    return {
+        **found,
+        "name": kernel.metadata.name,
+        "unordered": triton_barriers.unordered(ttgir),
+        "gradient_pairs": triton_barriers.gradient_pairs(ttgir),
+    }
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "stored":
-        print(json.dumps([count(compile_stored_ptx(*variant.split(","))) for variant in sys.argv[2:]]))
-        sys.exit()
-    if sys.argv[1] == "norm":
-        print(json.dumps([count(compile_norm_ptx(d, last == "1")) for d, last in (v.split(",") for v in sys.argv[2:])]))
-        sys.exit()
-    reduces = sys.argv[1] == "reducing"
-    variants = [tuple(variant.split(",")) for variant in sys.argv[1 + reduces :]]
-    if reduces:
-        print(json.dumps([[count(ptx) for ptx in compile_reducing_ptx(r, n == "1", d)] for r, n, d in variants]))
-    else:
-        print(json.dumps([count(compile_ptx(r, int(n), d, s == "scaled")) for r, n, d, s in variants]))
+    found = []
+    for kernel, wanted in json.load(sys.stdin):
+        try:
+            found.append([describe(each) for each in compiled(kernel, wanted)])
+        except Exception as error:
+            raise RuntimeError(f"{kernel} {wanted}") from error
+    print(json.dumps(found))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .numeric import divide, narrow, widen
+from .numeric import BF16, I8, divide, narrow, widen
 
 BLOCK_8BIT = tl.constexpr(256)  # numbers that share a scale
 
@@ -25,7 +25,7 @@ def narrow_stochastic(x, random, DTYPE: tl.constexpr):
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     sign = (bits >> 16) & 0x8000
-    if DTYPE == "bf16":
+    if DTYPE == BF16:
         narrowed = tl.where(magnitude > 0x7F800000, 0x7FC0, (magnitude + random) >> 16)
         return (narrowed | sign).to(tl.uint16)
     else:
@@ -66,7 +66,7 @@ def compensate(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def encode(x, exists, DTYPE: tl.constexpr, N: tl.constexpr):
-    """The codes of N numbers, "i8" with a sign, "u8" without, and the scales of their blocks."""
+    """The codes of N numbers, I8 with a sign, U8 without, and the scales of their blocks."""
     bits = tl.reshape(x.to(tl.uint32, bitcast=True), (N // BLOCK_8BIT, BLOCK_8BIT))
     magnitude = bits & 0x7FFFFFFF
     counted = tl.where(tl.reshape(exists, (N // BLOCK_8BIT, BLOCK_8BIT)), magnitude, 0).to(tl.int32)
@@ -77,7 +77,7 @@ def encode(x, exists, DTYPE: tl.constexpr, N: tl.constexpr):
     inverse = tl.where(coded, divide(divisor * 0.0 + 1.0, divisor), 0.0)
     kept = tl.where(coded[:, None], magnitude, 0).to(tl.uint32).to(tl.float32, bitcast=True)
     relative = (kept * inverse[:, None]).to(tl.uint32, bitcast=True)
-    if DTYPE == "i8":
+    if DTYPE == I8:
         root = ((relative >> 1) + 0x1FC00000) | (bits & 0x80000000)
         number = (root.to(tl.float32, bitcast=True) * 127.0 + 12582912.0).to(tl.uint32, bitcast=True)
         codes = (number & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True)
@@ -91,7 +91,7 @@ def encode(x, exists, DTYPE: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def decode(codes, scale, DTYPE: tl.constexpr):
     """The numbers of codes, each with its scale."""
-    if DTYPE == "i8":
+    if DTYPE == I8:
         number = codes.to(tl.float32)
         root = (number * 0.007874015718698502).to(tl.uint32, bitcast=True)  # 1 / 127 in fp32
         relative = ((root - 0x1FC00000) << 1) | (root & 0x80000000)

@@ -5,16 +5,21 @@ It has run under Triton's interpreter and compiles for sm_90; it has never run o
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .numeric import maximum, minimum
+from .launching import Prepared
+from .numeric import FP64, maximum, minimum
 from .step import CHUNK_ROW
 from .stored import load
 
 SUM, LARGEST, NORM, COEFFICIENT = (tl.constexpr(k) for k in range(4))  # numbers of csrc/norm.h's Norm
+ARGUMENTS = (  # those of a launch
+    *("chunks_ptr", "grads_ptr", "sums_ptr", "norm_ptr", "done_ptr", "limits_ptr", "found_inf_ptr"),
+    *("grad_scale_ptr", "found_before_ptr"),
+)
 LANES = tl.constexpr(256)  # chunks whose sums are added up at once
 
 
@@ -45,7 +50,7 @@ def see(
     return sums + unscaled * unscaled, tl.where(bits > largest, bits, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ARGUMENTS)
 def norm_kernel(
     chunks_ptr,
     grads_ptr,
@@ -118,6 +123,7 @@ def norm_kernel(
         if not FIRST:
             total = tl.load(norm_ptr + SUM) + total
             size = maximum(tl.load(norm_ptr + LARGEST), size)
+            tl.debug_barrier()  # all threads load these numbers, one stores new ones
         tl.store(norm_ptr + SUM, total)
         tl.store(norm_ptr + LARGEST, size)
         if LAST:
@@ -139,12 +145,19 @@ def norm_kernel(
             tl.store(found_inf_ptr, skipped.to(tl.float32))
 
 
-def constants(dtype: str, first: bool, last: bool, limits: tuple, block: int) -> dict:
-    """The compile-time arguments; ``dtype`` of the gradients, as "fp32" and so on; ``limits`` as of the last launch."""
+def constants(dtype: int, first: bool, last: bool, limits: tuple, block: int) -> dict[str, Any]:
+    """The compile-time arguments of `norm_kernel`.
+
+    ``dtype``: of the gradients, as numeric.py counts them.
+    ``first``: the sums replace those in the norm's memory, instead of being added to them.
+    ``last``: what follows from the sums is filled in.
+    ``limits``: csrc/norm.h's NormLimits, of which the numbers are given in device memory.
+    ``block``: elements that a program sums at a time.
+    """
     _, _, by_largest, nan_if_nonfinite, find_nonfinite, skip_nonfinite = limits
     return {
         "GRAD": dtype,
-        "ARITHMETIC": tl.float64 if dtype == "fp64" else tl.float32,
+        "ARITHMETIC": tl.float64 if dtype == FP64.value else tl.float32,
         "FIRST": first,
         "LAST": last,
         "BY_LARGEST": by_largest,
@@ -156,43 +169,16 @@ def constants(dtype: str, first: bool, last: bool, limits: tuple, block: int) ->
     }
 
 
-def launch(
-    dtype: str,
-    first: bool,
-    last: bool,
-    limits: tuple,
-    chunks: Tensor,
-    grads: Tensor,
-    sums: Tensor,
-    norm: Tensor,
-    done: Tensor,
-    numbers: Tensor,
-    found_inf: Tensor,
-    grad_scale: Tensor | None,
-    found_before: Tensor | None,
-    block: int,
-) -> None:
-    """Queue one reduction over gradients of one dtype.
+def prepare(*args: Any) -> Prepared:
+    """The kernel with the arguments that `constants` takes. A launch sums over gradients of one dtype, and is given:
 
-    Args:
-        dtype: "fp32", "bf16", "fp16" or "fp64".
-        first: the sums replace those in ``norm``, instead of being added to them.
-        last: what follows from the sums is filled in.
-        limits: csrc/norm.h's NormLimits.
-        chunks: int64, (programs, CHUNK_ROW): which elements each program sums.
-        grads: int64: addresses of the gradients, 0 for those that do not count.
-        sums: float64, (programs, 2): memory for each program's sums.
-        norm: float64, csrc/norm.h's Norm.
-        done: int32, one zero; it is zero again afterwards.
-        numbers: float64: the first two of the limits.
-        found_inf: one fp32 number: whether the step is skipped.
-        grad_scale, found_before: one fp32 number each, or None.
-        block: elements that a program sums at a time.
+    chunks: int64, (programs, CHUNK_ROW): which elements each program sums.
+    grads: int64: addresses of the gradients, 0 for those that do not count.
+    sums: float64, (programs, 2): memory for each program's sums.
+    norm: float64, csrc/norm.h's Norm.
+    done: int32, one zero; it is zero again afterwards.
+    numbers: float64: the first two of the limits.
+    found_inf: one fp32 number: whether the step is skipped.
+    grad_scale, found_before: one fp32 number each, or None.
     """
-    with np.errstate(all="ignore"):  # the interpreter would warn of infinities
-        norm_kernel[(chunks.shape[0],)](
-            *(chunks, grads, sums, norm, done, numbers, found_inf, grad_scale, found_before),
-            **constants(dtype, first, last, limits, block),
-            num_warps=8,
-            enable_fp_fusion=False,
-        )
+    return Prepared(norm_kernel, constants(*args))

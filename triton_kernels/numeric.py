@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+# How numbers are stored: csrc/numeric.h's Dtype. Numbers, because Triton before 3.8 takes no strings in a tuple.
+# From I8 on they are codes.
+FP32, BF16, FP16, FP64, I8, U8, BITS = (tl.constexpr(k) for k in range(7))
+NONE = tl.constexpr(-1)  # there is nothing
+
 
 @triton.jit
 def square_root(x):
@@ -44,7 +49,7 @@ def power(base, exponent):
 @triton.jit
 def widen(stored, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr):
     """Stored numbers in the arithmetic dtype. bf16 is stored as its bits, which need only be shifted."""
-    if DTYPE == "bf16":
+    if DTYPE == BF16:
         return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(ARITHMETIC)
     else:
         return stored.to(ARITHMETIC)
@@ -53,13 +58,13 @@ def widen(stored, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr):
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """Numbers as they are stored, rounded to nearest even: bf16 by integer operations, as every backend does it."""
-    if DTYPE == "bf16":
+    if DTYPE == BF16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
-    elif DTYPE == "fp16":
+    elif DTYPE == FP16:
         return x.to(tl.float32).to(tl.float16)
-    elif DTYPE == "fp64":
+    elif DTYPE == FP64:
         return x.to(tl.float64)
     else:
         return x.to(tl.float32)

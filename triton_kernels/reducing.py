@@ -9,12 +9,13 @@ They have run under Triton's interpreter and compile for sm_90; they have never 
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .numeric import narrow, square_root, widen
+from .launching import Prepared
+from .numeric import FP64, NONE, narrow, square_root, widen
 from .reducing_lines import (
     AVERAGE,
     COLUMN_SUMS,
@@ -53,6 +54,10 @@ from .reducing_lines import (
     work,
 )
 from .reducing_rules import REDUCING_RULES
+from .step import ARGUMENTS as STEP_ARGUMENTS
+from .step import block_size, is_interpreted
+
+ARGUMENTS = tuple("items_ptr" if name == "chunks_ptr" else name for name in STEP_ARGUMENTS)
 
 
 @triton.jit
@@ -78,7 +83,7 @@ def step_number(row_ptr):
     return tl.load(tl.load(row_ptr + STEP).to(tl.pointer_type(tl.float32))).to(tl.int64) + 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ARGUMENTS)
 def sums_kernel(
     table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
     average_weight_ptr, n_tensors,
@@ -112,9 +117,9 @@ def sums_kernel(
             at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
             g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, "")
             square = tl.where(mask, SQUARE(g, s), 0.0)
-            if DTYPES[3] != "":
+            if DTYPES[3] != NONE:
                 sums += tl.sum(square, axis=0)
-            if DTYPES[2] != "":
+            if DTYPES[2] != NONE:
                 strip = first_column // TILE_COLUMNS
                 row_sums = work(row_ptr, ROW_SUMS, ARITHMETIC) + (matrix * rows + row_lanes) * n_strips + strip
                 tl.store(row_sums, tl.sum(square, axis=1), mask=row_mask)
@@ -122,7 +127,7 @@ def sums_kernel(
                 p = load(param, at, mask, DTYPES[0], ARITHMETIC)
                 param_sum += tl.sum(tl.sum(p * p, axis=1).to(tl.float64), axis=0)
             row += TILE_ROWS
-        if DTYPES[3] != "":
+        if DTYPES[3] != NONE:
             column_sums = work(row_ptr, COLUMN_SUMS, ARITHMETIC)
             column_sums += (matrix * n_row_blocks + index // n_strips % n_row_blocks) * columns + column
             tl.store(column_sums, sums, mask=column < columns)
@@ -153,11 +158,11 @@ def sums_kernel(
             total = add_up(doubles(row_ptr, PARAM_SUMS), n_items, 1)
             rms = square_root(total / tl.load(row_ptr + NUMEL).to(tl.float64))
             tl.store(doubles(row_ptr, TOTALS), rms)
-            if DTYPES[5] != "":
+            if DTYPES[5] != NONE:
                 store(tl.load(row_ptr + TENSOR_STATE), 0, rms, None, DTYPES[5])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ARGUMENTS)
 def update_kernel(
     table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
     average_weight_ptr, n_tensors,
@@ -225,7 +230,7 @@ def update_elements(
 ):  # fmt: skip
     param = tl.load(row_ptr + PARAM)
     p = load(param, at, mask, DTYPES[0], ARITHMETIC)
-    HAS_STATE: tl.constexpr = DTYPES[4] != ""
+    HAS_STATE: tl.constexpr = DTYPES[4] != NONE
     if HAS_STATE:
         state = load(tl.load(row_ptr + ELEMENT_STATE), at, mask, DTYPES[4], ARITHMETIC)
         p, state = UPDATE(p, g, factor, factor2, state, s, f, True)
@@ -239,11 +244,11 @@ def update_elements(
 @triton.jit
 def follow(row_ptr, at, mask, p, average_weight_ptr, ARITHMETIC: tl.constexpr, FOLLOWERS: tl.constexpr):
     """Update the average and the copy of parameters ``p``."""
-    if FOLLOWERS[0] != "":
+    if FOLLOWERS[0] != NONE:
         average = load(tl.load(row_ptr + AVERAGE), at, mask, FOLLOWERS[0], ARITHMETIC)
         average = average + tl.load(average_weight_ptr).to(ARITHMETIC) * (p - average)
         store(tl.load(row_ptr + AVERAGE), at, average, mask, FOLLOWERS[0])
-    if FOLLOWERS[1] != "":
+    if FOLLOWERS[1] != NONE:
         store(tl.load(row_ptr + COPY), at, p, mask, FOLLOWERS[1])
 
 
@@ -280,7 +285,7 @@ def zero_item(
                 at += BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ARGUMENTS)
 def apply_kernel(
     table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
     average_weight_ptr, n_tensors,
@@ -299,7 +304,7 @@ def apply_kernel(
         s = PREPARE(hyper_ptr, step_number(row_ptr), ARITHMETIC)
         totals = doubles(row_ptr, TOTALS)
         f = FINISH(s, tl.load(totals), tl.load(totals + 1), ARITHMETIC)
-        TWO: tl.constexpr = DTYPES[6] != "" or DTYPES[7] != ""  # states and factors of a line
+        TWO: tl.constexpr = DTYPES[6] != NONE or DTYPES[7] != NONE  # states and factors of a line
         rows = tl.load(row_ptr + ROWS)
         columns = tl.load(row_ptr + N_COLUMNS)
         cut = tl.load(row_ptr + CUT)
@@ -366,76 +371,42 @@ def kernels_of(rule: str) -> tuple[triton.JITFunction, ...]:
 
 
 def constants(
-    rule: str, dtypes: tuple[str, ...], followers: tuple[str, str], maximize: bool, left: str, interpreted: bool
-) -> dict:
+    rule: str, dtypes: tuple[int, ...], followers: tuple[int, int], maximize: bool, left: str
+) -> dict[str, Any]:
     """The compile-time arguments of the kernels.
 
     ``dtypes`` of param, grad, the state of rows or flat elements, that of columns, of each element and of the tensor,
-    the second states of rows and of columns: "fp32", "bf16" and so on; "" for an absent one.
+    the second states of rows and of columns, as numeric.py counts them; NONE for an absent one. The others:
+    as in step.py.
     """
     functions = REDUCING_RULES[rule]
     names = ("prepare", "square", "line", "matrix", "direction", "finish", "update")
-    rows, columns = tile(interpreted)
+    rows, columns = tile()
     return {
         **{name.upper(): getattr(functions, name) for name in names},
         "PARAM_SUM": functions.param_sum,
         "DTYPES": dtypes,
-        "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
+        "ARITHMETIC": tl.float64 if dtypes[0] == FP64.value else tl.float32,
         "MAXIMIZE": maximize,
         "TILE_ROWS": rows,
         "TILE_COLUMNS": columns,
-        "BLOCK": 16_384 if interpreted else 2048,
+        "BLOCK": block_size(),
         "LEFT": left,
         "FOLLOWERS": followers,
     }
 
 
-def tile(interpreted: bool) -> tuple[int, int]:
+def tile() -> tuple[int, int]:
     """Rows and columns that a program takes at a time; in the interpreter many, because each time costs the same."""
-    return (128, 128) if interpreted else (16, 128)
+    return (128, 128) if is_interpreted() else (16, 128)
 
 
-def launch(
-    rule: str,
-    dtypes: tuple[str, ...],
-    followers: tuple[str, str],
-    maximize: bool,
-    left: str,
-    table: Tensor,
-    items: Tensor,
-    grads: Tensor,
-    hyper: Tensor,
-    done: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    coefficient: Tensor | None,
-    average_weight: Tensor | None,
-) -> int:
-    """Queue one update of the tensors of ``table``, all of which have the same dtypes; returns the number of launches.
+def prepare(rule: str, *args: Any) -> list[Prepared]:
+    """The kernels of a step, in order, with the arguments that `constants` takes. A launch is given:
 
-    Args:
-        rule: its name in `REDUCING_RULES`.
-        dtypes: as of `constants`.
-        followers: dtypes of the averages and the copies of the parameters.
-        maximize: whether gradients are negated.
-        left: in the gradients: "" for what was there, "zero", or "changed" for what the rule used.
-        table: int64, (tensors, len(COLUMNS)).
-        items: int64, (programs, len(ITEM)).
-        grads: int64, (tensors,): addresses of the gradients, 0 for tensors that take no part.
-        hyper: float64: the rule's hyperparameters.
-        done: int32, one zero; it is zero again afterwards.
-        grad_scale, found_inf: one fp32 number each, or None.
-        coefficient: one fp64 number that gradients are multiplied by, or None.
-        average_weight: of the parameter in its average, one fp64 number; None where there are no averages.
+    table: int64, (tensors, len(COLUMNS)).
+    items: int64, (programs, len(ITEM)).
+    and from the third on what step.py's kernel is given.
     """
-    fixed = constants(rule, dtypes, followers, maximize, left, table.device.type == "cpu")
-    kernels = kernels_of(rule)
-    with np.errstate(all="ignore"):  # the interpreter would warn of the means of empty rows
-        for kernel in kernels:
-            kernel[(items.shape[0],)](
-                *(table, items, grads, hyper, done, grad_scale, found_inf, coefficient, average_weight, table.shape[0]),
-                **fixed,
-                num_warps=8,
-                enable_fp_fusion=False,
-            )
-    return len(kernels)
+    fixed = constants(rule, *args)
+    return [Prepared(kernel, fixed) for kernel in kernels_of(rule)]

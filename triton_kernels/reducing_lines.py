@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .numeric import divide, narrow, widen
+from .numeric import NONE, divide, narrow, widen
 from .stored import pointer
 
 # Columns of the table: int64 numbers and addresses of a tensor.
@@ -59,6 +59,8 @@ def load_grad(
         g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
     if coefficient_ptr is not None:
         g = g * tl.load(coefficient_ptr).to(ARITHMETIC)
+    if LEFT != "":
+        tl.debug_barrier()  # the threads that store an element may not be those that load it
     if LEFT == "zero":
         store(grad, index, tl.zeros_like(g), mask, GRAD)
     if LEFT == "changed":
@@ -105,11 +107,13 @@ def finish_lines(
     address = tl.load(row_ptr + (COLUMN_STATE if OF_COLUMNS else ROW_STATE))
     factors_ptr = work(row_ptr, COLUMN_FACTORS if OF_COLUMNS else ROW_FACTORS, ARITHMETIC)
     state = load(address, begin + lanes, mask, DTYPE, ARITHMETIC)
-    if DTYPE2 == "":
+    if DTYPE2 == NONE:
+        tl.debug_barrier()  # the sum of states: where several threads load the same, none may see what is stored below
         state, _unused, factor, _unused = LINE(mean, state, state, s)
     else:
         address2 = tl.load(row_ptr + (COLUMN_STATE2 if OF_COLUMNS else ROW_STATE2))
         state2 = load(address2, begin + lanes, mask, DTYPE2, ARITHMETIC)
+        tl.debug_barrier()
         state, state2, factor, factor2 = LINE(mean, state, state2, s)
         store(address2, begin + lanes, state2, mask, DTYPE2)
         tl.store(factors_ptr + second_factors(row_ptr, OF_COLUMNS) + begin + lanes, factor2, mask=mask)
@@ -132,7 +136,7 @@ def finish_matrix(row_ptr, matrix, s, LINE: tl.constexpr, MATRIX: tl.constexpr, 
     rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
     lanes = tl.arange(0, LINES)
-    if DTYPES[2] != "":
+    if DTYPES[2] != NONE:
         n_strips = tl.load(row_ptr + N_STRIPS)
         total = tl.zeros([LINES], tl.float64)
         first = 0 * rows
@@ -154,7 +158,7 @@ def finish_matrix(row_ptr, matrix, s, LINE: tl.constexpr, MATRIX: tl.constexpr, 
         if MATRIX is not None:
             mean_of_rows = (tl.sum(total, axis=0) / rows.to(tl.float64)).to(ARITHMETIC)
             tl.store(work(row_ptr, MATRIX_FACTORS, ARITHMETIC) + matrix, MATRIX(mean_of_rows, s))
-    if DTYPES[3] != "":
+    if DTYPES[3] != NONE:
         n_row_blocks = tl.load(row_ptr + N_ROW_BLOCKS)
         first = 0 * columns
         while first < columns:
@@ -180,7 +184,7 @@ def sum_small(
     rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
     lanes = tl.arange(0, LINES)
-    if DTYPES[2] != "":
+    if DTYPES[2] != NONE:
         first = 0 * rows
         while first < n * rows:
             mask = first + lanes < n * rows
@@ -199,7 +203,7 @@ def sum_small(
             )
             tl.store(work(row_ptr, ROW_SUMS, ARITHMETIC) + line, states, mask=mask)
             first += LINES
-    if DTYPES[3] != "":
+    if DTYPES[3] != NONE:
         first = 0 * columns
         while first < n * columns:
             mask = first + lanes < n * columns
@@ -271,11 +275,11 @@ def small_factors(
     columns = tl.load(row_ptr + N_COLUMNS)
     line = i // columns
     matrix = line // rows
-    if DTYPES[3] == "":
+    if DTYPES[3] == NONE:
         factor = row_factors(row_ptr, matrix, line % rows, mask, SECOND, MATRIX, ARITHMETIC)
     else:
         factor = line_factors(row_ptr, matrix * columns + i % columns, mask, SECOND, True, ARITHMETIC)
-        if DTYPES[2] != "":
+        if DTYPES[2] != NONE:
             factor = row_factors(row_ptr, matrix, line % rows, mask, SECOND, MATRIX, ARITHMETIC) * factor
     return factor
 
@@ -287,9 +291,9 @@ def tile_factors(
 ):  # fmt: skip
     """The factors of a tile's elements, as a block that has one row or one column where they are the same."""
     factor = of_columns
-    if DTYPES[2] != "":
+    if DTYPES[2] != NONE:
         factor = row_factors(row_ptr, matrix + 0 * row, row, row_mask, SECOND, MATRIX, ARITHMETIC)[:, None]
-        if DTYPES[3] != "":
+        if DTYPES[3] != NONE:
             factor = factor * of_columns
     return factor
 
@@ -300,6 +304,6 @@ def column_factors(
 ):  # fmt: skip
     """Those of a tile's columns, as a block of one row; of a rule without any, ones."""
     factor = tl.full([1, column.shape[0]], 1, ARITHMETIC)
-    if DTYPES[3] != "":
+    if DTYPES[3] != NONE:
         factor = line_factors(row_ptr, matrix * columns + column, column < columns, SECOND, True, ARITHMETIC)[None, :]
     return factor

@@ -5,10 +5,12 @@ It has run under Triton's interpreter and compiles for sm_90; it has never run o
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from .launching import Prepared
 from .numeric import divide, power, square_root
 
 
@@ -53,7 +55,7 @@ def half_power(x, exponent):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("values_ptr", "table_ptr", "found_inf_ptr", "n"))
 def schedule_kernel(values_ptr, table_ptr, found_inf_ptr, n):
     if found_inf_ptr is not None:  # the step was skipped: it does not count
         if tl.load(found_inf_ptr) != 0:
@@ -88,16 +90,18 @@ def schedule_kernel(values_ptr, table_ptr, found_inf_ptr, n):
             if kind == 2.0:
                 turns = turns - tl.floor(turns)
             lr = low + (high - low) * (0.5 * (1.0 + cos_pi(turns)))
+    tl.debug_barrier()  # all threads have loaded the count
     tl.store(values_ptr + i, t)
     tl.store(values_ptr + n + i, lr)
 
 
-def launch(values: Tensor, table: Tensor, n: int, found_inf: Tensor | None) -> None:
-    """Queue one count of ``n`` groups.
+@functools.cache
+def prepare() -> Prepared:
+    """The kernel. A launch counts a step of ``n`` groups, with a program for each, and is given:
 
-    Args:
-        values: float64: n counts, then n learning rates.
-        table: float64: the schedules' pieces, as csrc/schedule.h reads them.
-        found_inf: one fp32 number, or None.
+    values: float64: n counts, then n learning rates.
+    table: float64: the schedules' pieces, as csrc/schedule.h reads them.
+    found_inf: one fp32 number, or None.
+    n: int.
     """
-    schedule_kernel[(n,)](values, table, found_inf, n, num_warps=1, enable_fp_fusion=False)
+    return Prepared(schedule_kernel, {}, num_warps=1)

@@ -5,17 +5,22 @@ It has run under Triton's interpreter and compiles for sm_90; it has never run o
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .numeric import divide
+from .launching import Prepared
+from .numeric import FP64, I8, NONE, divide
 from .rules import RULES
 from .stored import AVERAGE, COMPANION, COPY, load, load_state, load_weight, store, store_state, store_weight
 
 ROW = 17  # int64 numbers of a tensor in the table: param, step, up to five states, and what stored.py names
 CHUNK_ROW = 3  # of a chunk: tensor, elements, offset
+ARGUMENTS = (  # those of a launch
+    *("table_ptr", "chunks_ptr", "grads_ptr", "hyper_ptr", "done_ptr", "grad_scale_ptr", "found_inf_ptr"),
+    *("coefficient_ptr", "average_weight_ptr", "n_tensors"),
+)
 
 
 @triton.jit
@@ -52,6 +57,21 @@ def update_block(
     """
     p = load_weight(row_ptr, begin, lanes, mask, PARAM, FORM, ARITHMETIC, WHOLE)
     g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
+    s0, s1, s2, average = p, p, p, p  # stand in for what is absent; a rule hands absent states back
+    if STATE0 != NONE:
+        s0 = load_state(row_ptr, 0, begin, lanes, mask, STATE0, ARITHMETIC, WHOLE)
+    if STATE1 != NONE:
+        s1 = load_state(row_ptr, 1, begin, lanes, mask, STATE1, ARITHMETIC, WHOLE)
+    if STATE2 != NONE:
+        s2 = load_state(row_ptr, 2, begin, lanes, mask, STATE2, ARITHMETIC, WHOLE)
+    if FOLLOWERS[0] != NONE:
+        average = load(tl.load(row_ptr + AVERAGE), begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, WHOLE)
+    # A thread may store what another has yet to load: loads and stores of the same memory may be shared out to threads
+    # in different ways. What is stored depends on what was loaded there, element by element, but for the gradient and
+    # for codes, whose blocks share a scale.
+    CODED: tl.constexpr = (STATE0 >= I8) or ((STATE1 >= I8) or (STATE2 >= I8))
+    if LEFT != "" or CODED:
+        tl.debug_barrier()
     if grad_scale_ptr is not None:
         g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
     if coefficient_ptr is not None:
@@ -62,13 +82,6 @@ def update_block(
         store(grad, begin, lanes, mask, g, GRAD, WHOLE)
     if MAXIMIZE:
         g = -g
-    s0, s1, s2 = p, p, p  # stand in for absent states, which the rule hands back
-    if STATE0 != "":
-        s0 = load_state(row_ptr, 0, begin, lanes, mask, STATE0, ARITHMETIC, WHOLE)
-    if STATE1 != "":
-        s1 = load_state(row_ptr, 1, begin, lanes, mask, STATE1, ARITHMETIC, WHOLE)
-    if STATE2 != "":
-        s2 = load_state(row_ptr, 2, begin, lanes, mask, STATE2, ARITHMETIC, WHOLE)
     tl.static_assert(N_NAMED <= 1 or N_NAMED == 3, "add a branch for a rule with another number of states")
     if N_NAMED == 0:
         p = UPDATE(p, g, s, PRESENT)
@@ -77,17 +90,16 @@ def update_block(
     else:
         p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s, PRESENT)
     p = store_weight(row_ptr, begin, lanes, mask, p, step, PARAM, FORM, ARITHMETIC, WHOLE, BLOCK)
-    if FOLLOWERS[0] != "":
-        average = load(tl.load(row_ptr + AVERAGE), begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, WHOLE)
+    if FOLLOWERS[0] != NONE:
         average = average + tl.load(average_weight_ptr).to(ARITHMETIC) * (p - average)
         store(tl.load(row_ptr + AVERAGE), begin, lanes, mask, average, FOLLOWERS[0], WHOLE)
-    if FOLLOWERS[1] != "":
+    if FOLLOWERS[1] != NONE:
         store(tl.load(row_ptr + COPY), begin, lanes, mask, p, FOLLOWERS[1], WHOLE)
-    if STATE0 != "":
+    if STATE0 != NONE:
         store_state(row_ptr, 0, begin, lanes, mask, s0, STATE0, WHOLE, BLOCK)
-    if STATE1 != "":
+    if STATE1 != NONE:
         store_state(row_ptr, 1, begin, lanes, mask, s1, STATE1, WHOLE, BLOCK)
-    if STATE2 != "":
+    if STATE2 != NONE:
         store_state(row_ptr, 2, begin, lanes, mask, s2, STATE2, WHOLE, BLOCK)
 
 
@@ -105,7 +117,7 @@ def zero_chunk(chunk_ptr, grads_ptr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
             start += BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ARGUMENTS)
 def step_kernel(
     table_ptr,
     chunks_ptr,
@@ -154,7 +166,7 @@ def step_kernel(
         for k in tl.static_range(N_NAMED):
             addresses = addresses | tl.load(row_ptr + 2 + k)
         addresses = addresses | tl.load(row_ptr + COMPANION)  # 0 if there is none
-        if FOLLOWERS != ("", ""):
+        if FOLLOWERS[0] != NONE or FOLLOWERS[1] != NONE:
             addresses = addresses | tl.load(row_ptr + AVERAGE) | tl.load(row_ptr + COPY)
         whole = 0 * n
         if addresses % 16 == 0:
@@ -194,27 +206,32 @@ def step_kernel(
 
 def constants(
     rule: str,
-    dtypes: tuple[str, ...],
-    followers: tuple[str, str],
+    dtypes: tuple[int, ...],
+    followers: tuple[int, int],
     maximize: bool,
     left: str,
     block: int,
     form: str = "plain",
-) -> dict:
+) -> dict[str, Any]:
     """The compile-time arguments of `step_kernel`.
 
-    ``dtypes`` of param, grad and every state that the rule names, as "fp32", "bf16" and so on; "" for an absent one.
+    ``rule``: its name in `RULES`.
+    ``dtypes`` of param, grad and every state that the rule names, as numeric.py counts them; NONE for an absent
+    one.
     ``followers``: of the parameters' averages and copies.
+    ``maximize``: whether gradients are negated.
     ``left`` in the gradients: "" for what was there, "zero", or "changed" for what the rule used.
+    ``block``: elements that a program updates at a time.
+    ``form``: how weights are stored: "plain", "master", "split", "kahan" or "stochastic".
     """
     return {
         "PREPARE": RULES[rule].prepare,
         "UPDATE": RULES[rule].update,
         "N_NAMED": RULES[rule].n_named,
-        **dict(zip(("PARAM", "GRAD", "STATE0", "STATE1", "STATE2"), dtypes + ("",) * 3, strict=False)),
-        "PRESENT": sum((dtype != "") << k for k, dtype in enumerate(dtypes[2:])),
+        **dict(zip(("PARAM", "GRAD", "STATE0", "STATE1", "STATE2"), dtypes + (NONE.value,) * 3, strict=False)),
+        "PRESENT": sum((dtype != NONE.value) << k for k, dtype in enumerate(dtypes[2:])),
         "FORM": form,
-        "ARITHMETIC": tl.float64 if dtypes[0] == "fp64" else tl.float32,
+        "ARITHMETIC": tl.float64 if dtypes[0] == FP64.value else tl.float32,
         "MAXIMIZE": maximize,
         "LEFT": left,
         "FOLLOWERS": followers,
@@ -224,59 +241,20 @@ def constants(
     }
 
 
-def launch(
-    rule: str,
-    dtypes: tuple[str, ...],
-    followers: tuple[str, str],
-    form: str,
-    maximize: bool,
-    left: str,
-    table: Tensor,
-    chunks: Tensor,
-    grads: Tensor,
-    hyper: Tensor,
-    done: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    coefficient: Tensor | None,
-    average_weight: Tensor | None,
-    block: int,
-) -> None:
-    """Queue one update of the tensors of ``table``, all of which have the same dtypes.
+def prepare(*args: Any) -> Prepared:
+    """The kernel with the arguments that `constants` takes. A launch updates the tensors of ``table``, and is given:
 
-    Args:
-        rule: its name in `RULES`.
-        dtypes: of param, grad and each state that the rule names: "fp32", "bf16", "fp16", "fp64", of a state also "i8"
-            and "u8" for its codes; "": an absent one.
-        followers: dtypes of the averages and the copies of the parameters.
-        form: how weights are stored: "plain", "master", "split", "kahan" or "stochastic".
-        maximize: whether gradients are negated.
-        left: what becomes of the gradients, as in `constants`.
-        table: int64, (tensors, ROW): addresses.
-        chunks: int64, (programs, CHUNK_ROW): which elements each program updates.
-        grads: int64, (tensors,): addresses of the gradients, 0 for tensors that take no part.
-        hyper: float64: the rule's hyperparameters.
-        done: int32, one zero; it is zero again afterwards.
-        grad_scale, found_inf: one fp32 number each, or None.
-        coefficient: one fp64 number that gradients are multiplied by, or None.
-        average_weight: of the parameter in its average, one fp64 number; None where there are no averages.
-        block: elements that a program updates at a time.
+    table: int64, (tensors, ROW): addresses.
+    chunks: int64, (programs, CHUNK_ROW): which elements each program updates.
+    grads: int64, (tensors,): addresses of the gradients, 0 for tensors that take no part.
+    hyper: float64: the rule's hyperparameters.
+    done: int32, one zero; it is zero again afterwards.
+    grad_scale, found_inf: one fp32 number each, or None.
+    coefficient: one fp64 number that gradients are multiplied by, or None.
+    average_weight: of the parameter in its average, one fp64 number; None where there are no averages.
+    n_tensors: the table's.
     """
-    step_kernel[(chunks.shape[0],)](
-        table,
-        chunks,
-        grads,
-        hyper,
-        done,
-        grad_scale,
-        found_inf,
-        coefficient,
-        average_weight,
-        table.shape[0],
-        **constants(rule, dtypes, followers, maximize, left, block, form),
-        num_warps=8,
-        enable_fp_fusion=False,
-    )
+    return Prepared(step_kernel, constants(*args))
 
 
 def is_interpreted() -> bool:
@@ -284,6 +262,6 @@ def is_interpreted() -> bool:
     return not isinstance(step_kernel, triton.JITFunction)
 
 
-def block_size(device: torch.device) -> int:
-    """Elements that a program updates at a time: two 16-byte accesses of fp32 a thread; on the CPU few iterations."""
-    return 16384 if device.type == "cpu" else 2048
+def block_size() -> int:
+    """Elements that a program updates at a time: two 16-byte accesses of fp32 a thread; interpreted few iterations."""
+    return 16384 if is_interpreted() else 2048

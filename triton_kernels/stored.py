@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .codecs import compensate, decode, encode, join, narrow_stochastic, random_16, split
-from .numeric import narrow, widen
+from .numeric import BF16, BITS, FP16, FP32, FP64, I8, U8, narrow, widen
 
 COMPANION = tl.constexpr(7)  # its place in a tensor's row of the table; the scales of its states, seed and index follow
 SCALES = tl.constexpr(8)
@@ -15,15 +15,15 @@ AVERAGE, COPY = tl.constexpr(15), tl.constexpr(16)
 
 @triton.jit
 def pointer(address, DTYPE: tl.constexpr):
-    if DTYPE == "bf16" or DTYPE == "bits":
+    if DTYPE == BF16 or DTYPE == BITS:
         return address.to(tl.pointer_type(tl.uint16))  # bf16 as bits: the interpreter would truncate when it rounds
-    elif DTYPE == "fp16":
+    elif DTYPE == FP16:
         return address.to(tl.pointer_type(tl.float16))
-    elif DTYPE == "fp64":
+    elif DTYPE == FP64:
         return address.to(tl.pointer_type(tl.float64))
-    elif DTYPE == "i8":
+    elif DTYPE == I8:
         return address.to(tl.pointer_type(tl.int8))
-    elif DTYPE == "u8":
+    elif DTYPE == U8:
         return address.to(tl.pointer_type(tl.uint8))
     else:
         return address.to(tl.pointer_type(tl.float32))
@@ -63,10 +63,10 @@ def load_weight(
 ):
     param = tl.load(row_ptr)
     if FORM == "master":
-        return load(tl.load(row_ptr + COMPANION), begin, lanes, mask, "fp32", ARITHMETIC, WHOLE)
+        return load(tl.load(row_ptr + COMPANION), begin, lanes, mask, FP32, ARITHMETIC, WHOLE)
     elif FORM == "split":
-        upper = load_stored(param, begin, lanes, mask, "bits", WHOLE)
-        return join(upper, load_stored(tl.load(row_ptr + COMPANION), begin, lanes, mask, "bits", WHOLE))
+        upper = load_stored(param, begin, lanes, mask, BITS, WHOLE)
+        return join(upper, load_stored(tl.load(row_ptr + COMPANION), begin, lanes, mask, BITS, WHOLE))
     elif FORM == "kahan":
         rest = load(tl.load(row_ptr + COMPANION), begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
         return load(param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE) + rest
@@ -82,13 +82,13 @@ def store_weight(
     """Returns what followers follow: the fp32 weight where one is kept, else the stored one."""
     param = tl.load(row_ptr)
     if FORM == "master":
-        store(tl.load(row_ptr + COMPANION), begin, lanes, mask, x, "fp32", WHOLE)
+        store(tl.load(row_ptr + COMPANION), begin, lanes, mask, x, FP32, WHOLE)
         store(param, begin, lanes, mask, x, PARAM, WHOLE)
         return x
     elif FORM == "split":
         upper, lower = split(x)
-        store_stored(param, begin, lanes, mask, upper, "bits", WHOLE)
-        store_stored(tl.load(row_ptr + COMPANION), begin, lanes, mask, lower, "bits", WHOLE)
+        store_stored(param, begin, lanes, mask, upper, BITS, WHOLE)
+        store_stored(tl.load(row_ptr + COMPANION), begin, lanes, mask, lower, BITS, WHOLE)
         return x
     elif FORM == "kahan":
         narrowed, rest = compensate(x, PARAM)
@@ -111,10 +111,10 @@ def load_state(
     row_ptr, k: tl.constexpr, begin, lanes, mask, STATE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr
 ):
     address = tl.load(row_ptr + 2 + k)
-    if STATE == "i8" or STATE == "u8":
+    if STATE == I8 or STATE == U8:
         codes = load_stored(address, begin, lanes, mask, STATE, WHOLE)
         blocks = (begin + lanes) // 256
-        scales = tl.load(pointer(tl.load(row_ptr + SCALES + k), "fp32") + blocks, mask=mask)
+        scales = tl.load(pointer(tl.load(row_ptr + SCALES + k), FP32) + blocks, mask=mask)
         return decode(codes, scales, STATE)
     else:
         return load(address, begin, lanes, mask, STATE, ARITHMETIC, WHOLE)
@@ -125,12 +125,12 @@ def store_state(
     row_ptr, k: tl.constexpr, begin, lanes, mask, x, STATE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr
 ):
     address = tl.load(row_ptr + 2 + k)
-    if STATE == "i8" or STATE == "u8":
+    if STATE == I8 or STATE == U8:
         exists = lanes >= 0 if WHOLE else mask
         codes, scales = encode(x, exists, STATE, N)
         store_stored(address, begin, lanes, mask, codes, STATE, WHOLE)
         blocks = tl.arange(0, N // 256)
         there = tl.max(tl.reshape(exists, (N // 256, 256)).to(tl.int32), 1) != 0
-        tl.store(pointer(tl.load(row_ptr + SCALES + k), "fp32") + begin // 256 + blocks, scales, mask=there)
+        tl.store(pointer(tl.load(row_ptr + SCALES + k), FP32) + begin // 256 + blocks, scales, mask=there)
     else:
         store(address, begin, lanes, mask, x, STATE, WHOLE)

@@ -23,9 +23,12 @@ __device__ __forceinline__ S* global(S* pointer) {
 template <class T>
 struct GradChange {
   bool any, zero, write;  // the stored one is set to zero after it was read, or to what it was changed to
+  bool divides;           // by scale, or that is 1
   T scale, factor, sign;  // factor: the coefficient with the sign, which is 1 or -1
 
-  __device__ __forceinline__ T operator()(T grad) const { return any ? (grad / scale) * factor : grad; }
+  __device__ __forceinline__ T operator()(T grad) const {
+    return any ? (divides ? grad / scale : grad) * factor : grad;
+  }
 };
 
 // The same as it is known before the kernel runs.
@@ -41,6 +44,7 @@ struct GradsBecome {
     return {any,
             zero,
             write,
+            scale != nullptr,
             scale != nullptr ? static_cast<T>(*global(scale)) : T(1),
             coefficient != nullptr ? sign * static_cast<T>(*global(coefficient)) : sign,
             sign};
@@ -72,6 +76,20 @@ struct Team {
       __syncthreads();
   }
 };
+
+// The largest of a warp's numbers, known to all of its lanes.
+__device__ __forceinline__ uint32_t warp_maximum(uint32_t mine) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, mine);
+#else
+#pragma unroll
+  for (unsigned lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, lanes);
+    mine = other > mine ? other : mine;
+  }
+  return mine;
+#endif
+}
 
 struct alignas(16) Vector {
   uint32_t words[4];

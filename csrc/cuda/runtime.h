@@ -9,8 +9,9 @@
 namespace fusedstep::cuda {
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("fusedstep: ") + what + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // clears it: the next launch shall not report it again
+  throw std::runtime_error(std::string("fusedstep: ") + what + ": " + cudaGetErrorString(status));
 }
 
 // The static CUDA runtime keeps a current device of its own.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, layout
+from .backends.lifetime import Graphs, refuse_capture
 from .backends.plan import Call, Plan, Slot
 from .optimizer import FusedOptimizer, _keep_from_compiler
 
@@ -100,6 +101,7 @@ class GradientAccumulator:
         self._seen: set[Tensor] = set()  # parameters with a gradient since reset()
         self._closed = False  # from all_reduce() or assign() to reset()
         self._assigned: list[tuple[Tensor, Tensor, torch.dtype | None, Tensor | None]] = []
+        self._graphs = Graphs()
         self._plans: list[tuple[Plan, Tensor]] | None = None  # with the counters of each plan's parameters
         self._listed: list[Tensor] = []
         self._params: dict[Tensor, str | None] = {}
@@ -253,6 +255,8 @@ class GradientAccumulator:
 
     def _build(self, gradients: list[Tensor | None] | None) -> list[tuple[Plan, Tensor]]:
         """Plan one kernel call for each device and backend; raises before any buffer is created."""
+        for device in {param.device for param in self._params}:
+            refuse_capture(device, "GradientAccumulator met new or changed tensors")
         grads = [param.grad for param in self._params] if gradients is None else gradients
         for index, ((param, name), grad) in enumerate(zip(self._params.items(), grads, strict=True)):
             if grad is not None:
@@ -275,7 +279,9 @@ class GradientAccumulator:
             begun = [float(slot.param in self._seen) for slot in slots]
             counters = torch.tensor(begun, dtype=torch.float32, device=device)
             slots = [slot._replace(step=counter) for slot, counter in zip(slots, counters.unbind(), strict=True)]
-            plans.append((backend.plan(type(self), 0, {}, None, (), slots), counters))
+            plan = backend.plan(type(self), 0, {}, None, (), slots)
+            plan.graphs = self._graphs
+            plans.append((plan, counters))
         return plans
 
     def _buffer(self, param: Tensor, grad: Tensor | None = None) -> Tensor:

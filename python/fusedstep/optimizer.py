@@ -15,6 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from . import averages, backends, checkpoint, checks, layout, planning, precision
+from .backends.lifetime import CHANGED, Graphs, refuse_capture
 from .backends.plan import Call, Plan
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .options import Options
@@ -94,6 +95,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         self._followers = averages.Followers(ema_decay, weights_copy)
         self._counters: dict[Tensor, Tensor] = {}
+        self._graphs = Graphs()
         super().__init__(params, defaults)
         self._learning_rates = on_device.LearningRates(self._backend)
         self._learning_rates.follow(self.param_groups, self._most_steps)
@@ -246,6 +248,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
         self.__dict__.setdefault("_options", {})
+        self.__dict__.setdefault("_graphs", Graphs())
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
         self.__dict__.setdefault("_followers", averages.Followers())
         self.__dict__.setdefault("_learning_rates", on_device.LearningRates(self._backend)).renew(self.param_groups)
@@ -367,6 +370,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
         plans, groups = self._plans_that_fit(), self.param_groups
         if plans is None:
+            for device in {param.device for group in groups for param in group["params"]}:
+                refuse_capture(device, CHANGED)
             chosen = planning.look_up(self, limits is not None)
             if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
                 return

@@ -96,6 +96,7 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
             plan.zero_grads = is_last and optimizer._gradients.options.zero_grads
             plan.write_grads = is_last and optimizer._gradients.options.write_grads
             plan.average_weight = optimizer._followers.average_weight
+            plan.graphs = optimizer._graphs
             plans.append(plan)
     return plans
 

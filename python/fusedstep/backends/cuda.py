@@ -1,4 +1,4 @@
-"""The compiled CUDA engine. It compiles for sm_80, sm_90 and sm_100; it has never run on a GPU yet."""
+"""The compiled CUDA engine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import KernelBackend
+from .lifetime import CHANGED, Streams, refuse_capture
 from .native import extension_reasons
 from .plan import KernelPlan
 
@@ -25,6 +26,10 @@ class CudaPlan(KernelPlan):
     table = None
     norm_table = None
 
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.norm_streams = Streams()
+
     def launch(self, call: Call) -> int:
         from .. import _C
 
@@ -35,6 +40,10 @@ class CudaPlan(KernelPlan):
             value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.is_cuda else value
             for value in call.hyper
         )
+        grad_scale = None if call.grad_scale is None else call.grad_scale.to(device, torch.float32, non_blocking=True)
+        found_inf = None if call.found_inf is None else call.found_inf.to(device, torch.float32, non_blocking=True)
+        coefficient = None if call.coefficient is None else call.coefficient.to(device, non_blocking=True)
+        self.keep((self.memory, self.work), *hyper, grad_scale, found_inf, coefficient)
         return _C.cuda_step(
             self.native,
             self.table,
@@ -42,9 +51,9 @@ class CudaPlan(KernelPlan):
             self.work.data_ptr(),
             hyper,
             call.maximize,
-            None if call.grad_scale is None else call.grad_scale.to(device, torch.float32, non_blocking=True),
-            None if call.found_inf is None else call.found_inf.to(device, torch.float32, non_blocking=True),
-            None if call.coefficient is None else call.coefficient.to(device, non_blocking=True),
+            grad_scale,
+            found_inf,
+            coefficient,
             self.zero_grads,
             self.write_grads,
             self.average_weight,
@@ -65,12 +74,18 @@ class CudaPlan(KernelPlan):
         if self.norm_table is None or not self.norm_table.fits(self.native):
             self.norm_table = _C.CudaNormTable(self.native)
             self.norm_memory = self._uploaded(self.norm_table.bytes())
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(device, torch.float32, non_blocking=True)
+        if found_inf is not None:
+            found_inf = found_inf.to(device, torch.float32, non_blocking=True)
+        self.norm_streams.use(device, (self.norm_memory, norm.numbers, norm.found_inf))
+        self.graphs.keep(device, self.norm_memory, norm, grad_scale, found_inf)
         return self.norm_table.launch(
             self.native,
             self.norm_memory.data_ptr(),
             norm.numbers.data_ptr(),
-            None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True),
-            None if found_inf is None else found_inf.to(device, torch.float32, non_blocking=True),
+            grad_scale,
+            found_inf,
             limits,
             norm.found_inf.data_ptr(),
             first,
@@ -85,11 +100,7 @@ class CudaPlan(KernelPlan):
         self.table = table
 
     def _uploaded(self, table: bytearray) -> Tensor:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "fusedstep: step() met new or changed tensors while a CUDA graph is captured; "
-                "run one step() with these parameters and gradients before capturing"
-            )
+        refuse_capture(self.device, CHANGED)
         return torch.frombuffer(table, dtype=torch.uint8).to(self.device)
 
 

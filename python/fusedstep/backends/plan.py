@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import averages, checks, layout
+from .lifetime import Graphs, Streams
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
@@ -81,6 +83,7 @@ class Plan(ABC):
         self.given: list[Tensor | None] | None = None  # gradients in place of the parameters' own
         self.rows: list[Rows] = []  # of this step's sparse gradients
         self.rows_plan: Plan | None = None
+        self.graphs = Graphs()  # the optimizer puts its own here, which lives longer
 
     @abstractmethod
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
@@ -195,6 +198,7 @@ class KernelPlan(Plan):
         super().__init__(*args)
         from .. import _C
 
+        self.streams = Streams()
         slots = self.slots
         self.native = _C.Plan(
             self.rule,
@@ -300,6 +304,17 @@ class KernelPlan(Plan):
         torch.autograd.graph.increment_version([target for i, target in self.wrappers if i in active])
         return calls
 
+    def keep(self, memory: Sequence[Tensor | None], *given: Any) -> None:
+        """Before a launch: let what it uses live until the device has no more use for it.
+
+        Args:
+            memory: the plan's own device tensors, each always at the same place of the sequence.
+            given: tensors of others that the launch reads.
+        """
+        self.streams.use(self.device, memory)
+        # Not the plan itself, which would be a cycle: memory then waits for the garbage collector.
+        self.graphs.keep(self.device, self.slots, *memory, *given)
+
     @abstractmethod
     def launch(self, call: Call) -> int:
-        """Call the kernel on what `gather` found; returns the number of calls."""
+        """Call the kernel on what `gather` found; returns the number of calls. On a GPU it calls `keep` before."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import KernelBackend
+from .lifetime import CHANGED, Streams, is_capturing, refuse_capture
 from .native import extension_reasons
 from .norm import NO_LIMITS, Limits
 from .plan import KernelPlan
@@ -20,12 +21,13 @@ from .triton_reducing import ReducingTable, dtypes_of
 
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
+    from ..triton_kernels.launching import Prepared
     from .norm import Norm
     from .plan import Call, Plan
 
-NAMES = ("fp32", "bf16", "fp16", "fp64")  # by the tags of csrc/numeric.h
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-CODES = {torch.int8: "i8", torch.uint8: "u8"}  # of states
+# How numbers are stored: csrc/numeric.h's Dtype.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4, torch.uint8: 5}
+NONE = -1  # there is nothing
 OLDEST = (3, 6)
 MAX_CHUNK = 65_536  # elements of one program
 
@@ -33,12 +35,15 @@ MAX_CHUNK = 65_536  # elements of one program
 class Launch:
     """The tensors of a plan that have the same dtypes: what one call updates."""
 
+    table: Tensor
+    chunks: Tensor
+
     def __init__(
         self,
-        dtypes: tuple[str, ...],
+        dtypes: tuple[int, ...],
         indices: list[int],
         plan: TritonPlan,
-        followers: tuple[str, str] = ("", ""),
+        followers: tuple[int, int] = (NONE, NONE),
         form: str = "plain",
     ) -> None:
         self.dtypes = dtypes
@@ -46,9 +51,16 @@ class Launch:
         self.form = form
         self.indices = np.array(indices)
         self.done = torch.zeros(1, dtype=torch.int32, device=plan.device)
-        self.addresses: np.ndarray | None = None
-        self.grads: Tensor | None = None
+        self.raw = b""  # the addresses of all gradients of the plan
+        self.addresses: np.ndarray | None = None  # of this launch's
+        self.is_active = False  # whether a tensor takes part
+        self.kernels: dict[tuple, list[Prepared]] = {}
         self.build(indices, plan)
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """All device tensors that a launch uses, each always at the same place."""
+        return [self.table, self.chunks, self.grads, self.done]
 
     def build(self, indices: list[int], plan: TritonPlan) -> None:
         """Upload what does not change from step to step."""
@@ -69,34 +81,34 @@ class Launch:
         self.table = plan.upload(torch.from_numpy(rows))
         self.chunks = plan.upload(torch.tensor(chunks, dtype=torch.int64))
 
-    def set_grads(self, addresses: np.ndarray, plan: TritonPlan) -> bool:
+    def set_grads(self, raw: bytes, plan: TritonPlan) -> bool:
         """Upload the gradients' addresses if they are new; False if no tensor takes part."""
-        mine = addresses[self.indices]
-        if self.addresses is None or not np.array_equal(mine, self.addresses):
-            self.addresses = mine
-            self.grads = plan.upload(torch.from_numpy(mine))
-        return bool(mine.any())
+        if raw != self.raw:
+            self.raw = raw
+            mine = np.frombuffer(raw, dtype=np.int64)[self.indices]
+            if self.addresses is None or not np.array_equal(mine, self.addresses):
+                self.addresses = mine
+                self.grads = plan.upload(torch.from_numpy(mine))
+                self.is_active = bool(mine.any())
+        return self.is_active
+
+    def prepare(self, plan: TritonPlan, maximize: bool) -> list[Prepared]:
+        from ..triton_kernels import step
+
+        block = step.block_size()
+        fixed = (plan.rule, self.dtypes, self.followers, maximize, plan.left, block, self.form)
+        return [step.prepare(*fixed)]
 
     def run(self, plan: TritonPlan, maximize: bool, flags: list[Tensor | None]) -> int:
         """Queue the update; returns the number of launches."""
-        from ..triton_kernels import step
-
-        step.launch(
-            plan.rule,
-            self.dtypes,
-            self.followers,
-            self.form,
-            maximize,
-            plan.left,
-            self.table,
-            self.chunks,
-            self.grads,
-            plan.hyper,
-            self.done,
-            *flags,
-            step.block_size(plan.device),
-        )
-        return 1
+        key = (maximize, plan.left)
+        kernels = self.kernels.get(key)
+        if kernels is None:
+            kernels = self.kernels[key] = self.prepare(plan, maximize)
+        memory = (self.table, self.chunks, self.grads, plan.hyper, self.done, *flags)
+        for kernel in kernels:
+            kernel(plan.device, len(self.chunks), *memory, len(self.table))
+        return len(kernels)
 
 
 class ReducingLaunch(Launch):
@@ -104,12 +116,16 @@ class ReducingLaunch(Launch):
 
     def build(self, indices: list[int], plan: TritonPlan) -> None:
         self.reducing = ReducingTable(self.dtypes, indices, plan)
+        self.table, self.chunks = self.reducing.table, self.reducing.items
 
-    def run(self, plan: TritonPlan, maximize: bool, flags: list[Tensor | None]) -> int:
+    @property
+    def memory(self) -> list[Tensor]:
+        return [*super().memory, self.reducing.work, self.reducing.count]
+
+    def prepare(self, plan: TritonPlan, maximize: bool) -> list[Prepared]:
         from ..triton_kernels import reducing
 
-        tables = (self.reducing.table, self.reducing.items, self.grads, plan.hyper, self.done)
-        return reducing.launch(plan.rule, self.dtypes, self.followers, maximize, plan.left, *tables, *flags)
+        return reducing.prepare(plan.rule, self.dtypes, self.followers, maximize, plan.left)
 
 
 class NormLaunch(Launch):
@@ -120,14 +136,23 @@ class NormLaunch(Launch):
         chunks = [(row, min(MAX_CHUNK, n - at), at) for row, n in sizes for at in range(0, n, MAX_CHUNK)]
         self.chunks = plan.upload(torch.tensor(chunks or [(0, 0, 0)], dtype=torch.int64))
         self.sums = torch.empty((len(self.chunks), 2), dtype=torch.float64, device=plan.device)
+        self.streams = Streams()
 
-    def add(self, norm: Norm, limits: Limits, numbers: Tensor, first: bool, last: bool, flags: list) -> None:
+    def add(
+        self, plan: TritonPlan, norm: Norm, limits: Limits, numbers: Tensor, first: bool, last: bool, flags: list
+    ) -> None:
         """Queue the sums, which are added to those in ``norm`` unless they are the ``first``."""
         from ..triton_kernels import norm as kernels
         from ..triton_kernels.step import block_size
 
+        key = (first, last, limits[2:])
+        if key not in self.kernels:
+            block = block_size()
+            self.kernels[key] = [kernels.prepare(*self.dtypes, first, last, limits, block)]
         memory = self.chunks, self.grads, self.sums, norm.numbers, self.done, numbers, norm.found_inf
-        kernels.launch(*self.dtypes, first, last, limits, *memory, *flags, block_size(self.chunks.device))
+        self.streams.use(plan.device, memory)
+        plan.graphs.keep(plan.device, norm, *memory, *flags)
+        self.kernels[key][0](plan.device, len(self.chunks), *memory, *flags)
 
 
 class TritonPlan(KernelPlan):
@@ -139,35 +164,45 @@ class TritonPlan(KernelPlan):
     grad_dtypes: list[int] | None = None
     hyper_values: tuple[float, ...] | None = None
     hyper: Tensor | None = None
-
-    def __init__(self, *args) -> None:
-        super().__init__(*args)
-        self.captured: list[Tensor] = []
+    only_in_graph = False
 
     def upload(self, host: Tensor) -> Tensor:
         """A copy on the plan's device, without waiting for it."""
-        if self.device.type == "cpu":
-            return host.clone()
-        pinned = host.pin_memory()
-        copy = pinned.to(self.device, non_blocking=True)
-        if torch.cuda.is_current_stream_capturing():
-            self.captured += [pinned, copy]  # each replay of the graph reads and writes them again
+        source = host.clone() if self.device.type == "cpu" else host.pin_memory()
+        copy = source.to(self.device, non_blocking=True, copy=True)
+        if is_capturing(self.device):
+            self.graphs.keep(self.device, source, copy)
+            self.only_in_graph = True
         return copy
 
+    def _forget_what_only_a_graph_has(self) -> None:
+        """What was uploaded in a capture is in device memory when the graph is replayed, not before."""
+        if self.only_in_graph and not is_capturing(self.device):
+            self.only_in_graph = False
+            self.hyper_values = self.limits = self.weight = None
+            for launch in (*(self.launches or ()), *(self.sums or ())):
+                launch.raw, launch.addresses = b"", None
+
     def launch(self, call: Call) -> int:
+        self._forget_what_only_a_graph_has()
         grad_dtypes = self.native.grad_dtypes()
         if self.launches is None or grad_dtypes != self.grad_dtypes:
+            refuse_capture(self.device, CHANGED)
             self.launches = self._launches(grad_dtypes)
             self.grad_dtypes = grad_dtypes
         self._set_hyper(call.hyper)
         flags = [None if t is None else t.to(self.device, torch.float32) for t in (call.grad_scale, call.found_inf)]
         flags.append(None if call.coefficient is None else call.coefficient.to(self.device))
         flags.append(self._weight())
-        addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64)
+        addresses = self.native.grad_pointers()
+        active = [launch for launch in self.launches if launch.set_grads(addresses, self)]
+        memory = [self.hyper, self.weight]
+        for launch in self.launches:
+            memory += launch.memory
+        self.keep(memory, *call.hyper, *flags)
         calls = 0
-        for group in self.launches:
-            if group.set_grads(addresses, self):
-                calls += group.run(self, call.maximize, flags)
+        for launch in active:
+            calls += launch.run(self, call.maximize, flags)
         self.native.increment_written(self.zero_grads or self.write_grads)
         self.native.release_grads()
         return calls
@@ -179,15 +214,17 @@ class TritonPlan(KernelPlan):
 
     def norm_launches(self) -> list[NormLaunch]:
         """Those that sum the gradients that take part."""
+        self._forget_what_only_a_graph_has()
         grad_dtypes = self.native.grad_dtypes()
         if self.sums is None or grad_dtypes != self.sums_dtypes:
-            groups: dict[str, list[int]] = {}
+            refuse_capture(self.device, CHANGED)
+            groups: dict[int, list[int]] = {}
             for index, slot in enumerate(self.slots):
                 if slot.tensor is not None:
-                    groups.setdefault(NAMES[grad_dtypes[index]], []).append(index)
+                    groups.setdefault(grad_dtypes[index], []).append(index)
             self.sums = [NormLaunch((dtype,), indices, self) for dtype, indices in groups.items()]
             self.sums_dtypes = grad_dtypes
-        addresses = np.frombuffer(self.native.grad_pointers(), dtype=np.int64)
+        addresses = self.native.grad_pointers()
         return [launch for launch in self.sums if launch.set_grads(addresses, self)]
 
     def limit_numbers(self, limits: Limits) -> Tensor:
@@ -204,17 +241,17 @@ class TritonPlan(KernelPlan):
         return self.weight
 
     def _launches(self, grad_dtypes: list[int]) -> list[Launch]:
-        groups: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[int]] = {}
+        groups: dict[tuple[tuple[int, ...], tuple[int, int], str], list[int]] = {}
         for index, slot in enumerate(self.slots):
             if slot.tensor is not None:
                 pairs = zip(self.states, slot.states, strict=True)
-                states = {name: (DTYPES | CODES)[state.dtype] for name, state in pairs if state is not None}
+                states = {name: DTYPES[state.dtype] for name, state in pairs if state is not None}
                 if self.reduces:
                     named = dtypes_of(states, self.rule, slot.matrices is not None)
                 else:
-                    named = [states.get(name, "") for name in self.optimizer.state_names]
-                dtypes = (DTYPES[slot.tensor.dtype], NAMES[grad_dtypes[index]], *named)
-                followers = tuple("" if t is None else DTYPES[t.dtype] for t in (slot.average, slot.copy))
+                    named = [states.get(name, NONE) for name in self.optimizer.state_names]
+                dtypes = (DTYPES[slot.tensor.dtype], grad_dtypes[index], *named)
+                followers = tuple(NONE if t is None else DTYPES[t.dtype] for t in (slot.average, slot.copy))
                 form = "plain" if slot.storage is None else slot.storage.form.name.lower()
                 groups.setdefault((dtypes, followers, form), []).append(index)
         kind = ReducingLaunch if self.reduces else Launch
@@ -222,13 +259,13 @@ class TritonPlan(KernelPlan):
 
     def _set_hyper(self, hyper: tuple[float | Tensor, ...]) -> None:
         """Put the hyperparameters into device memory in float64, the numbers only if one has changed."""
-        values = tuple(0.0 if isinstance(v, Tensor) and v.is_cuda else float(v) for v in hyper)
+        on_device = [(k, v) for k, v in enumerate(hyper) if isinstance(v, Tensor) and v.is_cuda]
+        values = tuple([0.0 if isinstance(v, Tensor) and v.is_cuda else float(v) for v in hyper])
         if values != self.hyper_values:
             self.hyper_values = values
             self.hyper = self.upload(torch.tensor(values, dtype=torch.float64))
-        for k, value in enumerate(hyper):
-            if isinstance(value, Tensor) and value.is_cuda:
-                self.hyper[k].copy_(value.reshape(()), non_blocking=True)
+        for k, value in on_device:
+            self.hyper[k].copy_(value.reshape(()), non_blocking=True)
 
 
 class TritonBackend(KernelBackend):
@@ -258,14 +295,13 @@ class TritonBackend(KernelBackend):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> int:
-        launches = [launch for plan in plans for launch in plan.norm_launches()]
+        launches = [(plan, launch) for plan in plans for launch in plan.norm_launches()]
         flags = [None if t is None else t.to(norm.device, torch.float32) for t in (grad_scale, found_inf)]
         finishes = limits is not None
         limits = limits or NO_LIMITS
         numbers = plans[-1].limit_numbers(limits)
-        for launch in launches:
-            first, last = launch is launches[0], finishes and launch is launches[-1]
-            launch.add(norm, limits, numbers, first, last, flags)
+        for number, (plan, launch) in enumerate(launches, 1):
+            launch.add(plan, norm, limits, numbers, number == 1, finishes and number == len(launches), flags)
         return len(launches)
 
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
@@ -273,7 +309,8 @@ class TritonBackend(KernelBackend):
 
         if found_inf is not None:
             found_inf = found_inf.to(schedules.values.device, torch.float32)
-        schedule.launch(schedules.values, schedules.table, len(schedules.lrs), found_inf)
+        n = len(schedules.lrs)
+        schedule.prepare()(schedules.values.device, n, schedules.values, schedules.table, found_inf, n)
         return 1
 
     def plan(self, *args) -> TritonPlan:

@@ -14,23 +14,27 @@ SMALL_MATRIX = 1024  # elements; up to here a program takes several whole matric
 ITEM_ELEMENTS = 16_384
 
 
-def dtypes_of(states: dict[str, str], rule: str, factored: bool) -> tuple[str, ...]:
+def dtypes_of(states: dict[str, int], rule: str, factored: bool) -> tuple[int, ...]:
     """Of the dtypes of a tensor's states, those that the kernels' constants ask for."""
+    from ..triton_kernels.numeric import NONE
     from ..triton_kernels.reducing_rules import REDUCING_RULES
 
     names = REDUCING_RULES[rule]
     lines = (names.row, names.column) if factored else (names.flat, names.flat)
-    return tuple(states.get(name, "") for name in (*lines, names.element, names.tensor, names.row2, names.column2))
+    return tuple(
+        states.get(name, NONE.value) for name in (*lines, names.element, names.tensor, names.row2, names.column2)
+    )
 
 
 class ReducingTable:
     """The table, items and work memory of tensors with the same dtypes. Cuts depend on each tensor's shape alone."""
 
-    def __init__(self, dtypes: tuple[str, ...], indices: list[int], plan: TritonPlan) -> None:
+    def __init__(self, dtypes: tuple[int, ...], indices: list[int], plan: TritonPlan) -> None:
         from ..triton_kernels import reducing, reducing_lines
+        from ..triton_kernels.numeric import FP64
 
-        self.size = 8 if dtypes[0] == "fp64" else 4
-        self.tile_columns = reducing.tile(plan.device.type == "cpu")[1]
+        self.size = 8 if dtypes[0] == FP64.value else 4
+        self.tile_columns = reducing.tile()[1]
         self.bytes = self.counters = 0
         rows = [self._row(plan, index) for index in indices]
         self.work = torch.empty(self.bytes, dtype=torch.uint8, device=plan.device)

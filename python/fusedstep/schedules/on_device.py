@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.lifetime import Graphs, Streams, refuse_capture
 from .schedule import POWER, Schedule, WarmUp, check_steps
 
 Group = dict[str, Any]
@@ -65,6 +66,7 @@ class DeviceSchedules:
             begins.append(float(len(schedules) + len(rows)))
             rows += [float(len(schedule.pieces)), *(number for piece in schedule.pieces for number in piece)]
         self.table = torch.tensor(begins + rows, dtype=torch.float64, device=device)
+        self.streams = Streams()
         self.set_count(count)
 
     @property
@@ -97,6 +99,7 @@ class LearningRates:
         self.choice = choice
         self.parts: list[DeviceSchedules] = []
         self.places: dict[int, tuple[Tensor, Schedule, DeviceSchedules]] = {}  # of each learning rate, by its id
+        self.graphs = Graphs()
 
     def __getstate__(self) -> dict[str, Any]:
         followed = [(lr, schedule) for lr, schedule, _ in self.places.values()]
@@ -116,6 +119,8 @@ class LearningRates:
         by_device: dict[torch.device, list[tuple[Group, Schedule]]] = {}
         for group, schedule in pairs:
             by_device.setdefault(device_of(group), []).append((group, schedule))
+        for device in by_device:
+            refuse_capture(device, "a learning rate began to follow a schedule")
         for device, members in by_device.items():
             backend = backends.BACKENDS.get(self.choice)
             if backend is None or backend.reasons(device, torch.float64):
@@ -173,6 +178,8 @@ class LearningRates:
         """Count a step, unless it was skipped, and go on to the next learning rates; returns the kernel calls."""
         calls = 0
         for part in self.parts:
+            part.streams.use(part.device, (part.values, part.table))
+            self.graphs.keep(part.device, part, found_inf)
             calls += part.backend.advance_schedules(part, found_inf)
         return calls
 
