@@ -3,6 +3,7 @@
     python bench/machine_code.py                    every kernel of csrc/cuda with a budget, on sm_80, sm_90, sm_100
     python bench/machine_code.py --all --archs 90   every kernel at all
     python bench/machine_code.py csrc/cuda/norm.cu  of these sources only
+    python bench/machine_code.py --built FILE       of an extension or object file that is already built
 
 Each source, and `machine_code_lab.cu` beside this file, is compiled to a cubin and disassembled. The lab has the barest
 kernel for each storage: what it needs of instructions and registers is the budget of the kernels that do the same work.
@@ -27,6 +28,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -73,7 +75,6 @@ ROWS: tuple[Row, ...] = (
     Row("fp32, average", step(0, "true"), r"lab::adamw_average<false>", 20, 16),
     Row("fp32, average, zeros", "", r"lab::adamw_average<true>", 20, 20),
     Row("norm, fp32", r"norm_kernel<448, false>", r"lab::norm<float>", 4),
-    Row("norm, bf16", "", r"lab::norm<lab::BF16>", 2),
     Row("sums, fp32", reducing("sums", "float", "Unchanged"), r"lab::sums<float>", 8),
     Row("sums, bf16", reducing("sums", "BF16", "Unchanged"), r"lab::sums<lab::BF16>", 4),
     Row("squares, fp32", reducing("update", "float", "Unchanged"), r"lab::squares<float>", 4, beside=16),
@@ -155,7 +156,9 @@ def compiled(source: Path, arch: int) -> Path:
     inputs = [source, *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), ROOT / "setup.py"]
     if target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
         return target
-    nvcc = setup.find_nvcc({**os.environ, "FUSEDSTEP_CUDA": "1"})
+    nvcc = setup.find_nvcc({**os.environ, "FUSEDSTEP_CUDA": ""})
+    if nvcc is None:
+        raise ToolError("nvcc is neither in CUDA_HOME/bin, nor named by CUDACXX, nor on PATH; install the CUDA toolkit")
     FOLDER.mkdir(parents=True, exist_ok=True)
     flags = [flag for flag in setup.NVCC_FLAGS if flag != "-Xcompiler" and not flag.startswith("-fPIC")]
     part = target.with_suffix(f".{os.getpid()}")
@@ -376,6 +379,14 @@ def kernels_of(cubin: Path, arch: int) -> Iterator[Kernel]:
         )
 
 
+def measure_built(binary: Path, archs: Sequence[int]) -> list[Kernel]:
+    """Every kernel of these architectures in an extension or an object file."""
+    with tempfile.TemporaryDirectory() as folder:
+        _run([tool("cuobjdump"), "-xelf", "all", str(binary.resolve())], cwd=folder)
+        found = [(arch, cubin) for arch in archs for cubin in sorted(Path(folder).glob(f"*.sm_{arch}.cubin"))]
+        return [kernel for arch, cubin in found for kernel in kernels_of(cubin, arch)]
+
+
 def measure(sources: Sequence[Path], archs: Sequence[int], jobs: int | None = None) -> list[Kernel]:
     """Every kernel of these sources, compiled for these architectures."""
     pairs = [(source, arch) for arch in archs for source in sources]
@@ -458,6 +469,7 @@ def _print(lines: Sequence[dict]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sources", nargs="*", type=Path, help="default: every .cu file of csrc/cuda")
+    parser.add_argument("--built", type=Path, help="measure this instead of compiling")
     parser.add_argument("--archs", default=",".join(map(str, ARCHS)), help="default: %(default)s")
     parser.add_argument("--all", action="store_true", help="kernels without a budget too")
     parser.add_argument("--lab", action="store_true", help="the budgets themselves")
@@ -467,7 +479,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = [source.resolve() for source in arguments.sources] or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     try:
         labs = measure([LAB], archs)
-        kernels = labs if arguments.lab else measure(sources, archs)
+        if arguments.built:
+            kernels = measure_built(arguments.built, archs)
+        else:
+            kernels = labs if arguments.lab else measure(sources, archs)
     except ToolError as error:
         print(error, file=sys.stderr)
         return 2

@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 4) norm(const G* grads, double* part
     for (int i = 0; i < kN; ++i) {
       const float grad = packs[k].get(i), unscaled = grad * inverse;
       squares += unscaled * unscaled;
-      largest = fusedstep::maximum(largest, fabsf(grad));
+      asm("{ .reg .f32 size; abs.f32 size, %1; max.NaN.f32 %0, %0, size; }" : "+f"(largest) : "f"(grad));
     }
     sum += squares;
   }

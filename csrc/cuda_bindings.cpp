@@ -109,7 +109,7 @@ const float* to_flag(const py::object& tensor, const Plan& plan, const char* nam
 
 // An empty tensor has no address, and takes part all the same: its step counts.
 std::vector<const void*> addresses_of_grads(const Plan& plan) {
-  static const char kNowhere = 0;
+  alignas(16) static const char kNowhere = 0;
   std::vector<const void*> grads(plan.size(), nullptr);
   for (size_t i = 0; i < plan.size(); ++i) {
     if (plan.active(i)) grads[i] = plan.grad(i) != nullptr ? plan.grad(i) : &kNowhere;

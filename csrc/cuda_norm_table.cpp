@@ -30,7 +30,7 @@ NormTable build_norm_table(const std::vector<Record>& records) {
     for (const bool small : {false, true}) {
       for (int64_t i = 0; i < segment.n_records; ++i) {
         const Record& record = records[first + i];
-        const int64_t width = size_of(record.grad_dtype), size = kNormChunkBytes / width;
+        const int64_t width = size_of(record.grad_dtype), size = norm_chunk_bytes(record.numel * width) / width;
         if (record.numel == 0 || (record.numel * width <= kNormSmallBytes) != small) continue;
         for (int64_t offset = 0; offset < record.numel; offset += size) {
           table.chunks.push_back(NormChunk{offset, static_cast<int32_t>(std::min(size, record.numel - offset)),

@@ -42,8 +42,8 @@ void cut_tiles(Partition* p, const Record& record) {
   const int64_t rounds = record.numel >= (1 << 22) ? 8 : record.numel >= (1 << 20) ? 4 : 2;
   p->pack = static_cast<int32_t>(pack);
   p->lanes = static_cast<int32_t>(lanes);
-  p->low_rows = static_cast<int32_t>(rows_at_once * kTallAhead);
-  p->tall_rows = static_cast<int32_t>(p->low_rows * rounds);
+  p->low_rows = static_cast<int32_t>(rows_at_once * kAhead);
+  p->tall_rows = static_cast<int32_t>(rows_at_once * kAhead * rounds);
   p->n_strips = static_cast<int32_t>(divide_up(p->columns, strip));
   p->n_parts = static_cast<int32_t>(divide_up(p->columns, std::min<int64_t>(lanes, 32) * pack));
   p->n_row_blocks = static_cast<int32_t>(divide_up(p->rows, p->tall_rows));
@@ -173,21 +173,20 @@ ReducingTable build_reducing_table(const std::vector<Record>& records, const std
   const int64_t n = static_cast<int64_t>(records.size());
   for (int64_t first = 0; first < n; first += kMaxTensorsPerLaunch) {
     ReducingSegment segment{first, std::min(kMaxTensorsPerLaunch, n - first), {}, {}, {}};
-    std::vector<Kind> kinds;
     for (int64_t i = 0; i < segment.n_records; ++i) {
       const Record& record = records[first + i];
       Partition partition = cut(record, matrices[first + i]);
       place(&partition, record, traits.factors, &table.work_bytes, &table.n_counters);
       table.partitions.push_back(partition);
-      kinds.push_back(kind_of(record, partition, traits.element_state));
-      bool& followed = segment.followed[static_cast<int>(kinds.back())];
+      table.kinds.push_back(kind_of(record, partition, traits.element_state));
+      bool& followed = segment.followed[static_cast<int>(table.kinds.back())];
       followed = followed || record.has_followers();
     }
     for (const bool tall : {true, false}) {
       for (int kind = 0; kind < kKinds; ++kind) {
         const size_t begin = table.items.size();
         for (int64_t i = 0; i < segment.n_records; ++i) {
-          if (static_cast<int>(kinds[i]) == kind)
+          if (static_cast<int>(table.kinds[first + i]) == kind)
             add_items(table.partitions[first + i], records[first + i], static_cast<int32_t>(i), tall, &table.items);
         }
         (tall ? segment.tall : segment.low)[kind] =

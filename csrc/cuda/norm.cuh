@@ -1,5 +1,5 @@
-// The kernel that sums over gradients: a block for each chunk, all of whose threads ask for everything they need before
-// they use any of it.
+// The kernel that sums over gradients: a block for each chunk, whose threads ask for eight 16-byte vectors before they
+// use the first.
 //
 // Compiled for sm_80, sm_90 and sm_100 and run thread by thread on the host in the tests.
 #pragma once
@@ -26,24 +26,18 @@ struct NormArguments {
   const void* grads[kCapacity];
 };
 
-// NaN wins.
-__device__ __forceinline__ float larger(float largest, float size) {
+// The larger of a magnitude and that of x; NaN wins.
+__device__ __forceinline__ float larger(float largest, float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(largest), "f"(size));
+  asm("{ .reg .f32 size; abs.f32 size, %2; max.NaN.f32 %0, %1, size; }" : "=f"(larger) : "f"(largest), "f"(x));
   return larger;
 #else
-  return maximum(largest, size);
+  return maximum(largest, x < 0 ? -x : x);
 #endif
 }
-__device__ __forceinline__ double larger(double largest, double size) {
-  return maximum(largest, size);
-}
-__device__ __forceinline__ float magnitude(float x) {
-  return bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu);
-}
-__device__ __forceinline__ double magnitude(double x) {
-  return x < 0 ? -x : x;
+__device__ __forceinline__ double larger(double largest, double x) {
+  return maximum(largest, x < 0 ? -x : x);
 }
 
 // What one thread has seen: squares come together in T within a vector, in double beyond.
@@ -61,64 +55,71 @@ struct Seen {
     for (int i = 0; i < kN; ++i) {
       if (i >= n) break;
       const T grad = number(i), unscaled = kScaled ? grad * inverse : grad;
-      largest = larger(largest, magnitude(grad));
+      largest = larger(largest, grad);
       squares += unscaled * unscaled;
     }
     sum += static_cast<double>(squares);
   }
 };
 
-// Any dtype and alignment, in the order of the vectors.
+// Any dtype and alignment, in the order of the vectors. Its arguments are passed in registers.
 template <class T, bool kScaled>
-__device__ __noinline__ ChunkSums see_any(const void* grad, const NormChunk& chunk, Team team, T inverse) {
+__device__ __noinline__ ChunkSums see_any(const void* grad, Dtype dtype, int64_t offset, int n, Team team, T inverse) {
   Seen<T, kScaled> seen{inverse};
-  const int pack = 16 / static_cast<int>(size_of(chunk.dtype)), whole = chunk.n / pack * pack;
+  const int pack = 16 / static_cast<int>(size_of(dtype)), whole = n / pack * pack;
   for (int first = team.index * pack; first < whole; first += team.size * pack)
-    seen.template operator()<8>(pack, [&](int i) { return load_any<T>(grad, chunk.dtype, chunk.offset + first + i); });
-  if (whole + team.index < chunk.n)
-    seen.template operator()<1>(1,
-                                [&](int) { return load_any<T>(grad, chunk.dtype, chunk.offset + whole + team.index); });
+    seen.template operator()<8>(pack, [&](int i) { return load_any<T>(grad, dtype, offset + first + i); });
+  if (whole + team.index < n)
+    seen.template operator()<1>(1, [&](int) { return load_any<T>(grad, dtype, offset + whole + team.index); });
   return {seen.sum, static_cast<double>(seen.largest)};
 }
 
-// By 16-byte accesses. Which thread takes which element does not depend on the address.
-template <class G, bool kScaled>
-__device__ __forceinline__ ChunkSums see_packs(const void* grad, const NormChunk& chunk, Team team, float inverse) {
-  constexpr int kN = 16 / static_cast<int>(sizeof(G));
-  const G* const grads = static_cast<const G*>(grad) + chunk.offset;
-  const int first = team.index * kN, stride = team.size * kN, whole = chunk.n / kN * kN;
-  Pack<kN, G> packs[kNormPacks];
-  if (whole == stride * kNormPacks) {
+// By 16-byte accesses of kTeam threads, a few rounds of all that each can ask for. Which thread takes which element
+// does not depend on the address.
+template <class G, bool kScaled, int kTeam>
+__device__ __forceinline__ ChunkSums see_packs(const void* grad, const NormChunk& chunk, int thread, float inverse) {
+  constexpr int kN = 16 / static_cast<int>(sizeof(G)), kStride = kTeam * kN;
+  const G* const grads = global(static_cast<const G*>(grad)) + chunk.offset;
+  const int whole = chunk.n / kN * kN;
+  Seen<float, kScaled> seen{inverse};
+#pragma unroll 1
+  for (int first = thread * kN; first < whole; first += kStride * kNormPacks) {
+    const G* const at = grads + first;
+    Pack<kN, G> packs[kNormPacks];
+    if (first + (kNormPacks - 1) * kStride < whole) {
 #pragma unroll
-    for (int u = 0; u < kNormPacks; ++u) packs[u].load(grads + first + u * stride);
-  } else {
+      for (int u = 0; u < kNormPacks; ++u) packs[u].load(at + u * kStride);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kNormPacks; ++u) {
+        packs[u] = {};  // zeros add nothing
+        if (first + u * kStride < whole) packs[u].load(at + u * kStride);
+      }
+    }
 #pragma unroll
     for (int u = 0; u < kNormPacks; ++u) {
-      packs[u] = {};  // zeros add nothing
-      if (first + u * stride < whole) packs[u].load(grads + first + u * stride);
+      float numbers[kN];
+      unpack(packs[u], numbers);
+      seen.template operator()<kN>(kN, [&](int i) { return numbers[i]; });
     }
   }
-  Seen<float, kScaled> seen{inverse};
-#pragma unroll
-  for (int u = 0; u < kNormPacks; ++u) {
-    float numbers[kN];
-    unpack(packs[u], numbers);
-    seen.template operator()<kN>(kN, [&](int i) { return numbers[i]; });
-  }
-  if (whole + team.index < chunk.n)
-    seen.template operator()<1>(1, [&](int) { return load<float>(global(grads)[whole + team.index]); });
+  if (whole + thread < chunk.n) seen.template operator()<1>(1, [&](int) { return load<float>(grads[whole + thread]); });
   return {seen.sum, static_cast<double>(seen.largest)};
 }
 
-template <bool kScaled>
-__device__ __forceinline__ ChunkSums see(const void* grad, const NormChunk& chunk, Team team, float scale) {
+template <bool kScaled, int kTeam>
+__device__ __forceinline__ ChunkSums see(const void* grad, const NormChunk& chunk, float scale) {
+  const int thread = threadIdx.x % kTeam;
+  const Team team{thread, kTeam};
   const double inverse = 1.0 / static_cast<double>(scale);
-  if (chunk.dtype == Dtype::kF64) return see_any<double, kScaled>(grad, chunk, team, inverse);
+  if (chunk.dtype == Dtype::kF64)
+    return see_any<double, kScaled>(grad, chunk.dtype, chunk.offset, chunk.n, team, inverse);
   const float narrowed = static_cast<float>(inverse);
-  if ((reinterpret_cast<uint64_t>(grad) & 15) != 0) return see_any<float, kScaled>(grad, chunk, team, narrowed);
-  if (chunk.dtype == Dtype::kF32) return see_packs<float, kScaled>(grad, chunk, team, narrowed);
-  if (chunk.dtype == Dtype::kBF16) return see_packs<BF16, kScaled>(grad, chunk, team, narrowed);
-  return see_packs<F16, kScaled>(grad, chunk, team, narrowed);
+  if ((reinterpret_cast<uint64_t>(grad) & 15) != 0)
+    return see_any<float, kScaled>(grad, chunk.dtype, chunk.offset, chunk.n, team, narrowed);
+  if (chunk.dtype == Dtype::kF32) return see_packs<float, kScaled, kTeam>(grad, chunk, thread, narrowed);
+  if (chunk.dtype == Dtype::kBF16) return see_packs<BF16, kScaled, kTeam>(grad, chunk, thread, narrowed);
+  return see_packs<F16, kScaled, kTeam>(grad, chunk, thread, narrowed);
 }
 
 __device__ __forceinline__ void add(ChunkSums* sums, const ChunkSums& more) {
@@ -148,11 +149,11 @@ __device__ __forceinline__ bool leave(const ChunkSums& sums, ChunkSums* place, u
   uint32_t last = 0;
   if (threadIdx.x == 0) {
     *global(place) = sums;
-    __threadfence();
+    fence();
     last = atomicInc(counter, static_cast<uint32_t>(n - 1)) == static_cast<uint32_t>(n - 1);
   }
   last = __shfl_sync(0xffffffffu, last, 0);
-  if (last != 0) __threadfence();  // now what others have written can be read
+  if (last != 0) fence();  // now what others have written can be read
   return last != 0;
 }
 
@@ -168,8 +169,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormMinBlocks)
   if (index < a.n_block_chunks + a.n_small_chunks) {
     const NormChunk chunk = global(a.chunks)[index];
     const void* const grad = a.grads[chunk.record];
-    const Team team = small ? Team{thread % kWarp, kWarp} : Team{thread, kNormThreads};
-    if (grad != nullptr) sums = see<kScaled>(grad, chunk, team, scale);
+    if (grad != nullptr)
+      sums = small ? see<kScaled, kWarp>(grad, chunk, scale) : see<kScaled, kNormThreads>(grad, chunk, scale);
   }
   sums = warp_sums(sums);
   if (thread % kWarp == 0) partial[warp] = sums;

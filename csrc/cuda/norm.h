@@ -10,7 +10,7 @@
 
 namespace fusedstep::cuda {
 
-// A slice of one gradient: what the threads of a block, or of a warp, ask for at once.
+// A slice of one gradient: the work of a block, or of a warp.
 struct NormChunk {
   int64_t offset;
   int32_t n;

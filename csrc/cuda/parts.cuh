@@ -55,6 +55,16 @@ inline GradsBecome grads_become(const Call& call) {
   return {call.grad_scale, call.coefficient, call.maximize, call.zero_grads, call.write_grads};
 }
 
+// Between what a thread (and whoever it has met at a barrier) has written and a counter that tells other blocks of it;
+// and between such a counter and what is then read.
+__device__ __forceinline__ void fence() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#else
+  __threadfence();
+#endif
+}
+
 // Where this thread stands among those that share a chunk: a block, or a warp.
 struct Team {
   int index, size;

@@ -10,11 +10,10 @@ int launch(const Call& call, const ReducingTable& table, char* work, size_t segm
   // 32 KB: built in place, once a step.
   static thread_local ReducingArguments a;
   set_arguments(&a, call, table, work, segment_index);
-  return for_launches<Rule>(
-      &a, call, table.segments[segment_index], [&](auto kernel, int blocks, const auto& arguments) {
-        kernel<<<blocks, kReducingThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(arguments);
-        check(cudaGetLastError(), "launching a kernel of a rule that reduces");
-      });
+  return for_launches<Rule>(&a, call, table, segment_index, [&](auto kernel, int blocks, const auto& arguments) {
+    kernel<<<blocks, kReducingThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(arguments);
+    check(cudaGetLastError(), "launching a kernel of a rule that reduces");
+  });
 }
 
 }  // namespace

@@ -28,6 +28,8 @@ struct ReducingArguments {
   const Record* records;
   const Partition* partitions;
   const Item* items;  // of the launch
+  int32_t last_block;
+  bool backwards;  // in the order of blocks
   uint32_t* counters;
   char* work;
   bool unaligned_only;  // tensors whose gradients are aligned are another launch's
@@ -54,10 +56,16 @@ __device__ __forceinline__ bool is_aligned(const void* address) {
   return (reinterpret_cast<uint64_t>(address) & 15) == 0;
 }
 
+// A pass goes through the items from where the one before has ended, whose gradients are still in the cache.
+__device__ __forceinline__ int block_of(const ReducingArguments& a) {
+  return a.backwards ? a.last_block - static_cast<int>(blockIdx.x) : static_cast<int>(blockIdx.x);
+}
+
 // Gives body the place of this block's item, if its tensor takes part in this launch; an item may have several blocks.
 template <class Rule, class Stored, int kBlocksPerItem = 1, class Body>
 __device__ __forceinline__ void with_item(const ReducingArguments& a, Body&& body) {
-  const Item item = global(a.items)[blockIdx.x / kBlocksPerItem];
+  const int block = block_of(a);
+  const Item item = global(a.items)[block / kBlocksPerItem];
   const void* const grad = a.grads[item.record];
   constexpr bool kAny = std::is_same_v<Stored, AnyStored>;
   if (grad == nullptr || (kAny ? a.unaligned_only && is_aligned(grad) : !is_aligned(grad))) return;
@@ -164,14 +172,16 @@ __global__ void __launch_bounds__(kReducingThreads, std::is_same_v<Does, Beside>
   constexpr int kBlocksPerItem = kAny ? 1 : kApplyBlocksPerItem<Rule>;
   with_item<Rule, Stored, kBlocksPerItem>(a, [&](const auto& place) {
     using T = typename std::decay_t<decltype(place)>::Number;
-    const bool first = blockIdx.x % kBlocksPerItem == 0;
+    const int part = block_of(a) % kBlocksPerItem;
+    const bool first = part == 0;
     if constexpr (kAny || std::is_same_v<Does, Beside>) {
       if (skipped) return first ? zero_grads(place) : void();
     }
     if constexpr (kAny)
       apply_any<Rule, T>(place, a.grads_become.template change<T>(), static_cast<T>(a.average_weight));
     else
-      apply_tile<Rule, typename Stored::Param, typename Stored::State>(place, Does(a.grads_become, a.average_weight));
+      apply_tile<Rule, typename Stored::Param, typename Stored::State>(place, part,
+                                                                       Does(a.grads_become, a.average_weight));
     // The passes before have read it.
     if (first && place.item.index == 0 && threadIdx.x == 0) *global(place.record.step) += 1.0f;
   });
@@ -211,28 +221,35 @@ inline void set_arguments(ReducingArguments* a, const Call& call, const Reducing
 
 // Calls launch(kernel, n_blocks, arguments) for each kernel of a step of a segment; returns how many there are.
 template <class Rule, class Launch>
-int for_launches(ReducingArguments* a, const Call& call, const ReducingSegment& segment, Launch&& launch) {
+int for_launches(ReducingArguments* a, const Call& call, const ReducingTable& table, size_t segment_index,
+                 Launch&& launch) {
+  const ReducingSegment& segment = table.segments[segment_index];
   using First = typename FirstPasses<Rule>::type;
   constexpr bool kHasState = kElementState<Rule> >= 0;
   const bool changed = call.maximize || call.grad_scale != nullptr || call.coefficient != nullptr;
-  bool unaligned = false;
-  for (int64_t i = 0; i < segment.n_records; ++i)
-    unaligned = unaligned || (reinterpret_cast<uintptr_t>(a->grads[i]) & 15) != 0;
+  bool unaligned[kKinds] = {};
+  for (int64_t i = 0; i < segment.n_records; ++i) {
+    if ((reinterpret_cast<uintptr_t>(a->grads[i]) & 15) != 0)
+      unaligned[static_cast<int>(table.kinds[segment.first_record + i])] = true;
+  }
   const Item* const all = a->items;
+  a->backwards = false;
   int launches = 0;
   const auto pass = [&](const Span32* spans, int blocks_per_item, const auto& kernel_of) {
     for (int kind = 0; kind < kKinds; ++kind) {
       for (const bool any : {false, true}) {
         const bool is_any = kind == static_cast<int>(Kind::kAny);
-        if (spans[kind].n == 0 || (any ? !is_any && !unaligned : is_any)) continue;
+        if (spans[kind].n == 0 || (any ? !is_any && !unaligned[kind] : is_any)) continue;
         a->items = all + spans[kind].first;
         a->unaligned_only = any && !is_any;
-        launch(kernel_of(any ? Kind::kAny : static_cast<Kind>(kind), segment.followed[kind]),
-               spans[kind].n * (any ? 1 : blocks_per_item), *a);
+        const int blocks = spans[kind].n * (any ? 1 : blocks_per_item);
+        a->last_block = blocks - 1;
+        launch(kernel_of(any ? Kind::kAny : static_cast<Kind>(kind), segment.followed[kind]), blocks, *a);
         ++launches;
       }
     }
     a->items = all;
+    a->backwards = !a->backwards;
   };
   using F32 = Packed<float, float>;
   using B16 = Packed<BF16, float>;

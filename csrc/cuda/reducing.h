@@ -77,6 +77,7 @@ constexpr ReducingTraits kReducingTraits = {kLineFactors<Rule>, kPlace<Rule, Spa
 struct ReducingTable {
   std::vector<Record> records;
   std::vector<Partition> partitions;
+  std::vector<Kind> kinds;
   std::vector<Item> items;
   std::vector<ReducingSegment> segments;
   int64_t n_counters = 0;

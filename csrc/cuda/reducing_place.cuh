@@ -99,12 +99,12 @@ __device__ __forceinline__ bool count(uint32_t* counter, int64_t n) {
 __device__ __forceinline__ bool last_of(uint32_t* counter, int64_t n, uint32_t* flag) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
+    fence();
     *flag = count(counter, n);
   }
   __syncthreads();
   const bool last = *flag != 0;
-  if (last) __threadfence();
+  if (last) fence();
   return last;
 }
 

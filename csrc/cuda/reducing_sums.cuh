@@ -9,7 +9,7 @@
 
 namespace fusedstep::cuda {
 
-// The parts of a row's sum that this thread's warp has, for kTallAhead rows from `row` on.
+// The parts of a row's sum that this thread's warp has, for kAhead rows from `row` on.
 template <class Rule, class T>
 __device__ __forceinline__ void leave_rows(const Place<Rule, T>& place, const Tile& tile, int row, const T* sums) {
   const Partition& p = place.p;
@@ -20,19 +20,19 @@ __device__ __forceinline__ void leave_rows(const Place<Rule, T>& place, const Ti
     const int64_t part = (item.column / p.pack + tile.lane) / kWarp;
     T mine{};
 #pragma unroll
-    for (int k = 0; k < kTallAhead; ++k) {
+    for (int k = 0; k < kAhead; ++k) {
       const T sum = sum_lanes(sums[k], kWarp);
       if (lane == k) mine = sum;
     }
     row += lane * tile.rows_at_once;
-    if (lane < kTallAhead && row < item.n_rows && part < p.n_parts)
+    if (lane < kAhead && row < item.n_rows && part < p.n_parts)
       place.template at<T>(p.row_sums)[(first_row + row) * p.n_parts + part] = mine;
   } else {
 #pragma unroll 1
-    for (int k = 0; k < kTallAhead; ++k) {
+    for (int k = 0; k < kAhead; ++k) {
       T mine{};
 #pragma unroll
-      for (int i = 0; i < kTallAhead; ++i) mine = i == k ? sums[i] : mine;
+      for (int i = 0; i < kAhead; ++i) mine = i == k ? sums[i] : mine;
       mine = sum_lanes(mine, tile.lanes);
       const int to = row + k * tile.rows_at_once;
       if (tile.lane == 0 && to < item.n_rows) place.template at<T>(p.row_sums)[first_row + to] = mine;
@@ -77,18 +77,18 @@ __device__ __forceinline__ double sum_tile(const Place<Rule, float>& place, cons
   float columns[kN] = {};
   double of_params = 0.0;
 #pragma unroll 1
-  for (int first = 0; first < n_rows; first += kTallAhead * tile.rows_at_once) {
+  for (int first = 0; first < n_rows; first += kAhead * tile.rows_at_once) {
     const int row = first + tile.row;
-    Pack<kN, S> grad[kTallAhead], param[kTallAhead];
-    if (tile.inside && row + (kTallAhead - 1) * tile.rows_at_once < n_rows) {
+    Pack<kN, S> grad[kAhead], param[kAhead];
+    if (tile.inside && row + (kAhead - 1) * tile.rows_at_once < n_rows) {
 #pragma unroll
-      for (int k = 0; k < kTallAhead; ++k) {
+      for (int k = 0; k < kAhead; ++k) {
         grad[k].load(grads[k]);
         if constexpr (Rule::kParamSum) param[k].load(params[k]);
       }
     } else {
 #pragma unroll
-      for (int k = 0; k < kTallAhead; ++k) {
+      for (int k = 0; k < kAhead; ++k) {
         grad[k] = param[k] = {};  // zeros add nothing
         if (tile.inside && row + k * tile.rows_at_once < n_rows) {
           grad[k].load(grads[k]);
@@ -96,11 +96,11 @@ __device__ __forceinline__ double sum_tile(const Place<Rule, float>& place, cons
         }
       }
     }
-    grads.first += kTallAhead * stride;
-    params.first += kTallAhead * stride;
-    float rows[kTallAhead], squares = 0.0f;
+    grads.first += kAhead * stride;
+    params.first += kAhead * stride;
+    float rows[kAhead], squares = 0.0f;
 #pragma unroll
-    for (int k = 0; k < kTallAhead; ++k) {
+    for (int k = 0; k < kAhead; ++k) {
       float g[kN], numbers[kN];
       unpack(grad[k], g);
       if constexpr (Rule::kParamSum) unpack(param[k], numbers);
@@ -136,12 +136,12 @@ __device__ __noinline__ double sum_tile_any(const Place<Rule, T>& place, const G
   T columns[kMostPack] = {};
   double of_params = 0.0;
 #pragma unroll 1
-  for (int first = tile.row; first < item.n_rows + tile.row; first += kTallAhead * tile.rows_at_once) {
-    T rows[kTallAhead], squares{};
+  for (int first = tile.row; first < item.n_rows + tile.row; first += kAhead * tile.rows_at_once) {
+    T rows[kAhead], squares{};
 #pragma unroll
-    for (int k = 0; k < kTallAhead; ++k) rows[k] = T{};
+    for (int k = 0; k < kAhead; ++k) rows[k] = T{};
 #pragma unroll 1
-    for (int k = 0; k < kTallAhead; ++k) {
+    for (int k = 0; k < kAhead; ++k) {
       const int row = first + k * tile.rows_at_once;
       if (row >= item.n_rows) break;
       T sum{};
@@ -158,7 +158,7 @@ __device__ __noinline__ double sum_tile_any(const Place<Rule, T>& place, const G
         }
       }
 #pragma unroll
-      for (int i = 0; i < kTallAhead; ++i) rows[i] = i == k ? sum : rows[i];
+      for (int i = 0; i < kAhead; ++i) rows[i] = i == k ? sum : rows[i];
     }
     of_params += static_cast<double>(squares);
     if constexpr (kRows<Rule>) leave_rows(place, tile, first, rows);
@@ -172,7 +172,7 @@ template <class Rule, class T, class Scalars>
 __device__ __forceinline__ void finish_rows(const Place<Rule, T>& place, const Scalars& s, double* partial) {
   const Partition& p = place.p;
   const Item& item = place.item;
-  int lanes = kWarp;
+  int lanes = 8;  // few, so that many rows are finished at once
   while (lanes > 1 && lanes / 2 >= p.n_parts) lanes /= 2;
   const int lane = threadIdx.x % lanes, rows_at_once = kReducingThreads / lanes;
   double states = 0.0;
@@ -182,6 +182,7 @@ __device__ __forceinline__ void finish_rows(const Place<Rule, T>& place, const S
     double sum = 0.0;
     if (row < item.n_rows) {
       const T* const sums = place.template at<T>(p.row_sums) + line * p.n_parts;
+#pragma unroll 4
       for (int part = lane; part < p.n_parts; part += lanes) sum += static_cast<double>(sums[part]);
     }
     sum = sum_lanes(sum, lanes);
@@ -267,14 +268,14 @@ __device__ __forceinline__ void finish_item(const Place<Rule, T>& place, double 
     } else {
       counter = of_bands + int64_t{band} * p.n_strips + strip, n = in_band, counts = tiles && kColumns<Rule>;
     }
-    __threadfence();
+    fence();
     shared->flags[threadIdx.x] = counts && count(counter, n);
   }
   __syncthreads();
   const bool last = shared->flags[0] != 0, rows = shared->flags[1] != 0, columns = shared->flags[2] != 0;
   const bool first = item.index == 0;
   if (!last && !rows && !columns && !first) return;
-  __threadfence();  // now what others have written can be read
+  fence();  // now what others have written can be read
 
   prepare();
   const auto& s = pick<T>(shared->scalars);

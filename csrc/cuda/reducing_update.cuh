@@ -71,9 +71,9 @@ __device__ __forceinline__ float square_rows(const Place<Rule, float>& place, co
   const int64_t stride = tile.rows_at_once * p.columns;
   const Rows<S> grads(const_cast<void*>(place.grad), begin, stride);
   const auto is_there = [&](int k) { return kWhole || tile.row + k * tile.rows_at_once < item.n_rows; };
-  Pack<kN, S> grad[kTallAhead];
+  Pack<kN, S> grad[kAhead];
 #pragma unroll
-  for (int k = 0; k < kTallAhead; ++k) {
+  for (int k = 0; k < kAhead; ++k) {
     if constexpr (!kWhole) grad[k] = {};
     if (is_there(k)) grad[k].load(grads[k]);
   }
@@ -82,7 +82,7 @@ __device__ __forceinline__ float square_rows(const Place<Rule, float>& place, co
   const auto s = *place.prepared();
   float total = 0.0f;
 #pragma unroll
-  for (int k = 0; k < kTallAhead; ++k) {
+  for (int k = 0; k < kAhead; ++k) {
     if (!is_there(k)) continue;
     const RowFactors<Rule, float> of_row(of_matrix, tile.row + k * tile.rows_at_once);
     float g[kN];
@@ -103,7 +103,7 @@ template <class Rule, class S, class Change>
 __device__ __forceinline__ double square_tile(const Place<Rule, float>& place, const Change& change) {
   const Tile tile(place.p, place.item, kVector<S>);
   if (!tile.inside) return 0.0;
-  if (tile.row + (kTallAhead - 1) * tile.rows_at_once < place.item.n_rows)
+  if (tile.row + (kAhead - 1) * tile.rows_at_once < place.item.n_rows)
     return square_rows<Rule, S, true>(place, tile, change);
   return square_rows<Rule, S, false>(place, tile, change);
 }
@@ -260,7 +260,7 @@ __device__ __forceinline__ void follow_pack(const Record& record, int64_t at, co
 template <class Rule>
 constexpr int kApplyAhead = kElementState<Rule> < 0 ? 4 : 2;
 template <class Rule>
-constexpr int kApplyBlocksPerItem = kTallAhead / kApplyAhead<Rule>;
+constexpr int kApplyBlocksPerItem = kAhead / kApplyAhead<Rule>;
 
 // Pass 3, kApplyAhead rows from `row` on of a tile whose rows are whole aligned vectors: param and grad stored as P,
 // the state of each element (if there is one) as S. All is asked for at once and looked up before anything is written;
@@ -268,7 +268,7 @@ constexpr int kApplyBlocksPerItem = kTallAhead / kApplyAhead<Rule>;
 template <class Rule, class P, class S, bool kWhole, class Does>
 __device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, const Tile& tile, int row,
                                            const Does& does) {
-  constexpr int kN = kVector<P>, kState = kElementState<Rule>, kAhead = kApplyAhead<Rule>;
+  constexpr int kN = kVector<P>, kState = kElementState<Rule>, kRowsAtOnce = kApplyAhead<Rule>;
   constexpr bool kMore = std::is_same_v<Does, Beside>;
   const Record& record = place.record;
   const int n_rows = place.item.n_rows, rows_at_once = tile.rows_at_once;
@@ -277,10 +277,10 @@ __device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, cons
   const Rows<P> params(record.param, begin, stride), grads(const_cast<void*>(place.grad), begin, stride);
   const Rows<S> states(kState < 0 ? record.param : record.states[kState < 0 ? 0 : kState], begin, stride);
   const auto is_there = [&](int k) { return kWhole || row + k * rows_at_once < n_rows; };
-  Pack<kN, P> param[kAhead], grad[kAhead];
-  Pack<kN, S> state[kAhead];
+  Pack<kN, P> param[kRowsAtOnce], grad[kRowsAtOnce];
+  Pack<kN, S> state[kRowsAtOnce];
 #pragma unroll
-  for (int k = 0; k < kAhead; ++k) {
+  for (int k = 0; k < kRowsAtOnce; ++k) {
     if (!is_there(k)) continue;
     param[k].load(params[k]);
     grad[k].load(grads[k]);
@@ -290,16 +290,16 @@ __device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, cons
   const MatrixFactors<Rule, float> of_matrix(place, place.item.matrix, place.item.row);
   const auto s = *place.prepared();
   const auto f = *place.finished();
-  float of_rows[kAhead][Rule::kFactors];
+  float of_rows[kRowsAtOnce][Rule::kFactors];
 #pragma unroll
-  for (int k = 0; k < kAhead; ++k) {
+  for (int k = 0; k < kRowsAtOnce; ++k) {
     if (!is_there(k)) continue;
     const RowFactors<Rule, float> of_row(of_matrix, row + k * rows_at_once);
 #pragma unroll
     for (int n = 0; n < Rule::kFactors; ++n) of_rows[k][n] = of_row.numbers[n];
   }
 #pragma unroll
-  for (int k = 0; k < kAhead; ++k) {
+  for (int k = 0; k < kRowsAtOnce; ++k) {
     if (!is_there(k)) continue;
     float g[kN], numbers[kN], values[kN] = {};
     unpack(grad[k], g);
@@ -333,9 +333,8 @@ __device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, cons
 }
 
 template <class Rule, class P, class S, class Does>
-__device__ __forceinline__ void apply_tile(const Place<Rule, float>& place, const Does& does) {
+__device__ __forceinline__ void apply_tile(const Place<Rule, float>& place, int part, const Does& does) {
   const Tile tile(place.p, place.item, kVector<P>);
-  const int part = blockIdx.x % kApplyBlocksPerItem<Rule>;
   const int row = tile.row + part * kApplyAhead<Rule> * tile.rows_at_once;
   if (!tile.inside) return;
   if (row + (kApplyAhead<Rule> - 1) * tile.rows_at_once < place.item.n_rows)

@@ -49,7 +49,7 @@ int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool
     static ReducingArguments a;
     for (size_t i = 0; i < table.segments.size(); ++i) {
       set_arguments(&a, call, table, reinterpret_cast<char*>(work.data()), i);
-      launches += for_launches<Rule>(&a, call, table.segments[i], [&](auto kernel, int blocks, const auto& arguments) {
+      launches += for_launches<Rule>(&a, call, table, i, [&](auto kernel, int blocks, const auto& arguments) {
         launch_on_host(blocks, kReducingThreads, [&] { kernel(arguments); });
       });
     }
