@@ -165,12 +165,20 @@ def _bench(run: Run) -> list[Command]:
     words += (
         ["--device", "cpu", "--quick", "--optimizer", "SGD", "--case", "1000x16"] if run.dry else ["--device", "cuda"]
     )
-    saved = sorted(run.result("bench").glob("*.json"))
-    for path in saved:
-        if json.loads(path.read_text()).get("configurations_left"):
-            words += ["--resume", str(path)]
-            break
+    for path in sorted(run.result("bench").glob("*.json")):
+        found = json.loads(path.read_text())
+        if found.get("configurations_left") and found["git"]["commit"] == commit():
+            return [Command([*words, "--resume", str(path)], {})]
     return [Command(words, {})]
+
+
+def commit() -> str | None:
+    """Of this tree, as the benchmark writes it down."""
+    try:
+        told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return told.stdout.strip() or None
 
 
 def _profile(run: Run) -> list[Command] | str:
