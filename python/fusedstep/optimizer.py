@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages, backends, checkpoint, checks, layout, planning, precision
+from . import averages, backends, checkpoint, checks, layout, planning, precision, sharding
 from .backends.plan import Call, Plan
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .options import Options
@@ -60,6 +60,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     _finds_nonfinite: bool = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
     _precision: precision.Precision = precision.PLAIN
+    _norms_checked: bool = False  # whether it was checked that the plans' gradients are all that a norm is of
+    _shared_out: bool = False  # whether other processes have the other parameters
+    _warned_of_pieces: bool = False
 
     def __init__(
         self,
@@ -94,6 +97,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         self._followers = averages.Followers(ema_decay, weights_copy)
         self._counters: dict[Tensor, Tensor] = {}
+        self._shared_out = sharding.maker_shares_out()
         super().__init__(params, defaults)
         self._learning_rates = on_device.LearningRates(self._backend)
         self._learning_rates.follow(self.param_groups, self._most_steps)
@@ -128,6 +132,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def clips(self) -> bool:
         """Whether `clip` is to be called in a step."""
+        return False
+
+    def clips_by_norm(self, group: dict[str, Any]) -> bool:
+        """Whether `clip` takes the norm of each gradient of a group."""
         return False
 
     def clip(self, grads: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
@@ -238,7 +246,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options")
+        kept = (
+            "_shared_out",
+            "_backend",
+            "_counters",
+            "_learning_rates",
+            "_gradients",
+            "_followers",
+            "_precision",
+            "_options",
+        )
         return super().__getstate__() | {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -276,11 +293,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step.
 
-    def _plans_that_fit(self) -> list[Plan] | None:
+    def _plans_that_fit(self, needs_norm: bool) -> list[Plan] | None:
         """The plans of the last step with this step's gradients, every pointer checked; None: new ones are needed."""
         plans = self._plans
         if (
             plans is not None
+            and (self._norms_checked or not needs_norm)
             and self._watch.unchanged(self.state, self.param_groups)
             and all(plan.states == self.states_of(self.param_groups[plan.group]) for plan in plans)
         ):
@@ -365,9 +383,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 gradients.measure(self, limits, grad_scale, found_inf)
             return gradients.skip(self.param_groups)
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
-        plans, groups = self._plans_that_fit(), self.param_groups
+        clips = self.clips()
+        groups = self.param_groups
+        needs_norm = limits is not None or (clips and any(map(self.clips_by_norm, groups)))
+        plans = self._plans_that_fit(needs_norm)
         if plans is None:
             chosen = planning.look_up(self, limits is not None)
+            self._norms_checked = needs_norm
             if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
                 return
             plans = self._new_plans(chosen)
@@ -378,7 +400,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
         self.kernel_calls, coefficient = 0, None
         try:
-            if self.clips():
+            if clips:
                 if limits is not None:  # what is not finite may be finite once it is clipped
                     given = limits._replace(max_norm=math.inf)
                     self.kernel_calls, _, found_inf = gradients.reduce(plans, given, grad_scale, found_inf)
@@ -401,6 +423,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Put unscaled and clipped gradients into the plans."""
         places, grads = [], []
         for plan in plans:
+            if self.clips_by_norm(self.param_groups[plan.group]):
+                plan.check_norm_is_local()
             for i, grad in plan.grads_in_use():
                 grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
                 places.append((plan, i))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import backends, checks, layout, precision
+from . import backends, checks, layout, precision, sharding
 from .backends.plan import Plan, Slot
 
 if TYPE_CHECKING:
@@ -38,12 +38,17 @@ def first_names(optimizer: FusedOptimizer) -> dict[Tensor, str | None]:
 
 @torch.no_grad()
 def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
-    """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created."""
+    """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created.
+
+    ``needs_norm``: the step takes the norm of all gradients together.
+    """
     optimizer._learning_rates.settle(optimizer.param_groups)
     chosen: list[list[Place]] = []
+    any_reduces = False
     index = 0
     for group in optimizer.param_groups:
         row = []
+        by_norm = needs_norm or optimizer.clips_by_norm(group)
         for name, param in named(group):
             backend, variant = optimizer._select(param), optimizer.variant_of(group, name, param)
             reduces = optimizer.rule_of(variant)[1]
@@ -52,7 +57,8 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
                 checks.check_param(type(optimizer), reduces, param, layout.local(param.detach()), what)
                 optimizer._precision.check_param(type(optimizer).__name__, reduces, param, name, what)
                 checks.check_grad(type(optimizer), group, param, param.grad, what)
-                if needs_norm:
+                any_reduces = any_reduces or reduces
+                if by_norm:
                     checks.check_norm_is_local(type(optimizer), param, what)
                 if optimizer._followers.any:
                     optimizer._followers.check(type(optimizer).__name__, param, optimizer.state.get(param, {}), what)
@@ -70,6 +76,8 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
         for variant in {variant for *_, variant in row}:
             optimizer._hyper_of(group, variant)
         chosen.append(row)
+    norm_of_each = any(map(optimizer.clips_by_norm, optimizer.param_groups))
+    sharding.check(optimizer, needs_norm, norm_of_each, any_reduces)
     return chosen
 
 
