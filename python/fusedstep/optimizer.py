@@ -53,7 +53,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Scalars: ClassVar[type]
 
-    _step_supports_amp_scaling = True  # GradScaler then passes grad_scale and found_inf on to the kernels
     _plans: list[Plan] | None = None
     _watch: Any = None
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
@@ -376,7 +375,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if isinstance(grad_scale, Tensor) and grad_scale.dim() > 0:
             grad_scale = grad_scale.reshape(())
         found_inf = getattr(self, "found_inf", None)
-        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
+        if not isinstance(found_inf, Tensor):  # torch's own protocol has the number 0 where there are no gradients
             found_inf = None
         elif found_inf.device.type == "cpu" and found_inf.item() != 0:
             if limits is not None:
