@@ -29,8 +29,8 @@ class GradientAccumulator:
 
     Calling the accumulator after each ``backward()`` reads every ``.grad`` and clears it, in one kernel call for all
     parameters of a device. `assign` makes the result the ``.grad`` of its parameter, in fp32 for a bf16 or fp16
-    parameter too (``Tensor.grad_dtype`` is set for that long), so that clipping, ``GradScaler.unscale_`` and a
-    `fusedstep` optimizer work on unrounded gradients; another optimizer, which may take no other dtype than its
+    parameter too, so that clipping, ``GradScaler.unscale_`` and a `fusedstep` optimizer work on unrounded gradients, in
+    place (torch takes no other tensor of that dtype as ``.grad``); another optimizer, which may take no other dtype than its
     parameter's, gets them rounded to that. `reset` starts the next round; it touches no buffer.
 
     Args:
@@ -99,7 +99,9 @@ class GradientAccumulator:
         self._buffers: dict[Tensor, Tensor] = {}
         self._seen: set[Tensor] = set()  # parameters with a gradient since reset()
         self._closed = False  # from all_reduce() or assign() to reset()
-        self._assigned: list[tuple[Tensor, Tensor, torch.dtype | None, Tensor | None]] = []
+        self._assigned: list[
+            tuple[Tensor, Tensor, Tensor | None]
+        ] = []  # parameter, its ``.grad``, what was that before
         self._plans: list[tuple[Plan, Tensor]] | None = None  # with the counters of each plan's parameters
         self._listed: list[Tensor] = []
         self._params: dict[Tensor, str | None] = {}
@@ -365,26 +367,19 @@ class GradientAccumulator:
             own, param.grad = param.grad, None
             if param not in self._seen:
                 if own is not None and not self.set_to_none:
-                    self._assigned.append((param, own, param.grad_dtype, own))
+                    self._assigned.append((param, own, own))
                 continue
-            buffer, dtype = self._buffer(param), param.grad_dtype
+            buffer = self._buffer(param)
             if self._round:
-                buffer = buffer.to(dtype or param.dtype)
-            if dtype is not None and dtype != buffer.dtype:
-                param.grad_dtype = buffer.dtype
-            param.grad = buffer
-            self._assigned.append((param, buffer, dtype, None if self.set_to_none else own))
+                buffer = buffer.to(param.grad_dtype or param.dtype)
+            _hand_over(buffer, param)
+            self._assigned.append((param, param.grad, None if self.set_to_none else own))
 
     def reset(self) -> None:
         """Forget what was accumulated, and take back what `assign` made a ``.grad``."""
-        for param, buffer, dtype, own in self._assigned:
-            grad, param.grad = param.grad, None
-            if param.grad_dtype != dtype:
-                param.grad_dtype = dtype
-            if grad is not None and grad is not buffer:  # of a backward() since
-                param.grad = grad if dtype is None else grad.to(dtype)
-            elif own is not None:
-                param.grad = own
+        for param, assigned, own in self._assigned:
+            if param.grad is None or param.grad is assigned:  # else it is of a backward() since
+                param.grad = own if own is not None and _may_have(param, own) else None
         self._assigned = []
         self._closed = False
         self._step = 0
@@ -464,6 +459,26 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.complex128 if dtype == torch.complex128 else torch.complex64
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _may_have(param: Tensor, grad: Tensor) -> bool:
+    """Whether torch takes ``grad`` as the gradient of a parameter, which may have been converted since it did."""
+    fits = grad.shape == param.shape and grad.device == param.device
+    return fits and param.grad_dtype in (None, grad.dtype)
+
+
+def _hand_over(buffer: Tensor, param: Tensor) -> None:
+    """Make ``buffer`` the gradient of a parameter, whose own dtype is left to set by the user and nobody else."""
+    dtype = param.grad_dtype
+    if dtype is None or dtype == buffer.dtype:
+        param.grad = buffer
+    elif layout.is_wrapper(param):  # the tensor inside cannot be exchanged
+        param.grad_dtype = None  # which stays so: there is no way back to "that of the parameter"
+        param.grad = buffer
+    else:
+        # `grad_dtype` could be set, but not unset again, and would outlast a conversion of the parameter.
+        param.grad = torch.empty((), dtype=dtype, device=buffer.device).expand(buffer.shape)
+        param.grad.data = buffer
 
 
 def _bucketed(buffers: list[Tensor]) -> list[list[Tensor]]:
