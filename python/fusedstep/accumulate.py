@@ -30,8 +30,8 @@ class GradientAccumulator:
     Calling the accumulator after each ``backward()`` reads every ``.grad`` and clears it, in one kernel call for all
     parameters of a device. `assign` makes the result the ``.grad`` of its parameter, in fp32 for a bf16 or fp16
     parameter too, so that clipping, ``GradScaler.unscale_`` and a `fusedstep` optimizer work on unrounded gradients, in
-    place (torch takes no other tensor of that dtype as ``.grad``); another optimizer, which may take no other dtype than its
-    parameter's, gets them rounded to that. `reset` starts the next round; it touches no buffer.
+    place (torch takes no other tensor of that dtype as ``.grad``); another optimizer, which may take no other dtype
+    than its parameter's, gets them rounded to that. `reset` starts the next round; it touches no buffer.
 
     Args:
         params: an optimizer, whose groups may change later, or an iterable of parameters or ``(name, parameter)``
