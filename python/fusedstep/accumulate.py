@@ -106,6 +106,7 @@ class GradientAccumulator:
         self._listed: list[Tensor] = []
         self._params: dict[Tensor, str | None] = {}
         self._list(params)
+        self._make_known()
         for index, (param, name) in enumerate(self._params.items()):
             if not param.is_leaf:
                 what = checks.describe(index, name, param)
@@ -139,6 +140,18 @@ class GradientAccumulator:
         self._listed = listed
         self._params = {param: name for name, param in named}
         self._plans = None
+        self._seen &= self._params.keys()
+        for param in self._buffers.keys() - self._params.keys():
+            del self._buffers[param]
+
+    def _make_known(self) -> None:
+        if isinstance(self._optimizer, FusedOptimizer):
+            self._optimizer._accumulators.add(self)
+
+    def forget_replaced(self) -> None:
+        """Drop what is kept for parameters that the optimizer has no more; it calls this when it has found out."""
+        if any(group["params"] for group in self._optimizer.param_groups):
+            self._list()
 
     # The rule.
 
@@ -452,6 +465,10 @@ class GradientAccumulator:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_known()
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

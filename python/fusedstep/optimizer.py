@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from .backends.plan import Call, Plan
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .options import Options
 from .schedules import on_device
+
+if TYPE_CHECKING:
+    from .accumulate import GradientAccumulator
 
 
 def _keep_from_compiler(function: Callable) -> None:
@@ -96,6 +100,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         self._followers = averages.Followers(ema_decay, weights_copy)
         self._counters: dict[Tensor, Tensor] = {}
+        self._accumulators: weakref.WeakSet[GradientAccumulator] = weakref.WeakSet()
         self._shared_out = sharding.maker_shares_out()
         super().__init__(params, defaults)
         self._learning_rates = on_device.LearningRates(self._backend)
@@ -261,6 +266,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_accumulators", weakref.WeakSet())
         self.__dict__.setdefault("_options", {})
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
         self.__dict__.setdefault("_followers", averages.Followers())

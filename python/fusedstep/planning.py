@@ -83,6 +83,7 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
 
 def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
     """Create missing states, and plan one kernel call per group, backend and device."""
+    _forget_replaced(optimizer)
     plans = []
     names = first_names(optimizer)
     for group_index, (group, row) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
@@ -106,6 +107,16 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
             plan.average_weight = optimizer._followers.average_weight
             plans.append(plan)
     return plans
+
+
+def _forget_replaced(optimizer: FusedOptimizer) -> None:
+    """Drop what is kept for parameters that are in no group any more; ``state`` is the user's, as in torch."""
+    params = {param for group in optimizer.param_groups for param in group["params"]}
+    for kept in (optimizer._counters, optimizer._followers.copies):
+        for param in kept.keys() - params:
+            del kept[param]
+    for accumulator in optimizer._accumulators:
+        accumulator.forget_replaced()
 
 
 def _slot(
