@@ -62,6 +62,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
     _finds_nonfinite: bool = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
+    _ran_on: frozenset[str] = frozenset()  # names of that step's backends
     _precision: precision.Precision = precision.PLAIN
     _norms_checked: bool = False  # whether it was checked that the plans' gradients are all that a norm is of
     _shared_out: bool = False  # whether other processes have the other parameters
@@ -185,7 +186,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def backends_used(self) -> set[str]:
         """Names of the backends that the parameters' last step ran on (empty before the first)."""
-        return {plan.backend.name for plan in self._plans or ()}
+        return set(self._ran_on)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does, after checking its options and that the chosen backend can take it.
@@ -208,7 +209,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 reduces = self.rule_of(self.variant_of(group, name, param))[1]
                 checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
                 self._precision.check_param(type(self).__name__, reduces, param, name, what)
-                self._select(param)
+                self._select(param, reduces)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -244,26 +245,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         steps = (state["step"] for state in self.state.values() if isinstance(state, dict) and "step" in state)
         return int(max(map(float, chain(steps, self._counters.values())), default=0))
 
-    def _select(self, param: Tensor) -> backends.Backend:
-        # Frozen weights of a dtype that nothing can update are carried along, as torch does.
+    def _select(self, param: Tensor, reduces: bool) -> backends.Backend:
+        # Weights of a dtype that nothing can update are carried along until they have a gradient, as torch does.
         trained = param.requires_grad or param.grad is not None or param in self.state or param in self._counters
-        return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
+        updated = trained and not (reduces and param.is_complex())
+        return backends.select(self._backend, param.device, param.dtype if updated else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = (
-            "_shared_out",
-            "_backend",
-            "_counters",
-            "_learning_rates",
-            "_gradients",
-            "_followers",
-            "_precision",
-            "_options",
+            *("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options"),
+            *("_shared_out", "_ran_on", "kernel_calls"),
         )
         return super().__getstate__() | {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        has_differentiable = "differentiable" in state.get("defaults", self.__dict__.get("defaults", ()))
         super().__setstate__(state)
+        if not has_differentiable:  # torch adds it to every copied or loaded optimizer's
+            del self.defaults["differentiable"]
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
         self.__dict__.setdefault("_accumulators", weakref.WeakSet())
@@ -325,6 +324,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not plan.gather():
                 raise RuntimeError("a parameter, gradient or state changed in another thread during step()")
         self._plans = plans
+        self._ran_on = frozenset(plan.backend.name for plan in plans)
         return plans
 
     @property
@@ -342,7 +342,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         named = ((group, name, param) for group in self.param_groups for name, param in planning.named(group))
         reducing = ((param, self.rule_of(self.variant_of(group, name, param))[1]) for group, name, param in named)
         with torch.no_grad():
-            memory = ((p, self._select(p).memory(p, reduces)) for p, reduces in reducing)
+            memory = ((p, self._select(p, reduces).memory(p, reduces)) for p, reduces in reducing)
             return self._followers.copies_of(memory, partial(planning.weight_of, self))
 
     def renew_copies(self) -> None:

@@ -50,10 +50,12 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
         row = []
         by_norm = needs_norm or optimizer.clips_by_norm(group)
         for name, param in named(group):
-            backend, variant = optimizer._select(param), optimizer.variant_of(group, name, param)
+            variant = optimizer.variant_of(group, name, param)
             reduces = optimizer.rule_of(variant)[1]
+            backend = optimizer._select(param, reduces)
             if param.grad is not None:
                 what = checks.describe(index, name, param)
+                checks.check_real(type(optimizer), reduces, param, what)
                 checks.check_param(type(optimizer), reduces, param, layout.local(param.detach()), what)
                 optimizer._precision.check_param(type(optimizer).__name__, reduces, param, name, what)
                 checks.check_grad(type(optimizer), group, param, param.grad, what)
