@@ -327,6 +327,49 @@ def test_gradients_are_16_bit_again_after_a_round(backend, set_to_none):
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.eq(3).all() for p in params)
 
 
+@by_clearing
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("source", [list, fusedstep.SGD, torch.optim.SGD], ids=lambda source: source.__name__)
+@pytest.mark.parametrize("end", ["reset", "load", "during"])
+def test_a_parameter_that_is_converted_after_a_round_gets_gradients_of_its_new_dtype(dtype, set_to_none, source, end):
+    (param,) = params = parameters([(2,)], dtype=dtype)
+    accumulator = GradientAccumulator(source(params), set_to_none=set_to_none)
+    saved = accumulator.state_dict()
+    param.sum().backward()
+    accumulator()
+    accumulator.assign()
+    if end == "reset":
+        accumulator.reset()
+    elif end == "load":
+        accumulator.load_state_dict(saved)
+    param.data = param.data.float()
+    if end == "during":
+        accumulator.reset()
+    param.grad = None
+    (param * torch.tensor([1.0001, 1e5])).sum().backward()
+    assert torch.equal(param.grad, torch.tensor([1.0001, 1e5]))
+    assert param.grad_dtype == torch.float32
+
+
+@pytest.mark.parametrize("chosen", [None, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_round_leaves_alone_what_the_user_has_chosen_for_gradients(chosen, dtype, backend):
+    (param,) = parameters([(3,)], dtype=dtype)
+    param.grad_dtype = chosen
+    accumulator = GradientAccumulator([param], backend=backend)
+    for _ in range(2):
+        param.grad = torch.ones(3, dtype=chosen or torch.float64)
+        accumulator()
+        accumulator.assign()
+        assert param.grad.dtype == torch.float32
+        assert param.grad_dtype == chosen
+        param.grad.mul_(2)  # as clipping does
+        assert accumulator.gradients[0].eq(2).all()
+        accumulator.reset()
+        assert param.grad_dtype == chosen
+        assert param.grad is None
+
+
 def test_empty_complex_and_frozen_parameters(backend):
     real, frozen = torch.nn.Parameter(torch.zeros(3)), torch.zeros(2)
     number = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.complex64))

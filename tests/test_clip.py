@@ -434,10 +434,9 @@ def test_a_scale_may_be_any_tensor_of_one_number(norm_type, backend):
         assert_same(optimizer, optimizers[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", [fusedstep.GradScaler, torch.amp.GradScaler])
-def test_a_skipped_step_zeroes_gradients_too(backend, kind):
+def test_a_skipped_step_zeroes_gradients_too(backend):
     mine = ours(ADAMW, parameters(), backend, zero_grads=True)
-    scaler = kind("cpu", init_scale=2.0)
+    scaler = fusedstep.GradScaler("cpu", init_scale=2.0)
     scaler.scale(torch.ones(()))
     for number in range(3):
         give_grads(mine)

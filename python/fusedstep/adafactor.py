@@ -62,8 +62,8 @@ class Adafactor(FusedOptimizer):
 
     Raises:
         ValueError, TypeError: an argument is out of range, or ``lr`` and ``relative_step`` contradict each other.
-        RuntimeError: ``backend`` cannot run for these parameters, a parameter is complex or a DTensor, or (from
-            ``step``) a gradient cannot be used.
+        RuntimeError: ``backend`` cannot run for these parameters, a parameter is a DTensor, or (from ``step``) it is
+            complex or a gradient cannot be used.
 
     Example:
         >>> optimizer = fusedstep.Adafactor(model.parameters(), lr=1e-3, relative_step=False, scale_parameter=False)

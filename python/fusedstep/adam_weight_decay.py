@@ -179,6 +179,9 @@ class AdamWeightDecay(Adam):
     def clips(self) -> bool:
         return any(group[limit] is not None for group in self.param_groups for limit in ("clipvalue", "clipnorm"))
 
+    def clips_by_norm(self, group: dict[str, Any]) -> bool:
+        return group["clipnorm"] is not None
+
     def clip(self, grads: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
         clipped = []
         for group, grad in grads:

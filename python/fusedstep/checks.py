@@ -180,8 +180,6 @@ def describe(index: int, name: str | None, tensor: Tensor) -> str:
 
 def check_param(cls: type[FusedOptimizer], reduces: bool, param: Tensor, memory: Tensor, what: str) -> None:
     """Raise unless ``param``, which is stored in ``memory``, can be updated in place; ``what`` is its `describe`."""
-    if reduces and param.is_complex():
-        raise RuntimeError(f"{cls.__name__} does not support complex parameters ({what})")
     if reduces and layout.is_wrapper(param):
         raise RuntimeError(
             f"{cls.__name__} does not support {type(param).__name__} parameters ({what}): its sums would be those of "
@@ -191,6 +189,12 @@ def check_param(cls: type[FusedOptimizer], reduces: bool, param: Tensor, memory:
         raise ValueError(f"{what}: a {param.layout} parameter cannot be updated; pass a dense one")
     if layout.overlaps_itself(memory):
         raise ValueError(f"{what}: several elements share one memory location; pass a .clone() of it")
+
+
+def check_real(cls: type[FusedOptimizer], reduces: bool, param: Tensor, what: str) -> None:
+    """Raise RuntimeError if ``param`` is complex and its rule has sums; the parents do so in ``step`` alone."""
+    if reduces and param.is_complex():
+        raise RuntimeError(f"{cls.__name__} does not support complex parameters ({what})")
 
 
 def check_state(

@@ -105,11 +105,14 @@ class Gradients:
         self.shared = SharedGrads()
         self._local: bool | None = None  # None: not looked at yet
 
-    def __getstate__(self) -> GradientOptions:
-        return self.options
+    def __getstate__(self) -> tuple[GradientOptions, Norm | None]:
+        return self.options, self.last
 
-    def __setstate__(self, options: GradientOptions) -> None:
+    def __setstate__(self, state: tuple[GradientOptions, Norm | None]) -> None:
+        options, last = state
         self.__init__(options)
+        if last is not None:
+            self.last = self.norms[last.device] = last
 
     def norm(self, groups: list[dict[str, Any]]) -> Tensor | None:
         """A copy of the last norm; in fp64 if all parameters are."""

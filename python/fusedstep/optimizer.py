@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages, backends, checkpoint, checks, layout, planning, precision
+from . import averages, backends, checkpoint, checks, layout, planning, precision, sharding
 from .backends.lifetime import CHANGED, Graphs, refuse_capture
 from .backends.plan import Call, Plan
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .options import Options
 from .schedules import on_device
+
+if TYPE_CHECKING:
+    from .accumulate import GradientAccumulator
 
 
 def _keep_from_compiler(function: Callable) -> None:
@@ -54,13 +58,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Scalars: ClassVar[type]
 
-    _step_supports_amp_scaling = True  # GradScaler then passes grad_scale and found_inf on to the kernels
     _plans: list[Plan] | None = None
     _watch: Any = None
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
     _finds_nonfinite: bool = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
+    _ran_on: frozenset[str] = frozenset()  # names of that step's backends
     _precision: precision.Precision = precision.PLAIN
+    _norms_checked: bool = False  # whether it was checked that the plans' gradients are all that a norm is of
+    _shared_out: bool = False  # whether other processes have the other parameters
+    _warned_of_pieces: bool = False
 
     def __init__(
         self,
@@ -97,6 +104,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._followers = averages.Followers(ema_decay, weights_copy)
         self._counters: dict[Tensor, Tensor] = {}
         self._graphs = Graphs()
+        self._accumulators: weakref.WeakSet[GradientAccumulator] = weakref.WeakSet()
+        self._shared_out = sharding.maker_shares_out()
         super().__init__(params, defaults)
         self._learning_rates = on_device.LearningRates(self._backend)
         self._learning_rates.follow(self.param_groups, self._most_steps)
@@ -131,6 +140,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def clips(self) -> bool:
         """Whether `clip` is to be called in a step."""
+        return False
+
+    def clips_by_norm(self, group: dict[str, Any]) -> bool:
+        """Whether `clip` takes the norm of each gradient of a group."""
         return False
 
     def clip(self, grads: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
@@ -176,7 +189,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def backends_used(self) -> set[str]:
         """Names of the backends that the parameters' last step ran on (empty before the first)."""
-        return {plan.backend.name for plan in self._plans or ()}
+        return set(self._ran_on)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does, after checking its options and that the chosen backend can take it.
@@ -200,7 +213,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 reduces = self.rule_of(self.variant_of(group, name, param))[1]
                 checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
                 self._precision.check_param(type(self).__name__, reduces, param, name, what)
-                self._select(param)
+                self._select(param, reduces)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -236,19 +249,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         steps = (state["step"] for state in self.state.values() if isinstance(state, dict) and "step" in state)
         return int(max(map(float, chain(steps, self._counters.values())), default=0))
 
-    def _select(self, param: Tensor) -> backends.Backend:
-        # Frozen weights of a dtype that nothing can update are carried along, as torch does.
+    def _select(self, param: Tensor, reduces: bool) -> backends.Backend:
+        # Weights of a dtype that nothing can update are carried along until they have a gradient, as torch does.
         trained = param.requires_grad or param.grad is not None or param in self.state or param in self._counters
-        return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
+        updated = trained and not (reduces and param.is_complex())
+        return backends.select(self._backend, param.device, param.dtype if updated else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options")
+        kept = (
+            *("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options"),
+            *("_shared_out", "_ran_on", "kernel_calls"),
+        )
         return super().__getstate__() | {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        has_differentiable = "differentiable" in state.get("defaults", self.__dict__.get("defaults", ()))
         super().__setstate__(state)
+        if not has_differentiable:  # torch adds it to every copied or loaded optimizer's
+            del self.defaults["differentiable"]
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_accumulators", weakref.WeakSet())
         self.__dict__.setdefault("_options", {})
         self.__dict__.setdefault("_graphs", Graphs())
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
@@ -281,11 +302,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step.
 
-    def _plans_that_fit(self) -> list[Plan] | None:
+    def _plans_that_fit(self, needs_norm: bool) -> list[Plan] | None:
         """The plans of the last step with this step's gradients, every pointer checked; None: new ones are needed."""
         plans = self._plans
         if (
             plans is not None
+            and (self._norms_checked or not needs_norm)
             and self._watch.unchanged(self.state, self.param_groups)
             and all(plan.states == self.states_of(self.param_groups[plan.group]) for plan in plans)
             and all(plan.gather() for plan in plans)
@@ -303,6 +325,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not plan.gather():
                 raise RuntimeError("a parameter, gradient or state changed in another thread during step()")
         self._plans = plans or None  # without one, nothing would notice the first gradient
+        self._ran_on = frozenset(plan.backend.name for plan in plans)
         return plans
 
     @property
@@ -320,7 +343,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         named = ((group, name, param) for group in self.param_groups for name, param in planning.named(group))
         reducing = ((param, self.rule_of(self.variant_of(group, name, param))[1]) for group, name, param in named)
         with torch.no_grad():
-            memory = ((p, self._select(p).memory(p, reduces)) for p, reduces in reducing)
+            memory = ((p, self._select(p, reduces).memory(p, reduces)) for p, reduces in reducing)
             return self._followers.copies_of(memory, partial(planning.weight_of, self))
 
     def renew_copies(self) -> None:
@@ -361,7 +384,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         elif grad_scale is not None and not isinstance(grad_scale, Tensor):
             grad_scale = torch.tensor(float(grad_scale))
         found_inf = getattr(self, "found_inf", None)
-        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
+        if not isinstance(found_inf, Tensor):  # torch's own protocol has the number 0 where there are no gradients
             found_inf = None
         elif found_inf.device.type == "cpu" and found_inf.item() != 0:
             if limits is not None:
@@ -370,13 +393,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
         groups, coefficient, undo = self.param_groups, None, None
         try:
-            plans = self._plans_that_fit()
+            clips = self.clips()
+            needs_norm = limits is not None or (clips and any(map(self.clips_by_norm, groups)))
+            plans = self._plans_that_fit(needs_norm)
             if plans is None:
                 for device in {param.device for group in groups for param in group["params"]}:
                     refuse_capture(device, CHANGED)
                 # What is made now may be used by a step outside of inference mode.
                 with torch.inference_mode(False):
                     chosen = planning.look_up(self, limits is not None)
+                    self._norms_checked = needs_norm
                     if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
                         return
                     undo = planning.undo_of(self)
@@ -390,7 +416,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     maximize = bool(maximize)
                 steps.append((plan, self._hyper_of(group, plan.variant), maximize))
             self.kernel_calls = 0
-            if self.clips():
+            if clips:
                 if limits is not None:  # what is not finite may be finite once it is clipped
                     given = limits._replace(max_norm=math.inf)
                     self.kernel_calls, _, found_inf = gradients.reduce(plans, given, grad_scale, found_inf)
@@ -419,6 +445,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Put unscaled and clipped gradients into the plans."""
         places, grads = [], []
         for plan in plans:
+            if self.clips_by_norm(self.param_groups[plan.group]):
+                plan.check_norm_is_local()
             for i, grad in plan.grads_in_use():
                 grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
                 places.append((plan, i))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import backends, checks, layout, precision
+from . import backends, checks, layout, precision, sharding
 from .backends.plan import Plan, Slot
 
 if TYPE_CHECKING:
@@ -39,12 +39,17 @@ def first_names(optimizer: FusedOptimizer) -> dict[Tensor, str | None]:
 
 @torch.no_grad()
 def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
-    """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created."""
+    """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created.
+
+    ``needs_norm``: the step takes the norm of all gradients together.
+    """
     optimizer._learning_rates.settle(optimizer.param_groups)
     chosen: list[list[Place]] = []
+    any_reduces = False
     index = 0
     for group in optimizer.param_groups:
         row = []
+        by_norm = needs_norm or optimizer.clips_by_norm(group)
         for name, param in named(group):
             what = checks.describe(index, name, param)
             try:
@@ -55,13 +60,16 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
                 backend = variant = None
             if param.grad is not None:
                 checks.check_grad(type(optimizer), group, param, param.grad, what)
-                if needs_norm:
+                any_reduces = any_reduces or optimizer.rule_of(variant)[1]
+                if by_norm:
                     checks.check_norm_is_local(type(optimizer), param, what)
             row.append((index, name, param, backend, variant))
             index += 1
         for variant in {variant for *_, backend, variant in row if backend is not None}:
             optimizer._hyper_of(group, variant)
         chosen.append(row)
+    norm_of_each = any(map(optimizer.clips_by_norm, optimizer.param_groups))
+    sharding.check(optimizer, needs_norm, norm_of_each, any_reduces)
     return chosen
 
 
@@ -69,10 +77,13 @@ def _checked(
     optimizer: FusedOptimizer, group: dict[str, Any], name: str | None, param: Tensor, what: str
 ) -> tuple[backends.Backend, Any]:
     """The backend and the variant of a parameter, after all checks of it and its states if a step can update it."""
-    backend, variant = optimizer._select(param), optimizer.variant_of(group, name, param)
+    variant = optimizer.variant_of(group, name, param)
+    cls, reduces = type(optimizer).__name__, optimizer.rule_of(variant)[1]
+    backend = optimizer._select(param, reduces)
     if param.grad is None and not started(optimizer, param):
         return backend, variant
-    cls, reduces = type(optimizer).__name__, optimizer.rule_of(variant)[1]
+    if param.grad is not None:
+        checks.check_real(type(optimizer), reduces, param, what)
     memory = layout.local(param.detach())
     checks.check_param(type(optimizer), reduces, param, memory, what)
     checks.check_memory(cls, what, param)
@@ -123,6 +134,7 @@ def undo_of(optimizer: FusedOptimizer) -> Callable[[], None]:
 
 def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
     """Create missing states, and plan one kernel call per group, backend and device."""
+    _forget_replaced(optimizer)
     planned: list[tuple[tuple[Any, ...], bool, list[Slot]]] = []
     bystanders: list[Slot] = []
     names = first_names(optimizer)
@@ -158,6 +170,16 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
         plan.graphs = optimizer._graphs
         plans.append(plan)
     return plans
+
+
+def _forget_replaced(optimizer: FusedOptimizer) -> None:
+    """Drop what is kept for parameters that are in no group any more; ``state`` is the user's, as in torch."""
+    params = {param for group in optimizer.param_groups for param in group["params"]}
+    for kept in (optimizer._counters, optimizer._followers.copies):
+        for param in kept.keys() - params:
+            del kept[param]
+    for accumulator in optimizer._accumulators:
+        accumulator.forget_replaced()
 
 
 def _slot(

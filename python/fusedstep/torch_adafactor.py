@@ -49,8 +49,8 @@ class TorchAdafactor(FusedOptimizer):
 
     Raises:
         ValueError, TypeError: an argument is out of range.
-        RuntimeError: ``backend`` cannot run for these parameters, a parameter is complex or a DTensor, or (from
-            ``step``) a gradient cannot be used.
+        RuntimeError: ``backend`` cannot run for these parameters, a parameter is a DTensor, or (from ``step``) it is
+            complex or a gradient cannot be used.
 
     Example:
         >>> optimizer = fusedstep.TorchAdafactor(model.parameters(), lr=1e-2, weight_decay=0.1)

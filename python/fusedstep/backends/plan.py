@@ -119,17 +119,22 @@ class Plan(ABC):
         """The slots of which a step reads a copy of the gradient, and writes the gradient itself only then."""
         return [index for index, _ in self.grads_in_use()]
 
+    def check_norm_is_local(self) -> None:
+        """Raise RuntimeError if gradients that `gather` found are spread over processes, where no norm is known."""
+        for index, _ in self.grads_in_use():
+            slot = self.slots[index]
+            if layout.is_wrapper(slot.target):
+                what = checks.describe(slot.index, slot.name, slot.param)
+                checks.check_norm_is_local(self.optimizer, slot.target, what)
+
     def norm_device(self) -> torch.device | None:
         """Where the gradients that `gather` found are; None: there are none.
 
         Raises:
-            RuntimeError: they are spread over processes, whose norm is not known here.
+            RuntimeError: they are spread over processes.
         """
+        self.check_norm_is_local()
         active = self.grads_in_use()
-        for index, _ in active:
-            slot = self.slots[index]
-            what = checks.describe(slot.index, slot.name, slot.param)
-            checks.check_norm_is_local(self.optimizer, slot.target, what)
         return active[0][1].device if active else None
 
     def _grad_of(self, index: int, grads: list[Tensor | None] | None) -> Tensor | None:
