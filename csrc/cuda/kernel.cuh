@@ -59,7 +59,7 @@ union Prepared {
 
 template <class Rule>
 __device__ __forceinline__ void prepare(const Record& record, const double* hyper, Prepared<Rule>* prepared) {
-  const int64_t step = static_cast<int64_t>(*global(record.step)) + 1;
+  const int64_t step = count_of(*global(record.step)) + 1;
   if (record.param_dtype == Dtype::kF64)
     prepared->twice = Rule::template prepare<double>(hyper, step);
   else
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (!is_last) return;
   __threadfence();
   for (int i = thread; i < a.n_records; i += blockDim.x) {
-    if (a.grads[i] != nullptr) *global(a.records[i].step) += 1.0f;
+    if (a.grads[i] != nullptr) *global(a.records[i].step) = next_counter(*global(a.records[i].step));
   }
 }
 

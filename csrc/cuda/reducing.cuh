@@ -54,7 +54,7 @@ __device__ __forceinline__ void for_items(const ReducingArguments& a, Shared<Rul
     if (fresh) {
       __syncthreads();  // hyper is there, and nobody needs the last tensor's scalars any more
       if (thread == 0) {
-        const int64_t step = static_cast<int64_t>(*global(record.step)) + 1;
+        const int64_t step = count_of(*global(record.step)) + 1;
         if (twice)
           shared.scalars.twice = Rule::template prepare<double>(shared.hyper, step);
         else
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, kReducingBlocks) apply_kernel(const 
   // The last block to come here advances the step counters: by then every block has read those that it needed.
   if (!last_of(a.done, gridDim.x, &shared.is_last)) return;
   for (int i = threadIdx.x; i < a.n_records; i += kThreads) {
-    if (a.grads[i] != nullptr) *global(a.records[i].step) += 1.0f;
+    if (a.grads[i] != nullptr) *global(a.records[i].step) = next_counter(*global(a.records[i].step));
   }
 }
 

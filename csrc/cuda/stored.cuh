@@ -104,7 +104,7 @@ __device__ __forceinline__ void store_compensated(const Record& record, int64_t 
 }
 template <class S>
 __device__ __forceinline__ void store_at_random(const Record& record, int64_t at, int n, const float* from) {
-  const uint32_t step = static_cast<uint32_t>(static_cast<int64_t>(*global(record.step)) + 1);
+  const uint32_t step = static_cast<uint32_t>(count_of(*global(record.step)) + 1);
   const Philox random(record.precision.seed, record.precision.index, step, static_cast<uint64_t>(at) / kPhiloxElements);
   Lane<S> narrowed;
 #pragma unroll

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import checks
+from .counts import count_of
 from .numerics import square_root
 from .optimizer import FusedOptimizer
 from .options import Options
@@ -226,7 +227,7 @@ class Adafactor(FusedOptimizer):
     @staticmethod
     def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
         """The learning rate of a parameter's last step, which ``transformers.AdafactorSchedule`` asks for."""
-        step = float(param_state["step"])
+        step = count_of(param_state["step"])
         rel_step = param_group["lr"]
         if param_group["relative_step"]:
             min_step = 1e-6 * step if param_group["warmup_init"] else 1e-2

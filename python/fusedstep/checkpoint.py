@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from . import averages, checks, layout, precision
+from .counts import as_counts, count_of, new_counter
 from .planning import named
 
 if TYPE_CHECKING:
@@ -22,11 +23,7 @@ def written(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     if optimizer._precision.rounding == "stochastic":
         state_dict["rounding_seed"] = optimizer._precision.rounding_seed
     optimizer._learning_rates.write_numbers(optimizer.param_groups, state_dict["param_groups"], optimizer._most_steps)
-    if optimizer.step_form == "int":
-        state_dict["state"] = {
-            key: {**state, "step": int(state["step"])} if isinstance(state, dict) and "step" in state else state
-            for key, state in state_dict["state"].items()
-        }
+    _write_counts(optimizer, state_dict)
     if optimizer.step_form == "absent":
         # A parameter whose every step was skipped has buffers but has not started.
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -41,6 +38,17 @@ def written(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
                 else:
                     del state_dict["state"][key]
     return state_dict
+
+
+def _write_counts(optimizer: FusedOptimizer, state_dict: StateDict) -> None:
+    """Put the numbers of steps, in the form that the parent class has, in the place of the counters."""
+    states = state_dict["state"] = dict(state_dict["state"])
+    keys = [key for key, state in states.items() if isinstance(state, dict) and isinstance(state.get("step"), Tensor)]
+    counters = [states[key]["step"] for key in keys]
+    found = map(count_of, counters) if optimizer.step_form == "int" else as_counts(counters)
+    for key, counter, count in zip(keys, counters, found, strict=True):
+        if count is not counter:
+            states[key] = {**states[key], "step": count}
 
 
 @contextlib.contextmanager
@@ -100,14 +108,19 @@ def _adopted(
     if precision.foreign(state):
         state = precision.adopted(key, param, state, optimizer.state_names, optimizer.non_negative)
     for name, value in state.items():
+        label = f"'{name}' of parameter {key}"
+        if name == "step":
+            checks.check_loaded(label, value, param, None)
+            adopted[name] = new_counter(float(value), param.device)
+            continue
         shape = None
         if name in optimizer.state_names:
             shape = optimizer.state_shape(name, group, param_name, param)
         elif name == averages.KEY:
             shape = param.shape
-        if name == "step" or shape is not None:
+        if shape is not None:
             codes = () if name == averages.KEY else precision.CODES
-            checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape, codes)
+            checks.check_loaded(label, value, param, shape, codes)
         if name == averages.KEY:
             if isinstance(value, Tensor) and optimizer._followers.ema_decay is not None:
                 adopted[name] = optimizer._followers.adopt(param, value)
@@ -115,9 +128,7 @@ def _adopted(
         if isinstance(value, Tensor):
             value = value.detach()
             value = value.to_dense() if value.is_sparse else value
-            if name == "step":
-                value = value.clone()
-            elif shape == param.shape and not layout.is_wrapper(value) and not layout.is_wrapper(param):
+            if shape == param.shape and not layout.is_wrapper(value) and not layout.is_wrapper(param):
                 value = layout.dense_like(param, value.dtype).copy_(value)
             else:
                 value = value.to(param.device, copy=True)

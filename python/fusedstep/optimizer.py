@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from . import averages, backends, checkpoint, checks, layout, planning, precision
 from .backends.plan import Call, Plan
+from .counts import count_of
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .options import Options
 from .schedules import on_device
@@ -230,7 +231,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _most_steps(self) -> int:
         """The largest number of steps of a parameter."""
         steps = (state["step"] for state in self.state.values() if isinstance(state, dict) and "step" in state)
-        return int(max(map(float, chain(steps, self._counters.values())), default=0))
+        return max(map(count_of, chain(steps, self._counters.values())), default=0)
 
     def _select(self, param: Tensor) -> backends.Backend:
         # Frozen weights of a dtype that nothing can update are carried along, as torch does.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import backends, checks, layout, precision
 from .backends.plan import Plan, Slot
+from .counts import new_counter
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -181,7 +182,7 @@ def weight_of(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
 def step_counter(
     optimizer: FusedOptimizer, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]
 ) -> Tensor:
-    """The number of updates of ``param`` so far, as one fp32 number on its device."""
+    """The counter of the updates of ``param`` so far, on its device, by which a kernel goes."""
     if optimizer.step_form != "absent":
         holder, key = state, "step"
         count = state.get("step", 0.0)
@@ -199,9 +200,9 @@ def step_counter(
         and count.device == tensor.device
         and count.dim() == 0
     ):
-        if isinstance(count, Tensor):
-            count = count.detach().reshape(()).to(tensor.device, torch.float32, copy=True)
+        if isinstance(count, Tensor) and count.dtype == torch.float32:
+            count = count.detach().reshape(()).to(tensor.device, copy=True)
         else:
-            count = torch.tensor(float(count), dtype=torch.float32, device=tensor.device)
+            count = new_counter(float(count), tensor.device)
     holder[key] = count
     return count
