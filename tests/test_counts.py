@@ -1,16 +1,78 @@
-"""Step counts go on where the parent class's fp32 number stops, at 2^24."""
+"""Step counts: they outlive all that rebuilds plans, and go on where the parent class's fp32 number stops, at 2^24."""
 
 import copy
 
 import pytest
 import torch
-from support import ADAMW, MOMENTUM, ours, parameters, precision_modes, step
+from support import ADAMW, MOMENTUM, copies, ours, parameters, parameters_of, precision_modes, step
 
 import fusedstep
 from fusedstep.cases import CASES, REDUCING
 from fusedstep.schedules import CosineScheduler
 
 ROWS = [*{case.optimizer: case for case in (*CASES, *REDUCING)}.values(), CASES[0], MOMENTUM]
+by_row = pytest.mark.parametrize("case", ROWS, ids=str)
+COSINE = CosineScheduler(max_update=100, base_lr=0.1)
+
+
+def move(optimizer):
+    for param in parameters_of(optimizer):
+        param.data = param.data.clone()
+
+
+def join(optimizer):
+    optimizer.add_param_group({"params": [("new", p) for p in parameters([(2,)])]})
+
+
+def edit(optimizer):
+    group = optimizer.param_groups[0]
+    for key, value in {"momentum": 0.5, "amsgrad": True, "eta": 0.25, "eps": None, "beta1": 0.5}.items():
+        if key in group and not (key == "eps" and not isinstance(group["eps"], tuple)):
+            group[key] = value if key != "eps" else (group["eps"][0], 0.125)
+
+
+def change_dtype(optimizer):
+    for param in parameters_of(optimizer):
+        param.data = param.data.float()
+        for key, value in optimizer.state.get(param, {}).items():
+            if key != "step":
+                optimizer.state[param][key] = value.float()
+
+
+def wake(optimizer):
+    parameters_of(optimizer)[0].grad = None
+
+
+@by_row
+@pytest.mark.parametrize("rebuild", [move, join, edit, change_dtype, wake, copy.deepcopy], ids=lambda f: f.__name__)
+def test_a_count_outlives_what_rebuilds_plans(case, rebuild, backend):
+    optimizer = ours(case, [(f"p{i}", p) for i, p in enumerate(parameters())], backend)
+    for _ in range(3):
+        step(optimizer)
+    optimizer = rebuild(optimizer) or optimizer
+    step(optimizer)
+    assert optimizer.schedule_step == 4
+    optimizer.param_groups[0]["lr"] = COSINE
+    if case.optimizer != "Adafactor":
+        step(optimizer)
+        assert optimizer.get_last_lr()[0] == COSINE(5)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+@pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}], ids=str)
+def test_momentum_that_is_turned_on_begins_as_torchs(dampening, options, backend):
+    dtype = torch.bfloat16 if options else torch.float64
+    mine = fusedstep.SGD(parameters(dtype=dtype), lr=0.1, dampening=dampening, backend=backend, **options)
+    theirs = torch.optim.SGD(copies(parameters_of(mine)), lr=0.1, dampening=dampening)
+    for number in range(6):
+        if number in (3, 5):
+            for optimizer in (mine, theirs):
+                optimizer.param_groups[0]["momentum"] = 0.75 if number == 3 else 0.5
+        step(mine, theirs)
+        assert mine.schedule_step == number + 1
+    for a, b in zip(parameters_of(mine), parameters_of(theirs), strict=True):
+        tolerance = {"rtol": 0.05, "atol": 0.05} if options else {"rtol": 1e-12, "atol": 1e-13}
+        torch.testing.assert_close(a, b, **tolerance)
 
 
 # Beyond 2^24.

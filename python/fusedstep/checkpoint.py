@@ -82,7 +82,7 @@ def loading(optimizer: FusedOptimizer) -> Iterator[dict[Tensor, dict[str, Any]]]
     def give_state(_: Any) -> None:
         optimizer.state.update(loaded)
         optimizer.state.update(rest)
-        optimizer._counters.clear()
+        optimizer._counters, optimizer._earlier = {}, {}
         optimizer._precision = options
         optimizer._learning_rates.read_numbers(optimizer.param_groups, followed, optimizer._most_steps)
         optimizer.renew_copies()

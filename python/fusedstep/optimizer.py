@@ -95,6 +95,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         self._followers = averages.Followers(ema_decay, weights_copy)
         self._counters: dict[Tensor, Tensor] = {}
+        self._earlier: dict[Tensor, int] = {}  # steps before the one that `begins_anew`
         super().__init__(params, defaults)
         self._learning_rates = on_device.LearningRates(self._backend)
         self._learning_rates.follow(self.param_groups, self._most_steps)
@@ -165,6 +166,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Those of `states_of` that stay in fp32 where ``state_dtype`` is less: the rule takes their difference."""
         return ()
 
+    def begins_anew(self, group: dict[str, Any]) -> bool:
+        """Whether a step that finds no states differs from one that finds those of `init_state`."""
+        return False
+
     def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
         """The state ``key`` of a parameter before its first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
@@ -205,7 +210,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             names = planning.first_names(self)
             for name, param in planning.named(group):
                 state = self.state[param]
-                planning.step_counter(self, param, param, state, ())
+                planning.step_counter(self, group, param, param, state, ())
                 # Copies of weights wait for the first step: until then, the user may load other weights.
                 planning.settle(self, param, names[param], group, weight_too=False)
                 for key in self.states_of(group):
@@ -230,8 +235,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _most_steps(self) -> int:
         """The largest number of steps of a parameter."""
-        steps = (state["step"] for state in self.state.values() if isinstance(state, dict) and "step" in state)
-        return max(map(count_of, chain(steps, self._counters.values())), default=0)
+        states = ((param, state) for param, state in self.state.items() if isinstance(state, dict))
+        steps = chain(((param, state["step"]) for param, state in states if "step" in state), self._counters.items())
+        return max((count_of(counter) + self._earlier.get(param, 0) for param, counter in steps), default=0)
 
     def _select(self, param: Tensor) -> backends.Backend:
         # Frozen weights of a dtype that nothing can update are carried along, as torch does.
@@ -239,13 +245,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options")
+        kept = ("_backend", "_counters", "_earlier", "_learning_rates", "_gradients", "_followers", "_precision")
+        kept += ("_options",)
         return super().__getstate__() | {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_earlier", {})
         self.__dict__.setdefault("_options", {})
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
         self.__dict__.setdefault("_followers", averages.Followers())

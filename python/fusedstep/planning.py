@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, checks, layout, precision
 from .backends.plan import Plan, Slot
-from .counts import new_counter
+from .counts import count_of, new_counter
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -121,7 +121,7 @@ def _slot(
         state = optimizer.state[param]
     else:
         state = {}
-    step = step_counter(optimizer, param, tensor, state, states)
+    step = step_counter(optimizer, group, param, tensor, state, states)
     storage = None
     if settle(optimizer, param, first_name, group):
         storage = optimizer._precision.storage(state, states, param, tensor, backend.state_memory)
@@ -180,7 +180,12 @@ def weight_of(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
 
 
 def step_counter(
-    optimizer: FusedOptimizer, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]
+    optimizer: FusedOptimizer,
+    group: dict[str, Any],
+    param: Tensor,
+    tensor: Tensor,
+    state: dict[str, Any],
+    states: tuple[str, ...],
 ) -> Tensor:
     """The counter of the updates of ``param`` so far, on its device, by which a kernel goes."""
     if optimizer.step_form != "absent":
@@ -191,9 +196,13 @@ def step_counter(
         holder, key = (state, "step") if saved else (optimizer._counters, param)
         count = state.pop("step", optimizer._counters.get(param))  # of other options too
         missing = all(state.get(name) is None for name in states)
-        # Whoever has no buffer, because momentum was 0 so far or the state was cleared, is at its first step.
-        if count is None or (missing and (states or not saved)):
+        if count is None:
             count = 0.0 if missing else 1.0
+        elif states and missing and optimizer.begins_anew(group):
+            # Without a buffer, because momentum was 0 so far or the state was cleared, the kernel's next step is a
+            # first one; the steps that were done still count elsewhere.
+            optimizer._earlier[param] = optimizer._earlier.get(param, 0) + count_of(count)
+            count = 0.0
     if not (
         isinstance(count, Tensor)
         and count.dtype == torch.float32
