@@ -50,6 +50,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     non_negative: ClassVar[tuple[str, ...]] = ()  # states that an 8-bit code stores without a sign
 
+    variant_options: ClassVar[tuple[str, ...]] = ()  # keys of a group that `variant_of` looks at
+
     reduces: ClassVar[bool] = False  # whether the rule has such sums as `rule_of` names
 
     Scalars: ClassVar[type]
@@ -57,6 +59,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler then passes grad_scale and found_inf on to the kernels
     _plans: list[Plan] | None = None
     _watch: Any = None
+    _seen_options: list[list[Any]] | None = None  # those that the variants of the plans were made with
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
     _finds_nonfinite: bool = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
@@ -292,6 +295,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             plans is not None
             and self._watch.unchanged(self.state, self.param_groups)
             and all(plan.states == self.states_of(self.param_groups[plan.group]) for plan in plans)
+            and (not self.variant_options or self._seen_options == self._options_of_variants())
         ):
             try:
                 if all(plan.gather() for plan in plans):
@@ -302,11 +306,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plans = None
         return None
 
+    def _options_of_variants(self) -> list[list[Any]]:
+        return [[group.get(option) for option in self.variant_options] for group in self.param_groups]
+
     def _new_plans(self, chosen: list[list[planning.Place]]) -> list[Plan]:
         """Plans with this step's gradients; nothing has been updated when this raises."""
         with torch.no_grad():
             plans = planning.build(self, chosen)
         self._watch = backends.watch(self.state, self.param_groups)
+        self._seen_options = planning.snapshot(self._options_of_variants())
         for plan in plans:
             if not plan.gather():
                 raise RuntimeError("a parameter, gradient or state changed in another thread during step()")
@@ -421,6 +429,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _hyper_of(self, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:
         """`hyper`, after a look at what the user may have put into the group since."""
+        if group.get("differentiable"):
+            checks.check_implementation(group)
         hyper = self.hyper(group, variant)
         for name, value in zip(self.hyper_names, hyper, strict=True):
             if type(value) not in (float, int, bool):

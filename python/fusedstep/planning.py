@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -35,6 +35,15 @@ def first_names(optimizer: FusedOptimizer) -> dict[Tensor, str | None]:
         for name, param in named(group):
             names.setdefault(param, name)
     return names
+
+
+def snapshot(options: Any) -> Any:
+    """A copy of options to compare with later, and of the containers in them, which the user may edit in place."""
+    if isinstance(options, Mapping):
+        return {key: snapshot(value) for key, value in options.items()}
+    if type(options) in (list, tuple):
+        return type(options)(map(snapshot, options))
+    return options
 
 
 @torch.no_grad()
