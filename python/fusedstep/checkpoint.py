@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from . import averages, checks, layout, precision
+from . import averages, checks, dcp, layout, precision
 from .counts import as_counts, count_of, new_counter
 from .planning import named
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def written(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """The state_dict that torch's base class has made, as the torch class of the optimizer's name would write it."""
     if optimizer._precision.rounding == "stochastic":
-        state_dict["rounding_seed"] = optimizer._precision.rounding_seed
-    optimizer._learning_rates.write_numbers(optimizer.param_groups, state_dict["param_groups"], optimizer._most_steps)
+        state_dict[dcp.SEED] = optimizer._precision.rounding_seed
+    dcp.write_numbers(optimizer, state_dict["param_groups"])
     _write_counts(optimizer, state_dict)
     if optimizer.step_form == "absent":
         # A parameter whose every step was skipped has buffers but has not started.
@@ -71,19 +71,25 @@ def loading(optimizer: FusedOptimizer) -> Iterator[dict[Tensor, dict[str, Any]]]
         options = options.with_seed_of(given)
         places = ((group, *place) for group in optimizer.param_groups for place in named(group))
         by_id = dict(zip(chain.from_iterable(ids), places, strict=True))
+        states = {}
         for key, value in given["state"].items():
-            if key in by_id:
-                loaded[by_id[key][-1]] = _adopted(optimizer, key, *by_id[key], value)
-            else:
+            if key not in by_id:
                 rest[key] = value
-        optimizer._followers.report(given["state"][key] for key in by_id if key in given["state"])
+                continue
+            # A flattened checkpoint that lacks a value has an empty dict in its place.
+            if state := {name: part for name, part in value.items() if not (isinstance(part, dict) and not part)}:
+                loaded[by_id[key][-1]] = _adopted(optimizer, key, *by_id[key], state)
+                states[key] = state
+        optimizer._followers.report(states[key] for key in by_id if key in states)
         return {**given, "state": {}}
 
     def give_state(_: Any) -> None:
         optimizer.state.update(loaded)
         optimizer.state.update(rest)
-        optimizer._counters, optimizer._earlier = {}, {}
+        optimizer._counters, optimizer._earlier, optimizer._template = {}, {}, {}
         optimizer._precision = options
+        for group in optimizer.param_groups:
+            group.pop(dcp.SEED, None)
         optimizer._learning_rates.read_numbers(optimizer.param_groups, followed, optimizer._most_steps)
         optimizer.renew_copies()
 
@@ -133,4 +139,7 @@ def _adopted(
             else:
                 value = value.to(param.device, copy=True)
         adopted[name] = value
+    if optimizer.step_form == "absent" and dcp.is_blank(adopted, optimizer.state_names):
+        for name in (*optimizer.state_names, *map(precision.scale_name, optimizer.state_names)):
+            adopted.pop(name, None)
     return adopted

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages, backends, checkpoint, checks, layout, planning, precision
+from . import averages, backends, checkpoint, checks, dcp, layout, planning, precision
 from .backends.plan import Call, Plan
 from .counts import count_of
 from .gradients import GradientOptions, Gradients, check_max_norm
@@ -99,7 +99,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._followers = averages.Followers(ema_decay, weights_copy)
         self._counters: dict[Tensor, Tensor] = {}
         self._earlier: dict[Tensor, int] = {}  # steps before the one that `begins_anew`
+        self._template: dict[Tensor, dcp.Made] = {}
         super().__init__(params, defaults)
+        dcp.own(self)
         self._learning_rates = on_device.LearningRates(self._backend)
         self._learning_rates.follow(self.param_groups, self._most_steps)
 
@@ -248,6 +250,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
+        dcp.forget_template(self)
         kept = ("_backend", "_counters", "_earlier", "_learning_rates", "_gradients", "_followers", "_precision")
         kept += ("_options",)
         return super().__getstate__() | {key: getattr(self, key) for key in kept}
@@ -257,6 +260,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
         self.__dict__.setdefault("_earlier", {})
+        self.__dict__["_template"] = {}
+        dcp.own(self)
         self.__dict__.setdefault("_options", {})
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
         self.__dict__.setdefault("_followers", averages.Followers())
@@ -384,6 +389,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
         plans, groups = self._plans_that_fit(), self.param_groups
         if plans is None:
+            dcp.forget_template(self)
+            dcp.own(self)
             chosen = planning.look_up(self, limits is not None)
             if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
                 return

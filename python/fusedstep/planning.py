@@ -98,8 +98,11 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
             seen[param] += 1
             is_last = seen[param] == listed[param]
             bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)
-            reduces = optimizer.rule_of(variant)[1]
-            slot = _slot(optimizer, index, name, param, group, states, backend, reduces, names[param])
+            if param.grad is None and param not in optimizer.state and param not in optimizer._counters:
+                slot = Slot(index, name, param, None, None, ())
+            else:
+                reduces = optimizer.rule_of(variant)[1]
+                slot = _slot(optimizer, index, name, param, group, states, backend, reduces, names[param])
             buckets.setdefault(bucket, []).append(slot)
         for (backend, variant, *_, is_last), slots in buckets.items():
             plan = backend.plan(type(optimizer), group_index, group, variant, states, slots)
@@ -121,9 +124,7 @@ def _slot(
     reduces: bool,
     first_name: str | None,
 ) -> Slot:
-    started = param in optimizer.state or param in optimizer._counters
-    if param.grad is None and not started:
-        return Slot(index, name, param, None, None, ())
+    """The slot of a parameter that has a gradient or has had one; missing states are made."""
     tensor = backend.memory(param, reduces)
     keeps = optimizer._precision.keeps(param) or optimizer._followers.ema_decay is not None
     if states or optimizer.step_form != "absent" or keeps:
@@ -155,6 +156,23 @@ def _slot(
         followers = optimizer._followers.of(param, tensor, state, backend, partial(weight_of, optimizer, param))
     matrices = optimizer.matrices(group, name, param) if reduces else None
     return Slot(index, name, param, tensor, step, tuple(tensors), None, matrices, *followers, storage=storage)
+
+
+def make_states(
+    optimizer: FusedOptimizer,
+    index: int,
+    name: str | None,
+    param: Tensor,
+    group: dict[str, Any],
+    first_name: str | None,
+) -> None:
+    """Make the missing states of a parameter as its first step would."""
+    reduces = optimizer.rule_of(optimizer.variant_of(group, name, param))[1]
+    copied = param in optimizer._followers.copies
+    states = optimizer.states_of(group)
+    _slot(optimizer, index, name, param, group, states, optimizer._select(param), reduces, first_name)
+    if not copied:  # it would not see the weights that are loaded before the first step
+        optimizer._followers.copies.pop(param, None)
 
 
 def settle(

@@ -166,11 +166,18 @@ class Precision:
             raise ValueError(f"state_dtype='8bit' does not support {type(param).__name__} parameters ({what})")
 
     def with_seed_of(self, state_dict: dict[str, Any]) -> Precision:
-        """These options with the seed of a loaded state, so that training goes on with the same random numbers."""
-        seed = state_dict.get("rounding_seed", self.rounding_seed)
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"loaded state dict: 'rounding_seed' is {seed!r}, expected a whole number below 2**63")
-        return replace(self, rounding_seed=seed)
+        """These options with the seed of a loaded state, so that training goes on with the same random numbers.
+
+        The groups have it too: distributed checkpoints have nothing beside groups and states.
+        """
+        found = self.rounding_seed
+        for place in (*reversed(state_dict["param_groups"]), state_dict):
+            found = place.get("rounding_seed", found)
+            if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < 2**63:
+                raise ValueError(
+                    f"loaded state dict: 'rounding_seed' is {found!r}, expected a whole number below 2**63"
+                )
+        return replace(self, rounding_seed=found)
 
     def settle(
         self,
