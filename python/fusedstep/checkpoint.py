@@ -116,8 +116,7 @@ def _adopted(
     for name, value in state.items():
         label = f"'{name}' of parameter {key}"
         if name == "step":
-            checks.check_loaded(label, value, param, None)
-            adopted[name] = new_counter(float(value), param.device)
+            adopted[name] = new_counter(checks.loaded_count(label, value), param.device)
             continue
         shape = None
         if name in optimizer.state_names:
