@@ -160,9 +160,9 @@ class Adafactor(FusedOptimizer):
             lr = 0.0
         elif lr is None:
             raise ValueError("Invalid learning rate: None (it must be a number unless relative_step=True)")
-        numbers = (group[name] for name in ("clip_threshold", "decay_rate", "beta1", "weight_decay"))
+        beta1 = 0.0 if group["beta1"] is None else group["beta1"]
         flags = (group[name] for name in ("scale_parameter", "relative_step", "warmup_init"))
-        return lr, *group["eps"], *(0.0 if number is None else number for number in numbers), *flags
+        return lr, *group["eps"], group["clip_threshold"], group["decay_rate"], beta1, group["weight_decay"], *flags
 
     class Scalars(NamedTuple):
         beta2: float

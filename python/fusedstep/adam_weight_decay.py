@@ -138,6 +138,7 @@ class AdamWeightDecay(Adam):
         own = {key: group[key] for key in _CLIPS if group[key] is not None}
         for key, value in own.items():
             checks.check_positive(f"{key} value", value)
+            checks.check_float(f"{key} value", value)
         given = self._options["max_grad_norm"]
         if own and given is not None:
             raise ValueError(

@@ -39,6 +39,18 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"Invalid {name}: {value!r} is a {type(value).__name__}; it must be a number")
 
 
+def check_float(name: str, value: float | Tensor) -> None:
+    """Raise ValueError unless a kernel can read ``value`` as a float."""
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.is_meta:
+            raise ValueError(f"Invalid {name}: a tensor of {value.dtype} on {value.device}; it must be a real number")
+        return
+    try:
+        float(value)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise ValueError(f"Invalid {name}: {str(value)[:40]}; it must be a number ({error})") from error
+
+
 def check_lr(lr: float | Tensor) -> None:
     """Raise unless ``lr`` is a number >= 0 or a one-element tensor of such a number."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -161,6 +173,8 @@ def check_state(
     if state.shape != shape:
         expected = "that of" if shape == param.shape else f"{tuple(shape)} for"
         raise RuntimeError(f"{optimizer}: state '{name}' has shape {tuple(state.shape)}, it must be {expected} {what}")
+    if state.layout != torch.strided:
+        raise RuntimeError(f"{optimizer}: state '{name}' has layout {state.layout}, it must be dense for {what}")
     if state.is_complex() != param.is_complex():
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
     if state.dtype not in dtypes if dtypes else not (state.is_floating_point() or state.is_complex()):
@@ -173,6 +187,10 @@ def check_loaded(label: str, value: Any, param: Tensor, shape: torch.Size, codes
     ``codes``: dtypes of numbers that stand for others.
     """
     if isinstance(value, Tensor):
+        if value.is_meta and not param.is_meta:
+            raise ValueError(f"loaded state dict: {label} is on the meta device, which has no numbers")
+        if value.layout not in (torch.strided, torch.sparse_coo):
+            raise ValueError(f"loaded state dict: {label} has layout {value.layout}, expected torch.strided")
         if value.shape != shape:
             raise ValueError(f"loaded state dict: {label} has shape {tuple(value.shape)}, expected {tuple(shape)}")
         number = value.is_floating_point() or value.is_complex()

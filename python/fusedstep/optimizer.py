@@ -283,13 +283,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         tells here. `copies` are renewed.
 
         Raises:
-            ValueError: groups do not match, or a state cannot be its parameter's; nothing is changed then.
+            ValueError: groups do not match, or an option or state is none that a step can be made with.
             RuntimeError: this is inside `swap_ema`.
+            Nothing has changed then, nor after an error of a hook.
         """
         self._followers.refuse_swapped("load_state_dict()")
-        with checkpoint.loading(self) as loaded:
-            super().load_state_dict(state_dict)
-        precision.warn_of_conversions(self, loaded, planning.first_names(self))
+        with checkpoint.undone_on_error(self):
+            with checkpoint.loading(self) as loaded:
+                super().load_state_dict(state_dict)
+            precision.warn_of_conversions(self, loaded, planning.first_names(self))
+        self.renew_copies()
 
     # The step.
 

@@ -64,23 +64,52 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
                 checks.check_grad(type(optimizer), group, param, param.grad, what)
                 if needs_norm:
                     checks.check_norm_is_local(type(optimizer), param, what)
-                if optimizer._followers.any:
-                    optimizer._followers.check(type(optimizer).__name__, param, optimizer.state.get(param, {}), what)
-                kept, states = optimizer.state.get(param, {}), optimizer.states_of(group)
-                if precision.foreign(kept):
-                    cls = type(optimizer).__name__
-                    precision.check_kept(cls, param, kept, states, optimizer.non_negative, what)
-                for state in states:
-                    value, shape = kept.get(state), optimizer.state_shape(state, group, name, param)
-                    plain = isinstance(value, Tensor) and value.dtype not in precision.CODES
-                    if plain and shape is not None:
-                        checks.check_state(type(optimizer).__name__, state, value, param, shape, backend.dtypes, what)
+                _check_kept(optimizer, group, name, param, backend, what)
             row.append((index, name, param, backend, variant))
             index += 1
         for variant in {variant for *_, variant in row}:
             optimizer._hyper_of(group, variant)
         chosen.append(row)
     return chosen
+
+
+def _check_kept(
+    optimizer: FusedOptimizer,
+    group: dict[str, Any],
+    name: str | None,
+    param: Tensor,
+    backend: backends.Backend,
+    what: str,
+) -> None:
+    """Raise RuntimeError if what is kept for a parameter cannot go with it."""
+    cls, kept, states = type(optimizer).__name__, optimizer.state.get(param, {}), optimizer.states_of(group)
+    if optimizer._followers.any:
+        optimizer._followers.check(cls, param, kept, what)
+    if precision.foreign(kept):
+        precision.check_kept(cls, param, kept, states, optimizer.non_negative, what)
+    for state in states:
+        value, shape = kept.get(state), optimizer.state_shape(state, group, name, param)
+        plain = isinstance(value, Tensor) and value.dtype not in precision.CODES
+        if plain and shape is not None:
+            checks.check_state(cls, state, value, param, shape, backend.dtypes, what)
+
+
+@torch.no_grad()
+def check_loaded_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None:
+    """Raise what the next step would raise of a group's options and states, whatever has a gradient then."""
+    variants = set()
+    for index, (name, param) in enumerate(named(group)):
+        variants.add(optimizer.variant_of(group, name, param))
+        if param in optimizer.state:
+            _check_kept(optimizer, group, name, param, optimizer._select(param), checks.describe(index, name, param))
+    for variant in variants:
+        hyper = optimizer._hyper_of(group, variant)
+        for option, value in zip(optimizer.hyper_names, hyper, strict=True):
+            checks.check_float(option, value)
+        if not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in hyper):
+            optimizer.prepare(tuple(map(float, hyper)), 1)
+    bool(group["maximize"])
+    optimizer._check_call(None)
 
 
 def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:

@@ -346,9 +346,13 @@ def misfit(
     """What of a companion, or of 8-bit states, cannot be a parameter's: its key, what was found, what is expected."""
 
     def differs(value: Any, dtypes: tuple[torch.dtype, ...], shape: torch.Size | tuple[int]) -> tuple[str, str] | None:
-        if isinstance(value, Tensor) and value.dtype in dtypes and value.shape == shape:
+        if not isinstance(value, Tensor):
+            return f"is {value!r}", f"{' or '.join(map(str, dtypes))}, shape {tuple(shape)}"
+        odd = [str(value.layout)] * (value.layout != torch.strided)
+        odd += [str(value.device)] * (value.is_meta and not param.is_meta)
+        if not odd and value.dtype in dtypes and value.shape == shape:
             return None
-        found = f"is {value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
+        found = ", ".join([f"is {value.dtype}, shape {tuple(value.shape)}", *odd])
         return found, f"{' or '.join(map(str, dtypes))}, shape {tuple(shape)}"
 
     companions = [key for key in COMPANIONS.values() if key in state]
