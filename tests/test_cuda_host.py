@@ -15,6 +15,7 @@ import fusedstep
 from fusedstep import _C, schedules
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES
+from fusedstep.counts import count_of
 from fusedstep.precision import COMPANIONS, scale_name
 from fusedstep.schedules import on_device
 from fusedstep.verification import same_bits
@@ -167,6 +168,19 @@ def test_every_size_and_offset_has_the_references_bits(library, case, offset, ge
     for _ in range(3):
         assert pair.step(library, random_grads(SIZES, generator), offset, general=general) == 1
     pair.assert_same()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "lr_decay" in c.options or "decay" in c.options], ids=str)
+def test_steps_are_counted_beyond_what_fp32_holds(library, case):
+    generator = torch.Generator().manual_seed(8)
+    pair = Pair(case, [5, 1200])
+    counters = [state["step"] for optimizer in (pair.kernel, pair.reference) for state in optimizer.state.values()]
+    for counter in counters:
+        counter.fill_(2**24)
+    for _ in range(3):
+        pair.step(library, random_grads([5, 1200], generator))
+    pair.assert_same()
+    assert [count_of(counter) for counter in counters] == [2**24 + 3] * 4
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.options.get("amsgrad") or "dampening" in c.options], ids=str)

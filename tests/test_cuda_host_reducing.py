@@ -16,6 +16,7 @@ from fusedstep import backends
 from fusedstep.backends.cpu import CpuBackend, CpuPlan
 from fusedstep.backends.plan import Call
 from fusedstep.cases import REDUCING, gradient, layouts
+from fusedstep.counts import count_of
 from fusedstep.verification import same_bits
 
 
@@ -132,6 +133,21 @@ def test_every_shape_is_close_to_the_reference(on_host, case):
         step(optimizers, random(SHAPES, generator))
     assert_close(optimizers)
     assert optimizers[0].kernel_calls == launches_of(case)
+
+
+@by_kind
+def test_steps_are_counted_beyond_what_fp32_holds(on_host, case):
+    generator = torch.Generator().manual_seed(9)
+    optimizers = pair(case, random(FEW_SHAPES, generator))
+    step(optimizers, random(FEW_SHAPES, generator))
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            state["step"].fill_(2**24)
+    for _ in range(3):
+        step(optimizers, random(FEW_SHAPES, generator))
+    assert_close(optimizers)
+    counters = [state["step"] for optimizer in optimizers for state in optimizer.state.values()]
+    assert {count_of(counter) for counter in counters} == {2**24 + 3}
 
 
 @by_case

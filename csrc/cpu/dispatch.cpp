@@ -202,7 +202,10 @@ void step(const Call& call, int threads) {
     const int64_t first = boundary(index), last = boundary(index + 1);
     if (first < last) run(call, first, last);
   });
-  for (int64_t i = 0; i < call.work_size; ++i) *call.work[i].record->step += 1.0f;
+  for (int64_t i = 0; i < call.work_size; ++i) {
+    float* step = call.work[i].record->step;
+    *step = next_counter(*step);
+  }
 }
 
 void run_range(const Call& call, int64_t first, int64_t last) {

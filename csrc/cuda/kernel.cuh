@@ -48,7 +48,7 @@ struct TeamShared {
     __syncwarp();
     if (lane != 0) return;
     grad = const_cast<void*>(gradient);
-    prepared.fill(record, hyper, static_cast<int64_t>(*global(record.step)) + 1, a.grads_become);
+    prepared.fill(record, hyper, count_of(*global(record.step)) + 1, a.grads_become);
   }
 };
 
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, Way::kBlocks)
   __syncthreads();
   if (!is_last) return;
   for (int i = thread; i < a.n_records; i += blockDim.x) {
-    if (a.grads[i] != nullptr) *global(a.records[i].step) += 1.0f;
+    if (a.grads[i] != nullptr) *global(a.records[i].step) = next_counter(*global(a.records[i].step));
   }
 }
 

@@ -89,7 +89,7 @@ __device__ __noinline__ void prepare(const ReducingArguments& a, const float* st
   }
   __syncthreads();
   if (thread == 0) {
-    const int64_t step = static_cast<int64_t>(*global(step_counter)) + 1;
+    const int64_t step = count_of(*global(step_counter)) + 1;
     pick<T>(shared->scalars) = Rule::template prepare<T>(shared->hyper, step);
   }
   __syncthreads();
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kReducingThreads, std::is_same_v<Does, Beside>
       apply_tile<Rule, typename Stored::Param, typename Stored::State>(place, part,
                                                                        Does(a.grads_become, a.average_weight));
     // The passes before have read it.
-    if (first && place.item.index == 0 && threadIdx.x == 0) *global(place.record.step) += 1.0f;
+    if (first && place.item.index == 0 && threadIdx.x == 0) *global(place.record.step) = next_counter(*global(place.record.step));
   });
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import checks
+from .counts import count_of
 from .numerics import square_root
 from .optimizer import FusedOptimizer
 from .options import Options
@@ -159,9 +160,9 @@ class Adafactor(FusedOptimizer):
             lr = 0.0
         elif lr is None:
             raise ValueError("Invalid learning rate: None (it must be a number unless relative_step=True)")
-        numbers = (group[name] for name in ("clip_threshold", "decay_rate", "beta1", "weight_decay"))
+        beta1 = 0.0 if group["beta1"] is None else group["beta1"]
         flags = (group[name] for name in ("scale_parameter", "relative_step", "warmup_init"))
-        return lr, *group["eps"], *(0.0 if number is None else number for number in numbers), *flags
+        return lr, *group["eps"], group["clip_threshold"], group["decay_rate"], beta1, group["weight_decay"], *flags
 
     class Scalars(NamedTuple):
         beta2: float
@@ -226,7 +227,7 @@ class Adafactor(FusedOptimizer):
     @staticmethod
     def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
         """The learning rate of a parameter's last step, which ``transformers.AdafactorSchedule`` asks for."""
-        step = float(param_state["step"])
+        step = count_of(param_state["step"])
         rel_step = param_group["lr"]
         if param_group["relative_step"]:
             min_step = 1e-6 * step if param_group["warmup_init"] else 1e-2

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import layout
+from . import counts, layout
 from .options import Options
 
 if TYPE_CHECKING:
@@ -210,6 +210,8 @@ def check_state(
     if state.shape != shape:
         expected = "that of" if shape == param.shape else f"{tuple(shape)} for"
         raise RuntimeError(f"{optimizer}: state '{name}' has shape {tuple(state.shape)}, it must be {expected} {what}")
+    if state.layout != torch.strided:
+        raise RuntimeError(f"{optimizer}: state '{name}' has layout {state.layout}, it must be dense for {what}")
     if state.is_complex() != param.is_complex():
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
     if state.dtype not in dtypes if dtypes else not (state.is_floating_point() or state.is_complex()):
@@ -226,20 +228,16 @@ def check_memory(optimizer: str, subject: str, tensor: Tensor) -> None:
         )
 
 
-def check_loaded(
-    label: str, value: Any, param: Tensor, shape: torch.Size | None, codes: Sequence[torch.dtype] = ()
-) -> None:
-    """Raise ValueError unless a loaded ``value`` can be a state of ``param``: its step, or for a ``shape`` a tensor.
+def check_loaded(label: str, value: Any, param: Tensor, shape: torch.Size, codes: Sequence[torch.dtype] = ()) -> None:
+    """Raise ValueError unless a loaded ``value`` can be a state of ``param`` that has the ``shape``.
 
     ``codes``: dtypes of numbers that stand for others.
     """
-    if shape is None:
-        number = isinstance(value, Real) or (
-            isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-        )
-        if not number:
-            raise ValueError(f"loaded state dict: {label} is {_kind(value)}, expected a number")
-    elif isinstance(value, Tensor):
+    if isinstance(value, Tensor):
+        if value.is_meta and not param.is_meta:
+            raise ValueError(f"loaded state dict: {label} is on the meta device, which has no numbers")
+        if value.layout not in (torch.strided, torch.sparse_coo):
+            raise ValueError(f"loaded state dict: {label} has layout {value.layout}, expected torch.strided")
         if value.shape != shape:
             raise ValueError(f"loaded state dict: {label} has shape {tuple(value.shape)}, expected {tuple(shape)}")
         number = value.is_floating_point() or value.is_complex()
@@ -248,6 +246,21 @@ def check_loaded(
             raise ValueError(f"loaded state dict: {label} has dtype {value.dtype}, expected {expected} one")
     elif not (value is None or isinstance(value, Real)):  # a parent class may have those where it has not started
         raise ValueError(f"loaded state dict: {label} is {_kind(value)}, expected a tensor of shape {tuple(shape)}")
+
+
+def loaded_count(label: str, value: Any) -> int:
+    """A loaded number of steps; raises ValueError if it is none."""
+    if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())):
+        raise ValueError(f"loaded state dict: {label} is {_kind(value)}, expected a number")
+    try:
+        count = float(value)
+    except (RuntimeError, OverflowError) as error:  # on the meta device, in a layout without numbers, too large
+        raise ValueError(f"loaded state dict: {label} cannot be read as a number: {error}") from error
+    if not (count.is_integer() and 0 <= count <= counts.MOST):
+        raise ValueError(
+            f"loaded state dict: {label} is {count:g}, expected a number of steps: whole, 0 to {counts.MOST}"
+        )
+    return int(count)
 
 
 def _kind(value: Any) -> str:

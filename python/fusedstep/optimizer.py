@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages, backends, checkpoint, checks, layout, planning, precision, sharding
+from . import averages, backends, checkpoint, checks, dcp, layout, planning, precision, sharding
 from .backends.lifetime import CHANGED, Graphs, refuse_capture
 from .backends.plan import Call, Plan
+from .counts import count_of
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .options import Options
 from .schedules import on_device
@@ -54,12 +55,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     non_negative: ClassVar[tuple[str, ...]] = ()  # states that an 8-bit code stores without a sign
 
+    variant_options: ClassVar[tuple[str, ...]] = ()  # keys of a group that `variant_of` looks at
+
     reduces: ClassVar[bool] = False  # whether the rule has such sums as `rule_of` names
 
     Scalars: ClassVar[type]
 
     _plans: list[Plan] | None = None
     _watch: Any = None
+    _seen_options: list[list[Any]] | None = None  # those that the variants of the plans were made with
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
     _finds_nonfinite: bool = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
@@ -106,7 +110,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._graphs = Graphs()
         self._accumulators: weakref.WeakSet[GradientAccumulator] = weakref.WeakSet()
         self._shared_out = sharding.maker_shares_out()
+        self._earlier: dict[Tensor, int] = {}  # steps before the one that `begins_anew`
+        self._template: dict[Tensor, dcp.Made] = {}
         super().__init__(params, defaults)
+        dcp.own(self)
         self._learning_rates = on_device.LearningRates(self._backend)
         self._learning_rates.follow(self.param_groups, self._most_steps)
 
@@ -180,6 +187,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Those of `states_of` that stay in fp32 where ``state_dtype`` is less: the rule takes their difference."""
         return ()
 
+    def begins_anew(self, group: dict[str, Any]) -> bool:
+        """Whether a step that finds no states differs from one that finds those of `init_state`."""
+        return False
+
     def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
         """The state ``key`` of a parameter before its first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
@@ -221,7 +232,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             names = planning.first_names(self)
             for name, param in planning.named(group):
                 state = self.state[param]
-                planning.step_counter(self, param, param, state, ())
+                planning.step_counter(self, group, param, param, state, ())
                 # Copies of weights wait for the first step: until then, the user may load other weights.
                 planning.settle(self, param, names[param], group, weight_too=False)
                 for key in self.states_of(group):
@@ -246,8 +257,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _most_steps(self) -> int:
         """The largest number of steps of a parameter."""
-        steps = (state["step"] for state in self.state.values() if isinstance(state, dict) and "step" in state)
-        return int(max(map(float, chain(steps, self._counters.values())), default=0))
+        states = ((param, state) for param, state in self.state.items() if isinstance(state, dict))
+        steps = chain(((param, state["step"]) for param, state in states if "step" in state), self._counters.items())
+        return max((count_of(counter) + self._earlier.get(param, 0) for param, counter in steps), default=0)
 
     def _select(self, param: Tensor, reduces: bool) -> backends.Backend:
         # Weights of a dtype that nothing can update are carried along until they have a gradient, as torch does.
@@ -256,9 +268,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return backends.select(self._backend, param.device, param.dtype if updated else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
+        dcp.forget_template(self)
         kept = (
             *("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options"),
-            *("_shared_out", "_ran_on", "kernel_calls"),
+            *("_earlier", "_shared_out", "_ran_on", "kernel_calls"),
         )
         return super().__getstate__() | {key: getattr(self, key) for key in kept}
 
@@ -270,6 +283,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
         self.__dict__.setdefault("_accumulators", weakref.WeakSet())
+        self.__dict__.setdefault("_earlier", {})
+        self.__dict__["_template"] = {}
+        dcp.own(self)
         self.__dict__.setdefault("_options", {})
         self.__dict__.setdefault("_graphs", Graphs())
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
@@ -292,13 +308,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         tells here. `copies` are renewed.
 
         Raises:
-            ValueError: groups do not match, or a state cannot be its parameter's; nothing is changed then.
+            ValueError: groups do not match, or an option or state is none that a step can be made with.
             RuntimeError: this is inside `swap_ema`.
+            Nothing has changed then, nor after an error of a hook.
         """
         self._followers.refuse_swapped("load_state_dict()")
-        with checkpoint.loading(self) as loaded:
-            super().load_state_dict(state_dict)
-        precision.warn_of_conversions(self, loaded, planning.first_names(self))
+        with checkpoint.undone_on_error(self):
+            with checkpoint.loading(self) as loaded:
+                super().load_state_dict(state_dict)
+            precision.warn_of_conversions(self, loaded, planning.first_names(self))
+        self.renew_copies()
 
     # The step.
 
@@ -310,17 +329,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             and (self._norms_checked or not needs_norm)
             and self._watch.unchanged(self.state, self.param_groups)
             and all(plan.states == self.states_of(self.param_groups[plan.group]) for plan in plans)
+            and (not self.variant_options or self._seen_options == self._options_of_variants())
             and all(plan.gather() for plan in plans)
         ):
             return plans
         self._plans = None
         return None
 
+    def _options_of_variants(self) -> list[list[Any]]:
+        return [[group.get(option) for option in self.variant_options] for group in self.param_groups]
+
     def _new_plans(self, chosen: list[list[planning.Place]]) -> list[Plan]:
         """Plans with this step's gradients."""
         with torch.no_grad():
             plans = planning.build(self, chosen)
         self._watch = backends.watch(self.state, self.param_groups)
+        self._seen_options = planning.snapshot(self._options_of_variants())
         for plan in plans:
             if not plan.gather():
                 raise RuntimeError("a parameter, gradient or state changed in another thread during step()")
@@ -399,6 +423,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if plans is None:
                 for device in {param.device for group in groups for param in group["params"]}:
                     refuse_capture(device, CHANGED)
+                dcp.forget_template(self)
+                dcp.own(self)
                 # What is made now may be used by a step outside of inference mode.
                 with torch.inference_mode(False):
                     chosen = planning.look_up(self, limits is not None)
@@ -458,6 +484,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _hyper_of(self, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:
         """`hyper`, after a look at what the user may have put into the group since."""
+        if group.get("differentiable"):
+            checks.check_implementation(group)
         hyper = zip(self.hyper_names, self.hyper(group, variant), strict=True)
         try:
             return tuple([value if type(value) is float else checks.as_number(name, value) for name, value in hyper])

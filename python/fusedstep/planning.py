@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import backends, checks, layout, precision, sharding
 from .backends.plan import Plan, Slot
+from .counts import count_of, new_counter
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -35,6 +36,15 @@ def first_names(optimizer: FusedOptimizer) -> dict[Tensor, str | None]:
         for name, param in named(group):
             names.setdefault(param, name)
     return names
+
+
+def snapshot(options: Any) -> Any:
+    """A copy of options to compare with later, and of the containers in them, which the user may edit in place."""
+    if isinstance(options, Mapping):
+        return {key: snapshot(value) for key, value in options.items()}
+    if type(options) in (list, tuple):
+        return type(options)(map(snapshot, options))
+    return options
 
 
 @torch.no_grad()
@@ -90,7 +100,20 @@ def _checked(
     if memory._is_zerotensor():
         raise ValueError(f"{what}: torch keeps no memory for its zeros; pass a .clone() of it")
     optimizer._precision.check_param(cls, reduces, param, name, what)
-    kept, states = optimizer.state.get(param, {}), optimizer.states_of(group)
+    _check_kept(optimizer, group, name, param, backend, what)
+    return backend, variant
+
+
+def _check_kept(
+    optimizer: FusedOptimizer,
+    group: dict[str, Any],
+    name: str | None,
+    param: Tensor,
+    backend: backends.Backend,
+    what: str,
+) -> None:
+    """Raise RuntimeError if what is kept for a parameter cannot go with it."""
+    cls, kept, states = type(optimizer).__name__, optimizer.state.get(param, {}), optimizer.states_of(group)
     for key, value in kept.items():
         if isinstance(value, Tensor):
             if value.layout != torch.strided:
@@ -105,7 +128,24 @@ def _checked(
         plain = isinstance(value, Tensor) and value.dtype not in precision.CODES
         if plain and shape is not None:
             checks.check_state(cls, state, value, param, shape, backend.dtypes, what)
-    return backend, variant
+
+
+@torch.no_grad()
+def check_loaded_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None:
+    """Raise what the next step would raise of a group's options and states, whatever has a gradient then."""
+    variants = set()
+    for index, (name, param) in enumerate(named(group)):
+        variant = optimizer.variant_of(group, name, param)
+        variants.add(variant)
+        if param in optimizer.state:
+            backend = optimizer._select(param, optimizer.rule_of(variant)[1])
+            _check_kept(optimizer, group, name, param, backend, checks.describe(index, name, param))
+    for variant in variants:
+        hyper = optimizer._hyper_of(group, variant)
+        if not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in hyper):
+            optimizer.prepare(tuple(map(float, hyper)), 1)
+    bool(group["maximize"])
+    optimizer._check_call(None)
 
 
 def started(optimizer: FusedOptimizer, param: Tensor) -> bool:
@@ -152,8 +192,11 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
             seen[param] += 1
             is_last = seen[param] == listed[param]
             bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)
-            reduces = optimizer.rule_of(variant)[1]
-            slot = _slot(optimizer, index, name, param, group, states, backend, reduces, names[param])
+            if param.grad is None and not started(optimizer, param):
+                slot = Slot(index, name, param, None, None, ())
+            else:
+                reduces = optimizer.rule_of(variant)[1]
+                slot = _slot(optimizer, index, name, param, group, states, backend, reduces, names[param])
             buckets.setdefault(bucket, []).append(slot)
         for (backend, variant, *_, is_last), slots in buckets.items():
             planned.append(((backend, group_index, group, variant, states), is_last, slots))
@@ -193,15 +236,14 @@ def _slot(
     reduces: bool,
     first_name: str | None,
 ) -> Slot:
-    if param.grad is None and not started(optimizer, param):
-        return Slot(index, name, param, None, None, ())
+    """The slot of a parameter that has a gradient or has had one; missing states are made."""
     tensor = backend.memory(param, reduces)
     keeps = optimizer._precision.keeps(param) or optimizer._followers.ema_decay is not None
     if states or optimizer.step_form != "absent" or keeps:
         state = optimizer.state[param]
     else:
         state = {}
-    step = step_counter(optimizer, param, tensor, state, states)
+    step = step_counter(optimizer, group, param, tensor, state, states)
     storage = None
     if settle(optimizer, param, first_name, group):
         storage = optimizer._precision.storage(state, states, param, tensor, backend.state_memory)
@@ -226,6 +268,23 @@ def _slot(
         followers = optimizer._followers.of(param, tensor, state, backend, partial(weight_of, optimizer, param))
     matrices = optimizer.matrices(group, name, param) if reduces else None
     return Slot(index, name, param, tensor, step, tuple(tensors), None, matrices, *followers, storage=storage)
+
+
+def make_states(
+    optimizer: FusedOptimizer,
+    index: int,
+    name: str | None,
+    param: Tensor,
+    group: dict[str, Any],
+    first_name: str | None,
+) -> None:
+    """Make the missing states of a parameter as its first step would."""
+    reduces = optimizer.rule_of(optimizer.variant_of(group, name, param))[1]
+    copied = param in optimizer._followers.copies
+    states = optimizer.states_of(group)
+    _slot(optimizer, index, name, param, group, states, optimizer._select(param), reduces, first_name)
+    if not copied:  # it would not see the weights that are loaded before the first step
+        optimizer._followers.copies.pop(param, None)
 
 
 def settle(
@@ -260,9 +319,14 @@ def weight_of(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
 
 
 def step_counter(
-    optimizer: FusedOptimizer, param: Tensor, tensor: Tensor, state: dict[str, Any], states: tuple[str, ...]
+    optimizer: FusedOptimizer,
+    group: dict[str, Any],
+    param: Tensor,
+    tensor: Tensor,
+    state: dict[str, Any],
+    states: tuple[str, ...],
 ) -> Tensor:
-    """The number of updates of ``param`` so far, as one fp32 number on its device."""
+    """The counter of the updates of ``param`` so far, on its device, by which a kernel goes."""
     if optimizer.step_form != "absent":
         holder, key = state, "step"
         count = state.get("step", 0.0)
@@ -271,9 +335,13 @@ def step_counter(
         holder, key = (state, "step") if saved else (optimizer._counters, param)
         count = state.pop("step", optimizer._counters.get(param))  # of other options too
         missing = all(state.get(name) is None for name in states)
-        # Whoever has no buffer, because momentum was 0 so far or the state was cleared, is at its first step.
-        if count is None or (missing and (states or not saved)):
+        if count is None:
             count = 0.0 if missing else 1.0
+        elif states and missing and optimizer.begins_anew(group):
+            # Without a buffer, because momentum was 0 so far or the state was cleared, the kernel's next step is a
+            # first one; the steps that were done still count elsewhere.
+            optimizer._earlier[param] = optimizer._earlier.get(param, 0) + count_of(count)
+            count = 0.0
     if not (
         isinstance(count, Tensor)
         and count.dtype == torch.float32
@@ -281,9 +349,9 @@ def step_counter(
         and count.dim() == 0
         and not layout.is_lazy(count)
     ):
-        if isinstance(count, Tensor):
-            count = count.detach().reshape(()).to(tensor.device, torch.float32, copy=True)
+        if isinstance(count, Tensor) and count.dtype == torch.float32:
+            count = count.detach().reshape(()).to(tensor.device, copy=True)
         else:
-            count = torch.tensor(float(count), dtype=torch.float32, device=tensor.device)
+            count = new_counter(float(count), tensor.device)
     holder[key] = count
     return count

@@ -63,6 +63,7 @@ class TorchAdafactor(FusedOptimizer):
     rule = "torch_adafactor"
     hyper_names = ("lr", "beta2_decay", "eps1", "eps2", "d", "weight_decay")
     state_names = ("row_var", "col_var", "variance")
+    variant_options = ("eps",)
     reduces = True
 
     def __init__(
@@ -126,14 +127,15 @@ class TorchAdafactor(FusedOptimizer):
     matrices = Adafactor.matrices
 
     def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> float:
-        """The bound of the estimate's root."""
-        eps1 = group["eps"][0]
-        if eps1 is not None:
-            return float(eps1)
-        return torch.finfo(param.dtype).eps if param.is_floating_point() else 0.0  # frozen weights of other dtypes
+        """The bound of the estimate's root where the group has none."""
+        if group["eps"][0] is not None or not param.is_floating_point():  # frozen weights of other dtypes
+            return 0.0
+        return torch.finfo(param.dtype).eps
 
     def hyper(self, group: dict[str, Any], variant: float) -> tuple[float | Tensor, ...]:
-        return group["lr"], group["beta2_decay"], variant, group["eps"][1], group["d"], group["weight_decay"]
+        eps1, eps2 = group["eps"]
+        eps1 = variant if eps1 is None else eps1
+        return group["lr"], group["beta2_decay"], eps1, eps2, group["d"], group["weight_decay"]
 
     class Scalars(NamedTuple):
         one_minus_beta2: float

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import averages, codecs, layout, precision
+from ..counts import count_of, counter_value
 from ..precision import Form, Storage
 from .base import Backend
 from .plan import Call, Plan, Slot
@@ -95,8 +96,9 @@ class ReferencePlan(Plan):
             stored.copy_(torch.view_as_complex(grad) if stored.is_complex() else grad)
         if call.maximize:
             grad = -grad
-        slot.step.add_(1)
-        scalars = self.optimizer.prepare(call.hyper, int(slot.step.item()))
+        step = count_of(slot.step) + 1
+        slot.step.fill_(counter_value(step))
+        scalars = self.optimizer.prepare(call.hyper, step)
         stored = Stored(slot, memory, arithmetic)
         targets = {name: (k, state) for k, (name, state) in enumerate(zip(self.states, slot.states, strict=True))}
         names = [name if targets.get(name, (0, None))[1] is not None else None for name in self.optimizer.state_names]
@@ -134,7 +136,7 @@ class Stored:
         elif form is Form.KAHAN:
             narrowed, companion = codecs.compensate(weight, memory.dtype)
         elif form is Form.STOCHASTIC:
-            step = int(self.slot.step.item())
+            step = count_of(self.slot.step)
             random = codecs.random_16(codecs.elements_of(memory), self.storage.seed, self.slot.index, step)
             narrowed, companion = codecs.narrow_stochastic(weight, memory.dtype, random), None
         else:
