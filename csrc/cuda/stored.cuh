@@ -166,22 +166,37 @@ struct SplitWeight {
     visitor(lower, static_cast<int16_t*>(record.precision.companion));
   }
   __device__ __forceinline__ void join(float* to) const {
+    uint32_t zeros = 0;  // has a bit set if an upper half is zero, and maybe if one is not
+#pragma unroll
+    for (int k = 0; k < kN / 2; ++k) zeros |= ((upper.words[k] & 0x7fff7fffu) - 0x00010001u) & 0x80008000u;
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      const uint32_t word = upper.words[i / 2], rest = lower.words[i / 2];
-      const uint32_t both = __byte_perm(rest, word, i % 2 == 0 ? 0x5410 : 0x7632);
-      const uint32_t borrow = (both & 0x8000u) << 1;
-      // join() compares with the weight itself, in whose place here its remainder is below what is borrowed.
-      to[i] = bit_cast<float>((both & 0x7fffffffu) < borrow ? both & 0xffff0000u : both - borrow);
+      const uint32_t both = both_halves(i);
+      to[i] = bit_cast<float>(both - ((both & 0x8000u) << 1));
+    }
+    if (zeros == 0) return;
+    // No number is split into zero and a negative rest: what is borrowed is no more than there is.
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const uint32_t both = both_halves(i), borrow = (both & 0x8000u) << 1, magnitude = both & 0x7fffffffu;
+      to[i] = bit_cast<float>(both - (magnitude < borrow ? magnitude : borrow));
     }
   }
   __device__ __forceinline__ void split(float* from, const Record&, int64_t, uint32_t) {
 #pragma unroll
     for (int i = 0; i < kN; i += 2) {
-      const Split<uint32_t, float> a(from[i]), b(from[i + 1]);
-      upper.words[i / 2] = __byte_perm(a.upper, b.upper, 0x7632);
-      lower.words[i / 2] = __byte_perm(a.lower, b.lower, 0x7632);
+      const uint32_t low = bits_of(from[i]), high = bits_of(from[i + 1]);
+      upper.words[i / 2] = __byte_perm(low + 0x8000u, high + 0x8000u, 0x7632);
+      lower.words[i / 2] = __byte_perm(low, high, 0x5410);
     }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t both_halves(int i) const {
+    return __byte_perm(lower.words[i / 2], upper.words[i / 2], i % 2 == 0 ? 0x5410 : 0x7632);
+  }
+  __device__ __forceinline__ static uint32_t bits_of(float x) {
+    return x != x ? 0x7fc00000u : bit_cast<uint32_t>(x);  // one NaN for all
   }
 };
 

@@ -79,14 +79,16 @@ struct Tile {
   using Rule = R;
   static constexpr Format kF = kFormats[kFormat];
   static constexpr int kN = numbers_per_thread(kF);
-  struct Prepared {
+  struct alignas(16) Prepared {
     typename Rule::template Scalars<float> scalars;
-    GradChange<float> change;
+    bool uses_change;
     uint32_t step;
+    GradChange<float> change;
 
     __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number, const GradsBecome& become) {
       scalars = Rule::template prepare<float>(hyper, number);
       change = become.change<float>();
+      uses_change = change.any || change.zero || change.write;
       step = static_cast<uint32_t>(number);
     }
   };
@@ -99,7 +101,7 @@ struct Tile {
   bool aligned;
 
   // Blocks for each multiprocessor: four that have 64 bytes in flight for each thread, or three that have more.
-  static constexpr int kBlocks = sizeof(weight) + sizeof(grad) + sizeof(states) + sizeof(followers) > 68 ? 3 : 4;
+  static constexpr int kBlocks = sizeof(weight) + sizeof(grad) + sizeof(states) + sizeof(followers) > 76 ? 3 : 4;
 
   __device__ __forceinline__ void begin(const Record& record, const void* gradient) {
     // Chunks begin at multiples of 16 elements, so that the tensors' own addresses decide.
@@ -132,7 +134,7 @@ struct Tile {
 #pragma unroll
     for (int j = 0; j < kN; ++j) g[j] = grad[j];
     states.for_each([&](int k, auto& state) { state.join(values[k]); });
-    change_grad(gradient, prepared.change, g, i, n);
+    if (prepared.uses_change) change_grad(gradient, prepared.change, g, i, n);
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       float of_one[kMaxStates] = {};
