@@ -50,12 +50,22 @@ NVCC_FLAGS = [
 NVCC = '"$FUSEDSTEP_NVCC"'
 EXTENSION = f"{sys.implementation.cache_tag}/_C.so"
 # The CPU engine is compiled once for each of these and chooses at run time. GCC 12 warns of its own header
-# avx512fintrin.h, which means to leave a value undefined (GCC bug 105593).
+# avx512fintrin.h, which means to leave a value undefined (GCC bug 105593); clang does not know each of its warnings.
+GCC_HEADERS = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86_ISAS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
-    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512", *GCC_HEADERS],
 }
+
+
+# What not every compiler has: OpenMP, and this way to mix two vectors.
+PROBE = """
+#include <omp.h>
+typedef int Pack __attribute__((vector_size(16)));
+Pack mixed(Pack a, Pack b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+int main() { return omp_get_max_threads() == 0; }
+"""
 
 
 def is_x86(machine: str | None = None) -> bool:
@@ -122,23 +132,20 @@ def gencode_flags(archs: str, supported: set[str] | None = None) -> list[str]:
 def find_cxx(environ) -> list[str]:
     """The C++ compiler's command, after a look at whether it can build this package."""
     if not sys.platform.startswith("linux"):
-        raise SetupError(f"fusedstep builds on Linux with GCC; this is {sys.platform}")
+        raise SetupError(f"fusedstep builds on Linux with GCC or clang; this is {sys.platform}")
     if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
         raise SetupError("Python.h is missing: install Python's development files (python3-dev or python3-devel)")
     cxx = shlex.split(environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "c++")), "g++")]
-    probe = "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"
-    if is_x86():
-        probe += 'int v4() { return __builtin_cpu_supports("x86-64-v4"); }\n'
-    command = [*cxx, *CXX_FLAGS, "-x", "c++", "-fsyntax-only", "-"]
+    command = [*cxx, *CXX_FLAGS, *(X86_ISAS["v4"] if is_x86() else []), "-x", "c++", "-fsyntax-only", "-"]
     try:
-        result = subprocess.run(command, input=probe, capture_output=True, text=True)
+        result = subprocess.run(command, input=PROBE, capture_output=True, text=True)
         error = result.stderr.strip() if result.returncode else None
     except OSError as failure:
         error = str(failure)
     if error is not None:
         raise SetupError(
-            f"{shlex.join(cxx)} cannot build fusedstep, which needs GCC 12 or newer with "
-            f"OpenMP; name another compiler by CXX. It says:\n{error}"
+            f"{shlex.join(cxx)} cannot build fusedstep, which needs GCC 12 or clang 16 or newer, with OpenMP (for "
+            f"clang the package libomp-dev); name another compiler by CXX. It says:\n{error}"
         )
     return cxx
 

@@ -136,8 +136,8 @@ struct Adafactor {
     const double scale = !s.scale_parameter ? 1.0 : param_rms > s.eps2 ? param_rms : s.eps2;
     const double lr = scale * s.rel_step, excess = update_rms / s.clip_threshold;
     Finish<T> f;
-    f.step_size = static_cast<T>(excess < 1.0 ? lr : lr / excess);  // NaN stays
-    f.decay = static_cast<T>(1.0 - s.weight_decay * lr);
+    f.step_size = static_cast<T>(excess < 1.0 ? lr : lr / excess);                      // NaN stays
+    f.decay = static_cast<T>(s.weight_decay != 0.0 ? 1.0 - s.weight_decay * lr : 1.0);  // lr may be infinite
     return f;
   }
 
@@ -183,7 +183,7 @@ struct TorchAdafactor {
     s.rho = relative < lr ? relative : lr;
     s.eps2 = hyper[3];
     s.d = hyper[4];
-    s.decay = 1.0 - lr * weight_decay;
+    s.decay = weight_decay != 0.0 ? 1.0 - lr * weight_decay : 1.0;  // lr may be infinite
     return s;
   }
 
@@ -300,6 +300,7 @@ auto visit_reducing_rule(ReducingRuleId rule, Visitor&& visitor) {
 // The place of a rule's n-th state of that span among all that it names; -1: there are not so many.
 template <class Rule, Span span>
 constexpr int place_of(int n) {
+  static_assert(std::size(Rule::kSpans) == kNamed<Rule>, "every state has a span");
   for (int k = 0; k < kNamed<Rule>; ++k) {
     if (Rule::kSpans[k] == span && has_state<Rule>(k) && n-- == 0) return k;
   }

@@ -57,12 +57,12 @@ FUSEDSTEP_FN double power(double base, int64_t exponent) {
 
 template <class T>
 FUSEDSTEP_FN T maximum(T a, T b) {  // NaN wins, as in torch.maximum
-  return (b > a) | (b != b) ? b : a;
+  return ((b > a) | (b != b)) ? b : a;
 }
 
 template <class T>
 FUSEDSTEP_FN T minimum(T a, T b) {
-  return (b < a) | (b != b) ? b : a;
+  return ((b < a) | (b != b)) ? b : a;
 }
 
 // Stochastic gradient descent as torch.optim.SGD computes it: the first buffer is the gradient itself.
@@ -135,7 +135,7 @@ struct Adam {
     s.inv_bias_correction2_sqrt = static_cast<T>(inv_bias_correction2_sqrt);
     s.eps = static_cast<T>(epsilon_hat ? eps * inv_bias_correction2_sqrt : eps);
     s.weight_decay = static_cast<T>(decoupled ? 0.0 : weight_decay);
-    s.decay = static_cast<T>(decoupled ? 1.0 - lr * weight_decay : 1.0);
+    s.decay = static_cast<T>(decoupled && weight_decay != 0.0 ? 1.0 - lr * weight_decay : 1.0);  // lr may be infinite
     return s;
   }
 

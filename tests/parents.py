@@ -82,6 +82,8 @@ class AdamWeightDecay(Formula):
 
     @staticmethod
     def decays(group, name):
+        if group["weight_decay_rate"] == 0:
+            return False
         found = {
             option: name is not None and any(re.search(pattern, name) for pattern in group[option] or ())
             for option in ("include_in_weight_decay", "exclude_from_weight_decay")

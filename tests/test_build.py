@@ -64,7 +64,18 @@ class TestExtension:
         listing = subprocess.run([readelf, "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
         needed = [line.split("[")[1].rstrip("]") for line in listing.splitlines() if "(NEEDED)" in line]
         assert needed
-        own = ("libstdc++", "libgcc_s", "libgomp", "libc.", "libm.", "libdl.", "librt.", "libpthread.", "ld-linux")
+        own = (
+            "libstdc++",
+            "libgcc_s",
+            "libgomp",
+            "libomp",
+            "libc.",
+            "libm.",
+            "libdl.",
+            "librt.",
+            "libpthread.",
+            "ld-linux",
+        )
         assert [name for name in needed if not name.startswith(own)] == []
 
     def test_exports_only_its_entry_point_and_weak_templates(self):
@@ -188,8 +199,29 @@ class TestCompiler:
 
     def test_another_system_is_named(self, setup_py, monkeypatch):
         monkeypatch.setattr(setup_py.sys, "platform", "darwin")
-        with pytest.raises(SetupError, match="fusedstep builds on Linux with GCC; this is darwin"):
+        with pytest.raises(SetupError, match="fusedstep builds on Linux with GCC or clang; this is darwin"):
             setup_py.find_cxx({})
+
+    def test_one_that_lacks_what_is_needed_says_so_itself(self, setup_py, tmp_path):
+        (tmp_path / "omp.h").write_text('#error "there is no OpenMP"\n')
+        with pytest.raises(
+            SetupError, match=r"needs GCC 12 or clang 16 or newer, with OpenMP(.|\n)*there is no OpenMP"
+        ):
+            setup_py.find_cxx({"CXX": f"g++ -I{tmp_path}"})
+
+    def test_clang_passes_the_probe_and_takes_every_flag(self, setup_py):
+        """The sources where compilers differ: features of processors, vectors that are mixed, constants of rules."""
+        clang = next(filter(shutil.which, ("clang++", *(f"clang++-{version}" for version in range(16, 30)))), "")
+        version = clang and subprocess.run([clang, "-dumpversion"], capture_output=True, text=True).stdout
+        if not clang or int(version.split(".")[0]) < 16:
+            pytest.skip("clang++ 16 or newer is not installed")
+        cxx = setup_py.find_cxx({"CXX": clang})
+        wanted = ("dispatch.cpp", "reducing_dispatch.cpp", "tiles.cpp", "norm.cpp")
+        for source, _, command in setup_py.compile_steps(cxx, None, {}):
+            if source.name in wanted:
+                words = command[: command.index("-MMD")]
+                result = subprocess.run([*words, "-fsyntax-only", source], capture_output=True, text=True)
+                assert result.returncode == 0, result.stderr
 
     def test_every_source_is_compiled_without_contraction(self, setup_py):
         steps = setup_py.compile_steps(["g++"], None, {})

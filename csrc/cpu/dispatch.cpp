@@ -1,7 +1,8 @@
 // Threads and the choice of instruction set; the arithmetic is in engine.cpp.
 #include <omp.h>
 #include <pthread.h>
-#if defined(__x86_64__)
+#if FUSEDSTEP_X86
+#include <cpuid.h>
 #include <xmmintrin.h>
 #endif
 
@@ -50,16 +51,35 @@ constexpr int64_t kElementsPerThread = 1 << 15;
 // Threads start at multiples of this, so that no two write to one cache line in the common case.
 constexpr int64_t kSplitMultiple = 64;
 
+#if FUSEDSTEP_X86
+// The levels by their features, because not every compiler knows their names here. Those that none asks for by name are
+// read from the processor.
+bool has_v2() {
+  return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("popcnt");
+}
+
+bool has_v3() {
+  unsigned a, b, basic = 0, extended = 0, d;
+  __get_cpuid(1, &a, &b, &basic, &d);
+  __get_cpuid(0x80000001, &a, &b, &extended, &d);
+  constexpr unsigned kMovbe = 1u << 22, kF16c = 1u << 29, kLzcnt = 1u << 5;
+  return has_v2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && (basic & kMovbe) && (basic & kF16c) && (extended & kLzcnt);
+}
+
+bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 std::vector<Isa> supported() {
   std::vector<Isa> isas;
 #if FUSEDSTEP_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v2"))
-    isas.push_back({"v2", v2::run, v2::run_phase, v2::sum_stretch, v2::scale_stretch});
-  if (__builtin_cpu_supports("x86-64-v3"))
-    isas.push_back({"v3", v3::run, v3::run_phase, v3::sum_stretch, v3::scale_stretch});
-  if (__builtin_cpu_supports("x86-64-v4"))
-    isas.push_back({"v4", v4::run, v4::run_phase, v4::sum_stretch, v4::scale_stretch});
+  if (has_v2()) isas.push_back({"v2", v2::run, v2::run_phase, v2::sum_stretch, v2::scale_stretch});
+  if (has_v3()) isas.push_back({"v3", v3::run, v3::run_phase, v3::sum_stretch, v3::scale_stretch});
+  if (has_v4()) isas.push_back({"v4", v4::run, v4::run_phase, v4::sum_stretch, v4::scale_stretch});
   if (isas.empty()) throw std::runtime_error("fusedstep: the CPU engine needs an x86-64-v2 processor (SSE4.2)");
 #else
   isas.push_back({"base", base::run, base::run_phase, base::sum_stretch, base::scale_stretch});

@@ -221,8 +221,8 @@ class Adafactor(FusedOptimizer):
         if exp_avg is not None:
             exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * update
             update = exp_avg
-        param = param * (1.0 - s.weight_decay * lr) - update
-        return param, exp_avg, exp_avg_sq_row, exp_avg_sq_col, exp_avg_sq, torch.full_like(RMS, rms)
+        decay = 1.0 - s.weight_decay * lr if s.weight_decay != 0 else 1.0  # lr may be infinite
+        return param * decay - update, exp_avg, exp_avg_sq_row, exp_avg_sq_col, exp_avg_sq, torch.full_like(RMS, rms)
 
     @staticmethod
     def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> float:

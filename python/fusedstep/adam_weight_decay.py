@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Unpack
@@ -202,8 +203,9 @@ class AdamWeightDecay(Adam):
         for group, grad in grads:
             if group["clipvalue"] is not None:
                 grad = grad.clamp(-group["clipvalue"], group["clipvalue"])
-            if group["clipnorm"] is not None:
-                grad = grad * (group["clipnorm"] / torch.linalg.vector_norm(grad).clamp(min=group["clipnorm"]))
+            limit = group["clipnorm"]
+            if limit is not None and (isinstance(limit, Tensor) or limit != math.inf):  # the norm may be infinite too
+                grad = grad * (limit / torch.linalg.vector_norm(grad)).clamp(max=1)
             clipped.append(grad)
         return clipped
 

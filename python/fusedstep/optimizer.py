@@ -321,7 +321,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step.
 
-    def _plans_that_fit(self, needs_norm: bool) -> list[Plan] | None:
+    def _plans_that_fit(self, needs_norm: bool = False) -> list[Plan] | None:
         """The plans of the last step with this step's gradients, every pointer checked; None: new ones are needed."""
         plans = self._plans
         if (

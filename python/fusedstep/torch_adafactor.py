@@ -156,7 +156,7 @@ class TorchAdafactor(FusedOptimizer):
             rho=min(lr, 1.0 / math.sqrt(step)),
             eps2=eps2,
             d=d,
-            decay=1.0 - lr * weight_decay,
+            decay=1.0 - lr * weight_decay if weight_decay != 0 else 1.0,  # lr may be infinite
         )
 
     @staticmethod
