@@ -54,7 +54,8 @@ inline bool same_layout(const TensorView& a, int32_t ndim, const int64_t* shape,
 // The three classes below read torch's own words - a tensor's pointer to its storage, its offset in it, its sizes,
 // dtype and so on, and the storage's pointer to its data - because asking torch costs 20 to 100 ns a tensor. Where
 // these words lie is found by their values when the package is imported, and proved by changing tensors; where that
-// fails, torch is asked.
+// fails, torch is asked. So is where a tensor's version is counted: torch would take a reference to each tensor for
+// that, which it hands to and fro between Python and C++.
 
 // Tells at the cost of some loads whether a tensor still has the memory, and if asked the layout and dtype, that it had
 // when this was made, as parameters and states nearly always do. The Python object must be kept alive, and no more: a

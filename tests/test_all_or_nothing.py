@@ -343,6 +343,54 @@ def assert_same_things(found, before):
         assert old_numbers is None or torch.equal(found[key][2], old_numbers), key
 
 
+HUGE = 10**400
+
+
+@by_class
+def test_a_number_that_no_float_can_hold_is_refused_where_it_is_given(case):
+    """In every option that is a number, by the constructor and by `add_param_group`."""
+    make = getattr(fusedstep, case.optimizer)
+    first, second = (torch.nn.Parameter(torch.ones(SHAPE)) for _ in range(2))
+    optimizer = make([first], **case.options)
+    numbers = [name for name, value in optimizer.defaults.items() if type(value) is float]
+    assert numbers
+    for name in numbers:
+        text = f"Invalid {name} of parameter group 1: int too large"
+        with pytest.raises(ValueError, match=text):
+            make([{"params": [first]}, {"params": [second], name: HUGE}], **case.options)
+        with pytest.raises(ValueError, match=text):
+            optimizer.add_param_group({"params": [second], name: HUGE})
+        assert len(optimizer.param_groups) == 1
+
+
+def test_other_numbers_that_no_float_can_hold():
+    param = torch.nn.Parameter(torch.ones(SHAPE))
+    for options in ({"max_grad_norm": HUGE}, {"norm_type": HUGE}, {"ema_decay": HUGE}):
+        with pytest.raises(ValueError, match=f"Invalid {next(iter(options))}"):
+            fusedstep.SGD([param], lr=0.1, **options)
+    optimizer = fusedstep.SGD([param], lr=0.1)
+    param.grad = torch.ones(SHAPE)
+    with pytest.raises(ValueError, match="Invalid max_grad_norm"):
+        optimizer.step(max_grad_norm=HUGE)
+    accumulator = fusedstep.GradientAccumulator([param])
+    with pytest.raises(ValueError, match="Invalid weight"):
+        accumulator(weight=HUGE)
+    assert torch.equal(param.detach(), torch.ones(SHAPE))
+    assert accumulator.step == 0
+
+
+@pytest.mark.parametrize(("name", "betas"), [("AdamW", (1.0, 0.9)), ("AdaBelief", (0.9, 1.0))])
+def test_an_option_that_the_reference_cannot_compute_with_leaves_all_as_it_was(name, betas):
+    params = [torch.nn.Parameter(torch.ones(SHAPE)) for _ in range(2)]
+    optimizer = getattr(fusedstep, name)([{"params": [param]} for param in params], backend="reference")
+    optimizer.param_groups[1]["betas"] = betas
+    give_ones(params)
+    before = everything(optimizer, params)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    assert_same_things(everything(optimizer, params), before)
+
+
 # A parameter without a gradient takes no part.
 
 

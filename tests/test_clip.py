@@ -89,6 +89,27 @@ def test_the_step_has_the_same_bits_given_the_same_coefficient():
     assert_same(*optimizers, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("limit", [3.0, 0.3, 0.7, 1e-30, 1e300])
+def test_the_coefficient_is_rounded_once(limit, dtype):
+    """The largest gradient is the same number on both backends, in whatever order it is found."""
+    params = parameters(((1000,), (7, 11)), dtype)
+    optimizers = [
+        fusedstep.SGD(group, lr=1.0, max_grad_norm=limit, norm_type=math.inf, write_grads=True, backend=name)
+        for group, name in ((params, "cpu"), (copies(params), "reference"))
+    ]
+    for _ in range(3):
+        give_grads(*optimizers)
+        for optimizer in optimizers:
+            optimizer.step()
+        largest = optimizers[0]._gradients.last.largest.item()
+        coefficients = [optimizer._gradients.last.coefficient.item() for optimizer in optimizers]
+        assert coefficients == [min(1.0, limit / (largest + 1e-6))] * 2
+        for a, b in zip(*map(parameters_of, optimizers), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a.grad, b.grad)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_the_norm_does_not_depend_on_the_number_of_threads(threads):
     params = parameters(((300_000,), (7, 11), (131_073,)), torch.float32)

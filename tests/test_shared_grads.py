@@ -78,7 +78,7 @@ FORMS = [*DENSE, of_two_dtypes, both_sparse, one_sparse]
 # What is written is the same number for each parameter that has a part in a piece of memory.
 OPTIONS = {
     "zeroed": {"zero_grads": True},
-    "zeroed and clipped": {"zero_grads": True, "max_grad_norm": 0.5, "norm_type": float("inf")},
+    "zeroed and clipped": {"zero_grads": True, "max_grad_norm": 0.3, "norm_type": float("inf")},
     "written": {"write_grads": True, "max_grad_norm": 0.5, "norm_type": float("inf")},
     "neither": {"max_grad_norm": 0.5, "norm_type": float("inf")},
 }
@@ -207,3 +207,21 @@ def test_an_accumulator_adds_what_each_gradient_was(engine, set_to_none):
             assert set_to_none or not grad.any()
     assert all(map(torch.equal, accumulator.gradients, expected))
     assert copy.deepcopy(accumulator).step == 2
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_clip_grad_norm_scales_what_is_shared_as_often_as_torch(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        memory = torch.randn(300_000)
+        both = [[torch.nn.Parameter(torch.zeros(200_000)) for _ in range(3)] for _ in range(2)]
+        memories = [memory.clone(), memory.clone()]
+        for params, grads in zip(both, memories, strict=True):
+            params[0].grad = params[1].grad = grads[:200_000]
+            params[2].grad = grads[100_000:]
+        norms = [fusedstep.clip_grad_norm_(both[0], 0.3), torch.nn.utils.clip_grad_norm_(both[1], 0.3)]
+        torch.testing.assert_close(*norms)
+        torch.testing.assert_close(*memories)
+    finally:
+        torch.set_num_threads(before)

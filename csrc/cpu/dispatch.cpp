@@ -114,7 +114,7 @@ namespace {
 // torch.set_flush_denormal sets the caller's alone.
 class FloatingPointMode {
  public:
-#if defined(__x86_64__)
+#if FUSEDSTEP_X86
   static FloatingPointMode mine() { return FloatingPointMode{_mm_getcsr() & ~kExceptionsSeen}; }
   void set() const { _mm_setcsr(static_cast<unsigned>(mode_)); }
 #elif defined(__aarch64__)

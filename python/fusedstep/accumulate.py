@@ -220,7 +220,7 @@ class GradientAccumulator:
         """
         if isinstance(weight, bool) or not isinstance(weight, Real):
             raise TypeError(f"Invalid weight: {weight!r} is a {type(weight).__name__}; it must be a number")
-        if not 0.0 < weight < float("inf"):
+        if not 0.0 < checks.as_float("weight", weight) < float("inf"):
             raise ValueError(f"Invalid weight: {weight} (it must be larger than 0 and finite)")
         if self._closed:
             raise RuntimeError("the accumulated gradients were handed over; call reset() before accumulating again")

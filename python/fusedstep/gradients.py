@@ -27,7 +27,7 @@ def check_max_norm(label: str, value: Any) -> None:
     """Raise unless ``value`` is a number that a norm can be limited to."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"Invalid {label}: {value!r} is a {type(value).__name__}; it must be a number, 0 or larger")
-    if not value >= 0:
+    if not checks.as_float(label, value) >= 0:
         raise ValueError(f"Invalid {label}: {value} (it must be 0 or larger)")
 
 
@@ -35,7 +35,7 @@ def check_norm_type(value: Any) -> float:
     """The order of a norm as a number; raises ValueError unless it is one that the kernels know."""
     try:
         order = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         order = math.nan
     if order not in NORM_TYPES:
         raise ValueError(f"Invalid norm_type: {value!r} (it must be 2 or inf)")

@@ -440,7 +440,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if maximize is not True and maximize is not False:
                     checks.check_flag("maximize", maximize)
                     maximize = bool(maximize)
-                steps.append((plan, self._hyper_of(group, plan.variant), maximize))
+                hyper = self._hyper_of(group, plan.variant)
+                plan.foresee(hyper)
+                steps.append((plan, hyper, maximize))
             self.kernel_calls = 0
             if clips:
                 if limits is not None:  # what is not finite may be finite once it is clipped

@@ -95,6 +95,9 @@ class Plan(ABC):
             grads: a gradient or None for each slot, to use in place of the parameters' own.
         """
 
+    def foresee(self, hyper: tuple[float | Tensor, ...]) -> None:  # noqa: B027
+        """Raise what `step` would raise for these hyperparameters."""
+
     @abstractmethod
     def step(self, call: Call) -> int:
         """Update the parameters whose gradients `gather` found; returns the number of kernel calls."""

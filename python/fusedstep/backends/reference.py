@@ -63,6 +63,11 @@ class ReferencePlan(Plan):
     def replace_grad(self, index: int, grad: Tensor) -> None:
         self.grads[index] = grad
 
+    def foresee(self, hyper: tuple[float | Tensor, ...]) -> None:
+        numbers = tuple(float(value) for value in hyper)
+        for step in {slot.step.item() for slot, grad in zip(self.slots, self.grads, strict=True) if grad is not None}:
+            self.optimizer.prepare(numbers, int(step) + 1)
+
     @torch.inference_mode()  # in which inference tensors can be written, and any other one as always
     def step(self, call: Call) -> int:
         self._step_rows(call)
