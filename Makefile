@@ -118,11 +118,11 @@ $(BUILT): $(SOURCES) $(OPTIONS) | $(ENV)
 	@touch $@
 
 # The stages on a GPU, each under a time limit; their logs and results are in $(OUT), and all together in $(ARCHIVE).
-# CARRIED=FILE: objects that another machine has compiled, packed by gpu/carry.py.
+# CARRIED=FILE: objects that another machine has compiled, packed by bench/gpu/carry.py.
 STAGES := build first cuda triton memcheck bench profile
 OUT ?= build/gpu
 ARCHIVE ?= $(OUT)/gpu.tar.gz
-RUN_STAGES := $(PYTHON) gpu/stages.py --out $(OUT) --archive $(ARCHIVE) --python $(PYTHON) $(addprefix --carried ,$(CARRIED))
+RUN_STAGES := $(PYTHON) bench/gpu/stages.py --out $(OUT) --archive $(ARCHIVE) --python $(PYTHON) $(addprefix --carried ,$(CARRIED))
 
 gpu:
 	$(RUN_STAGES)

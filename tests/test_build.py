@@ -269,7 +269,7 @@ class TestCompiler:
 
 
 class TestCarriedObjects:
-    """gpu/carry.py: what one machine has compiled is valid in a copy of the tree."""
+    """bench/gpu/carry.py: what one machine has compiled is valid in a copy of the tree."""
 
     SOURCES: ClassVar = {
         "a.cpp": '#include "a.h"\nint a() { return A; }\n',
@@ -279,7 +279,7 @@ class TestCarriedObjects:
 
     @pytest.fixture
     def carry(self):
-        return module_at("fusedstep_carry", ROOT / "gpu" / "carry.py")
+        return module_at("fusedstep_carry", ROOT / "bench" / "gpu" / "carry.py")
 
     @pytest.fixture
     def tree(self, carry, setup_py, monkeypatch, tmp_path):

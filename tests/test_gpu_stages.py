@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def stages():
-    spec = importlib.util.spec_from_file_location("gpu_stages", ROOT / "gpu" / "stages.py")
+    spec = importlib.util.spec_from_file_location("gpu_stages", ROOT / "bench" / "gpu" / "stages.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
@@ -139,7 +139,7 @@ def test_a_backend_that_is_missing_where_a_gpu_is_to_be_tested_is_a_failure(tmp_
 
 def test_the_main_numbers_in_a_dry_run(tmp_path):
     path = tmp_path / "first.jsonl"
-    words = [sys.executable, "gpu/first.py", str(path), "--dry", "--seconds", "1"]
+    words = [sys.executable, "bench/gpu/first.py", str(path), "--dry", "--seconds", "1"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     head, *rows, last = [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,6 +1,6 @@
 """One step of each kind of kernel between the profiler's start and stop, for ncu.
 
-ncu --profile-from-start off python gpu/profiled.py [--dry]
+ncu --profile-from-start off python bench/gpu/profiled.py [--dry]
 """
 
 from __future__ import annotations

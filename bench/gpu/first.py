@@ -1,6 +1,6 @@
 """The main numbers of a GPU, a JSON line a row as they come: steps of fusedstep beside torch's, in one run with a copy.
 
-    python gpu/first.py RESULTS.jsonl [--seconds 90] [--dry]
+    python bench/gpu/first.py RESULTS.jsonl [--seconds 90] [--dry]
 
 Times are those of the device: events around calls in a row, the median of some windows. Each contender's first step is
 compared with the reference before it is timed. `host_us` is until a call returns, the device being idle. The share of

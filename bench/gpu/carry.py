@@ -1,7 +1,7 @@
 """Objects that one machine has compiled, for another one without the time: only what differs is compiled there.
 
-    python gpu/carry.py pack FILE.tar.gz      after a build; the file goes along with the sources
-    python gpu/carry.py unpack FILE.tar.gz    before a build, in a copy of the tree at any place, for any Python
+    python bench/gpu/carry.py pack FILE.tar.gz      after a build; the file goes along with the sources
+    python bench/gpu/carry.py unpack FILE.tar.gz    before a build, in a copy of the tree at any place, for any Python
 
 setup.py takes such an object if its command and the contents of all that went into it are the same: times do not count.
 """
@@ -20,7 +20,7 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / sysconfig.get_platform()  # as in setup.py, and so are these names
 CARRIED, LIST = "carried", "objects.json"
 

@@ -1,6 +1,6 @@
 """The stages of `make gpu`: what can be found out in a few minutes on a GPU, the most valuable first.
 
-    python gpu/stages.py [--out FOLDER] [--dry] [STAGE ...]
+    python bench/gpu/stages.py [--out FOLDER] [--dry] [STAGE ...]
 
 Each stage runs under a time limit of its own and leaves its log, and its results as they come, in the folder: a stage
 that is stopped loses nothing, and the next one runs. `--dry` walks through all of them without a GPU, with the CPU
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv" / "bin" / "python"
 LOG_BYTES = 300_000  # of a log; what is in the middle of a longer one is left out
 ARCHIVE_SECONDS = 15.0  # how often the archive is renewed while a stage runs
@@ -80,7 +80,7 @@ def _build(run: Run) -> list[Command]:
     info = Command([str(PYTHON), "-m", "fusedstep.cli", "info"], {})
     if run.carried is None:
         return [build, info]
-    return [Command([run.python, "gpu/carry.py", "unpack", str(run.carried)], {}), build, info]
+    return [Command([run.python, "bench/gpu/carry.py", "unpack", str(run.carried)], {}), build, info]
 
 
 def local_architecture() -> str:
@@ -94,7 +94,7 @@ def local_architecture() -> str:
 
 
 def _first(run: Run) -> list[Command]:
-    words = [str(PYTHON), "gpu/first.py", str(run.result("first.jsonl"))]
+    words = [str(PYTHON), "bench/gpu/first.py", str(run.result("first.jsonl"))]
     return [Command([*words, *(["--dry", "--seconds", "20"] if run.dry else ["--seconds", "90"])], {})]
 
 
@@ -145,7 +145,7 @@ def tool(name: str, *folders: str) -> str | None:
 
 
 def _memcheck(run: Run) -> list[Command] | str:
-    script = [str(PYTHON), "gpu/kernels.py"]
+    script = [str(PYTHON), "bench/gpu/kernels.py"]
     if run.dry:
         return [Command([*script, "--dry"], {}), Command([*script, "--race", "--dry"], {})]
     sanitizer = tool("compute-sanitizer", "compute-sanitizer")
@@ -182,7 +182,7 @@ def commit() -> str | None:
 
 
 def _profile(run: Run) -> list[Command] | str:
-    script = [str(PYTHON), "gpu/profiled.py"]
+    script = [str(PYTHON), "bench/gpu/profiled.py"]
     if run.dry:
         return [Command([*script, "--dry"], {})]
     ncu = tool("ncu")
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of logs and results")
     parser.add_argument("--archive", type=Path, help="one file with all of them (default: gpu.tar.gz in that folder)")
     parser.add_argument("--python", default=sys.executable, help="to make the environment from (default: this one)")
-    parser.add_argument("--carried", type=Path, help="a file of gpu/carry.py")
+    parser.add_argument("--carried", type=Path, help="a file of bench/gpu/carry.py")
     parser.add_argument("--dry", action="store_true", help="without a GPU, with the CPU engine in its place")
     args = parser.parse_args(argv)
     unknown = [name for name in args.stages if name not in {stage.name for stage in STAGES}]

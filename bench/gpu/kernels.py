@@ -1,6 +1,6 @@
 """Every CUDA kernel of the package at the sizes around its boundaries, for compute-sanitizer to look at.
 
-    compute-sanitizer python gpu/kernels.py [--race] [--seconds 70] [--dry]
+    compute-sanitizer python bench/gpu/kernels.py [--race] [--seconds 70] [--dry]
 
 Nothing is compared here: the tests do that. `--race`: only kernels in which threads tell each other something, which is
 what racecheck can find.
