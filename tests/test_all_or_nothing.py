@@ -517,7 +517,7 @@ def check_skipped(backend, how, left, names):
             assert torch.equal(param.detach(), torch.ones(SHAPE)), name
             if before[name] is None:
                 assert param.grad is None
-            elif "zero_grads" in left:
+            elif "zero_grads" in left and (scaler is None or not how.startswith("torch")):  # torch's makes no step
                 assert not param.grad.to_dense().any(), name
             elif scaler is None or not how.startswith("torch"):
                 assert torch.equal(param.grad.to_dense(), before[name]), name

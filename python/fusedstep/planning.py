@@ -144,7 +144,7 @@ def check_loaded_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None
         hyper = optimizer._hyper_of(group, variant)
         if not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in hyper):
             optimizer.prepare(tuple(map(float, hyper)), 1)
-    bool(group["maximize"])
+    checks.check_flag("maximize", group["maximize"])
     optimizer._check_call(None)
 
 
