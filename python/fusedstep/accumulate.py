@@ -142,6 +142,7 @@ class GradientAccumulator:
         self._listed = listed
         self._params = {param: name for name, param in named}
         self._plans = None
+        self._shared.apart = None
         self._seen &= self._params.keys()
         for param in self._buffers.keys() - self._params.keys():
             del self._buffers[param]

@@ -282,7 +282,7 @@ def make_states(
     reduces = optimizer.rule_of(optimizer.variant_of(group, name, param))[1]
     copied = param in optimizer._followers.copies
     states = optimizer.states_of(group)
-    _slot(optimizer, index, name, param, group, states, optimizer._select(param), reduces, first_name)
+    _slot(optimizer, index, name, param, group, states, optimizer._select(param, reduces), reduces, first_name)
     if not copied:  # it would not see the weights that are loaded before the first step
         optimizer._followers.copies.pop(param, None)
 
