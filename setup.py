@@ -208,7 +208,7 @@ def quote(words: list[str]) -> str:
 
 
 def carried_objects(steps: list[tuple[Path, str, list[str]]]) -> dict[str, str]:
-    """Objects that another machine has compiled (bench/gpu/carry.py), in place of those that the same command would make.
+    """Objects that another machine has compiled (bench/gpu/carry.py), instead of what the same command would make.
 
     Valid are those whose source, and all that it includes, is what was compiled there.
     """

@@ -45,8 +45,7 @@ Table build_table(const std::vector<Record>& records, RuleId rule, int multiproc
   std::vector<int> kinds(records.size());
   const auto kind_of = [](int format, bool followed) { return 2 * format + (followed && format != kGeneral); };
   visit_rule(rule, [&](auto r) {
-    for (int64_t i = 0; i < n; ++i)
-      kinds[i] = kind_of(format_of<decltype(r)>(records[i]), records[i].has_followers());
+    for (int64_t i = 0; i < n; ++i) kinds[i] = kind_of(format_of<decltype(r)>(records[i]), records[i].has_followers());
   });
   table.order.resize(records.size());
   std::iota(table.order.begin(), table.order.end(), 0);

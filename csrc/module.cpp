@@ -172,9 +172,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("states"), py::arg("matrices") = py::list(), py::arg("precision") = py::list())
       .def(
           "gather",
-          [](Plan& plan, bool borrow, const py::object& grads) {
-            return static_cast<int>(plan.gather(borrow, grads));
-          },
+          [](Plan& plan, bool borrow, const py::object& grads) { return static_cast<int>(plan.gather(borrow, grads)); },
           py::arg("borrow"), py::arg("grads") = py::none())
       .def("follow", &Plan::follow, py::arg("averages"), py::arg("copies"))
       .def("follower_pointers", &follower_pointers, "[average, copy] of each tensor, as addresses")

@@ -61,6 +61,7 @@ FUSEDSTEP_FN T interpolate(T a, T b, W weight) {
 // Adafactor (arXiv 1804.04235) as transformers.Adafactor computes it.
 template <bool kMomentum>
 struct Adafactor {
+  using FirstPasses = Adafactor<false>;  // a rule that has the same sums: a momentum takes no part in them
   static constexpr const char* kName = "adafactor";
   static constexpr const char* kHyper[] = {"lr",
                                            "eps1",
@@ -154,6 +155,7 @@ struct Adafactor {
 
 // Adafactor as torch.optim.Adafactor computes it.
 struct TorchAdafactor {
+  using FirstPasses = TorchAdafactor;
   static constexpr const char* kName = "torch_adafactor";
   static constexpr const char* kHyper[] = {"lr", "beta2_decay", "eps1", "eps2", "d", "weight_decay"};
   static constexpr const char* kStateNames[] = {"row_var", "col_var", "variance"};
@@ -228,6 +230,7 @@ struct TorchAdafactor {
 // Amos with statistics of whole rows or columns.
 template <Span kLine, bool kMomentum>
 struct AmosOfLines {
+  using FirstPasses = AmosOfLines<kLine, false>;
   using Elementwise = Amos<kMomentum>;
   static constexpr const char* kName = kLine == Span::kRow ? "amos_rows" : "amos_columns";
   static constexpr auto& kHyper = Elementwise::kHyper;

@@ -498,9 +498,9 @@ FUSEDSTEP_FN constexpr bool has_state(int k) {
 // Whether an engine that is compiled for each way to store a parameter has this rule in all of them; of the others it
 // has the usual ones.
 template <class Rule>
-constexpr bool kWidelyUsed = std::is_same_v<Rule, Sgd<false>> || std::is_same_v<Rule, Sgd<true>> ||
-                             std::is_same_v<Rule, Adam<false>> || std::is_same_v<Rule, Lion> ||
-                             std::is_same_v<Rule, Accumulate>;
+constexpr bool kWidelyUsed =
+    std::is_same_v<Rule, Sgd<false>> || std::is_same_v<Rule, Sgd<true>> || std::is_same_v<Rule, Adam<false>> ||
+    std::is_same_v<Rule, Lion> || std::is_same_v<Rule, Accumulate>;
 
 // Rule::update with its states in an array.
 template <class Rule, class T, class S>

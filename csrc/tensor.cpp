@@ -134,8 +134,8 @@ bool view_by_attributes(PyObject* tensor, TensorView* view) {
 
 // Where a tensor's C++ object (its `_cdata`) keeps the pointer to its storage, the offset in it, its layout and dtype
 // (sizes, strides, number of elements, dtype, device and dispatch keys: all words from `layout` to `layout_end`) and
-// the pointer to what autograd knows of it; where that has the gradient; where a storage has the pointer to its data; and
-// where a tensor's version is. In words; -1: not known.
+// the pointer to what autograd knows of it; where that has the gradient; where a storage has the pointer to its data;
+// and where a tensor's version is. In words; -1: not known.
 struct Slots {
   int storage = -1, data = -1, offset = -1;
   int layout = -1, layout_end = -1;
@@ -241,9 +241,7 @@ class Negation {
   const void* const* impl_slot_of(PyObject* tensor) const {
     return reinterpret_cast<const void* const*>(tensor) + object_slot_;
   }
-  const void* const* impl_of(PyObject* tensor) const {
-    return static_cast<const void* const*>(*impl_slot_of(tensor));
-  }
+  const void* const* impl_of(PyObject* tensor) const { return static_cast<const void* const*>(*impl_slot_of(tensor)); }
 
  private:
   int object_slot_ = -1, keys_slot_ = -1;
@@ -346,7 +344,8 @@ void find_grad(Slots* slots) {
   }
 }
 
-// A tensor shares its version counter with what detach() makes of it, not with its `.data`; an inference tensor has none.
+// A tensor shares its version counter with what detach() makes of it, not with its `.data`; an inference tensor has
+// none.
 void find_version(Slots* slots) {
   if (!negation().known()) return;
   try {
@@ -363,7 +362,9 @@ void find_version(Slots* slots) {
       version = i;
     }
     if (version < 0 || reinterpret_cast<uintptr_t>(words(base)[version]) % alignof(void*) != 0) return;
-    const auto number = [&](const py::object& t, int at) { return static_cast<const uint32_t*>(words(t)[version])[at]; };
+    const auto number = [&](const py::object& t, int at) {
+      return static_cast<const uint32_t*>(words(t)[version])[at];
+    };
     for (int i = 0; i < 1000; ++i) bump(base);
     int counter = -1;
     for (int at = 0; at < kCounterNumbers; ++at) {

@@ -161,11 +161,13 @@ class TestWhetherCudaIsBuilt:
 
 
 class TestArchitectures:
-    @pytest.mark.parametrize("archs", ["80;90+PTX", "80,90+PTX", "8.0 9.0+PTX", " 80 ; 9.0+ptx;"])
     def test_machine_code_is_packed_where_nvcc_can(self, setup_py):
-        assert setup_py.compression_flags("13.0.88") == setup_py.compression_flags("12.8.61") == ["--compress-mode=size"]
+        assert (
+            setup_py.compression_flags("13.0.88") == setup_py.compression_flags("12.8.61") == ["--compress-mode=size"]
+        )
         assert setup_py.compression_flags("12.6.20") == setup_py.compression_flags("unknown") == []
 
+    @pytest.mark.parametrize("archs", ["80;90+PTX", "80,90+PTX", "8.0 9.0+PTX", " 80 ; 9.0+ptx;"])
     def test_every_spelling_means_the_same(self, setup_py, archs):
         assert setup_py.gencode_flags(archs) == [
             "-gencode=arch=compute_80,code=sm_80",

@@ -25,7 +25,7 @@ class Table:
 
     work_bytes = 48
 
-    def __init__(self, native, multiprocessors):
+    def __init__(self, native, *multiprocessors):
         self.grad_dtypes = list(native.grad_dtypes())
 
     def fits(self, native):

@@ -1,8 +1,8 @@
-// The skeleton of a step: one launch for tensors of a group that are stored alike, a block for a few tiles of one of them
-// or a warp for a small one. A Way says what is done with a tile: Tile (tile.cuh) or General (general.cuh).
+// The skeleton of a step: one launch for tensors of a group that are stored alike, a block for a few tiles of one of
+// them or a warp for a small one. A Way says what is done with a tile: Tile (tile.cuh) or General (general.cuh).
 //
-// Blocks are small and end soon, so that the loads of new ones overlap with the stores of old ones. A block asks for its
-// first tile's numbers, and while they are under way one thread computes the step's scalars in fp64.
+// Blocks are small and end soon, so that the loads of new ones overlap with the stores of old ones. A block asks for
+// its first tile's numbers, and while they are under way one thread computes the step's scalars in fp64.
 //
 // It uses little of CUDA, so that the host can stand in for it in the tests: thread and block indices, shared memory,
 // barriers, one atomic counter, bytes permuted.
@@ -38,7 +38,8 @@ struct TeamShared {
   template <int kCapacity>
   __device__ __forceinline__ void fill(const Arguments<kCapacity>& a, const Record& from, const void* gradient,
                                        int lane) {
-    static_assert(sizeof(Record) % sizeof(uint64_t) == 0 && sizeof(Record) / sizeof(uint64_t) <= kWarp && kHyper < kWarp);
+    static_assert(sizeof(Record) % sizeof(uint64_t) == 0 && sizeof(Record) / sizeof(uint64_t) <= kWarp &&
+                  kHyper < kWarp);
     if (lane < static_cast<int>(sizeof(Record) / sizeof(uint64_t)))
       reinterpret_cast<uint64_t*>(&record)[lane] = global(reinterpret_cast<const uint64_t*>(&from))[lane];
     if (lane < kHyper) {
@@ -68,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, Way::kBlocks)
   const bool skipped = a.found_inf != nullptr && *global(a.found_inf) != 0.0f;
 
   Way tile;
-  int left = 0;   // of the chunk, from this thread's numbers on
-  int more = 0;   // the same of the team's first thread; 0: nothing to do
+  int left = 0;    // of the chunk, from this thread's numbers on
+  int more = 0;    // the same of the team's first thread; 0: nothing to do
   int64_t at = 0;  // where this thread's numbers begin in the tensor
   const int stride = team.size * Way::kN;
   if (index < a.n_block_chunks + a.n_small_chunks) {
@@ -93,8 +94,8 @@ __global__ void __launch_bounds__(kThreads, Way::kBlocks)
   }
   if (skipped) return;
   __syncthreads();
-  // Here all of the block's threads that read a step have used it. The last block to come here advances the counters, at
-  // its end.
+  // Here all of the block's threads that read a step have used it. The last block to come here advances the counters,
+  // at its end.
   bool last = false;
   if (thread == 0) last = atomicInc(a.done, gridDim.x - 1) == gridDim.x - 1;
 

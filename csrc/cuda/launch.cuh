@@ -40,9 +40,8 @@ void launch_format(const Call& call, const Table& table, size_t segment_index) {
 template <int kFirst, int... kOffsets>
 void launch_one_of(const Call& call, RuleId id, const Table& table, size_t segment_index,
                    std::integer_sequence<int, kOffsets...>) {
-  visit_rule(id, [&](auto rule) {
-    (launch_format<decltype(rule), kFirst + kOffsets>(call, table, segment_index), ...);
-  });
+  visit_rule(id,
+             [&](auto rule) { (launch_format<decltype(rule), kFirst + kOffsets>(call, table, segment_index), ...); });
 }
 template <int kFirst, int kEnd>
 void launch_family(const Call& call, RuleId id, const Table& table, size_t segment_index) {

@@ -183,23 +183,10 @@ __global__ void __launch_bounds__(kReducingThreads, std::is_same_v<Does, Beside>
       apply_tile<Rule, typename Stored::Param, typename Stored::State>(place, part,
                                                                        Does(a.grads_become, a.average_weight));
     // The passes before have read it.
-    if (first && place.item.index == 0 && threadIdx.x == 0) *global(place.record.step) = next_counter(*global(place.record.step));
+    if (first && place.item.index == 0 && threadIdx.x == 0)
+      *global(place.record.step) = next_counter(*global(place.record.step));
   });
 }
-
-// The rule whose first two passes a rule has: a momentum takes no part in them.
-template <class Rule>
-struct FirstPasses {
-  using type = Rule;
-};
-template <>
-struct FirstPasses<Adafactor<true>> {
-  using type = Adafactor<false>;
-};
-template <Span kLine>
-struct FirstPasses<AmosOfLines<kLine, true>> {
-  using type = AmosOfLines<kLine, false>;
-};
 
 // The arguments of all launches of a segment, but for the items.
 inline void set_arguments(ReducingArguments* a, const Call& call, const ReducingTable& table, char* work,
@@ -224,7 +211,7 @@ template <class Rule, class Launch>
 int for_launches(ReducingArguments* a, const Call& call, const ReducingTable& table, size_t segment_index,
                  Launch&& launch) {
   const ReducingSegment& segment = table.segments[segment_index];
-  using First = typename FirstPasses<Rule>::type;
+  using First = typename Rule::FirstPasses;
   constexpr bool kHasState = kElementState<Rule> >= 0;
   const bool changed = call.maximize || call.grad_scale != nullptr || call.coefficient != nullptr;
   bool unaligned[kKinds] = {};

@@ -85,7 +85,8 @@ struct Tile {
     uint32_t step;
     GradChange<float> change;
 
-    __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number, const GradsBecome& become) {
+    __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number,
+                                         const GradsBecome& become) {
       scalars = Rule::template prepare<float>(hyper, number);
       change = become.change<float>();
       uses_change = change.any || change.zero || change.write;
@@ -124,8 +125,8 @@ struct Tile {
     store_grad(gradient, i, n);
   }
 
-  __device__ __forceinline__ void update(const Record& record, void* gradient, const Prepared& prepared, int64_t i, int n,
-                                         double average_weight) {
+  __device__ __forceinline__ void update(const Record& record, void* gradient, const Prepared& prepared, int64_t i,
+                                         int n, double average_weight) {
     if (!whole(n)) for_loaded(record, gradient, [&](auto& array, auto* data) { array.load_some(data + i, n); });
     const auto s = prepared.scalars;
     constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;

@@ -56,7 +56,8 @@ def as_number(label: str, value: Any) -> float | Tensor:
         raise ValueError(f"Tensor {label} must be 1-element, got shape {tuple(value.shape)}")
     if value.is_complex():
         raise TypeError(f"Invalid {label}: a complex tensor; it must be a real number")
-    return as_float(label, value) if value.device.type in ("cpu", "meta") else value.detach()
+    value = value.detach()
+    return as_float(label, value) if value.device.type in ("cpu", "meta") else value
 
 
 def _numbers_of(group: dict[str, Any]) -> Iterator[tuple[str, float | Tensor]]:

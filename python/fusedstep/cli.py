@@ -124,7 +124,7 @@ def info_text(found: dict[str, Any]) -> str:
 def kernels() -> list[dict[str, Any]]:
     """The formats that have kernels of their own in the CUDA engine, and the rules that have them.
 
-    ``rules`` and ``with_averages_and_copies`` are lists of strings such as "adam (exp_avg, exp_avg_sq)". Parameters that
+    ``rules`` and ``with_averages_and_copies`` are lists of strings such as "rule (state, other_state)". Parameters that
     are stored in another way, or whose rule is not in the list, take one general kernel, which is slower.
 
     Raises:
