@@ -5,6 +5,7 @@ One process, the first of two, whose collectives do nothing.
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -208,3 +209,13 @@ def test_fsdp_without_sharding_has_whole_parameters(use_orig_params, backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mine.step()
+
+
+def test_to_look_for_who_makes_an_optimizer_keeps_no_local_variable_alive():
+    import torch.distributed.optim.zero_redundancy_optimizer  # noqa: F401
+
+    local = torch.ones(3)
+    optimizer = fusedstep.SGD([torch.nn.Parameter(torch.ones(1))])
+    seen = weakref.ref(local)
+    del local
+    assert seen() is None, optimizer

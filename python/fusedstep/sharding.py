@@ -23,7 +23,8 @@ def maker_shares_out() -> bool:
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = None if module is None else sys._getframe(1)
     while frame is not None:
-        maker: Any = frame.f_locals.get("self")
+        # Only of that module's frames: what f_locals has shown lives as long as its frame.
+        maker: Any = frame.f_locals.get("self") if frame.f_globals is vars(module) else None
         if isinstance(maker, module.ZeroRedundancyOptimizer):
             return maker.world_size > 1
         frame = frame.f_back
