@@ -345,14 +345,16 @@ def _main_path(code: Code, row: Row | None) -> list[str]:
             ways = {moved: way for moved, way in ways.items() if moved[1] == due[moved]} or ways
             # Not what is loaded again for the sake of a few numbers.
             exact = row.elements * row.read + row.beside, row.elements * row.written
-            ways = {exact: ways[exact]} if exact in ways else ways
+            ways = {exact: ways[exact]} if row.elements and exact in ways else ways
         if not ways:
             return 0, []
         moved = max(ways)
         return moved[0], ways[moved]
 
     whole_read, whole = best({begin: blocks[begin][0] for begin in sorted(order, key=order.__getitem__)})
-    for loop in sorted(_loops(blocks, order), key=len):  # the innermost ones first
+    loops = _loops(blocks, order)
+    loops.sort(key=lambda loop: sum(end - begin for begin, end in loop.items()))
+    for loop in loops:  # the innermost ones first
         read, way = best(loop)
         if whole_read and read * 2 >= whole_read:
             return [code.instructions[i] for i in way]

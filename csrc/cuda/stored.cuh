@@ -252,6 +252,7 @@ struct PlainState {
   __device__ __forceinline__ void for_arrays(const Record& record, int k, Visitor&& visitor) {
     visitor(stored, static_cast<S*>(record.states[k]));
   }
+  __device__ __forceinline__ uint64_t address_of_scales(const Record&, int) const { return 0; }
   __device__ __forceinline__ void load_scale(const Record&, int, int64_t, int) {}
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
@@ -271,6 +272,9 @@ struct CodedState {
   template <class Visitor>
   __device__ __forceinline__ void for_arrays(const Record& record, int k, Visitor&& visitor) {
     visitor(codes, static_cast<S*>(record.states[k]));
+  }
+  __device__ __forceinline__ uint64_t address_of_scales(const Record& record, int k) const {
+    return reinterpret_cast<uint64_t>(record.precision.scales[k]);
   }
   // A lane behind the last element may still be in the last block; a whole warp may be behind it.
   __device__ __forceinline__ void load_scale(const Record& record, int k, int64_t i, int n) {
@@ -323,7 +327,10 @@ struct CodedState {
   }
 
  private:
-  __device__ __forceinline__ static uint64_t block_of(int64_t i) { return static_cast<uint64_t>(i) / kBlock; }
+  // No memory holds 2^40 numbers.
+  __device__ __forceinline__ static uint32_t block_of(int64_t i) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(i) / kBlock);
+  }
   __device__ __forceinline__ static uint32_t place_in_block(int64_t i) { return static_cast<uint32_t>(i) % kBlock; }
   // 2^23 + byte i. The number comes first, for an instruction has room for one constant, and the places are others.
   __device__ __forceinline__ static float above(uint32_t word, int i) {

@@ -117,14 +117,17 @@ struct Tile {
     const auto add = [&](auto&, auto* data, bool = true) { bits |= reinterpret_cast<uint64_t>(data); };
     weight.for_arrays(record, add);
     states.for_each([&](int k, auto& state) { state.for_arrays(record, k, add); });
+    // These are numbers' addresses. To look at them has them loaded now, beside the others, not one by one later.
+    uint64_t beside = reinterpret_cast<uint64_t>(record.step);
+    states.for_each([&](int k, auto& state) { beside |= state.address_of_scales(record, k); });
+    bits |= beside % sizeof(float);
     aligned = (bits & 15) == 0;
   }
 
   // Asks for everything, before anything is used. n: how many numbers there are from element i on, 0 or less included.
   __device__ __forceinline__ void ask(const Record& record, const void* gradient, int64_t i, int n) {
+    if (whole(n)) for_loaded(record, gradient, [&](auto& array, auto* data) { array.load(data + i); });
     states.for_each([&](int k, auto& state) { state.load_scale(record, k, i, n); });
-    if (!whole(n)) return;
-    for_loaded(record, gradient, [&](auto& array, auto* data) { array.load(data + i); });
   }
 
   __device__ __forceinline__ void zero_grad(const Record&, void* gradient, int64_t i, int n) {
@@ -132,10 +135,11 @@ struct Tile {
     store_grad(gradient, i, n);
   }
 
-  __device__ __forceinline__ void update(const Record& record, void* gradient, const Prepared& prepared, int64_t i, int n,
-                                         double average_weight) {
+  __device__ __forceinline__ void update(const Record& record, void* const& gradient, const Prepared& prepared,
+                                         int64_t i, int n, double average_weight) {
     float param[kN], values[kPlaces][kN];
     if (!whole(n) || !compute<Quick>(prepared, param, values)) {
+      forget_addresses();
       for_loaded(record, gradient, [&](auto& array, auto* data) {
         if (whole(n))
           array.load(data + i);
@@ -144,14 +148,18 @@ struct Tile {
       });
       compute<float>(prepared, param, values);
     }
-    if (prepared.stores_grad) store_changed(gradient, prepared.change, i, n);
     weight.split(param, record, i, prepared.step);
     states.for_each([&](int k, auto& state) { state.split(values[k], record, k, i, n); });
     forget_addresses();
-    if (whole(n))
-      store(record, param, average_weight, [&](auto& array, auto* data, bool = true) { array.store(data + i); });
-    else
-      store(record, param, average_weight, [&](auto& array, auto* data, bool = true) { array.store_some(data + i, n); });
+    if (whole(n) && !prepared.stores_grad)
+      return store(record, param, average_weight, [&](auto& array, auto* data, bool = true) { array.store(data + i); });
+    if (prepared.stores_grad) store_changed(gradient, prepared.change, i, n);
+    store(record, param, average_weight, [&](auto& array, auto* data, bool = true) {
+      if (whole(n))
+        array.store(data + i);
+      else
+        array.store_some(data + i, n);
+    });
   }
 
  private:
@@ -195,9 +203,9 @@ struct Tile {
       for (int j = 0; j < kN; ++j) g[j] = prepared.change(g[j]);
     }
     Doubts doubts;
-    const auto number = [&](float x) {
+    const auto number = [noted = &doubts](float x) {
       if constexpr (std::is_same_v<T, Quick>)
-        return Quick(x, &doubts);
+        return Quick(x, noted);
       else
         return x;
     };
