@@ -254,7 +254,8 @@ def _blocks(code: Code) -> list[tuple[int, int, list[int]]]:
         follows = []
         if opcode in ("BRA", "JMP") and (match := re.search(r"`\((\.L_x_\d+)\)", last)):
             follows.append(code.labels.get(match[1], end))
-        conditional = last.startswith("@") or (opcode == "BRA" and re.search(r"BRA\S*\s+!?U?P\d", last))
+        # A predicate before or behind; or lanes that have parted, which those of the main path have not.
+        conditional = last.startswith("@") or (opcode == "BRA" and re.search(r"BRA(\.DIV|\S*\s+!?U?P\d)", last))
         if opcode not in ("BRA", "EXIT", "RET", "BRX", "JMP") or conditional:
             follows.append(end)
         blocks.append((begin, end, [f for f in follows if f < len(code.instructions)]))

@@ -253,13 +253,21 @@ struct PlainState {
     visitor(stored, static_cast<S*>(record.states[k]));
   }
   __device__ __forceinline__ uint64_t address_of_scales(const Record&, int) const { return 0; }
-  __device__ __forceinline__ void load_scale(const Record&, int, int64_t, int) {}
+  __device__ __forceinline__ void load_scale(const Record&, int, uint32_t) {}
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
     for (int i = 0; i < kN; ++i) to[i] = stored[i];
   }
   __device__ __forceinline__ void split(const float* from, const Record&, int, int64_t, int) { stored.put(from); }
 };
+
+// Blocks that share a scale. No memory holds 2^40 numbers.
+__device__ __forceinline__ uint32_t block_of(int64_t i) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(i) / kBlock);
+}
+__device__ __forceinline__ uint32_t place_in_block(int64_t i) {
+  return static_cast<uint32_t>(i) % kBlock;
+}
 
 // Codes of 8 bits: a warp holds a block. A byte becomes a float as the lowest of 2^23 + byte, which takes no conversion.
 template <class S, int kN>
@@ -276,9 +284,8 @@ struct CodedState {
   __device__ __forceinline__ uint64_t address_of_scales(const Record& record, int k) const {
     return reinterpret_cast<uint64_t>(record.precision.scales[k]);
   }
-  // A lane behind the last element may still be in the last block; a whole warp may be behind it.
-  __device__ __forceinline__ void load_scale(const Record& record, int k, int64_t i, int n) {
-    scale = static_cast<int>(place_in_block(i)) + n > 0 ? global(record.precision.scales[k])[block_of(i)] : 0.0f;
+  __device__ __forceinline__ void load_scale(const Record& record, int k, uint32_t block) {
+    scale = global(record.precision.scales[k])[block];
   }
   __device__ __forceinline__ void join(float* to) const {
     if constexpr (!kSigned) {
@@ -323,15 +330,11 @@ struct CodedState {
       const uint32_t four = __byte_perm(__byte_perm(c[0], c[1], 0x0040), __byte_perm(c[2], c[3], 0x0040), 0x5410);
       codes.words[i / 4] = block.keep != 0 ? four : 0u;
     }
-    if (place_in_block(at) == 0 && n > 0) global(record.precision.scales[k])[block_of(at)] = Block::scale(largest);
+    if (place_in_block(at) == 0 && n > 0)
+      global(record.precision.scales[k])[block_of(at)] = Block::scale(largest);
   }
 
  private:
-  // No memory holds 2^40 numbers.
-  __device__ __forceinline__ static uint32_t block_of(int64_t i) {
-    return static_cast<uint32_t>(static_cast<uint64_t>(i) / kBlock);
-  }
-  __device__ __forceinline__ static uint32_t place_in_block(int64_t i) { return static_cast<uint32_t>(i) % kBlock; }
   // 2^23 + byte i. The number comes first, for an instruction has room for one constant, and the places are others.
   __device__ __forceinline__ static float above(uint32_t word, int i) {
     return bit_cast<float>(__byte_perm(0x4b000000u, word, 0x3004u + i));

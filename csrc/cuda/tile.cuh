@@ -127,7 +127,9 @@ struct Tile {
   // Asks for everything, before anything is used. n: how many numbers there are from element i on, 0 or less included.
   __device__ __forceinline__ void ask(const Record& record, const void* gradient, int64_t i, int n) {
     if (whole(n)) for_loaded(record, gradient, [&](auto& array, auto* data) { array.load(data + i); });
-    states.for_each([&](int k, auto& state) { state.load_scale(record, k, i, n); });
+    // A lane behind the last element may still be in the last block. A whole warp behind it takes any.
+    const uint32_t block = static_cast<int>(place_in_block(i)) + n > 0 ? block_of(i) : 0;
+    states.for_each([&](int k, auto& state) { state.load_scale(record, k, block); });
   }
 
   __device__ __forceinline__ void zero_grad(const Record&, void* gradient, int64_t i, int n) {
