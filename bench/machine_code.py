@@ -50,6 +50,7 @@ class Row:
     read: int  # bytes an element by 16-byte loads
     written: int = 0  # and stores
     beside: int = 0  # bytes a thread by 16-byte loads of what belongs to columns, not to elements
+    elements: int = 0  # of a thread on the main path, where that is fixed
 
 
 def reducing(name: str, stored: str, beside: str) -> str:
@@ -63,17 +64,17 @@ def step(kind: int, followed: str = "false") -> str:
 
 
 ROWS: tuple[Row, ...] = (
-    Row("fp32", step(0), r"lab::adamw<float, float, float>", 16, 12),
-    Row("bf16", step(4), r"lab::adamw<lab::BF16, lab::BF16, lab::BF16>", 8, 6),
-    Row("fp32, bf16 states", step(2), r"lab::adamw<float, float, lab::BF16>", 12, 8),
-    Row("fp32, bf16 gradient", step(1), r"lab::adamw<float, lab::BF16, float>", 14, 12),
-    Row("split, fp32 states", step(8), r"lab::adamw<lab::Split, lab::BF16, float>", 14, 12),
-    Row("split, bf16 states", step(9), r"lab::adamw<lab::Split, lab::BF16, lab::BF16>", 10, 8),
-    Row("bf16, 8-bit states", step(6), r"lab::adamw_8bit<lab::BF16, lab::BF16>", 4, 2),
-    Row("split, 8-bit states", step(10), r"lab::adamw_8bit<lab::Split, lab::BF16>", 6, 4),
-    Row("fp32, 8-bit states", step(3), r"lab::adamw_8bit<float, float>", 8, 4),
-    Row("fp32, average", step(0, "true"), r"lab::adamw_average<false>", 20, 16),
-    Row("fp32, average, zeros", "", r"lab::adamw_average<true>", 20, 20),
+    Row("fp32", step(0), r"lab::adamw<float, float, float>", 16, 12, elements=4),
+    Row("bf16", step(4), r"lab::adamw<lab::BF16, lab::BF16, lab::BF16>", 8, 6, elements=8),
+    Row("fp32, bf16 states", step(2), r"lab::adamw<float, float, lab::BF16>", 12, 8, elements=8),
+    Row("fp32, bf16 gradient", step(1), r"lab::adamw<float, lab::BF16, float>", 14, 12, elements=8),
+    Row("split, fp32 states", step(8), r"lab::adamw<lab::Split, lab::BF16, float>", 14, 12, elements=8),
+    Row("split, bf16 states", step(9), r"lab::adamw<lab::Split, lab::BF16, lab::BF16>", 10, 8, elements=8),
+    Row("bf16, 8-bit states", step(6), r"lab::adamw_8bit<lab::BF16, lab::BF16>", 4, 2, elements=8),
+    Row("split, 8-bit states", step(10), r"lab::adamw_8bit<lab::Split, lab::BF16>", 6, 4, elements=8),
+    Row("fp32, 8-bit states", step(3), r"lab::adamw_8bit<float, float>", 8, 4, elements=8),
+    Row("fp32, average", step(0, "true"), r"lab::adamw_average<false>", 20, 16, elements=4),
+    Row("fp32, average, zeros", "", r"lab::adamw_average<true>", 20, 20, elements=4),
     Row("norm, fp32", r"norm_kernel<448, false>", r"lab::norm<float>", 4),
     Row("sums, fp32", reducing("sums", "float", "Unchanged"), r"lab::sums<float>", 8),
     Row("sums, bf16", reducing("sums", "BF16", "Unchanged"), r"lab::sums<lab::BF16>", 4),
@@ -235,6 +236,10 @@ def _is_wide(opcode: str, kind: str) -> bool:
     return opcode.startswith(kind) and ".128" in opcode
 
 
+# Basic blocks by where they begin: where they end, and the beginnings of those that may follow.
+Blocks = dict[int, tuple[int, list[int]]]
+
+
 def _blocks(code: Code) -> list[tuple[int, int, list[int]]]:
     """Basic blocks (begin, end, beginnings of those that may follow)."""
     starts = {0, *code.labels.values()}
@@ -249,37 +254,74 @@ def _blocks(code: Code) -> list[tuple[int, int, list[int]]]:
         follows = []
         if opcode in ("BRA", "JMP") and (match := re.search(r"`\((\.L_x_\d+)\)", last)):
             follows.append(code.labels.get(match[1], end))
-        conditional = last.startswith("@") or (opcode == "BRA" and re.search(r"BRA\S*\s+!?U?P\d", last))
+        # A predicate before or behind; or lanes that have parted, which those of the main path have not.
+        conditional = last.startswith("@") or (opcode == "BRA" and re.search(r"BRA(\.DIV|\S*\s+!?U?P\d)", last))
         if opcode not in ("BRA", "EXIT", "RET", "BRX", "JMP") or conditional:
             follows.append(end)
         blocks.append((begin, end, [f for f in follows if f < len(code.instructions)]))
     return blocks
 
 
-def _loops(blocks: list[tuple[int, int, list[int]]]) -> list[tuple[int, int]]:
-    """(begin, end) of the loops: from a label to the branch back to it; not the trap behind a kernel's end."""
-    return [(f, end) for begin, end, follows in blocks for f in follows if f <= begin and end - f > 1]
+def _loops(blocks: Blocks, order: dict[int, int]) -> list[dict[int, int]]:
+    """The loops, each as its blocks (begin: end) with the one that it begins with first."""
+    before: dict[int, list[int]] = {}
+    for begin, (_, follows) in blocks.items():
+        for f in follows:
+            before.setdefault(f, []).append(begin)
+    loops = []
+    for begin, (end, follows) in blocks.items():
+        for head in follows:
+            if begin not in order or order[head] > order[begin] or end - head == 1:
+                continue  # not back to the head; or the trap behind a kernel's end
+            body, ahead = {head}, [begin]
+            while ahead:
+                block = ahead.pop()
+                if block not in body:
+                    body.add(block)
+                    ahead += before.get(block, [])
+            loops.append({block: blocks[block][0] for block in sorted(body & order.keys(), key=order.__getitem__)})
+    return loops
 
 
-def _paths(code: Code, begin: int, end: int) -> dict[tuple[int, int], list[int]]:
-    """For each (bytes read, written) by 16-byte accesses the shortest way forward from `begin` to `end` or an exit."""
-    spans = [b for b in _blocks(code) if begin <= b[0] < end]
+def _order(blocks: Blocks) -> dict[int, int]:
+    """Places of the blocks that can be reached, each behind all that may come before it but by a loop."""
+    ended: list[int] = []
+    seen, stack = {0}, [(0, iter(blocks[0][1]))]
+    while stack:
+        begin, follows = stack[-1]
+        for f in follows:
+            if f not in seen:
+                seen.add(f)
+                stack.append((f, iter(blocks[f][1])))
+                break
+        else:
+            ended.append(begin)
+            stack.pop()
+    return {begin: place for place, begin in enumerate(reversed(ended))}
+
+
+def _paths(
+    code: Code, blocks: Blocks, order: dict[int, int], within: dict[int, int]
+) -> dict[tuple[int, int], list[int]]:
+    """For each (bytes read, written) by 16-byte accesses the shortest way through these blocks, once round a loop."""
+    head = next(iter(within))
     # For the beginning of a block: bytes moved on the way there -> (instructions, the block before and its bytes).
-    reached: dict[int, dict[tuple[int, int], tuple[int, tuple | None]]] = {begin: {(0, 0): (0, None)}}
+    reached: dict[int, dict[tuple[int, int], tuple[int, tuple | None]]] = {head: {(0, 0): (0, None)}}
     finished: dict[tuple[int, int], tuple[int, tuple]] = {}
-    for first, stop, follows in spans:
+    for first, stop in within.items():
         opcodes = [_opcode(i)[0] for i in code.instructions[first:stop]]
         read = 16 * sum(_is_wide(o, "LDG") for o in opcodes)
         written = 16 * sum(_is_wide(o, "STG") for o in opcodes)
+        follows = blocks[first][1]
         for moved, (length, _) in reached.get(first, {}).items():
             now = (moved[0] + read, moved[1] + written)
             step = (length + stop - first, (first, stop, moved))
-            forward = [f for f in follows if f > first and f < end]
+            forward = [f for f in follows if f in within and order[f] > order[first]]
             for f in forward:
                 best = reached.setdefault(f, {})
                 if now not in best or step[0] < best[now][0]:
                     best[now] = step
-            if not forward and (now not in finished or step[0] < finished[now][0]):
+            if (head in follows or not forward) and (now not in finished or step[0] < finished[now][0]):
                 finished[now] = step
     ways = {}
     for moved, (_, last) in finished.items():
@@ -294,21 +336,27 @@ def _paths(code: Code, begin: int, end: int) -> dict[tuple[int, int], list[int]]
 
 def _main_path(code: Code, row: Row | None) -> list[str]:
     """The instructions of the main path."""
+    blocks = {begin: (end, follows) for begin, end, follows in _blocks(code)}
+    order = _order(blocks)
 
-    def best(begin: int, end: int) -> tuple[int, list[int]]:
-        ways = _paths(code, begin, end)
+    def best(within: dict[int, int]) -> tuple[int, list[int]]:
+        ways = _paths(code, blocks, order, within)
+        if row is not None:
+            due = {moved: (moved[0] - row.beside) // row.read * row.written for moved in ways}
+            ways = {moved: way for moved, way in ways.items() if moved[1] == due[moved]} or ways
+            # Not what is loaded again for the sake of a few numbers.
+            exact = row.elements * row.read + row.beside, row.elements * row.written
+            ways = {exact: ways[exact]} if row.elements and exact in ways else ways
         if not ways:
             return 0, []
-        read = max(moved[0] for moved in ways)
-        written = {moved[1]: way for moved, way in ways.items() if moved[0] == read}
-        wanted = max(written) if row is None else (read - row.beside) // row.read * row.written
-        return read, written.get(wanted, written[max(written)])
+        moved = max(ways)
+        return moved[0], ways[moved]
 
-    n = len(code.instructions)
-    whole_read, whole = best(0, n)
-    loops = sorted(_loops(_blocks(code)), key=lambda loop: loop[1] - loop[0])
-    for begin, end in loops:  # the innermost ones first
-        read, way = best(begin, end)
+    whole_read, whole = best({begin: blocks[begin][0] for begin in sorted(order, key=order.__getitem__)})
+    loops = _loops(blocks, order)
+    loops.sort(key=lambda loop: sum(end - begin for begin, end in loop.items()))
+    for loop in loops:  # the innermost ones first
+        read, way = best(loop)
         if whole_read and read * 2 >= whole_read:
             return [code.instructions[i] for i in way]
     path = [code.instructions[i] for i in whole]

@@ -130,27 +130,42 @@ struct Block {
   }
 };
 
-// The code of x is the lowest byte of the result. F and W are float and uint32_t, or vectors of them.
+// The code is the lowest byte of the result. F and W are float and uint32_t, or vectors of them. relative: the magnitude
+// as a multiple of the scale; bits: the number's, for the sign.
 template <class W, class F>
-FUSEDSTEP_FN W encode_signed(F x, const Block& block) {
-  const W bits = bit_cast<W>(x);
-  const F relative = bit_cast<F>(bits & block.keep) * block.inverse;
+FUSEDSTEP_FN W encode_relative_signed(F relative, W bits) {
   const W root = ((bit_cast<W>(relative) >> 1) + 0x1fc00000u) | (bits & 0x80000000u);
   return bit_cast<W>(bit_cast<F>(root) * 127.0f + 0x1.8p23f);  // rounded to a whole number by the addition
 }
 template <class W, class F>
-FUSEDSTEP_FN W encode_unsigned(F x, const Block& block) {
-  const F relative = bit_cast<F>(bit_cast<W>(x) & block.keep) * block.inverse;
+FUSEDSTEP_FN W encode_relative_unsigned(F relative) {
   const F root = bit_cast<F>((bit_cast<W>(relative) >> 2) + (0x2fa00000u + (8u << 23)));  // 256 times the root
-  const W number = bit_cast<W>(root + 0x1p23f), first = W{} + 0x4b000001u;
-  return (number > first ? number : first) - 1u;
+  const W code = bit_cast<W>(root + 0x1p23f) - 1u, first = W{} + 0x4b000000u;
+  return code > first ? code : first;
+}
+template <class W, class F>
+FUSEDSTEP_FN W encode_signed(F x, const Block& block) {
+  const W bits = bit_cast<W>(x);
+  return encode_relative_signed<W, F>(bit_cast<F>(bits & block.keep) * block.inverse, bits);
+}
+template <class W, class F>
+FUSEDSTEP_FN W encode_unsigned(F x, const Block& block) {
+  return encode_relative_unsigned<W, F>(bit_cast<F>(bit_cast<W>(x) & block.keep) * block.inverse);
 }
 
 // code: a signed one as a number.
 template <class W, class F>
+FUSEDSTEP_FN W relative_nonzero(F code) {
+  const W root = bit_cast<W>(code * (1.0f / 127.0f));
+  return ((root - 0x1fc00000u) << 1) | (root & 0x80000000u);
+}
+template <class W, class F>
+FUSEDSTEP_FN F decode_nonzero(F code, float scale) {
+  return bit_cast<F>(relative_nonzero<W>(code)) * scale;
+}
+template <class W, class F>
 FUSEDSTEP_FN F decode_signed(F code, float scale) {
-  const W root = bit_cast<W>(code * (1.0f / 127.0f)), zero{};
-  const W relative = ((root - 0x1fc00000u) << 1) | (root & 0x80000000u);
+  const W relative = relative_nonzero<W>(code), zero{};
   return bit_cast<F>(code == F{} ? zero : relative) * scale;
 }
 // code: an unsigned one as a number, plus 1.

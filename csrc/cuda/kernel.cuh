@@ -34,10 +34,10 @@ struct TeamShared {
   double hyper[kHyper];
   typename Way::Prepared prepared;
 
-  // By a warp, of which `lane` is this thread's.
+  // By a warp, of which `lane` is this thread's. step: what from.step points to.
   template <int kCapacity>
   __device__ __forceinline__ void fill(const Arguments<kCapacity>& a, const Record& from, const void* gradient,
-                                       int lane) {
+                                       float step, int lane) {
     static_assert(sizeof(Record) % sizeof(uint64_t) == 0 && sizeof(Record) / sizeof(uint64_t) <= kWarp &&
                   kHyper < kWarp);
     if (lane < static_cast<int>(sizeof(Record) / sizeof(uint64_t)))
@@ -49,7 +49,7 @@ struct TeamShared {
     __syncwarp();
     if (lane != 0) return;
     grad = const_cast<void*>(gradient);
-    prepared.fill(record, hyper, count_of(*global(record.step)) + 1, a.grads_become);
+    prepared.fill(record, hyper, count_of(step) + 1, a.grads_become);
   }
 };
 
@@ -88,8 +88,9 @@ __global__ void __launch_bounds__(kThreads, Way::kBlocks)
         }
         return;
       }
+      const float step = *global(record.step);  // asked for before the rest, which waits for it
       tile.ask(record, grad, at, left);
-      if (team.index < kWarp) shared[owner].fill(a, record, grad, team.index);
+      if (team.index < kWarp) shared[owner].fill(a, record, grad, step, team.index);
     }
   }
   if (skipped) return;

@@ -253,13 +253,22 @@ struct PlainState {
   __device__ __forceinline__ void for_arrays(const Record& record, int k, Visitor&& visitor) {
     visitor(stored, static_cast<S*>(record.states[k]));
   }
-  __device__ __forceinline__ void load_scale(const Record&, int, int64_t, int) {}
+  __device__ __forceinline__ uint64_t address_of_scales(const Record&, int) const { return 0; }
+  __device__ __forceinline__ void load_scale(const Record&, int, uint32_t) {}
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
     for (int i = 0; i < kN; ++i) to[i] = stored[i];
   }
   __device__ __forceinline__ void split(const float* from, const Record&, int, int64_t, int) { stored.put(from); }
 };
+
+// Blocks that share a scale. No memory holds 2^40 numbers.
+__device__ __forceinline__ uint32_t block_of(int64_t i) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(i) / kBlock);
+}
+__device__ __forceinline__ uint32_t place_in_block(int64_t i) {
+  return static_cast<uint32_t>(i) % kBlock;
+}
 
 // Codes of 8 bits: a warp holds a block. A byte becomes a float as the lowest of 2^23 + byte, which takes no
 // conversion.
@@ -274,44 +283,80 @@ struct CodedState {
   __device__ __forceinline__ void for_arrays(const Record& record, int k, Visitor&& visitor) {
     visitor(codes, static_cast<S*>(record.states[k]));
   }
-  // A lane behind the last element may still be in the last block; a whole warp may be behind it.
-  __device__ __forceinline__ void load_scale(const Record& record, int k, int64_t i, int n) {
-    scale = static_cast<int>(i) % kBlock + n > 0 ? global(record.precision.scales[k])[i / kBlock] : 0.0f;
+  __device__ __forceinline__ uint64_t address_of_scales(const Record& record, int k) const {
+    return reinterpret_cast<uint64_t>(record.precision.scales[k]);
+  }
+  __device__ __forceinline__ void load_scale(const Record& record, int k, uint32_t block) {
+    scale = global(record.precision.scales[k])[block];
   }
   __device__ __forceinline__ void join(float* to) const {
+    if constexpr (!kSigned) {
+      // The codes, plus 1.
+#pragma unroll
+      for (int i = 0; i < kN; ++i)
+        to[i] = decode_unsigned<uint32_t>(above(codes.words[i / 4], i % 4) - 8388607.0f, scale);
+      return;
+    }
+    uint32_t zeros = 0;  // has a bit set if a code is zero, and maybe if none is
+#pragma unroll
+    for (int k = 0; k < kN / 4; ++k) zeros |= (codes.words[k] - 0x01010101u) & ~codes.words[k];
+#pragma unroll
+    for (int i = 0; i < kN; ++i)
+      to[i] = decode_nonzero<uint32_t>(above(codes.words[i / 4] ^ 0x80808080u, i % 4) - 8388736.0f, scale);
+    if ((zeros & 0x80808080u) == 0) return;
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      // The codes with a sign, plus 128; those without one, plus 1.
-      const uint32_t word = kSigned ? codes.words[i / 4] ^ 0x80808080u : codes.words[i / 4];
-      const float shifted = bit_cast<float>(__byte_perm(word, 0x4b000000u, 0x7440u | i % 4));
-      to[i] = kSigned ? decode_signed<uint32_t>(shifted - 8388736.0f, scale)
-                      : decode_unsigned<uint32_t>(shifted - 8388607.0f, scale);
+      if ((codes.words[i / 4] >> (i % 4 * 8) & 0xffu) == 0) to[i] = 0.0f * scale;
     }
   }
   __device__ __forceinline__ void split(const float* from, const Record& record, int k, int64_t at, int n) {
-    uint32_t largest = 0;
-    if (n == kN) {
+    float size = 0.0f;  // the largest, or NaN if one is
+    if (n >= kN) {
 #pragma unroll
-      for (int i = 0; i < kN; ++i) largest = max_of(largest, bit_cast<uint32_t>(from[i]) & 0x7fffffffu);
+      for (int i = 0; i < kN; ++i) size = larger_size(size, from[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < kN; ++i) largest = max_of(largest, i < n ? bit_cast<uint32_t>(from[i]) & 0x7fffffffu : 0u);
+      for (int i = 0; i < kN; ++i) size = larger_size(size, i < n ? from[i] : 0.0f);
     }
-    largest = warp_maximum(largest);
+    const uint32_t largest = warp_maximum(bit_cast<uint32_t>(size));
     const Block block(largest);
 #pragma unroll
     for (int i = 0; i < kN; i += 4) {
       uint32_t c[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        c[j] = kSigned ? encode_signed<uint32_t>(from[i + j], block) : encode_unsigned<uint32_t>(from[i + j], block);
-      codes.words[i / 4] = __byte_perm(__byte_perm(c[0], c[1], 0x0040), __byte_perm(c[2], c[3], 0x0040), 0x5410);
+      for (int j = 0; j < 4; ++j) {
+        const float relative = size_of(from[i + j]) * block.inverse;
+        c[j] = kSigned ? encode_relative_signed<uint32_t>(relative, bit_cast<uint32_t>(from[i + j]))
+                       : encode_relative_unsigned<uint32_t>(relative);
+      }
+      const uint32_t four = __byte_perm(__byte_perm(c[0], c[1], 0x0040), __byte_perm(c[2], c[3], 0x0040), 0x5410);
+      codes.words[i / 4] = block.keep != 0 ? four : 0u;
     }
-    if (at % kBlock == 0 && n > 0) global(record.precision.scales[k])[at / kBlock] = Block::scale(largest);
+    if (place_in_block(at) == 0 && n > 0) global(record.precision.scales[k])[block_of(at)] = Block::scale(largest);
   }
 
  private:
-  __device__ __forceinline__ static uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
+  // 2^23 + byte i. The number comes first, for an instruction has room for one constant, and the places are others.
+  __device__ __forceinline__ static float above(uint32_t word, int i) {
+    return bit_cast<float>(__byte_perm(0x4b000000u, word, 0x3004u + i));
+  }
+  __device__ __forceinline__ static float size_of(float x) {
+#if defined(__CUDA_ARCH__)
+    return fabsf(x);
+#else
+    return bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu);
+#endif
+  }
+  // A NaN in either is one in the result, without a sign.
+  __device__ __forceinline__ static float larger_size(float size, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("{ .reg .f32 other; abs.f32 other, %1; max.NaN.f32 %0, %0, other; }" : "+f"(size) : "f"(x));
+    return size;
+#else
+    const uint32_t a = bit_cast<uint32_t>(size), b = bit_cast<uint32_t>(x) & 0x7fffffffu;
+    return bit_cast<float>(a > b ? a : b);
+#endif
+  }
 };
 
 // What a format's names stand for.

@@ -4,6 +4,7 @@
 
 #include "formats.h"
 #include "kernel.cuh"
+#include "quick.cuh"
 #include "stored.cuh"
 
 namespace fusedstep::cuda {
@@ -12,7 +13,8 @@ namespace fusedstep::cuda {
 template <class Rule, StateFormat kStates, int kN, int k = 0, bool kEnd = k == kNamed<Rule>>
 struct States {
   static constexpr bool kHas = has_state<Rule>(k);
-  using State = typename StateOf<state_dtype<Rule>(kStates, k), kN>::Type;
+  struct Absent {};
+  using State = std::conditional_t<kHas, typename StateOf<state_dtype<Rule>(kStates, k), kN>::Type, Absent>;
   State state;
   States<Rule, kStates, kN, k + 1> others;
 
@@ -22,11 +24,16 @@ struct States {
     if constexpr (kHas) visitor(k, state);
     others.for_each(visitor);
   }
+  template <class Visitor>
+  __device__ __forceinline__ void for_each(Visitor&& visitor) const {
+    if constexpr (kHas) visitor(k, state);
+    others.for_each(visitor);
+  }
 };
 template <class Rule, StateFormat kStates, int kN, int k>
 struct States<Rule, kStates, kN, k, true> {
   template <class Visitor>
-  __device__ __forceinline__ void for_each(Visitor&&) {}
+  __device__ __forceinline__ void for_each(Visitor&&) const {}
 };
 
 // What follows the weight: its average, and its copy in a dtype that is known only now.
@@ -81,7 +88,7 @@ struct Tile {
   static constexpr int kN = numbers_per_thread(kF);
   struct alignas(16) Prepared {
     typename Rule::template Scalars<float> scalars;
-    bool uses_change;
+    bool stores_grad;
     uint32_t step;
     GradChange<float> change;
 
@@ -89,7 +96,7 @@ struct Tile {
                                          const GradsBecome& become) {
       scalars = Rule::template prepare<float>(hyper, number);
       change = become.change<float>();
-      uses_change = change.any || change.zero || change.write;
+      stores_grad = change.zero || change.write;
       step = static_cast<uint32_t>(number);
     }
   };
@@ -100,6 +107,7 @@ struct Tile {
   States<Rule, kF.states, kN> states;
   Followers<kN, kFollowed> followers;
   bool aligned;
+  static constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
 
   // Blocks for each multiprocessor: four that have 64 bytes in flight for each thread, or three that have more.
   static constexpr int kBlocks = sizeof(weight) + sizeof(grad) + sizeof(states) + sizeof(followers) > 76 ? 3 : 4;
@@ -110,14 +118,19 @@ struct Tile {
     const auto add = [&](auto&, auto* data, bool = true) { bits |= reinterpret_cast<uint64_t>(data); };
     weight.for_arrays(record, add);
     states.for_each([&](int k, auto& state) { state.for_arrays(record, k, add); });
+    // These are numbers' addresses. To look at them has them loaded now, beside the others, not one by one later.
+    uint64_t beside = reinterpret_cast<uint64_t>(record.step);
+    states.for_each([&](int k, auto& state) { beside |= state.address_of_scales(record, k); });
+    bits |= beside % sizeof(float);
     aligned = (bits & 15) == 0;
   }
 
   // Asks for everything, before anything is used. n: how many numbers there are from element i on, 0 or less included.
   __device__ __forceinline__ void ask(const Record& record, const void* gradient, int64_t i, int n) {
-    states.for_each([&](int k, auto& state) { state.load_scale(record, k, i, n); });
-    if (!whole(n)) return;
-    for_loaded(record, gradient, [&](auto& array, auto* data) { array.load(data + i); });
+    if (whole(n)) for_loaded(record, gradient, [&](auto& array, auto* data) { array.load(data + i); });
+    // A lane behind the last element may still be in the last block. A whole warp behind it takes any.
+    const uint32_t block = static_cast<int>(place_in_block(i)) + n > 0 ? block_of(i) : 0;
+    states.for_each([&](int k, auto& state) { state.load_scale(record, k, block); });
   }
 
   __device__ __forceinline__ void zero_grad(const Record&, void* gradient, int64_t i, int n) {
@@ -125,38 +138,31 @@ struct Tile {
     store_grad(gradient, i, n);
   }
 
-  __device__ __forceinline__ void update(const Record& record, void* gradient, const Prepared& prepared, int64_t i,
-                                         int n, double average_weight) {
-    if (!whole(n)) for_loaded(record, gradient, [&](auto& array, auto* data) { array.load_some(data + i, n); });
-    const auto s = prepared.scalars;
-    constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
-    float param[kN], g[kN], values[kPlaces][kN] = {};
-    weight.join(param);
-#pragma unroll
-    for (int j = 0; j < kN; ++j) g[j] = grad[j];
-    states.for_each([&](int k, auto& state) { state.join(values[k]); });
-    if (prepared.uses_change) change_grad(gradient, prepared.change, g, i, n);
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      float of_one[kMaxStates] = {};
-#pragma unroll
-      for (int k = 0; k < kNamed<Rule>; ++k) of_one[k] = values[k][j];
-      update_with<Rule>(param[j], g[j], of_one, s);
-#pragma unroll
-      for (int k = 0; k < kNamed<Rule>; ++k) values[k][j] = of_one[k];
+  __device__ __forceinline__ void update(const Record& record, void* const& gradient, const Prepared& prepared,
+                                         int64_t i, int n, double average_weight) {
+    float param[kN], values[kPlaces][kN];
+    if (!whole(n) || !compute<Quick>(prepared, param, values)) {
+      forget_addresses();
+      for_loaded(record, gradient, [&](auto& array, auto* data) {
+        if (whole(n))
+          array.load(data + i);
+        else
+          array.load_some(data + i, n);
+      });
+      compute<float>(prepared, param, values);
     }
     weight.split(param, record, i, prepared.step);
     states.for_each([&](int k, auto& state) { state.split(values[k], record, k, i, n); });
     forget_addresses();
-    const auto store = [&](auto& array, auto* data, bool = true) {
+    if (whole(n) && !prepared.stores_grad)
+      return store(record, param, average_weight, [&](auto& array, auto* data, bool = true) { array.store(data + i); });
+    if (prepared.stores_grad) store_changed(gradient, prepared.change, i, n);
+    store(record, param, average_weight, [&](auto& array, auto* data, bool = true) {
       if (whole(n))
         array.store(data + i);
       else
         array.store_some(data + i, n);
-    };
-    weight.for_arrays(record, store);
-    states.for_each([&](int k, auto& state) { state.for_arrays(record, k, store); });
-    followers.update(record, param, static_cast<float>(average_weight), store);
+    });
   }
 
  private:
@@ -173,6 +179,13 @@ struct Tile {
     states.for_each([&](int k, auto& state) { state.for_arrays(record, k, visit); });
     followers.for_arrays(record, visit);
   }
+  template <class Store>
+  __device__ __forceinline__ void store(const Record& record, const float* param, double average_weight,
+                                        Store&& store) {
+    weight.for_arrays(record, store);
+    states.for_each([&](int k, auto& state) { state.for_arrays(record, k, store); });
+    followers.update(record, param, static_cast<float>(average_weight), store);
+  }
   __device__ __forceinline__ void store_grad(void* gradient, int64_t i, int n) {
     GradNumber* const data = static_cast<GradNumber*>(gradient) + i;
     if (whole(n))
@@ -180,26 +193,53 @@ struct Tile {
     else
       grad.store_some(data, n);
   }
-  __device__ __forceinline__ void change_grad(void* gradient, const GradChange<float>& change, float* g, int64_t i,
-                                              int n) {
-    if (change.divides) {
+  // With numbers T, from what was loaded. False: some are to be computed by plain float.
+  template <class T>
+  __device__ __forceinline__ bool compute(const Prepared& prepared, float* param, float (*values)[kN]) const {
+    const auto s = prepared.scalars;
+    float g[kN];
+    weight.join(param);
 #pragma unroll
-      for (int j = 0; j < kN; ++j) g[j] = g[j] / change.scale;
-    }
-    if (change.any) {
+    for (int j = 0; j < kN; ++j) g[j] = grad[j];
+    states.for_each([&](int k, auto& state) { state.join(values[k]); });
+    if (prepared.change.any) {
 #pragma unroll
-      for (int j = 0; j < kN; ++j) g[j] = g[j] * change.factor;
+      for (int j = 0; j < kN; ++j) g[j] = prepared.change(g[j]);
     }
+    Doubts doubts;
+    const auto number = [noted = &doubts](float x) {
+      if constexpr (std::is_same_v<T, Quick>)
+        return Quick(x, noted);
+      else
+        return x;
+    };
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      T p = number(param[j]), of_one[kMaxStates] = {};
+#pragma unroll
+      for (int k = 0; k < kNamed<Rule>; ++k) {
+        if (has_state<Rule>(k)) of_one[k] = number(values[k][j]);
+      }
+      update_with<Rule>(p, number(g[j]), of_one, s);
+      param[j] = value_of(p);
+#pragma unroll
+      for (int k = 0; k < kNamed<Rule>; ++k) values[k][j] = value_of(of_one[k]);
+    }
+    return doubts.none();
+  }
+  __device__ __forceinline__ static float value_of(float x) { return x; }
+  __device__ __forceinline__ static float value_of(Quick x) { return x.value; }
+
+  __device__ __forceinline__ void store_changed(void* gradient, const GradChange<float>& change, int64_t i, int n) {
     if (change.zero) {
       grad.clear();
-      store_grad(gradient, i, n);
-    } else if (change.write) {
+    } else {
       float written[kN];
 #pragma unroll
-      for (int j = 0; j < kN; ++j) written[j] = g[j] * change.sign;
+      for (int j = 0; j < kN; ++j) written[j] = change(grad[j]) * change.sign;
       grad.put(written);
-      store_grad(gradient, i, n);
     }
+    store_grad(gradient, i, n);
   }
 };
 
