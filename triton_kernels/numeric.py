@@ -26,6 +26,25 @@ def divide(a, b):
 
 
 @triton.jit
+def optional_number(ptr, ARITHMETIC: tl.constexpr):
+    """A number in device memory, or None."""
+    if ptr is None:
+        return None
+    else:
+        return tl.load(ptr).to(ARITHMETIC)
+
+
+@triton.jit
+def changed(g, scale, coefficient):
+    """Gradients unscaled and clipped, each where there is a number for it."""
+    if scale is not None:
+        g = divide(g, scale)
+    if coefficient is not None:
+        g = g * coefficient
+    return g
+
+
+@triton.jit
 def maximum(a, b):  # NaN wins, as in torch.maximum
     return tl.where(b > a, b, tl.where(b != b, b, a))
 
