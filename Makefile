@@ -12,21 +12,30 @@ DEPS := $(VENV)/.deps-stamp
 BUILT := $(VENV)/.built-stamp
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -q --no-build-isolation --no-deps -e .
+# What a build depends on besides its sources, as the last one had it.
+OPTIONS := $(VENV)/.build-options
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lenet test test-triton-versions gpu build lint clean
+.PHONY: help demo lenet test test-triton-versions gpu gpu-dry build lint clean FORCE
 
 help:
 	@echo "make demo    train a small GPT with torch.optim.AdamW and with fusedstep.AdamW (OPTIMIZER=$(OPTIMIZER))"
 	@echo "make lenet   train LeNet under six learning-rate schedules (ARGS=\"--data FOLDER\" for Fashion-MNIST)"
 	@echo "make test    run the tests that need no GPU"
 	@echo "make test-triton-versions   compile the Triton kernels with each of TRITONS=\"$(TRITONS)\""
-	@echo "make gpu     on a GPU machine, without network: build, tests, compute-sanitizer, benchmark"
+	@echo "make gpu     on a GPU machine, without network: all stages of make gpu-build, gpu-first, gpu-cuda, gpu-triton,"
+	@echo "             gpu-memcheck, gpu-bench, gpu-profile; results in OUT=$(OUT)"
+	@echo "make gpu-dry walk through these stages without a GPU"
 	@echo "make build   compile what changed and install into $(VENV)"
 	@echo "make lint    ruff and clang-format"
 	@echo "make clean   remove $(VENV) and everything built"
+
+# Where there is no GPU these two need no CUDA engine: they take what is built, or build without.
+ifeq ($(FUSEDSTEP_CUDA)$(shell nvidia-smi -L 2>/dev/null),)
+demo lenet: export FUSEDSTEP_CUDA := $(patsubst cuda=%,%,$(firstword $(shell cat $(OPTIONS) 2>/dev/null || echo cuda=0)))
+endif
 
 demo: $(DEPS) $(BUILT)
 	$(PY) -m fusedstep.bench.train_gpt --optimizer $(OPTIMIZER)
@@ -54,7 +63,7 @@ test-triton-versions: $(DEPS) $(BUILT)
 	done; \
 	[ -z "$$failed" ] || { echo "FAILED with Triton$$failed"; exit 1; }
 
-build: $(DEPS)
+build: $(DEPS) $(OPTIONS)
 	$(INSTALL)
 	@touch $(BUILT)
 
@@ -66,7 +75,7 @@ lint: $(DEPS)
 	  { $(call requirements,p["optional-dependencies"]["lint"]) && $(PIP) install -q -r $(VENV)/requirements.txt; }
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(CLANG_FORMAT) --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(CLANG_FORMAT) --dry-run -Werror $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/fusedstep/_C.*.so
@@ -100,26 +109,26 @@ $(DEPS): pyproject.toml | $(ENV)
 	$(PIP) install -q -r $(VENV)/requirements.txt
 	@touch $@
 
-$(BUILT): $(SOURCES) | $(ENV)
+$(OPTIONS): FORCE | $(ENV)
+	@echo 'cuda=$(FUSEDSTEP_CUDA) archs=$(FUSEDSTEP_CUDA_ARCHS) werror=$(FUSEDSTEP_WERROR) cxx=$(CXX) nvcc=$(CUDACXX) home=$(CUDA_HOME)' > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(BUILT): $(SOURCES) $(OPTIONS) | $(ENV)
 	$(INSTALL)
 	@touch $@
 
-# Each stage runs even if one before it failed; the exit status says whether any did. The memory checker sees every
-# tensor's bounds only if each tensor is an allocation of its own, hence no caching.
-gpu: export FUSEDSTEP_CUDA = 1
-gpu: $(BUILT)
-	@failed=; \
-	stage() { name=$$1; shift; echo; echo "=== $$name"; "$$@" || failed="$$failed; $$name"; }; \
-	$(PY) -c 'import xdist' 2>/dev/null && parallel="-n $$((($$(nproc) + 1) / 2))" || parallel=; \
-	stage "what can run" $(PY) -m fusedstep.cli info; \
-	stage "tests on the GPU" $(PY) -m pytest -m gpu $(ARGS); \
-	stage "the other tests" env OMP_NUM_THREADS=2 $(PY) -m pytest -m "not gpu and not slow" $$parallel $(ARGS); \
-	sanitizer=$$(command -v compute-sanitizer || ls "$${CUDA_HOME:-none}/bin/compute-sanitizer" 2>/dev/null); \
-	if [ -n "$$sanitizer" ]; then \
-	  for tool in memcheck racecheck; do \
-	    stage "compute-sanitizer $$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$$sanitizer" --tool $$tool \
-	      --error-exitcode 1 $(PY) -m pytest -m "gpu and sanitizer"; \
-	  done; \
-	else echo "=== compute-sanitizer is not installed: left out"; fi; \
-	stage "benchmark" $(PY) -m fusedstep.cli bench --output bench/results/; \
-	echo; if [ -n "$$failed" ]; then echo "FAILED$$failed"; exit 1; else echo "all stages passed"; fi
+# The stages on a GPU, each under a time limit; their logs and results are in $(OUT), and all together in $(ARCHIVE).
+# CARRIED=FILE: objects that another machine has compiled, packed by bench/gpu/carry.py.
+STAGES := build first cuda triton memcheck bench profile
+OUT ?= build/gpu
+ARCHIVE ?= $(OUT)/gpu.tar.gz
+RUN_STAGES := $(PYTHON) bench/gpu/stages.py --out $(OUT) --archive $(ARCHIVE) --python $(PYTHON) $(addprefix --carried ,$(CARRIED))
+
+gpu:
+	$(RUN_STAGES)
+
+gpu-dry:
+	$(RUN_STAGES) --dry
+
+$(addprefix gpu-,$(STAGES)): gpu-%:
+	$(RUN_STAGES) $*

@@ -1,4 +1,4 @@
-"""What comes out of the demo: two runs, what they have in common, a table and a picture."""
+"""What comes out of the demo: two runs, how much of their difference is rounding, a table and a picture."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Run:
 
 def compare(other: Run, mine: Run) -> dict[str, Any]:
     """The largest differences between two runs' losses (nats), and how many times as fast our step() is."""
-    train = [abs(a - b) for a, b in zip(other.train_loss, mine.train_loss, strict=True)]
-    validation = [abs(a - b) for a, b in zip(other.validation_loss, mine.validation_loss, strict=True)]
+    train = differences(other.train_loss, mine.train_loss)
+    validation = differences(other.validation_loss, mine.validation_loss)
     return {
         "max_train_difference": max(train),
         "max_train_difference_step": train.index(max(train)) + 1,
@@ -52,8 +52,29 @@ def compare(other: Run, mine: Run) -> dict[str, Any]:
     }
 
 
+def rounding(other: Run, mine: Run, nudged: Run) -> dict[str, Any]:
+    """What rounding alone makes: ``nudged`` is as ``other``, but for the last bit of the weights it began with."""
+    steps = len(nudged.train_loss)
+    return {
+        "steps": steps,
+        "train_loss": nudged.train_loss,
+        "max_train_difference": max(differences(other.train_loss, nudged.train_loss)),
+        "max_train_difference_of_ours": max(differences(other.train_loss[:steps], mine.train_loss)),
+    }
+
+
+def differences(one: list[float], another: list[float]) -> list[float]:
+    """Of two runs' losses, as far as both go."""
+    return [abs(a - b) for a, b in zip(one, another, strict=False)]
+
+
 def findings(
-    training: Training, options: dict[str, Any], runs: tuple[Run, Run], command: str, other_load: float | None
+    training: Training,
+    options: dict[str, Any],
+    runs: tuple[Run, Run],
+    nudged: Run,
+    command: str,
+    other_load: float | None,
 ) -> dict[str, Any]:
     """Everything that goes into the JSON file; ``other_load`` in cores."""
     model, corpus = training.model(), training.corpus
@@ -79,6 +100,7 @@ def findings(
             for run in runs
         ],
         "comparison": compare(*runs),
+        "rounding": rounding(*runs, nudged),
         "other_load": other_load,
     }
 
@@ -136,6 +158,12 @@ def show(found: dict[str, Any]) -> None:
         f"(step {compared['max_train_difference_step']}), "
         f"validation {compared['max_validation_difference']:.1e} (step {compared['max_validation_difference_step']})"
     )
+    alone = found["rounding"]
+    console.print(
+        f"in the first {alone['steps']} steps: {alone['max_train_difference_of_ours']:.1e} between the two, and "
+        f"{alone['max_train_difference']:.1e} between {other['name']} and itself, begun from weights that differ in "
+        "their last bit: so much comes from rounding alone"
+    )
     console.print(
         f"model: {size['layers']} layers of width {size['width']}, {size['heads']} heads, "
         f"batches of {size['batch']} x {size['context']} characters"
@@ -157,7 +185,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 5.4), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(2.4, 1), height_ratios=(2.6, 1))
     losses, times = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[:, 1])
-    differences = figure.add_subplot(grid[1, 0], sharex=losses)
+    apart = figure.add_subplot(grid[1, 0], sharex=losses)
 
     # The curves lie on each other: the first one is broad, so that it can be seen behind the second.
     steps = range(1, len(mine["train_loss"]) + 1)
@@ -167,15 +195,21 @@ def draw(found: dict[str, Any], path: Path) -> None:
         line = {"color": colour, "linewidth": width, "markersize": marker, "marker": "o", "linestyle": "--"}
         losses.plot(run["validation_steps"], run["validation_loss"], **line, label=f"{run['name']}, validation")
     losses.set_ylabel("loss (nats per character)")
-    losses.set_title("Same seed, same batches: the two runs lie on each other", loc="left", fontsize=10)
+    losses.set_title("Same seed, same batches, deterministic kernels", loc="left", fontsize=10)
     losses.legend(frameon=False, fontsize=8)
     losses.tick_params(labelbottom=False)
 
-    train = [abs(a - b) for a, b in zip(other["train_loss"], mine["train_loss"], strict=True)]
-    differences.semilogy(steps, [value or math.nan for value in train], color="#5b7f95", linewidth=0.9)
-    differences.set_ylabel("difference (nats)")
-    differences.set_xlabel("step")
-    differences.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for label, run, colour in (
+        (mine["name"], mine, "#5b7f95"),
+        ("the same optimizer, other last bits", found["rounding"], "#c0504d"),
+    ):
+        values = [value or math.nan for value in differences(other["train_loss"], run["train_loss"])]
+        apart.semilogy(range(1, len(values) + 1), values, color=colour, linewidth=0.9, label=label)
+    apart.set_ylabel("difference (nats)")
+    apart.set_xlabel("step")
+    apart.xaxis.set_major_locator(MaxNLocator(integer=True))
+    apart.set_title(f"Train loss beside that of {other['name']}", loc="left", fontsize=8)
+    apart.legend(frameon=False, fontsize=7)
 
     medians = [1e3 * run["median_step_seconds"] for run in (other, mine)]
     bars = times.bar([run["name"] for run in (other, mine)], medians, color=colours, width=0.6)
@@ -185,7 +219,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         f"{found['tensors']} tensors, {found['parameters'] / 1e6:.2f} M parameters", loc="left", fontsize=10
     )
     times.margins(y=0.12)
-    for axis in (losses, differences, times):
+    for axis in (losses, apart, times):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(results.describe(found), x=0.01, ha="left", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

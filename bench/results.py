@@ -121,8 +121,25 @@ def save(results: dict[str, Any], folder: Path) -> Path:
     """Write a results file into ``folder``, which is created; an older one of the same name is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(results)
-    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    unfinished.replace(path)
     return path
+
+
+def resume(results: dict[str, Any], path: Path) -> None:
+    """Take over the rows, and the time of the beginning, of a run that was stopped.
+
+    Raises:
+        ValueError: the file is no results file, or is that of another run.
+    """
+    before = load(path)
+    for key in ("command", "device", "versions", "git"):
+        if before[key] != results[key]:
+            raise ValueError(
+                f"{path} cannot be resumed: its {key} is {before[key]}, that of this run is {results[key]}"
+            )
+    results |= {"rows": before["rows"], "created": before["created"]}
 
 
 def load(path: Path) -> dict[str, Any]:

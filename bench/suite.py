@@ -402,12 +402,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="AdamW with each of the precision options instead; on a CPU the bytes that they move and keep, too",
     )
+    add(
+        "--resume",
+        metavar="FILE",
+        type=Path,
+        help="go on with a run of the same command that was stopped; its results file has what was measured until then",
+    )
     add("--plot", action="store_true", help="draw the speed-ups into a PNG beside the results file")
     add("--json", action="store_true", help="print the results as JSON and nothing else")
 
 
 def command_line(args: argparse.Namespace) -> str:
-    """The command that repeats a run; without --output, which has no influence on what is measured."""
+    """The command that repeats a run; without --output and --resume, which have no influence on what is measured."""
     words = ["fusedstep", "bench"]
     for option in ("optimizer", "case", "dtype", "device", "backend", "threads", "rounds"):
         values = getattr(args, option)
@@ -497,11 +503,24 @@ def run(args: argparse.Namespace) -> int:
     found = results.header(device, command_line(args), settings)
     found["peers"] = peers.peer_versions()
     found["rows"] = []
+    if args.resume is not None:
+        try:
+            results.resume(found, args.resume)
+        except ValueError as error:
+            print(f"fusedstep bench: {error}", file=sys.stderr)
+            return 2
+    measured = {(row["optimizer"], row["case"], row["dtype"], row["threads"]) for row in found["rows"]}
     with _progress(args, len(todo)) as advance:
-        for configuration in todo:
+        for left, configuration in zip(reversed(range(len(todo))), todo, strict=True):
             what = f"{configuration.optimizer.name}, {configuration.case.title}, {configuration.dtype}"
-            found["rows"] += bench.run(configuration, lambda stage, what=what: advance(f"{what}: {stage}", 0))
+            key = configuration.optimizer.name, configuration.case.name, configuration.dtype, configuration.threads
+            if key not in measured:
+                found["rows"] += bench.run(configuration, lambda stage, what=what: advance(f"{what}: {stage}", 0))
+                found["configurations_left"] = left
+                if not args.check_only:
+                    results.save(found, args.output)  # a run that is stopped loses nothing
             advance(what, 1)
+    found.pop("configurations_left", None)
     if args.precision and not args.check_only and precision.can_count(device):
         found["bytes"] = precision.measure(QUICK_ELEMENTS if args.quick else ELEMENTS)
 

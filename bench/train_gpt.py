@@ -2,28 +2,33 @@
 
     python -m fusedstep.bench.train_gpt --help
 
-Both runs start from the same seed and see the same batches in the same order; only the optimizer differs. A table goes
-to the terminal, the curves into a PNG and a JSON file.
+Both runs start from the same seed and see the same batches in the same order, with deterministic kernels; only the
+optimizer differs. A third, shorter run of torch's optimizer starts from weights that differ in their last bit: a
+difference of losses as large as its is what rounding alone makes of a training, no matter of the optimizer. A table
+goes to the terminal, the curves into a PNG and a JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import json
 import math
+import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusedstep
 
@@ -56,6 +61,7 @@ WARMUP_SHARE = 0.1  # of the steps; the learning rate grows linearly
 FINAL_LR = 0.1  # of the largest learning rate, where the cosine ends
 MAX_NORM = 1.0  # gradients are clipped to this norm
 VALIDATIONS = 20  # in a run, beside the one at the end
+ROUNDING_SHARE = 0.25  # of the steps in the run that shows what rounding makes
 THROWAWAY_STEPS = 3  # before the clocks start: both optimizers find libraries loaded and kernels compiled
 
 SIZES = {
@@ -163,6 +169,36 @@ class Training:
         return GPT(len(self.corpus.characters), self.size).to(self.device)
 
 
+@contextlib.contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """The same numbers from run to run: kernels that add in the order of their arrival are not used.
+
+    cuBLAS reads its variable when it is first used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        # The other fused kernels of attention have no deterministic backward pass.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@torch.no_grad()
+def change_last_bits(model: nn.Module) -> None:
+    """Move each weight to the next number above or below it, by chance but in the same way in every call."""
+    generator = torch.Generator().manual_seed(1)
+    for param in model.parameters():
+        up = torch.randint(2, param.shape, generator=generator, dtype=torch.bool).to(param.device)
+        towards = torch.where(up, torch.inf, -torch.inf).to(param.dtype)
+        param.copy_(torch.nextafter(param, towards))
+
+
 class Diverged(ArithmeticError):
     """The loss is no longer a number."""
 
@@ -177,15 +213,24 @@ def lr_factor(step: int, steps: int) -> float:
 
 
 def train(
-    training: Training, contender: Contender, steps: int, report: Callable[[int, float], None] = lambda step, loss: None
+    training: Training,
+    contender: Contender,
+    steps: int,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+    *,
+    nudged: bool = False,
 ) -> Run:
     """Train a new model; ``report(step, loss)`` is told after each step.
+
+    ``nudged``: from weights that differ in their last bit, and only for `ROUNDING_SHARE` of the steps.
 
     Raises:
         Diverged: the loss is no longer finite.
     """
     size, device, corpus = training.size, training.device, training.corpus
     model = training.model().to(contender.dtype)
+    if nudged:
+        change_last_bits(model)
     optimizer = contender.build(param_groups(model, training.optimizer))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
     generator = torch.Generator().manual_seed(training.seed)
@@ -202,7 +247,8 @@ def train(
 
     every = max(1, steps // VALIDATIONS)
     validate(0)
-    for step in range(1, steps + 1):
+    last = max(1, round(ROUNDING_SHARE * steps)) if nudged else steps
+    for step in range(1, last + 1):
         started = now(device)
         inputs, targets = text.random_windows(corpus.train, size.batch, size.context, generator)
         with precision:
@@ -218,7 +264,7 @@ def train(
         run.seconds += now(device) - started
         if not math.isfinite(run.train_loss[-1]):
             raise Diverged(f"the loss of {contender.name} is {run.train_loss[-1]} in step {step}")
-        if step % every == 0 or step == steps:
+        if step % every == 0 or step == last:
             validate(step)
         report(step, run.train_loss[-1])
 
@@ -310,18 +356,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     both = contenders(args.optimizer, options, device, args.backend, PRECISIONS.get(args.precision, ""))
     words = sys.argv[1:] if argv is None else argv
     try:
-        for contender in both:
-            train(training, contender, min(THROWAWAY_STEPS, size.steps))
-        if not args.json:
-            names = " and ".join(contender.name for contender in both)
-            print(f"training a GPT for {size.steps} steps each with {names} on {device}", flush=True)
-        others = OtherLoad()
-        with progress([contender.name for contender in both], size.steps, not args.json) as report:
-            runs = [
-                train(training, c, size.steps, lambda step, loss, name=c.name: report(name, step, f"loss {loss:.3f}"))
-                for c in both
-            ]
-        load = others.cores()
+        with deterministic_kernels():
+            for contender in both:
+                train(training, contender, min(THROWAWAY_STEPS, size.steps))
+            if not args.json:
+                names = " and ".join(contender.name for contender in both)
+                print(f"training a GPT for {size.steps} steps each with {names} on {device}", flush=True)
+            others = OtherLoad()
+            with progress([contender.name for contender in both], size.steps, not args.json) as report:
+                runs = [
+                    train(
+                        training, c, size.steps, lambda step, loss, name=c.name: report(name, step, f"loss {loss:.3f}")
+                    )
+                    for c in both
+                ]
+            load = others.cores()
+            nudged = train(training, both[0], size.steps, nudged=True)
     except Diverged as error:
         print(f"{error}; a smaller --lr may help", file=sys.stderr)
         return 1
@@ -330,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     command = shlex.join(["python", "-m", __spec__.name, *words])
-    found = findings(training, options, (runs[0], runs[1]), command, load)
+    found = findings(training, options, (runs[0], runs[1]), nudged, command, load)
     data = args.output / f"train_gpt-{'-'.join(filter(None, (args.optimizer, args.precision)))}.json"
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")

@@ -2,12 +2,45 @@
 
 #include <pybind11/stl.h>
 
+#include "cuda/formats.h"
 #include "cuda/norm.h"
 #include "cuda/reducing.h"
 #include "norm_bindings.h"
 #include "plan.h"
 
 namespace fusedstep {
+namespace {
+
+// (format, the rules that have a kernel for it as (name, states), those that have one with averages and copies), for
+// each format of the CUDA engine. Whatever is not in it takes the general kernel.
+py::list cuda_formats() {
+  py::list formats;
+  for (int format = 0; format < cuda::kNumFormats; ++format) {
+    py::list rules[2];
+    for (int id = 0; id < static_cast<int>(RuleId::kCount); ++id) {
+      visit_rule(static_cast<RuleId>(id), [&](auto rule) {
+        using Rule = decltype(rule);
+        py::list states;
+        for (int k = 0; k < kNamed<Rule>; ++k) {
+          if (has_state<Rule>(k)) states.append(Rule::kStateNames[k]);
+        }
+        for (const bool followed : {false, true}) {
+          // A rule without states has one kernel for formats that differ in those alone.
+          bool compiled = false;
+          for (int other = 0; other < cuda::kNumFormats; ++other) {
+            compiled = compiled || (cuda::is_compiled<Rule>(other, followed) &&
+                                    cuda::same_format<Rule>(cuda::kFormats[other], cuda::kFormats[format]));
+          }
+          if (compiled) rules[followed].append(py::make_tuple(Rule::kName, states));
+        }
+      });
+    }
+    formats.append(py::make_tuple(cuda::kFormats[format].name, rules[false], rules[true]));
+  }
+  return formats;
+}
+
+}  // namespace
 
 #if FUSEDSTEP_WITH_CUDA
 namespace {
@@ -17,12 +50,12 @@ class DeviceTable {
  public:
   DeviceTable(const Plan& plan, int multiprocessors) : reduces_(plan.reduces()) {
     if (!reduces_) {
-      elementwise_ = cuda::build_table(plan.records(), multiprocessors);
+      elementwise_ = cuda::build_table(plan.records(), plan.rule(), multiprocessors);
       return;
     }
-    const LineFactors factors =
-        visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return kLineFactors<decltype(rule)>; });
-    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), factors);
+    const cuda::ReducingTraits traits =
+        visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return cuda::kReducingTraits<decltype(rule)>; });
+    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), traits);
   }
 
   std::vector<char> bytes() const { return reduces_ ? reducing_.bytes() : elementwise_.bytes(); }
@@ -30,8 +63,9 @@ class DeviceTable {
   // It no longer fits when a gradient has changed its dtype.
   bool fits(const Plan& plan) const {
     const std::vector<Record>& records = reduces_ ? reducing_.records : elementwise_.records;
-    for (size_t i = 0; i < plan.size(); ++i) {
-      if (plan.active(i) && plan.records()[i].grad_dtype != records[i].grad_dtype) return false;
+    for (size_t k = 0; k < plan.size(); ++k) {
+      const size_t i = reduces_ ? k : elementwise_.order[k];
+      if (plan.active(i) && plan.records()[i].grad_dtype != records[k].grad_dtype) return false;
     }
     return true;
   }
@@ -75,7 +109,7 @@ const float* to_flag(const py::object& tensor, const Plan& plan, const char* nam
 
 // An empty tensor has no address, and takes part all the same: its step counts.
 std::vector<const void*> addresses_of_grads(const Plan& plan) {
-  static const char kNowhere = 0;
+  alignas(16) static const char kNowhere = 0;
   std::vector<const void*> grads(plan.size(), nullptr);
   for (size_t i = 0; i < plan.size(); ++i) {
     if (plan.active(i)) grads[i] = plan.grad(i) != nullptr ? plan.grad(i) : &kNowhere;
@@ -83,20 +117,15 @@ std::vector<const void*> addresses_of_grads(const Plan& plan) {
   return grads;
 }
 
-// The chunks that a plan's gradients are summed in; its memory holds the table's bytes, and behind them, on a multiple
-// of 16, the sums.
+// How a plan's gradients are dealt out to be summed.
 class NormTable {
  public:
-  NormTable(const Plan& plan, int multiprocessors) : table_(cuda::build_table(plan.records(), multiprocessors)) {}
+  explicit NormTable(const Plan& plan) : table_(cuda::build_norm_table(plan.records())) {}
 
-  std::vector<char> bytes() const {
-    std::vector<char> bytes = table_.bytes();
-    bytes.resize(offset() + table_.chunks.size() * sizeof(cuda::ChunkSums), 0);
-    return bytes;
-  }
+  std::vector<char> bytes() const { return table_.bytes(); }
   bool fits(const Plan& plan) const {
     for (size_t i = 0; i < plan.size(); ++i) {
-      if (plan.active(i) && plan.records()[i].grad_dtype != table_.records[i].grad_dtype) return false;
+      if (plan.active(i) && plan.records()[i].grad_dtype != table_.dtypes[i]) return false;
     }
     return true;
   }
@@ -107,8 +136,7 @@ class NormTable {
     plan.check_borrowed();
     const std::vector<const void*> grads = addresses_of_grads(plan);
     cuda::NormCall call{};
-    call.device_table = reinterpret_cast<char*>(memory);
-    call.sums = reinterpret_cast<cuda::ChunkSums*>(memory + offset());
+    call.memory = reinterpret_cast<char*>(memory);
     call.grads = grads.data();
     call.grad_scale = to_flag(grad_scale, plan, "grad_scale");
     call.found_inf_before = to_flag(found_inf_before, plan, "found_inf");
@@ -123,9 +151,7 @@ class NormTable {
   }
 
  private:
-  size_t offset() const { return (table_.size_in_bytes() + 15) / 16 * 16; }
-
-  cuda::Table table_;
+  cuda::NormTable table_;
 };
 
 int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uintptr_t work, const py::tuple& hyper,
@@ -157,6 +183,7 @@ int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uint
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+  m.def("cuda_formats", &cuda_formats);
   py::class_<DeviceTable>(m, "CudaTable")
       .def(py::init<const Plan&, int>(), py::arg("plan"), py::arg("multiprocessors"))
       .def("bytes",
@@ -168,7 +195,7 @@ void bind_cuda(py::module_& m) {
       .def("fits", &DeviceTable::fits);
   m.def("cuda_step", &cuda_step);
   py::class_<NormTable>(m, "CudaNormTable")
-      .def(py::init<const Plan&, int>(), py::arg("plan"), py::arg("multiprocessors"))
+      .def(py::init<const Plan&>(), py::arg("plan"))
       .def("bytes",
            [](const NormTable& table) {
              const std::vector<char> bytes = table.bytes();
@@ -194,7 +221,9 @@ void bind_cuda(py::module_& m) {
   m.attr("cuda_archs") = cuda::compiled_archs();
 }
 #else
-void bind_cuda(py::module_&) {}
+void bind_cuda(py::module_& m) {
+  m.def("cuda_formats", &cuda_formats);
+}
 #endif
 
 }  // namespace fusedstep

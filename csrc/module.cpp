@@ -6,6 +6,7 @@
 #include "cpu/reducing.h"
 #include "cuda_bindings.h"
 #include "norm_bindings.h"
+#include "overlaps.h"
 #include "plan.h"
 #include "schedule.h"
 #include "watch.h"
@@ -172,7 +173,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "gather",
           [](Plan& plan, bool borrow, const py::object& grads) {
-            return plan.gather(borrow, grads) == Gathered::kReady;
+            return static_cast<int>(plan.gather(borrow, grads));
           },
           py::arg("borrow"), py::arg("grads") = py::none())
       .def("follow", &Plan::follow, py::arg("averages"), py::arg("copies"))
@@ -189,6 +190,9 @@ PYBIND11_MODULE(_C, m) {
       .def("grad_dtypes", &grad_dtypes, "of each tensor in this step: 0 fp32, 1 bf16, 2 fp16, 3 fp64")
       .def("any_active", &Plan::any_active, "whether a tensor takes part in this step")
       .def("active", &active, "indices of the tensors that take part in this step");
+  py::class_<Overlaps>(m, "Overlaps")
+      .def(py::init<>())
+      .def("find", &Overlaps::find, py::arg("plans"), py::arg("others"));
   py::class_<Watch>(m, "Watch")
       .def(py::init<const py::dict&, const py::list&>(), py::arg("state"), py::arg("param_groups"))
       .def("unchanged", &Watch::unchanged, py::arg("state"), py::arg("param_groups"));

@@ -74,11 +74,25 @@ py::object cpu_sums(const py::list& tensors, double grad_scale, int threads) {
   return py::make_tuple(sums.sum_of_squares, sums.largest);
 }
 
+bool overlap(std::vector<cpu::Stretch> stretches) {
+  const auto begin = [](const cpu::Stretch& s) { return reinterpret_cast<uintptr_t>(s.data); };
+  std::sort(stretches.begin(), stretches.end(), [&](const auto& a, const auto& b) { return begin(a) < begin(b); });
+  uintptr_t end = 0;
+  for (const cpu::Stretch& stretch : stretches) {
+    if (stretch.numel == 0) continue;
+    if (begin(stretch) < end) return true;
+    end = begin(stretch) + static_cast<uintptr_t>(stretch.numel * size_of(stretch.dtype));
+  }
+  return false;
+}
+
 void cpu_scale(const py::list& tensors, double factor, int threads) {
   std::vector<cpu::Stretch> stretches;
   if (!view_stretches(tensors, &stretches))
     throw std::invalid_argument("a tensor is not plain dense memory on the CPU");
-  run(false, [&] { cpu::scale_stretches(stretches, factor, threads); });
+  // What several of them have is scaled several times, as by torch: one after the other.
+  const int team = overlap(stretches) ? 1 : threads;
+  run(false, [&] { cpu::scale_stretches(stretches, factor, team); });
   increment_versions(tensors);
 }
 

@@ -103,6 +103,7 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
       tensors_(tensors),
       steps_(steps),
       states_(states),
+      precision_(precision),
       grad_watches_(owners.size()),
       records_(owners.size()),
       matrices_(variant_.reduces ? owners.size() : 0),
@@ -165,8 +166,6 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
     }
     add_states(i, states[i]);
     add_precision(i, precision.empty() ? py::object(py::none()) : py::object(precision[i]));
-    holds_.add(tensor.ptr());
-    holds_.add(step_tensor.ptr());
     // A stand-in is copied back by torch, which bumps the owner's counter itself. A wrapper's own memory is a tensor
     // with a counter of its own.
     all_written_.append(tensor);
@@ -195,7 +194,6 @@ void Plan::add_states(size_t i, const py::tuple& states) {
     record.states[k] = state.data;
     record.state_dtypes[k] = state.dtype;
     state_memory_.emplace_back(tensor.ptr(), state, false);
-    holds_.add(tensor.ptr());
   }
 }
 
@@ -247,7 +245,18 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
     records_[i].grad_dtype = view.dtype;
     if (borrow && brief_) grad_watches_[i].remember(grad.tensor, view);
   }
-  return Gathered::kReady;
+  return !borrow && grads_moved() ? Gathered::kMoved : Gathered::kReady;
+}
+
+bool Plan::grads_moved() {
+  bool moved = false;
+  last_grads_.resize(grads_.size());
+  for (size_t i = 0; i < grads_.size(); ++i) {
+    const std::pair<const void*, Dtype> now{grads_[i].data, records_[i].grad_dtype};
+    moved = moved || last_grads_[i] != now;
+    last_grads_[i] = now;
+  }
+  return moved;
 }
 
 void Plan::check_borrowed() const {

@@ -7,8 +7,9 @@
 namespace fusedstep {
 
 enum class Gathered : int {
-  kReady = 0,  // every pointer is known to be right
-  kStale = 1,  // a tensor moved, changed or joined: the plan must be built anew
+  kStale = 0,  // a tensor moved, changed or joined: the plan must be built anew
+  kReady = 1,  // every pointer is known to be right
+  kMoved = 2,  // so it is, and the gradients are not all where they were last
 };
 
 // The elementwise rule of that name with these states. Throws std::invalid_argument if there is none.
@@ -46,6 +47,7 @@ class Plan {
   // borrow: gradients may be read without holding them. Whoever asks for that keeps the interpreter lock from
   // check_borrowed() to the end of the step's work on the host; a plan with much work holds them all the same.
   // grads: a list with a gradient or None for each owner, to read in place of the owners' (not with borrow); or None.
+  // Only without borrow is kMoved told from kReady.
   Gathered gather(bool borrow, const py::object& grads);
   bool borrowed() const { return borrowed_; }
   // Throws if a borrowed gradient was replaced since gather().
@@ -87,13 +89,14 @@ class Plan {
     bool active;  // takes part in this step
   };
 
+  bool grads_moved();
   void add_states(size_t i, const py::tuple& states);
   void add_precision(size_t i, const py::object& precision);
 
   Variant variant_;
   Device device_ = Device::kOther;
   int32_t device_index_ = 0;
-  py::list owners_, tensors_, steps_, states_;
+  py::list owners_, tensors_, steps_, states_, precision_;
   py::tuple followers_;
   std::vector<MemoryWatch> state_memory_;  // of the steps and states of all tensors
   std::vector<MemoryWatch> param_memory_;  // of the tensors that have states, in their order
@@ -103,10 +106,10 @@ class Plan {
   std::vector<Layout> layouts_;
   std::vector<int64_t> dims_;
   std::vector<Grad> grads_;
+  std::vector<std::pair<const void*, Dtype>> last_grads_;  // where each was when that was asked for last
   std::vector<int64_t> odd_grads_;
   bool any_active_ = false, borrowed_ = false, brief_ = true;
   py::list all_written_;
-  Holds holds_;
 };
 
 }  // namespace fusedstep

@@ -20,7 +20,6 @@ void Plan::follow(const py::list& averages, const py::list& copies) {
         throw std::invalid_argument("tensor " + std::to_string(i) + " of the plan: its " + what +
                                     " is not laid out as the parameter");
       state_memory_.emplace_back(tensor.ptr(), *view, false);
-      holds_.add(tensor.ptr());
       return true;
     };
     TensorView view;

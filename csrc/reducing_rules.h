@@ -16,9 +16,9 @@
 //   update     the parameter and the states that have a number for each element           every element
 //
 // The factors of an element are those of its line; where rows and columns both have some, their product, the row's
-// first multiplied by the matrix's. T is the number that a function works on: float, double, or a vector of them; S
-// holds scalars. An engine adds in a fixed order of its own: backends agree to rounding, and each with itself to the
-// bit.
+// first multiplied by the matrix's. square needs no scalars unless kSquareTakesScalars. T is the number that a function
+// works on: float, double, or a vector of them; S holds scalars. An engine adds in a fixed order of its own: backends
+// agree to rounding, and each with itself to the bit.
 #pragma once
 
 #include <cmath>
@@ -76,7 +76,7 @@ struct Adafactor {
   static constexpr bool kPresent[] = {kMomentum, true, true, true, true};
   static constexpr Span kSpans[] = {Span::kElement, Span::kRow, Span::kColumn, Span::kFlat, Span::kTensor};
   static constexpr int kFactors = 1;
-  static constexpr bool kRowMean = true, kParamSum = true, kUpdateSum = true;
+  static constexpr bool kRowMean = true, kParamSum = true, kUpdateSum = true, kSquareTakesScalars = false;
 
   template <class T>
   struct Scalars {
@@ -136,8 +136,8 @@ struct Adafactor {
     const double scale = !s.scale_parameter ? 1.0 : param_rms > s.eps2 ? param_rms : s.eps2;
     const double lr = scale * s.rel_step, excess = update_rms / s.clip_threshold;
     Finish<T> f;
-    f.step_size = static_cast<T>(excess < 1.0 ? lr : lr / excess);  // NaN stays
-    f.decay = static_cast<T>(1.0 - s.weight_decay * lr);
+    f.step_size = static_cast<T>(excess < 1.0 ? lr : lr / excess);                      // NaN stays
+    f.decay = static_cast<T>(s.weight_decay != 0.0 ? 1.0 - s.weight_decay * lr : 1.0);  // lr may be infinite
     return f;
   }
 
@@ -160,7 +160,7 @@ struct TorchAdafactor {
   static constexpr bool kPresent[] = {true, true, true};
   static constexpr Span kSpans[] = {Span::kRow, Span::kColumn, Span::kFlat};
   static constexpr int kFactors = 1;
-  static constexpr bool kRowMean = true, kParamSum = true, kUpdateSum = true;
+  static constexpr bool kRowMean = true, kParamSum = true, kUpdateSum = true, kSquareTakesScalars = false;
 
   template <class T>
   struct Scalars {
@@ -183,7 +183,7 @@ struct TorchAdafactor {
     s.rho = relative < lr ? relative : lr;
     s.eps2 = hyper[3];
     s.d = hyper[4];
-    s.decay = 1.0 - lr * weight_decay;
+    s.decay = weight_decay != 0.0 ? 1.0 - lr * weight_decay : 1.0;  // lr may be infinite
     return s;
   }
 
@@ -235,7 +235,7 @@ struct AmosOfLines {
   static constexpr auto& kPresent = Elementwise::kPresent;
   static constexpr Span kSpans[] = {kLine, kLine, Span::kElement};
   static constexpr int kFactors = 2;
-  static constexpr bool kRowMean = false, kParamSum = false, kUpdateSum = false;
+  static constexpr bool kRowMean = false, kParamSum = false, kUpdateSum = false, kSquareTakesScalars = true;
 
   template <class T>
   using Scalars = typename Elementwise::template Scalars<T>;
@@ -300,6 +300,7 @@ auto visit_reducing_rule(ReducingRuleId rule, Visitor&& visitor) {
 // The place of a rule's n-th state of that span among all that it names; -1: there are not so many.
 template <class Rule, Span span>
 constexpr int place_of(int n) {
+  static_assert(std::size(Rule::kSpans) == kNamed<Rule>, "every state has a span");
   for (int k = 0; k < kNamed<Rule>; ++k) {
     if (Rule::kSpans[k] == span && has_state<Rule>(k) && n-- == 0) return k;
   }

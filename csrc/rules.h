@@ -11,6 +11,7 @@
 
 #include <array>
 #include <iterator>
+#include <type_traits>
 
 #include "numeric.h"
 
@@ -56,12 +57,12 @@ FUSEDSTEP_FN double power(double base, int64_t exponent) {
 
 template <class T>
 FUSEDSTEP_FN T maximum(T a, T b) {  // NaN wins, as in torch.maximum
-  return (b > a) | (b != b) ? b : a;
+  return ((b > a) | (b != b)) ? b : a;
 }
 
 template <class T>
 FUSEDSTEP_FN T minimum(T a, T b) {
-  return (b < a) | (b != b) ? b : a;
+  return ((b < a) | (b != b)) ? b : a;
 }
 
 // Stochastic gradient descent as torch.optim.SGD computes it: the first buffer is the gradient itself.
@@ -134,7 +135,7 @@ struct Adam {
     s.inv_bias_correction2_sqrt = static_cast<T>(inv_bias_correction2_sqrt);
     s.eps = static_cast<T>(epsilon_hat ? eps * inv_bias_correction2_sqrt : eps);
     s.weight_decay = static_cast<T>(decoupled ? 0.0 : weight_decay);
-    s.decay = static_cast<T>(decoupled ? 1.0 - lr * weight_decay : 1.0);
+    s.decay = static_cast<T>(decoupled && weight_decay != 0.0 ? 1.0 - lr * weight_decay : 1.0);  // lr may be infinite
     return s;
   }
 
@@ -493,6 +494,13 @@ template <class Rule>
 FUSEDSTEP_FN constexpr bool has_state(int k) {
   return (kPresentBits<Rule> >> k & 1u) != 0;
 }
+
+// Whether an engine that is compiled for each way to store a parameter has this rule in all of them; of the others it
+// has the usual ones.
+template <class Rule>
+constexpr bool kWidelyUsed = std::is_same_v<Rule, Sgd<false>> || std::is_same_v<Rule, Sgd<true>> ||
+                             std::is_same_v<Rule, Adam<false>> || std::is_same_v<Rule, Lion> ||
+                             std::is_same_v<Rule, Accumulate>;
 
 // Rule::update with its states in an array.
 template <class Rule, class T, class S>

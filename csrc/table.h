@@ -17,11 +17,26 @@ struct Precision {
   bool in_blocks;  // whether a state is in 8 bits
 };
 
+// Updates are counted in one fp32 number, as torch has it. Above 2^24, where adding 1 would change it no more, it moves
+// to the next number: the count is then that of the numbers passed. python/fusedstep/counts.py is the same.
+constexpr uint32_t kExactCounter = 0x4b800000u, kLastCounter = 0x7f7fffffu;  // the bits of 2^24, and of the largest
+
+FUSEDSTEP_FN int64_t count_of(float counter) {
+  const uint32_t bits = bit_cast<uint32_t>(counter);
+  return bits > kExactCounter && bits <= kLastCounter ? (int64_t{1} << 24) + (bits - kExactCounter)
+                                                      : static_cast<int64_t>(counter);
+}
+
+FUSEDSTEP_FN float next_counter(float counter) {
+  const uint32_t bits = bit_cast<uint32_t>(counter);
+  return bits >= kExactCounter && bits < kLastCounter ? bit_cast<float>(bits + 1) : counter + 1.0f;
+}
+
 // One parameter and what belongs to it. Its memory is flat: param, grad and states share one dense layout.
 struct Record {
   void* param;
   void* states[kMaxStates];
-  float* step;  // updates done so far; in the engine's own memory (host or device)
+  float* step;  // updates done so far, as count_of reads them; in the engine's own memory (host or device)
   int64_t numel;
   void* average;  // of the parameter over the steps, in fp32 (fp64 for a fp64 parameter); null: none
   void* copy;     // the parameter in copy_dtype, after each step; null: none

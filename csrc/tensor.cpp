@@ -134,15 +134,16 @@ bool view_by_attributes(PyObject* tensor, TensorView* view) {
 
 // Where a tensor's C++ object (its `_cdata`) keeps the pointer to its storage, the offset in it, its layout and dtype
 // (sizes, strides, number of elements, dtype, device and dispatch keys: all words from `layout` to `layout_end`) and
-// the pointer to what autograd knows of it; where that has the gradient; and where a storage has the pointer to its
-// data. In words; -1: not known.
+// the pointer to what autograd knows of it; where that has the gradient; where a storage has the pointer to its data; and
+// where a tensor's version is. In words; -1: not known.
 struct Slots {
   int storage = -1, data = -1, offset = -1;
   int layout = -1, layout_end = -1;
   int kind = -1;  // the word with dtype, device and flags: what lies behind them is padding, never written
   uintptr_t kind_mask = 0;
   int autograd = -1, grad = -1;
-  const void* no_grad = nullptr;  // what stands for "no gradient"
+  const void* no_grad = nullptr;   // what stands for "no gradient"
+  int version = -1, counter = -1;  // the pointer to the version counter, and the 32-bit number in that
 
   bool layout_known() const { return storage >= 0 && layout >= 0; }
   bool grad_known() const { return layout_known() && grad >= 0; }
@@ -170,6 +171,7 @@ int find_word(const void* const* object, int words, const void* value) {
 // How far is searched for pointers, in a tensor for all else, and in a Python object for the pointer to its tensor. The
 // classes are at least as large in every torch that has these attributes.
 constexpr int kSearchedWords = 6, kTensorWords = 24, kObjectWords = 4, kAutogradWords = 8;
+constexpr int kCounterNumbers = 6;  // of 32 bits
 
 const void* as_word(uint64_t number) {
   return reinterpret_cast<const void*>(static_cast<uintptr_t>(number));
@@ -235,9 +237,12 @@ class Negation {
   }
   bool known() const { return known_; }
   int keys_slot() const { return keys_slot_; }
-  // The C++ object behind a Python tensor; only if known().
+  // The C++ object behind a Python tensor, and where that keeps it; only if known().
+  const void* const* impl_slot_of(PyObject* tensor) const {
+    return reinterpret_cast<const void* const*>(tensor) + object_slot_;
+  }
   const void* const* impl_of(PyObject* tensor) const {
-    return static_cast<const void* const*>(reinterpret_cast<const void* const*>(tensor)[object_slot_]);
+    return static_cast<const void* const*>(*impl_slot_of(tensor));
   }
 
  private:
@@ -341,11 +346,54 @@ void find_grad(Slots* slots) {
   }
 }
 
+// A tensor shares its version counter with what detach() makes of it, not with its `.data`; an inference tensor has none.
+void find_version(Slots* slots) {
+  if (!negation().known()) return;
+  try {
+    const py::module_ torch = py::module_::import("torch");
+    const py::object empty = torch.attr("empty"), bump = torch.attr("autograd").attr("graph").attr("increment_version");
+    const py::object base = empty(3), detached = base.attr("detach")(), data = base.attr("data"), other = empty(3);
+    const auto words = [](const py::object& t) { return Addresses(t).impl; };
+    int version = -1;
+    for (int i = 0; i < kTensorWords; ++i) {
+      const void* word = words(base)[i];
+      const bool shared = word != nullptr && word == words(detached)[i] && word != words(data)[i];
+      if (!shared || words(data)[i] == nullptr) continue;
+      if (version >= 0) return;
+      version = i;
+    }
+    if (version < 0 || reinterpret_cast<uintptr_t>(words(base)[version]) % alignof(void*) != 0) return;
+    const auto number = [&](const py::object& t, int at) { return static_cast<const uint32_t*>(words(t)[version])[at]; };
+    for (int i = 0; i < 1000; ++i) bump(base);
+    int counter = -1;
+    for (int at = 0; at < kCounterNumbers; ++at) {
+      if (number(base, at) == 1000) counter = at;
+    }
+    if (counter < 0) return;
+    bool proved = base.attr("_version").cast<uint32_t>() == 1000 && number(data, counter) == 0;
+    for (uint32_t i = 0; i < 3; ++i) {
+      proved = proved && number(other, counter) == i && other.attr("_version").cast<uint32_t>() == i;
+      other.attr("zero_")();
+    }
+    const py::object mode = torch.attr("inference_mode")();
+    mode.attr("__enter__")();
+    const py::object inference = empty(3);
+    mode.attr("__exit__")(py::none(), py::none(), py::none());
+    proved = proved && words(inference)[version] == nullptr;
+    if (!proved) return;
+    slots->version = version;
+    slots->counter = counter;
+  } catch (py::error_already_set&) {
+    return;
+  }
+}
+
 Slots find_slots() {
   Slots slots;
   find_memory(&slots);
   find_layout(&slots);
   find_grad(&slots);
+  find_version(&slots);
   return slots;
 }
 
@@ -382,15 +430,18 @@ MemoryWatch::MemoryWatch(PyObject* tensor, const TensorView& view, bool with_lay
     dims_.insert(dims_.end(), view.strides, view.strides + view.ndim);
   }
   const Slots& at_word = slots();
-  if (at_word.storage < 0) return;
+  if (at_word.storage < 0 || !negation().known()) return;
   try {
     const Addresses at{py::handle(tensor)};
+    if (negation().impl_of(tensor) != at.impl) return;
     if (at.impl[at_word.storage] != at.storage || at.storage[at_word.data] != at.data) return;
     if (with_layout) {
       if (!describes(at.impl, view)) return;
       layout_slots_ = at.impl + at_word.layout;
       layout_.assign(layout_slots_, at.impl + at_word.layout_end);
     }
+    impl_slot_ = negation().impl_slot_of(tensor);
+    impl_ = at.impl;
     storage_slot_ = at.impl + at_word.storage;
     storage_ = at.storage;
     offset_slot_ = at.impl + at_word.offset;
@@ -440,28 +491,29 @@ GradWatch::Seen GradWatch::look(PyObject* param, const void** data) const {
   return Seen::kLikeBefore;
 }
 
+namespace {
+
+// Whether a tensor's storage holds memory. The storage of a wrapper subclass does not, nor does one that was resized to
+// nothing: torch then gives the tensor's offset in it as the address.
+bool storage_has_memory(PyObject* tensor) {
+  const Slots& at = slots();
+  if (at.storage < 0 || !negation().known()) {
+    try {
+      return py::handle(tensor).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() != 0;
+    } catch (py::error_already_set&) {
+      return false;
+    }
+  }
+  const auto* storage = static_cast<const void* const*>(negation().impl_of(tensor)[at.storage]);
+  return storage != nullptr && storage[at.data] != nullptr;
+}
+
+}  // namespace
+
 bool view_tensor(PyObject* tensor, TensorView* view) {
   const Torch& t = torch();
   const bool found = t.api != nullptr ? view_by_exchange_api(*t.api, tensor, view) : view_by_attributes(tensor, view);
-  return found && (view->data != nullptr || view->numel() == 0) && !negation().of(tensor);
-}
-
-Holds::~Holds() {
-  for (void* held : managed_) {
-    auto* managed = static_cast<DLManagedTensorVersioned*>(held);
-    if (managed->deleter != nullptr) managed->deleter(managed);
-  }
-}
-
-void Holds::add(PyObject* tensor) {
-  const Torch& t = torch();
-  if (t.api == nullptr) return;
-  DLManagedTensorVersioned* managed = nullptr;
-  if (t.api->managed_tensor_from_py_object_no_sync(tensor, &managed) != 0) {
-    PyErr_Clear();  // only slower without it
-    return;
-  }
-  managed_.push_back(managed);
+  return found && (view->numel() == 0 || storage_has_memory(tensor)) && !negation().of(tensor);
 }
 
 PyObject* grad_of(PyObject* param) {
@@ -472,6 +524,15 @@ PyObject* grad_of(PyObject* param) {
 
 void increment_versions(const py::list& tensors) {
   if (tensors.empty()) return;
+  if (const Slots& at = slots(); at.version >= 0) {
+    for (const py::handle tensor : tensors) {
+      const void* counter = negation().impl_of(tensor.ptr())[at.version];
+      if (counter == nullptr) continue;  // an inference tensor
+      auto* version = const_cast<uint32_t*>(static_cast<const uint32_t*>(counter) + at.counter);
+      __atomic_fetch_add(version, 1, __ATOMIC_SEQ_CST);
+    }
+    return;
+  }
   const py::object result =
       py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch().increment_version, tensors.ptr()));
   if (!result) throw py::error_already_set();

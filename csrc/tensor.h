@@ -38,8 +38,8 @@ struct TensorView {
 // switch threads in it, and the lock around a static variable's first use would then never be released.
 void look_up_torch();
 
-// False (and no Python error) for what has no plain memory: sparse, meta, wrapper subclasses, lazily negated tensors
-// and lazy zeros.
+// False (and no Python error) for what has no plain memory: sparse, meta, wrapper subclasses, storages without memory,
+// lazily negated tensors and lazy zeros.
 bool view_tensor(PyObject* tensor, TensorView* view);
 
 // Same elements at the same offsets: strides of dimensions with one element do not count.
@@ -54,17 +54,20 @@ inline bool same_layout(const TensorView& a, int32_t ndim, const int64_t* shape,
 // The three classes below read torch's own words - a tensor's pointer to its storage, its offset in it, its sizes,
 // dtype and so on, and the storage's pointer to its data - because asking torch costs 20 to 100 ns a tensor. Where
 // these words lie is found by their values when the package is imported, and proved by changing tensors; where that
-// fails, torch is asked.
+// fails, torch is asked. So is where a tensor's version is counted: torch would take a reference to each tensor for
+// that, which it hands to and fro between Python and C++.
 
 // Tells at the cost of some loads whether a tensor still has the memory, and if asked the layout and dtype, that it had
-// when this was made, as parameters and states nearly always do. The tensor must be kept alive.
+// when this was made, as parameters and states nearly always do. The Python object must be kept alive, and no more: a
+// reference to its C++ object would be counted by torch.utils.swap_tensors, which exchanges these between two Python
+// objects. Nothing behind a C++ object is read before it is known to be still this Python object's.
 class MemoryWatch {
  public:
   MemoryWatch(PyObject* tensor, const TensorView& view, bool with_layout);
   bool unchanged() const {
-    if (storage_slot_ == nullptr) return unchanged_by_view();
-    return *storage_slot_ == storage_ && *offset_slot_ == offset_ && *data_slot_ == storage_data_ &&
-           std::equal(layout_.begin(), layout_.end(), layout_slots_);
+    if (impl_slot_ == nullptr) return unchanged_by_view();
+    return *impl_slot_ == impl_ && *storage_slot_ == storage_ && *offset_slot_ == offset_ &&
+           *data_slot_ == storage_data_ && std::equal(layout_.begin(), layout_.end(), layout_slots_);
   }
 
  private:
@@ -72,10 +75,12 @@ class MemoryWatch {
 
   PyObject* tensor_;
   const void* data_;
+  const void* const* impl_slot_ = nullptr;
   const void* const* storage_slot_ = nullptr;
   const void* const* offset_slot_ = nullptr;
   const void* const* data_slot_ = nullptr;
   const void* const* layout_slots_ = nullptr;
+  const void* impl_ = nullptr;
   const void* storage_ = nullptr;
   const void* offset_ = nullptr;
   const void* storage_data_ = nullptr;
@@ -102,20 +107,6 @@ class GradWatch {
   int64_t offset_ = 0;  // of the first number from the storage's data, in bytes
   bool empty_ = false;
   Dtype dtype_ = Dtype::kF32;
-};
-
-// Keeps tensors alive from C++. torch transfers ownership between Python and C++ each time the C++ count of a tensor
-// goes from one to two; holding one reference makes every later look at it two to four times cheaper.
-class Holds {
- public:
-  Holds() = default;
-  Holds(const Holds&) = delete;
-  Holds& operator=(const Holds&) = delete;
-  ~Holds();
-  void add(PyObject* tensor);
-
- private:
-  std::vector<void*> managed_;
 };
 
 // `.grad` as a new reference: None, or a tensor. Null with a Python error set if reading it failed.

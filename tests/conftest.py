@@ -1,9 +1,11 @@
-"""Every test starts from the same seed, and uninitialised memory is full of NaN."""
+"""Every test starts from the same seed, and uninitialised memory is full of NaN; what runs on a GPU."""
 
+import json
 import os
 
 import pytest
 import torch
+from on_gpu import DEVICE, DRY
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -39,12 +41,60 @@ def backend(request):
     return request.param
 
 
-def pytest_collection_modifyitems(items):
+@pytest.fixture(params=["cpu", "reference", "triton", "cuda on the host"])
+def engine(request, monkeypatch):
+    """The name of a backend for CPU tensors; each way there is to run an elementwise step without a GPU."""
+    from fusedstep import backends
+
+    if request.param == "triton":
+        reasons = backends.BACKENDS["triton"].reasons(torch.device("cpu"))
+        if reasons:
+            pytest.skip("; ".join(reasons))
+    if request.param != "cuda on the host":
+        return request.param
+    from host_plan import ElementwiseHostBackend, HostPlan, step_library
+
+    monkeypatch.setattr(HostPlan, "library", step_library())
+    monkeypatch.setitem(backends.BACKENDS, "cpu", ElementwiseHostBackend())
+    monkeypatch.setattr(backends, "_selected", {})
+    return "cpu"
+
+
+# Where a GPU is there to be tested, a test that cannot run is a failure.
+REQUIRED = os.environ.get("FUSEDSTEP_REQUIRE_GPU") == "1"
+ENGINES = [
+    pytest.param("cuda", marks=pytest.mark.cuda_engine),
+    pytest.param("triton", marks=pytest.mark.triton_engine),
+]
+
+
+@pytest.fixture(params=ENGINES)
+def kernel(request):
+    """The backends that run on a GPU."""
     from fusedstep.backends import BACKENDS
 
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
+    name = "cpu" if DRY else request.param
+    reasons = BACKENDS[name].reasons(torch.device(DEVICE))
+    if reasons:
+        (pytest.fail if REQUIRED else pytest.skip)("; ".join(reasons))
+    return name
+
+
+def pytest_collection_modifyitems(items):
+    if REQUIRED or DRY or torch.cuda.is_available():
         return
-    reasons = BACKENDS["cuda"].reasons(torch.device("cuda")) if "cuda" in BACKENDS else ["there is no cuda backend"]
-    for item in marked if reasons else ():
-        item.add_marker(pytest.mark.skip(reason="; ".join(reasons)))
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="there is no GPU to be seen"))
+
+
+def pytest_runtest_logreport(report):
+    """Append each result to the file that FUSEDSTEP_TEST_RESULTS names, at once: a run that is stopped keeps them."""
+    path = os.environ.get("FUSEDSTEP_TEST_RESULTS")
+    if not path or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
+        return
+    row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+    if not report.passed:
+        row["why"] = report.longreprtext[-3000:] if report.failed else report.longrepr[-1]
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")

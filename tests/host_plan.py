@@ -5,9 +5,13 @@ the plan that a GPU would have. It proves nothing of a GPU.
 """
 
 import ctypes
+import functools
+import os
 import shutil
 import subprocess
+import tempfile
 from abc import abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,18 +57,32 @@ class Scalar(ctypes.Structure):
     _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
 
 
-def built(target, source, table):
-    """A library of the kernels' source for the host."""
+def built(target, *sources):
+    """A library of the kernels' source for the host, from files of ``tests/cuda_host`` and ``csrc``."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     # The undefined-behaviour checks trap, which needs no runtime library inside this Python.
     flags = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    sources = [ROOT / "tests/cuda_host" / source, ROOT / "csrc" / table]
-    flags += ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"]
-    subprocess.run([compiler, *flags, "-o", str(target), *map(str, sources)], check=True)
+    flags += ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"]
+    paths = [next(p for p in (ROOT / "tests/cuda_host" / s, ROOT / "csrc" / s) if p.exists()) for s in sources]
+    objects = [target.with_suffix(f".{path.stem}.o") for path in paths]
+    commands = [[compiler, *flags, "-c", path, "-o", made] for path, made in zip(paths, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+    subprocess.run([compiler, "-shared", "-o", target, *objects], check=True)
     loaded = ctypes.CDLL(str(target))
     assert loaded.record_size() == ctypes.sizeof(Record)
+    return loaded
+
+
+@functools.cache
+def step_library():
+    """The kernels of elementwise rules, of norms and of schedules, built once for all modules."""
+    steps = sorted(path.name for path in (ROOT / "tests/cuda_host").glob("step_*.cpp"))
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = built(Path(folder) / "library.so", "library.cpp", "cuda_table.cpp", "cuda_norm_table.cpp", *steps)
+    loaded.check_chunks.restype = ctypes.c_int64
     return loaded
 
 
@@ -131,11 +149,12 @@ class HostPlan(KernelPlan):
 
 class ElementwiseHostPlan(HostPlan):
     threads = 64
+    general = False  # whether every parameter goes through the kernel for those that have none of their own
 
     def run(self, scalars, gradients, records, n, addresses):
         rule = _C.rule_id(self.rule, list(self.states))
-        grid = (2, self.blocks, self.threads)
-        return self.library.host_step(rule, scalars, *gradients, records, ctypes.c_int64(n), addresses, *grid)
+        how = (2, ctypes.c_bool(self.general), self.threads)
+        return self.library.host_step(rule, scalars, *gradients, records, ctypes.c_int64(n), addresses, *how)
 
 
 class ElementwiseHostBackend(CpuBackend):

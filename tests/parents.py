@@ -7,8 +7,7 @@ import math
 import re
 from typing import ClassVar
 
-import adabelief_pytorch
-import lion_pytorch
+import pytest
 import torch
 
 
@@ -83,6 +82,8 @@ class AdamWeightDecay(Formula):
 
     @staticmethod
     def decays(group, name):
+        if group["weight_decay_rate"] == 0:
+            return False
         found = {
             option: name is not None and any(re.search(pattern, name) for pattern in group[option] or ())
             for option in ("include_in_weight_decay", "exclude_from_weight_decay")
@@ -108,11 +109,18 @@ def quiet(build):
     return built
 
 
+def lion(params, **options):
+    return pytest.importorskip("lion_pytorch").Lion(params, **options)
+
+
+@quiet
+def adabelief(params, **options):
+    return pytest.importorskip("adabelief_pytorch").AdaBelief(params, print_change_log=False, **options)
+
+
 OTHERS = {
-    "Lion": lion_pytorch.Lion,
-    "AdaBelief": quiet(
-        lambda params, **options: adabelief_pytorch.AdaBelief(params, print_change_log=False, **options)
-    ),
+    "Lion": lion,
+    "AdaBelief": adabelief,
     "Amos": Amos,
     "AdamWeightDecay": AdamWeightDecay,
 }

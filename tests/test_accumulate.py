@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from on_gpu import DEVICE, captured, needs_cuda
 from support import SHAPES, parameters, parameters_of
 
 import fusedstep
@@ -35,7 +36,7 @@ def wide(dtype):
 def give(params, skip=()):
     """New gradients, None for the indices in ``skip``; returns copies of them."""
     for index, param in enumerate(params):
-        param.grad = None if index in skip else torch.randn(param.shape, dtype=torch.float64).to(param.dtype)
+        param.grad = None if index in skip else torch.randn(param.shape, dtype=torch.float64).to(param)
     return [None if p.grad is None else p.grad.clone() for p in params]
 
 
@@ -324,6 +325,49 @@ def test_gradients_are_16_bit_again_after_a_round(backend, set_to_none):
         (param * 3).sum().backward()
     accumulator.reset()
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.eq(3).all() for p in params)
+
+
+@by_clearing
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("source", [list, fusedstep.SGD, torch.optim.SGD], ids=lambda source: source.__name__)
+@pytest.mark.parametrize("end", ["reset", "load", "during"])
+def test_a_parameter_that_is_converted_after_a_round_gets_gradients_of_its_new_dtype(dtype, set_to_none, source, end):
+    (param,) = params = parameters([(2,)], dtype=dtype)
+    accumulator = GradientAccumulator(source(params), set_to_none=set_to_none)
+    saved = accumulator.state_dict()
+    param.sum().backward()
+    accumulator()
+    accumulator.assign()
+    if end == "reset":
+        accumulator.reset()
+    elif end == "load":
+        accumulator.load_state_dict(saved)
+    param.data = param.data.float()
+    if end == "during":
+        accumulator.reset()
+    param.grad = None
+    (param * torch.tensor([1.0001, 1e5])).sum().backward()
+    assert torch.equal(param.grad, torch.tensor([1.0001, 1e5]))
+    assert param.grad_dtype == torch.float32
+
+
+@pytest.mark.parametrize("chosen", [None, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_round_leaves_alone_what_the_user_has_chosen_for_gradients(chosen, dtype, backend):
+    (param,) = parameters([(3,)], dtype=dtype)
+    param.grad_dtype = chosen
+    accumulator = GradientAccumulator([param], backend=backend)
+    for _ in range(2):
+        param.grad = torch.ones(3, dtype=chosen or torch.float64)
+        accumulator()
+        accumulator.assign()
+        assert param.grad.dtype == torch.float32
+        assert param.grad_dtype == chosen
+        param.grad.mul_(2)  # as clipping does
+        assert accumulator.gradients[0].eq(2).all()
+        accumulator.reset()
+        assert param.grad_dtype == chosen
+        assert param.grad is None
 
 
 def test_empty_complex_and_frozen_parameters(backend):
@@ -666,14 +710,12 @@ def test_dtensor_parameters(backend, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.sanitizer
-@pytest.mark.parametrize("name", ["cuda", "triton"])
 @by_clearing
 @by_dtype
-def test_a_gpu_has_the_references_bits(name, dtype, set_to_none):
+def test_a_gpu_has_the_references_bits(kernel, dtype, set_to_none):
     shapes = [(0,), (), (7,), (1025,), (70_001,), (33, 17)]
-    params = [p.detach().cuda().requires_grad_() for p in parameters(shapes, dtype)]
-    accumulator = GradientAccumulator(params, mean=True, set_to_none=set_to_none, backend=name)
+    params = [p.detach().to(DEVICE).requires_grad_() for p in parameters(shapes, dtype)]
+    accumulator = GradientAccumulator(params, mean=True, set_to_none=set_to_none, backend=kernel)
     for _ in range(2):
         rounds = []
         for number in range(3):
@@ -685,3 +727,23 @@ def test_a_gpu_has_the_references_bits(name, dtype, set_to_none):
         accumulator.assign()
         assert_equal([p.grad.cpu() for p in params], expected)
         accumulator.reset()
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_capturing_the_first_call_says_what_to_do_and_creates_nothing(kernel):
+    param = torch.nn.Parameter(torch.ones(10, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    accumulator = GradientAccumulator([param], set_to_none=False, backend=kernel)
+
+    def first():
+        torch.ones(1, device=DEVICE)  # torch warns of an empty graph
+        with pytest.raises(RuntimeError, match=r"GradientAccumulator met new or changed tensors .* before capturing"):
+            accumulator()
+
+    captured(first)
+    assert accumulator.step == 0
+    accumulator()
+    param.grad.fill_(2.0)
+    captured(accumulator).replay()
+    assert torch.equal(accumulator.gradients[0], torch.full_like(param, 3.0))

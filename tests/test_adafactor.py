@@ -404,8 +404,10 @@ def test_a_rate_is_needed_without_relative_steps(backend):
 
 @by_class
 def test_complex_and_sparse_are_refused(name, backend):
+    param = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
+    param.grad = torch.ones_like(param)
     with pytest.raises(RuntimeError, match=f"{name} does not support complex parameters"):
-        ours(name, [torch.nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], backend)
+        ours(name, [param], backend).step()
     param = torch.nn.Parameter(torch.ones(3, 2))
     param.grad = torch.ones(3, 2).to_sparse()
     with pytest.raises(RuntimeError, match=f"{name} does not support sparse gradients"):

@@ -10,6 +10,7 @@ from support import (
     assert_same,
     assert_untouched,
     by_case,
+    by_kind,
     copies,
     give_grads,
     ours,
@@ -40,20 +41,21 @@ def backward(scaler, *optimizers, bad=()):
 
 @by_case
 @pytest.mark.parametrize("scale", [1.0, 1024.0, 3.7, 1e-3])
-def test_scaled_training_is_the_unscaled_one(case, backend, scale):
+def test_scaled_training_is_torchs_and_leaves_unscaled_gradients(case, backend, scale):
     mine, expected = pair(case, backend)
     scale = scaler(scale, growth_interval=2, growth_factor=1.5)
     for _ in range(6):
         give_grads(mine, expected)
         factor = scale.scale(torch.ones((), dtype=torch.float64))
-        for param in parameters_of(mine):
-            param.grad.mul_(factor)
-        kept = [p.grad.clone() for p in parameters_of(mine)]
-        scale.step(mine)
-        assert all(torch.equal(p.grad, g) for p, g in zip(parameters_of(mine), kept, strict=True))
-        expected.step()
+        unscaled = [p.grad.clone() for p in parameters_of(mine)]
+        for optimizer in (mine, expected):
+            for param in parameters_of(optimizer):
+                param.grad.mul_(factor)
+            scale.step(optimizer)
+        for param, grad in zip(parameters_of(mine), unscaled, strict=True):
+            torch.testing.assert_close(param.grad, grad, rtol=1e-7, atol=0)
         scale.update()
-    assert_same(mine, expected, rtol=1e-10, atol=1e-11)
+    assert_same(mine, expected)
     assert not hasattr(mine, "grad_scale")
     assert not hasattr(mine, "found_inf")
 
@@ -151,14 +153,57 @@ def test_found_inf_by_hand(backend, found):
         assert all(state["step"] == 1 for state in mine.state.values())
 
 
-def test_no_gradients_under_a_scaler(backend):
-    """torch's fused classes let it pass: found_inf is then the number 0, not a tensor."""
-    fused = torch.optim.AdamW(parameters(), fused=True)
+def observe(optimizer, dtype):
+    """What a caller can see of steps under torch's scaler, of which two overflow and one has no gradients."""
+    seen, grads = [], []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which notes on the optimizer whether it made a step
+    scale = scaler(4.0, growth_interval=2)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(6):
+        for param in parameters_of(optimizer):
+            grad = torch.randn(param.shape, generator=generator).to(dtype)
+            param.grad = None if number == 5 else scale.scale(grad / (number not in (0, 3))).to(dtype)
+        try:
+            seen.append(scale.step(optimizer))
+            scale.update()
+        except (AssertionError, ValueError) as error:
+            seen.append((type(error), str(error)))
+            scale._per_optimizer_states.clear()
+        seen += [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf", "_opt_called")]
+        seen.append(scale.get_scale())
+        grads += [param.grad for param in parameters_of(optimizer) if number != 5]
+    return seen, grads
+
+
+@by_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_torchs_scaler_sees_an_optimizer_of_torchs(case, backend, dtype):
+    """Hooks, gradients, the scale, errors (torch refuses fp16 gradients), and what schedulers go by."""
+    params = parameters(dtype=dtype)
+    seen, grads = observe(ours(case, params, backend), dtype)
+    others = observe(torch.optim.SGD(copies(params), 0.1, foreach=False), dtype)
+    assert seen == others[0]
+    torch.testing.assert_close(grads, others[1], rtol=0, atol=0, equal_nan=True)
+    assert seen.count("before") == (0 if dtype == torch.float16 else 3)
+
+
+def test_an_optimizer_leaves_unscaling_to_the_caller(backend):
+    """Lightning, for one, clips by gradient norm only then; it asks for this attribute."""
+    assert not getattr(ours(ADAMW, parameters(), backend), "_step_supports_amp_scaling", False)
+
+
+def test_accelerate_sees_a_skipped_step(backend):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True)
     mine = ours(ADAMW, parameters(), backend)
-    for optimizer in (fused, mine):
-        scale = scaler()
-        scale.scale(torch.ones((), requires_grad=True)).backward()
-        scale.step(optimizer)
+    scale = scaler(4.0)
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(mine, device_placement=False, scaler=scale)
+    for number in range(4):
+        backward(scale, mine, bad=(1,) if number in (0, 2) else ())
+        wrapped.step()
+        assert wrapped.step_was_skipped == (number in (0, 2))
 
 
 def test_a_disabled_scaler(backend):

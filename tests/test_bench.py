@@ -321,6 +321,62 @@ def test_a_wrong_optimizer_is_not_timed_and_makes_the_exit_code_1(broken, status
     assert rows["torch fused"]["step_ms"] is not None
 
 
+WORDS = ("--optimizer", "SGD", "--optimizer", "Lion", "--case", "1000x16", "--json")  # in two dtypes
+
+
+def measuring(monkeypatch, stop_before=None):
+    """Rows without numbers in the place of measurements; what was measured, and Ctrl-C in the place of one of them."""
+    measured = []
+
+    def run(self, configuration, report):
+        name = configuration.optimizer.name, configuration.dtype
+        if name == stop_before:
+            raise KeyboardInterrupt
+        measured.append(name)
+        row = {"optimizer": name[0], "case": configuration.case.name, "dtype": name[1], "ours": True, "status": "ok"}
+        return [{**row, "threads": configuration.threads}]
+
+    monkeypatch.setattr(suite.Bench, "run", run)
+    return measured
+
+
+def test_a_run_that_was_stopped_loses_nothing_and_can_be_resumed(monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch:
+        measuring(patch, stop_before=("Lion", "bf16"))
+        with pytest.raises(KeyboardInterrupt):
+            bench(*WORDS, output=tmp_path)
+    (path,) = tmp_path.iterdir()
+    stopped = results.load(path)
+    names = [("SGD", "fp32"), ("SGD", "bf16"), ("Lion", "fp32"), ("Lion", "bf16")]
+    assert [(row["optimizer"], row["dtype"]) for row in stopped["rows"]] == names[:3]
+    assert stopped["configurations_left"] == 1
+    measured = measuring(monkeypatch)
+    assert bench(*WORDS, "--resume", str(path), output=tmp_path) == 0
+    assert measured == names[3:]
+    assert list(tmp_path.iterdir()) == [path]
+    found = results.load(path)
+    assert [(row["optimizer"], row["dtype"]) for row in found["rows"]] == names
+    assert found["created"] == stopped["created"]
+    assert "configurations_left" not in found
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_another_run_is_not_resumed(monkeypatch, tmp_path, capsys):
+    measured = measuring(monkeypatch)
+    assert bench(*WORDS, output=tmp_path) == 0
+    (path,) = tmp_path.iterdir()
+    measured.clear()
+    assert bench(*WORDS, "--rounds", "3", "--resume", str(path), output=tmp_path) == 2
+    assert "its command is fusedstep bench --optimizer SGD" in capsys.readouterr().err
+    content = results.load(path)
+    path.write_text(json.dumps({**content, "git": {"commit": "another", "dirty": False}}))
+    assert bench(*WORDS, "--resume", str(path), output=tmp_path) == 2
+    assert "its git is {'commit': 'another'" in capsys.readouterr().err
+    assert bench(*WORDS, "--resume", str(tmp_path / "nothing.json"), output=tmp_path) == 2
+    assert "is not a results file" in capsys.readouterr().err
+    assert measured == []
+
+
 def test_check_only_times_nothing_and_writes_nothing(tmp_path, capsys):
     assert bench("--optimizer", "SGD-momentum", "--case", "1000x16", "--check-only", output=tmp_path / "new") == 0
     assert not (tmp_path / "new").exists()

@@ -59,6 +59,21 @@ def test_info_reports_a_bad_choice_of_the_environment(capsys, monkeypatch):
     assert "Invalid FUSEDSTEP_BACKEND: 'nope'" in capsys.readouterr().out
 
 
+def test_info_lists_the_kernels_of_the_cuda_engine(capsys):
+    assert cli.main(["info", "--kernels", "--json"]) == 0
+    found = {row["format"]: row for row in json.loads(capsys.readouterr().out)}
+    assert "adam (exp_avg, exp_avg_sq)" in found["split, 8-bit states"]["rules"]
+    assert "amos (exp_avg_sq, decay)" in found["bf16"]["with_averages_and_copies"]
+    assert "amos (exp_avg_sq, decay)" not in found["kahan"]["rules"]
+    assert "accumulate" in found["fp32, bf16 gradients"]["rules"]
+    assert found["fp32"]["rules"] == found["bf16"]["rules"]
+    assert len(found["fp32"]["rules"]) == 15
+    assert cli.main(["info", "--kernels"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in found)
+    assert "every rule" in text
+
+
 def test_info_describes_gpus():
     found = cli.info()
     found["versions"] = {**found["versions"], "cuda": "13.0"}

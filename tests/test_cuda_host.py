@@ -9,22 +9,21 @@ import math
 
 import pytest
 import torch
-from host_plan import FLOATS, MAX_HYPER, MAX_STATES, TAG, Precision, Record, Scalar, built
+from host_plan import FLOATS, MAX_HYPER, MAX_STATES, TAG, Precision, Record, Scalar, step_library
 
 import fusedstep
 from fusedstep import _C, schedules
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES
+from fusedstep.counts import count_of
 from fusedstep.precision import COMPANIONS, scale_name
 from fusedstep.schedules import on_device
 from fusedstep.verification import same_bits
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    loaded = built(tmp_path_factory.mktemp("cuda_host") / "library.so", "library.cpp", "cuda_table.cpp")
-    loaded.check_chunks.restype = ctypes.c_int64
-    return loaded
+@pytest.fixture
+def library():
+    return step_library()
 
 
 def inside(values, offset):
@@ -65,7 +64,7 @@ def run_on_host(
     average_weight=0.0,
     followers=None,
     tensor_hyper=False,
-    blocks=3,
+    general=False,
     threads=64,
 ):
     """One step of ``optimizer`` by the kernel; ``grads`` has None where a parameter takes no part."""
@@ -107,7 +106,7 @@ def run_on_host(
         ctypes.c_int64(len(records)),
         (ctypes.c_void_p * len(addresses))(*addresses),
         2,
-        blocks,
+        ctypes.c_bool(general),
         threads,
     )
 
@@ -162,13 +161,26 @@ def random_grads(sizes, generator, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("offset", [0, 1, 3])
-def test_every_size_and_offset_has_the_references_bits(library, case, offset):
+@pytest.mark.parametrize(("offset", "general"), [(0, False), (1, False), (3, False), (1, True)])
+def test_every_size_and_offset_has_the_references_bits(library, case, offset, general):
     generator = torch.Generator().manual_seed(2)
     pair = Pair(case, SIZES, offset=offset)
     for _ in range(3):
-        assert pair.step(library, random_grads(SIZES, generator), offset) == 1
+        assert pair.step(library, random_grads(SIZES, generator), offset, general=general) == 1
     pair.assert_same()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "lr_decay" in c.options or "decay" in c.options], ids=str)
+def test_steps_are_counted_beyond_what_fp32_holds(library, case):
+    generator = torch.Generator().manual_seed(8)
+    pair = Pair(case, [5, 1200])
+    counters = [state["step"] for optimizer in (pair.kernel, pair.reference) for state in optimizer.state.values()]
+    for counter in counters:
+        counter.fill_(2**24)
+    for _ in range(3):
+        pair.step(library, random_grads([5, 1200], generator))
+    pair.assert_same()
+    assert [count_of(counter) for counter in counters] == [2**24 + 3] * 4
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.options.get("amsgrad") or "dampening" in c.options], ids=str)
@@ -270,7 +282,7 @@ def test_averages_and_copies_have_the_references_bits(library, case, dtype, copy
     pair.assert_same()
 
 
-def host_norm(library, plans, limits, grad_scale=None, found_inf=None, blocks=3):
+def host_norm(library, plans, limits, grad_scale=None, found_inf=None):
     """(sum of squares, largest, norm, coefficient, whether the step is skipped) of the gradients of several plans."""
     norm, flag = torch.full((4,), float("nan"), dtype=torch.float64), torch.full((), 5.0)
     values = (ctypes.c_double * 6)(*limits)
@@ -289,7 +301,6 @@ def host_norm(library, plans, limits, grad_scale=None, found_inf=None, blocks=3)
             ctypes.c_void_p(norm.data_ptr()),
             ctypes.c_bool(number == 0),
             ctypes.c_bool(number == len(plans) - 1),
-            *(2, blocks),
         )
         assert launches == max(1, -(-len(records) // 4000))
     return (*norm.tolist(), flag.item())
@@ -314,12 +325,12 @@ def test_the_norm_of_several_plans_is_that_of_all_their_gradients(library, dtype
         assert seen[2] == pytest.approx(norm, rel=1e-6)
         assert seen[3] == pytest.approx(0.5 / (norm + 1e-6), rel=1e-6)
         assert seen[4] == 0.0
-        # The same bits from any grid, order and address.
+        # The same bits from any order and address.
         library.set_reverse(True)
-        assert host_norm(library, plans, limits, grad_scale=scale, blocks=7) == seen
+        assert host_norm(library, plans, limits, grad_scale=scale) == seen
         library.set_reverse(False)
         moved = [[None if g is None else inside(g, offset + 1)[1] for g in plan] for plan in plans]
-        assert host_norm(library, moved, limits, grad_scale=scale, blocks=1) == seen
+        assert host_norm(library, moved, limits, grad_scale=scale) == seen
 
 
 @pytest.mark.parametrize("n", [1, 4001, 8500])
@@ -365,15 +376,16 @@ def test_many_tensors_take_few_launches(library, n):
 
 
 @pytest.mark.parametrize("in_reverse", [False, True])
-@pytest.mark.parametrize(("blocks", "threads"), [(1, 32), (1, 256), (7, 96), (40, 32)])
-def test_any_grid_and_order_of_threads_has_the_references_bits(library, blocks, threads, in_reverse):
+@pytest.mark.parametrize("threads", [32, 96, 256])
+@pytest.mark.parametrize("general", [False, True])
+def test_any_order_and_number_of_threads_has_the_references_bits(library, general, threads, in_reverse):
     library.set_reverse(in_reverse)
     case = next(c for c in CASES if c.options.get("amsgrad"))
     generator = torch.Generator().manual_seed(6)
     sizes = [300, 9000, 1, 20_000]
     pair = Pair(case, sizes)
     for _ in range(2):
-        pair.step(library, random_grads(sizes, generator), blocks=blocks, threads=threads)
+        pair.step(library, random_grads(sizes, generator), general=general, threads=threads)
     library.set_reverse(False)
     pair.assert_same()
 
@@ -454,9 +466,7 @@ def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, d
             (Record * len(records))(*records),
             ctypes.c_int64(len(records)),
             (ctypes.c_void_p * len(addresses))(*addresses),
-            2,
-            3,
-            64,
+            *(2, ctypes.c_bool(False), 64),
         )
         assert launches == 1
         for i, value in enumerate(values):

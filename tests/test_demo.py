@@ -47,6 +47,8 @@ def test_the_command_prints_a_table_and_writes_curves_and_numbers(tmp_path, caps
     assert found["comparison"]["max_train_difference"] <= 1e-4
     assert found["comparison"]["max_validation_difference"] <= 1e-4
     assert {"command", "device", "versions", "settings", "size", "text", "other_load"} <= set(found)
+    assert found["rounding"]["steps"] == len(found["rounding"]["train_loss"]) == 2  # a quarter
+    assert "from rounding alone" in " ".join(printed.split())
     for one in found["runs"]:
         assert len(one["train_loss"]) == len(one["step_seconds"]) == STEPS
         assert one["validation_steps"] == list(range(STEPS + 1))
@@ -76,8 +78,7 @@ def test_precision_concerns_ours_alone(demo, capsys, tmp_path, monkeypatch, prec
     assert demo("--json", "--precision", precision) == 0
     found = json.loads(capsys.readouterr().out)
     assert [run["implementation"] for run in found["runs"]] == ["fused=True", peers.PRECISIONS[precision]]
-    assert dtypes[0] == torch.float32
-    assert dtypes[-1] == dtype
+    assert list(dict.fromkeys(dtypes)) == list(dict.fromkeys((torch.float32, dtype)))
     assert (tmp_path / f"train_gpt-AdamW-{precision}.json").exists()
 
 
@@ -106,6 +107,49 @@ def test_the_seed_decides_everything():
 
     assert losses(1) == losses(1)
     assert losses(1) != losses(2)
+
+
+def test_rounding_alone_is_a_run_from_weights_that_differ_in_their_last_bit(demo, capsys):
+    assert demo("--json", "--steps", "200") == 0
+    found = json.loads(capsys.readouterr().out)
+    alone, (other, mine) = found["rounding"], found["runs"]
+    assert alone["steps"] == 50  # a quarter
+    between = [abs(a - b) for a, b in zip(other["train_loss"], alone["train_loss"], strict=False)]
+    assert alone["max_train_difference"] == max(between) > 0.0
+    ours = [abs(a - b) for a, b in zip(other["train_loss"][:50], mine["train_loss"][:50], strict=True)]
+    assert alone["max_train_difference_of_ours"] == max(ours)
+    assert max(ours) < 100 * max(between)  # the optimizers differ as roundings do
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_last_bit_of_every_weight_is_changed_up_or_down(dtype):
+    model, changed = (train_gpt.GPT(50, SIZE).to(dtype) for _ in range(2))
+    changed.load_state_dict(model.state_dict())
+    train_gpt.change_last_bits(changed)
+    for before, after in zip(model.parameters(), changed.parameters(), strict=True):
+        assert (before != after).all()
+        back = torch.nextafter(after, before)
+        assert torch.equal(back, before)
+    ups = torch.cat([(a > b).view(-1) for a, b in zip(changed.parameters(), model.parameters(), strict=True)])
+    assert 0.4 < ups.float().mean() < 0.6
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_kernels_are_deterministic_only_while_the_demo_runs(demo, monkeypatch, outside):
+    seen = []
+    loss = train_gpt.GPT.loss
+
+    def noted(model, *args):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return loss(model, *args)
+
+    monkeypatch.setattr(train_gpt.GPT, "loss", noted)
+    torch.use_deterministic_algorithms(outside)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    assert demo("--steps", "1") == 0
+    assert set(seen) == {True}
+    assert torch.are_deterministic_algorithms_enabled() == outside
+    assert torch.utils.deterministic.fill_uninitialized_memory == filled
 
 
 def test_matrices_decay_and_nothing_else_does():

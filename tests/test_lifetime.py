@@ -6,6 +6,7 @@ CPU tensors stand for those of a GPU, a list for what the allocator is told, and
 import gc
 import shutil
 import subprocess
+import weakref
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,20 @@ def test_a_copied_optimizer_keeps_nothing_for_graphs_that_it_does_not_have(gpu):
     gpu.capture(optimizer.step)
     assert optimizer._graphs.kept
     assert not copy.deepcopy(optimizer)._graphs.kept
+
+
+def test_what_was_kept_goes_with_the_optimizer_at_once(gpu):
+    """On a GPU it is too much memory to wait for the garbage collector."""
+    optimizer, _ = make()
+    optimizer.step()
+    gpu.capture(optimizer.step)
+    kept = weakref.ref(optimizer._plans[0]), weakref.ref(optimizer._graphs)
+    gc.disable()
+    try:
+        optimizer._plans = optimizer._graphs = None
+        assert [reference() for reference in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_the_allocator_is_told_of_every_stream_once(gpu):

@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from host_plan import ElementwiseHostBackend, HostPlan, built
+from host_plan import ElementwiseHostBackend, HostPlan, step_library
 from support import ADAMW, MOMENTUM, STATES, WEIGHTS, parameters_of, precision_modes
 
 import fusedstep
@@ -32,9 +32,9 @@ by_chain = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return built(tmp_path_factory.mktemp("cuda_host") / "chain.so", "library.cpp", "cuda_table.cpp")
+@pytest.fixture
+def library():
+    return step_library()
 
 
 @pytest.fixture(params=["cpu", "cuda on the host", "triton"])

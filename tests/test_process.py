@@ -1,6 +1,7 @@
 """Threads and processes: the team of the CPU engine, fork, spawn, several Python threads at once."""
 
 import io
+import math
 import multiprocessing
 import os
 import subprocess
@@ -80,6 +81,86 @@ def test_the_number_of_threads_may_change_between_steps(case, threads):
         threads(number)
         got = train(mine, [seed])
     assert same(got, results)
+
+
+# How a thread treats numbers so small that torch.set_flush_denormal makes them 0; it sets the caller's mode alone.
+
+SIZE = 200_000  # several threads' worth
+# Made here: in that mode, to make such a number of a Python one gives 0.
+NUMBERS = {value: torch.full((SIZE,), value) for value in (0.0, 1e-39, 3e-39)}
+
+
+def tiny(value=3e-39):
+    return NUMBERS[value].clone()
+
+
+def after_step(optimizer):
+    for param in parameters_of(optimizer):
+        param.grad = tiny()
+    optimizer.step()
+    states = [state for param in parameters_of(optimizer) for state in optimizer.state[param].values()]
+    return [
+        *(param.detach() for param in parameters_of(optimizer)),
+        *states,
+        *([] if optimizer.grad_norm is None else [optimizer.grad_norm]),
+    ]
+
+
+def after_accumulating():
+    params = [torch.nn.Parameter(tiny())]
+    accumulator = fusedstep.GradientAccumulator(params, backend="cpu")
+    for _ in range(2):
+        params[0].grad = tiny()
+        accumulator(weight=0.5)
+    return accumulator.gradients
+
+
+def after_scaling():
+    param = torch.nn.Parameter(tiny())
+    param.grad = tiny()
+    param.grad[0] = 8.0
+    return [fusedstep.clip_grad_norm_([param], 1.0), param.grad]
+
+
+COMPUTED = {
+    "a step": lambda: after_step(fusedstep.SGD([torch.nn.Parameter(tiny(1e-39))], lr=0.1, backend="cpu")),
+    "a step with states": lambda: after_step(
+        fusedstep.SGD([torch.nn.Parameter(tiny(1e-39))], lr=0.1, momentum=0.9, weight_decay=0.1, backend="cpu")
+    ),
+    "a rule that reduces": lambda: after_step(
+        fusedstep.TorchAdafactor([torch.nn.Parameter(tiny(1e-39))], lr=0.1, backend="cpu")
+    ),
+    "a clipped step": lambda: after_step(
+        fusedstep.SGD([torch.nn.Parameter(tiny(0.0))], lr=1.0, max_grad_norm=1e-39, norm_type=math.inf, backend="cpu")
+    ),
+    "an average": lambda: after_step(
+        fusedstep.SGD([torch.nn.Parameter(tiny(1e-39))], lr=0.1, ema_decay=0.5, backend="cpu")
+    ),
+    "an accumulator": after_accumulating,
+    "scaled gradients": after_scaling,
+}
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.parametrize("number", [2, 3])
+def test_the_callers_floating_point_mode_holds_in_every_thread(compute, number, threads):
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    results = []
+    try:
+        for flush in (False, True, False):  # threads that begin in another mode than the second
+            for team in (1, number):
+                torch.set_flush_denormal(flush)
+                threads(team)
+                computed = compute()
+                torch.set_flush_denormal(False)  # in which even to compare sees zeros
+                results.append([tensor.clone() for tensor in computed])
+    finally:
+        torch.set_flush_denormal(False)
+    for alone, together in zip(results[::2], results[1::2], strict=True):
+        assert same(alone, together)
+    assert same(results[1], results[5])
+    assert not same(results[1], results[3])
 
 
 # Processes.

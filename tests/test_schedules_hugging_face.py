@@ -97,7 +97,7 @@ def test_every_number_is_that_of_transformers(variant, warmup, total):
         scheduler = module.get_scheduler(
             name_type(name), optimizer(scales=(1.0, 0.1, 7.0)), warmup, total, scheduler_specific_kwargs=options
         )
-        assert type(scheduler) is lr_scheduler.LambdaLR
+        assert isinstance(scheduler, lr_scheduler.LambdaLR)
         try:
             results.append(walk(scheduler, 2 * total + 5))
         except (ZeroDivisionError, ValueError) as error:  # a schedule without steps for its decay

@@ -87,3 +87,20 @@ def narrow(x, DTYPE: tl.constexpr):
         return x.to(tl.float64)
     else:
         return x.to(tl.float32)
+
+
+EXACT_COUNTER, LAST_COUNTER = tl.constexpr(0x4B800000), tl.constexpr(0x7F7FFFFF)  # the bits of 2^24, and of the largest
+
+
+@triton.jit
+def count_of(counter):
+    """The number of steps for which an fp32 counter stands; csrc/table.h explains it."""
+    bits = counter.to(tl.int32, bitcast=True)
+    return tl.where(bits > EXACT_COUNTER, (bits - EXACT_COUNTER).to(tl.int64) + 16777216, counter.to(tl.int64))
+
+
+@triton.jit
+def next_counter(counter):
+    bits = counter.to(tl.int32, bitcast=True)
+    moved = (bits + 1).to(tl.float32, bitcast=True)
+    return tl.where((bits >= EXACT_COUNTER) & (bits < LAST_COUNTER), moved, counter + 1.0)

@@ -16,7 +16,18 @@ import triton
 import triton.language as tl
 
 from .launching import Prepared
-from .numeric import FP32, FP64, NONE, changed, narrow, optional_number, square_root, widen
+from .numeric import (
+    FP32,
+    FP64,
+    NONE,
+    changed,
+    count_of,
+    narrow,
+    next_counter,
+    optional_number,
+    square_root,
+    widen,
+)
 from .reducing_lines import (
     AVERAGE,
     COLUMN_SUMS,
@@ -86,7 +97,7 @@ def open_item(table_ptr, items_ptr, grads_ptr):
 
 @triton.jit
 def step_number(row_ptr):
-    return tl.load(tl.load(row_ptr + STEP).to(tl.pointer_type(tl.float32))).to(tl.int64) + 1
+    return count_of(tl.load(tl.load(row_ptr + STEP).to(tl.pointer_type(tl.float32)))) + 1
 
 
 @triton.jit
@@ -523,7 +534,7 @@ def apply_kernel(
             active = tl.load(grads_ptr + tensor, mask=tensor < n_tensors, other=0) != 0
             address = tl.load(table_ptr + tensor.to(tl.int64) * TABLE_ROW + STEP, mask=active, other=0)
             step_ptr = address.to(tl.pointer_type(tl.float32))
-            tl.store(step_ptr, tl.load(step_ptr, mask=active, other=0.0) + 1.0, mask=active)
+            tl.store(step_ptr, next_counter(tl.load(step_ptr, mask=active, other=0.0)), mask=active)
             first += LINES
 
 

@@ -103,7 +103,8 @@ def adafactor_finish(s, param_rms, update_rms, ARITHMETIC: tl.constexpr):
     lr = scale * s.rel_step
     excess = divide(update_rms, s.clip_threshold)
     step_size = tl.where(excess < 1.0, lr, divide(lr, excess))  # NaN stays
-    return Finish(step_size.to(ARITHMETIC), (1.0 - s.weight_decay * lr).to(ARITHMETIC))
+    decay = tl.where(s.weight_decay != 0, 1.0 - s.weight_decay * lr, s.weight_decay * 0 + 1)
+    return Finish(step_size.to(ARITHMETIC), decay.to(ARITHMETIC))
 
 
 @triton.jit
@@ -142,7 +143,7 @@ def torch_adafactor_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
         tl.where(relative < lr, relative, lr),
         eps2,
         d,
-        1.0 - lr * weight_decay,
+        tl.where(weight_decay != 0, 1.0 - lr * weight_decay, t * 0 + 1),
     )
 
 

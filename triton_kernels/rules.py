@@ -83,7 +83,7 @@ def adam_prepare(hyper_ptr, step, ARITHMETIC: tl.constexpr):
         inv_bias_correction2_sqrt.to(ARITHMETIC),
         tl.where(epsilon_hat, eps * inv_bias_correction2_sqrt, eps).to(ARITHMETIC),
         tl.where(decoupled, 0.0, weight_decay).to(ARITHMETIC),
-        tl.where(decoupled, 1.0 - lr * weight_decay, one).to(ARITHMETIC),
+        tl.where(decoupled & (weight_decay != 0), 1.0 - lr * weight_decay, one).to(ARITHMETIC),
     )
 
 

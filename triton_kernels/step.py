@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .launching import Prepared
-from .numeric import FP64, I8, NONE, changed, optional_number
+from .numeric import FP64, I8, NONE, changed, count_of, next_counter, optional_number
 from .rules import RULES
 from .stored import load, load_state, load_weight, open_row, store, store_state, store_weight
 
@@ -157,7 +157,7 @@ def step_kernel(
     row_ptr = table_ptr + tensor * ROW
     if (grad != 0) & (n > 0):
         step_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(tl.float32))
-        step = tl.load(step_ptr).to(tl.int64) + 1
+        step = count_of(tl.load(step_ptr)) + 1
         s = PREPARE(hyper_ptr, step, ARITHMETIC)
         row = open_row(row_ptr)
         scale = optional_number(grad_scale_ptr, ARITHMETIC)
@@ -199,7 +199,7 @@ def step_kernel(
             active = tl.load(grads_ptr + index, mask=index < n_tensors, other=0) != 0
             address = tl.load(table_ptr + index.to(tl.int64) * ROW + 1, mask=active, other=0)
             step_ptr = address.to(tl.pointer_type(tl.float32))
-            tl.store(step_ptr, tl.load(step_ptr, mask=active, other=0.0) + 1.0, mask=active)
+            tl.store(step_ptr, next_counter(tl.load(step_ptr, mask=active, other=0.0)), mask=active)
             first += 256
         tl.store(done_ptr, 0)
 

@@ -121,6 +121,7 @@ class CodedStates {
   template <class Visit>
   FUSEDSTEP_FN void visit_states(int64_t b, const Visit& visit) const {
     static_assert(kNamed<Rule> <= 3, "add a line");
+    static_assert(std::size(Rule::kCodes) == kNamed<Rule>, "every state has a code");
     visit_state<0>(b, visit);
     visit_state<1>(b, visit);
     visit_state<2>(b, visit);

@@ -1,6 +1,10 @@
 // Threads and the choice of instruction set; the arithmetic is in engine.cpp.
 #include <omp.h>
 #include <pthread.h>
+#if FUSEDSTEP_X86
+#include <cpuid.h>
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -47,16 +51,35 @@ constexpr int64_t kElementsPerThread = 1 << 15;
 // Threads start at multiples of this, so that no two write to one cache line in the common case.
 constexpr int64_t kSplitMultiple = 64;
 
+#if FUSEDSTEP_X86
+// The levels by their features, because not every compiler knows their names here. Those that none asks for by name are
+// read from the processor.
+bool has_v2() {
+  return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("popcnt");
+}
+
+bool has_v3() {
+  unsigned a, b, basic = 0, extended = 0, d;
+  __get_cpuid(1, &a, &b, &basic, &d);
+  __get_cpuid(0x80000001, &a, &b, &extended, &d);
+  constexpr unsigned kMovbe = 1u << 22, kF16c = 1u << 29, kLzcnt = 1u << 5;
+  return has_v2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && (basic & kMovbe) && (basic & kF16c) && (extended & kLzcnt);
+}
+
+bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 std::vector<Isa> supported() {
   std::vector<Isa> isas;
 #if FUSEDSTEP_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v2"))
-    isas.push_back({"v2", v2::run, v2::run_phase, v2::sum_stretch, v2::scale_stretch});
-  if (__builtin_cpu_supports("x86-64-v3"))
-    isas.push_back({"v3", v3::run, v3::run_phase, v3::sum_stretch, v3::scale_stretch});
-  if (__builtin_cpu_supports("x86-64-v4"))
-    isas.push_back({"v4", v4::run, v4::run_phase, v4::sum_stretch, v4::scale_stretch});
+  if (has_v2()) isas.push_back({"v2", v2::run, v2::run_phase, v2::sum_stretch, v2::scale_stretch});
+  if (has_v3()) isas.push_back({"v3", v3::run, v3::run_phase, v3::sum_stretch, v3::scale_stretch});
+  if (has_v4()) isas.push_back({"v4", v4::run, v4::run_phase, v4::sum_stretch, v4::scale_stretch});
   if (isas.empty()) throw std::runtime_error("fusedstep: the CPU engine needs an x86-64-v2 processor (SSE4.2)");
 #else
   isas.push_back({"base", base::run, base::run_phase, base::sum_stretch, base::scale_stretch});
@@ -85,10 +108,49 @@ int team_size(int threads, int64_t numel) {
   return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(numel / kElementsPerThread, 1)));
 }
 
-void parallel(int threads, const Body& body) {
-  if (threads <= 1) {
-    body(0, 1, [] {});
-  } else if (forked) {
+namespace {
+
+// How a thread computes: what it makes of denormal numbers, how it rounds. Each thread has a mode of its own, and
+// torch.set_flush_denormal sets the caller's alone.
+class FloatingPointMode {
+ public:
+#if FUSEDSTEP_X86
+  static FloatingPointMode mine() { return FloatingPointMode{_mm_getcsr() & ~kExceptionsSeen}; }
+  void set() const { _mm_setcsr(static_cast<unsigned>(mode_)); }
+#elif defined(__aarch64__)
+  static FloatingPointMode mine() {
+    uint64_t mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return FloatingPointMode{mode};
+  }
+  void set() const { asm volatile("msr fpcr, %0" : : "r"(mode_)); }
+#else
+  static FloatingPointMode mine() { return FloatingPointMode{0}; }
+  void set() const {}
+#endif
+
+ private:
+  static constexpr uint64_t kExceptionsSeen = 0x3f;
+  explicit FloatingPointMode(uint64_t mode) : mode_(mode) {}
+  uint64_t mode_;
+};
+
+// The same body, on each thread in the mode of the one that makes this; a thread of torch's gets its own back.
+Body in_my_mode(const Body& body) {
+  return [&body, mode = FloatingPointMode::mine()](int index, int size, const std::function<void()>& wait) {
+    const FloatingPointMode before = FloatingPointMode::mine();
+    mode.set();
+    body(index, size, wait);
+    before.set();
+  };
+}
+
+}  // namespace
+
+void parallel(int threads, const Body& given) {
+  if (threads <= 1) return given(0, 1, [] {});
+  const Body body = in_my_mode(given);
+  if (forked) {
     pthread_barrier_t barrier;
     pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(threads));
     const auto wait = [&barrier] { pthread_barrier_wait(&barrier); };
@@ -160,7 +222,10 @@ void step(const Call& call, int threads) {
     const int64_t first = boundary(index), last = boundary(index + 1);
     if (first < last) run(call, first, last);
   });
-  for (int64_t i = 0; i < call.work_size; ++i) *call.work[i].record->step += 1.0f;
+  for (int64_t i = 0; i < call.work_size; ++i) {
+    float* step = call.work[i].record->step;
+    *step = next_counter(*step);
+  }
 }
 
 void run_range(const Call& call, int64_t first, int64_t last) {

@@ -81,7 +81,7 @@ struct Prepared {
   typename Rule::template Scalars<T> scalars{};
 
   const Prepared& at(const Call& call, const Record& record) {
-    const int64_t next = static_cast<int64_t>(*record.step) + 1;
+    const int64_t next = count_of(*record.step) + 1;
     if (next != step) scalars = Rule::template prepare<T>(call.hyper, step = next);
     return *this;
   }

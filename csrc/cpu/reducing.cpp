@@ -47,7 +47,7 @@ struct Context {
   void enter(const ReducingTensor& next, Phase phase) {
     if (tensor == &next) return;
     tensor = &next;
-    const int64_t number = static_cast<int64_t>(*record().step) + 1;
+    const int64_t number = count_of(*record().step) + 1;
     if (number != step) scalars = Rule::template prepare<T>(wave.call->hyper, step = number);
     if (phase == Phase::kUpdate)
       finish = Rule::template finish<T>(scalars, rms(next.param_sums), rms(next.update_sums));

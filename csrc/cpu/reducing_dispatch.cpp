@@ -151,7 +151,7 @@ void reducing_step(const ReducingCall& call, int threads) {
       if (index == 0) run_phase(wave, Phase::kTensors, 0, static_cast<int64_t>(wave.tensors.size()));
     }
   });
-  for (const ReducingWork& work : call.work) *work.record->step += 1.0f;
+  for (const ReducingWork& work : call.work) *work.record->step = next_counter(*work.record->step);
 }
 
 }  // namespace fusedstep::cpu

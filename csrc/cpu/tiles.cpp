@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
@@ -58,12 +59,8 @@ struct alignas(64) RandomTile {
 
   RandomTile(uint64_t seed, uint32_t index, uint32_t step, int64_t tile) {
     const uint64_t first = static_cast<uint64_t>(tile) * kCounters;  // a multiple of 32: its lower word does not wrap
-    LongPack lanes, lower, upper;  // of two packs one after the other: the places of their first and second halves
-    for (int i = 0; i < kLanes64; ++i) {
-      lanes[i] = static_cast<uint64_t>(i);
-      lower[i] = static_cast<uint64_t>(i / 2 + i % 2 * kLanes64);
-      upper[i] = static_cast<uint64_t>(kLanes64 / 2 + i / 2 + i % 2 * kLanes64);
-    }
+    LongPack lanes;
+    for (int i = 0; i < kLanes64; ++i) lanes[i] = static_cast<uint64_t>(i);
     for (int n = 0; n < kPacks; ++n) {
       LongPack c0 = lanes + (first + static_cast<uint64_t>(n * kLanes64)), c1 = LongPack{} + (first >> 32);
       LongPack c2 = LongPack{} + index, c3 = LongPack{} + step;
@@ -78,13 +75,22 @@ struct alignas(64) RandomTile {
         k1 += kPhiloxKeySteps[1];
       }
       const LongPack low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
-      const LongPack words[2] = {__builtin_shuffle(low, high, lower), __builtin_shuffle(low, high, upper)};
+      const LongPack words[2] = {interleaved<0>(low, high, AllLanes{}),
+                                 interleaved<kLanes64 / 2>(low, high, AllLanes{})};
       static_assert(kPacks * sizeof(words) == sizeof(bits), "a counter has 16 bits for each of its elements");
       std::memcpy(reinterpret_cast<char*>(bits) + static_cast<size_t>(n) * sizeof(words), words, sizeof(words));
     }
   }
 
  private:
+  using AllLanes = std::make_index_sequence<kLanes64>;
+
+  // From the same lane on, one number of each in turn.
+  template <size_t kFrom, size_t... i>
+  FUSEDSTEP_FN static LongPack interleaved(LongPack a, LongPack b, std::index_sequence<i...>) {
+    return __builtin_shufflevector(a, b, (kFrom + i / 2 + i % 2 * kLanes64)...);
+  }
+
   // Of the lower halves.
   FUSEDSTEP_FN static LongPack product(LongPack a, uint32_t b) {
 #if defined(__AVX512F__)

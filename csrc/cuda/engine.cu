@@ -1,26 +1,32 @@
 // Steps of a group, and what there is to know about the devices.
 #include "launch.cuh"
-#include "plain.cuh"
 #include "schedule.cuh"
 
 namespace fusedstep::cuda {
-int step(const Call& call, RuleId id, const Table& table) {
+namespace {
+
+bool is_in(int format, FormatRange family) {
+  return format >= family.first && format < family.end;
+}
+
+}  // namespace
+
+int step(const Call& call, RuleId rule, const Table& table) {
   const OnDevice on_device(call.device);
   int launches = 0;
   for (size_t i = 0; i < table.segments.size(); ++i) {
-    const Segment& segment = table.segments[i];
-    if (!takes_part(call, segment)) continue;
-    if (!segment.is_plain) {
-      step_stored(call, id, table, i);
-    } else {
-      visit_rule(id, [&](auto rule) {
-        using Rule = decltype(rule);
-        if (segment.n_records <= kFewTensors)
-          launch<Rule, Plain, kFewTensors>(call, table, i);
-        else
-          launch<Rule, Plain, kMaxTensorsPerLaunch>(call, table, i);
-      });
-    }
+    if (!takes_part(call, table, i)) continue;
+    const int format = table.segments[i].format;
+    if (is_in(format, kFP32Weights))
+      step_fp32_weights(call, rule, table, i);
+    else if (is_in(format, k16BitWeights))
+      step_16_bit_weights(call, rule, table, i);
+    else if (is_in(format, kFullWeights))
+      step_full_weights(call, rule, table, i);
+    else if (is_in(format, kRoundedWeights))
+      step_rounded_weights(call, rule, table, i);
+    else
+      step_general(call, rule, table, i);
     ++launches;
   }
   return launches;
@@ -47,10 +53,7 @@ std::string why_not(int device) {
   cudaFuncAttributes attributes;
   try {
     const OnDevice on_device(device);
-    visit_rule(RuleId{}, [&](auto rule) {  // any of them: they are compiled together
-      check(cudaFuncGetAttributes(&attributes, step_kernel<decltype(rule), Plain, kFewTensors>),
-            "loading the step kernel");
-    });
+    check(cudaFuncGetAttributes(&attributes, schedule_kernel), "loading a kernel");  // all are compiled for the same
   } catch (const std::runtime_error& error) {
     cudaGetLastError();  // clears it
     return error.what();

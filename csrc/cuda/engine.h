@@ -23,7 +23,8 @@ constexpr int64_t kFewTensors = 448;
 struct Segment {
   int64_t first_record, n_records;
   int64_t first_chunk, n_block_chunks, n_small_chunks;
-  bool is_plain = true;  // all of its records
+  int format = 0;         // of a step: the one of all of its records, an index of kFormats or kGeneral
+  bool followed = false;  // whether they have averages or copies
 };
 
 // The part of a plan that does not change from step to step, to be copied to the device as it is.
@@ -31,13 +32,15 @@ struct Table {
   std::vector<Record> records;
   std::vector<Chunk> chunks;
   std::vector<Segment> segments;
+  std::vector<int32_t> order;  // of a step: which of the plan's records each one is
 
   std::vector<char> bytes() const;  // records, chunks, and one zeroed counter for each segment
   size_t size_in_bytes() const {
     return records.size() * sizeof(Record) + chunks.size() * sizeof(Chunk) + segments.size() * sizeof(uint32_t);
   }
 };
-Table build_table(const std::vector<Record>& records, int multiprocessors);
+// Records are sorted by how they are stored; each kind that occurs has segments of its own.
+Table build_table(const std::vector<Record>& records, RuleId rule, int multiprocessors);
 
 // A number, or a one-element tensor on the device that the kernel reads when it runs.
 struct Scalar {
@@ -57,7 +60,7 @@ struct Call {
   bool write_grads;           // or to what it was changed to, but not negated
   double average_weight;      // of the new parameter in its average
   char* device_table;         // a copy of the table's bytes(), 16-byte aligned
-  const void* const* grads;   // one for each record; null: takes no part
+  const void* const* grads;   // one for each of the plan's records; null: takes no part
   int device;
   void* stream;
 };
@@ -66,6 +69,12 @@ struct Call {
 inline bool takes_part(const Call& call, const Segment& segment) {
   const void* const* grads = call.grads + segment.first_record;
   return std::any_of(grads, grads + segment.n_records, [](const void* grad) { return grad != nullptr; });
+}
+// The same of a step's table.
+inline bool takes_part(const Call& call, const Table& table, size_t segment_index) {
+  const Segment& segment = table.segments[segment_index];
+  const int32_t* const order = table.order.data() + segment.first_record;
+  return std::any_of(order, order + segment.n_records, [&](int32_t i) { return call.grads[i] != nullptr; });
 }
 
 // Queues the update; returns the number of launches. Throws std::runtime_error with CUDA's own words.

@@ -1,12 +1,14 @@
-// The one kernel, generic over rules and over how tensors are stored: a persistent grid over chunks of all tensors of a
-// group. Storage<Rule>::update updates a chunk in fp32 arithmetic (plain.cuh, stored.cuh).
+// The skeleton of a step: one launch for tensors of a group that are stored alike, a block for a few tiles of one of them
+// or a warp for a small one. A Way says what is done with a tile: Tile (tile.cuh) or General (general.cuh).
 //
-// Compiled for sm_80, sm_90 and sm_100 and run thread by thread on the host in the tests; it has never run on a GPU.
-// It uses little of CUDA, so that the host can stand in for it: thread and block indices, shared memory, barriers,
-// one atomic counter.
+// Blocks are small and end soon, so that the loads of new ones overlap with the stores of old ones. A block asks for its
+// first tile's numbers, and while they are under way one thread computes the step's scalars in fp64.
+//
+// It uses little of CUDA, so that the host can stand in for it in the tests: thread and block indices, shared memory,
+// barriers, one atomic counter, bytes permuted.
 #pragma once
 
-#include "followers.cuh"
+#include "parts.cuh"
 
 namespace fusedstep::cuda {
 
@@ -14,7 +16,7 @@ template <int kCapacity>
 struct Arguments {
   const Record* records;
   const Chunk* chunks;
-  uint32_t* done;  // blocks that have finished; the last one sets it back to zero
+  uint32_t* done;  // blocks that have read the step; the last one sets it back to zero
   int32_t n_records, n_block_chunks, n_small_chunks;
   const float* found_inf;
   GradsBecome grads_become;
@@ -23,127 +25,93 @@ struct Arguments {
   const void* grads[kCapacity];
 };
 
-// The ways through a chunk other than fp32's are functions that are called, not inlined: inlined they would take
-// registers from it, and a call is little beside a chunk.
+// What a team shares: addresses too, which would take too many registers from each thread.
+template <class Way>
+struct TeamShared {
+  static constexpr int kHyper = sizeof(Way::Rule::kHyper) / sizeof(Way::Rule::kHyper[0]);
+  Record record;
+  void* grad;
+  double hyper[kHyper];
+  typename Way::Prepared prepared;
 
-// Any dtypes, any alignment: one element at a time, from element `begin` of the chunk.
-template <class Rule, class T>
-__device__ __noinline__ void update_any(const Record& record, const void* grad, const Chunk& chunk, int begin,
-                                        Team team, GradChange<T> change,
-                                        const typename Rule::template Scalars<T>& scalars) {
-  const auto s = scalars;
-  for (int n = begin + team.index; n < chunk.n; n += team.size) {
-    const int64_t i = chunk.offset + n;
-    T param = load_any<T>(record.param, record.param_dtype, i);
-    const T g = change(load_any<T>(grad, record.grad_dtype, i));
-    if (change.zero) store_any(const_cast<void*>(grad), record.grad_dtype, i, T(0));
-    if (change.write) store_any(const_cast<void*>(grad), record.grad_dtype, i, g * change.sign);
-    T states[kMaxStates] = {};
-#pragma unroll
-    for (int k = 0; k < kNamed<Rule>; ++k)
-      if (has_state<Rule>(k)) states[k] = load_any<T>(record.states[k], record.state_dtypes[k], i);
-    update_with<Rule>(param, g, states, s);
-    store_any(record.param, record.param_dtype, i, param);
-#pragma unroll
-    for (int k = 0; k < kNamed<Rule>; ++k)
-      if (has_state<Rule>(k)) store_any(record.states[k], record.state_dtypes[k], i, states[k]);
+  // By a warp, of which `lane` is this thread's.
+  template <int kCapacity>
+  __device__ __forceinline__ void fill(const Arguments<kCapacity>& a, const Record& from, const void* gradient,
+                                       int lane) {
+    static_assert(sizeof(Record) % sizeof(uint64_t) == 0 && sizeof(Record) / sizeof(uint64_t) <= kWarp && kHyper < kWarp);
+    if (lane < static_cast<int>(sizeof(Record) / sizeof(uint64_t)))
+      reinterpret_cast<uint64_t*>(&record)[lane] = global(reinterpret_cast<const uint64_t*>(&from))[lane];
+    if (lane < kHyper) {
+      const Scalar& scalar = a.hyper[lane];
+      hyper[lane] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
+    }
+    __syncwarp();
+    if (lane != 0) return;
+    grad = const_cast<void*>(gradient);
+    prepared.fill(record, hyper, count_of(*global(record.step)) + 1, a.grads_become);
   }
-}
-
-// What the threads that share a chunk need, computed once by one of them.
-template <class Rule>
-union Prepared {
-  typename Rule::template Scalars<float> single;
-  typename Rule::template Scalars<double> twice;
 };
 
-template <class Rule>
-__device__ __forceinline__ void prepare(const Record& record, const double* hyper, Prepared<Rule>* prepared) {
-  const int64_t step = static_cast<int64_t>(*global(record.step)) + 1;
-  if (record.param_dtype == Dtype::kF64)
-    prepared->twice = Rule::template prepare<double>(hyper, step);
-  else
-    prepared->single = Rule::template prepare<float>(hyper, step);
-}
-
-// What is left of a step that is skipped.
-template <int kCapacity>
-__device__ __noinline__ void zero_grads(const Arguments<kCapacity>& a) {
-  for (int item = blockIdx.x; item < a.n_block_chunks + a.n_small_chunks; item += gridDim.x) {
-    const Chunk chunk = a.chunks[item];
-    void* const grad = const_cast<void*>(a.grads[chunk.record]);
-    if (grad == nullptr) continue;
-    const Dtype dtype = a.records[chunk.record].grad_dtype;
-    for (int n = threadIdx.x; n < chunk.n; n += blockDim.x) store_any(grad, dtype, chunk.offset + n, 0.0f);
-  }
-}
-
-// The same and what follows it, piece by piece.
-template <class Rule, template <class> class Storage>
-__device__ __forceinline__ void update_and_follow(const Record& record, const void* grad, const Chunk& chunk, Team team,
-                                                  const GradsBecome& grads_become, double average_weight,
-                                                  const Prepared<Rule>& prepared) {
-  const bool follows = record.has_followers();
-  const int at_once = follows ? kFollowed : chunk.n;
-  for (int at = 0; at < chunk.n; at += at_once) {
-    const Chunk piece{chunk.record, min(chunk.n - at, at_once), chunk.offset + at};
-    if (record.param_dtype == Dtype::kF64)
-      update_any<Rule, double>(record, grad, piece, 0, team, grads_become.change<double>(), prepared.twice);
-    else
-      Storage<Rule>::update(record, grad, piece, team, grads_become.change<float>(), prepared.single);
-    if (!follows) continue;
-    team.wait();  // another thread may have written what this one reads
-    follow_any(record, piece.offset, piece.n, team, average_weight);
-  }
-}
-
-template <class Rule, template <class> class Storage, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+template <class Way, int kCapacity>
+__global__ void __launch_bounds__(kThreads, Way::kBlocks)
     step_kernel(const __grid_constant__ Arguments<kCapacity> arguments) {
-  __shared__ double hyper[kMaxHyper];
-  __shared__ Prepared<Rule> prepared[kThreads / kWarp];
+  __shared__ TeamShared<Way> shared[kThreads / kWarp];
   __shared__ bool is_last;
   const auto& a = arguments;
+  const int thread = threadIdx.x, warp = thread / kWarp, warps = blockDim.x / kWarp, block = blockIdx.x;
+  // The block takes one chunk, or each of its warps takes one.
+  const bool together = block < a.n_block_chunks;
+  const int index = together ? block : a.n_block_chunks + (block - a.n_block_chunks) * warps + warp;
+  const Team team = together ? Team{thread, static_cast<int>(blockDim.x)} : Team{thread % kWarp, kWarp};
+  const int owner = together ? 0 : warp;  // of what the team shares
   // The same for all blocks: none counts itself as done, and no step counter moves.
-  if (a.found_inf != nullptr && *global(a.found_inf) != 0.0f) {
-    if (a.grads_become.zero) zero_grads(a);
-    return;
-  }
+  const bool skipped = a.found_inf != nullptr && *global(a.found_inf) != 0.0f;
 
-  const int thread = threadIdx.x, warp = thread / kWarp, warps = blockDim.x / kWarp;
-  constexpr int kHyper = sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]);
-  if (thread < kHyper) {
-    const Scalar& scalar = a.hyper[thread];
-    hyper[thread] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
-  }
-  const int items = a.n_block_chunks + (a.n_small_chunks + warps - 1) / warps;
-
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    __syncthreads();  // hyper is there, and nobody needs the last item's `prepared` any more
-    // The block takes one chunk, or each of its warps takes one.
-    const bool whole = item < a.n_block_chunks;
-    const int index = whole ? item : a.n_block_chunks + (item - a.n_block_chunks) * warps + warp;
-    if (index >= a.n_block_chunks + a.n_small_chunks) continue;  // the whole warp; it meets the others at the barrier
+  Way tile;
+  int left = 0;   // of the chunk, from this thread's numbers on
+  int more = 0;   // the same of the team's first thread; 0: nothing to do
+  int64_t at = 0;  // where this thread's numbers begin in the tensor
+  const int stride = team.size * Way::kN;
+  if (index < a.n_block_chunks + a.n_small_chunks) {
     const Chunk chunk = a.chunks[index];
-    const void* grad = a.grads[chunk.record];
-    const Record& record = a.records[chunk.record];
-    if (grad == nullptr) continue;
-    const Team team = whole ? Team{thread, static_cast<int>(blockDim.x)} : Team{thread % kWarp, kWarp};
-    Prepared<Rule>& mine = prepared[whole ? 0 : warp];
-    if (team.index == 0) prepare<Rule>(record, hyper, &mine);
-    team.wait();
-    update_and_follow<Rule, Storage>(record, grad, chunk, team, a.grads_become, a.average_weight, mine);
+    const void* const grad = a.grads[chunk.record];
+    if (grad != nullptr) {
+      const Record& record = a.records[chunk.record];
+      more = chunk.n;
+      left = chunk.n - team.index * Way::kN;
+      at = chunk.offset + team.index * Way::kN;
+      tile.begin(record, grad);
+      if (skipped) {
+        if (a.grads_become.zero) {
+          for (; left > 0; left -= stride, at += stride) tile.zero_grad(record, const_cast<void*>(grad), at, left);
+        }
+        return;
+      }
+      tile.ask(record, grad, at, left);
+      if (team.index < kWarp) shared[owner].fill(a, record, grad, team.index);
+    }
+  }
+  if (skipped) return;
+  __syncthreads();
+  // Here all of the block's threads that read a step have used it. The last block to come here advances the counters, at
+  // its end.
+  bool last = false;
+  if (thread == 0) last = atomicInc(a.done, gridDim.x - 1) == gridDim.x - 1;
+
+  const TeamShared<Way>& mine = shared[owner];
+  while (more > 0) {
+    tile.update(mine.record, mine.grad, mine.prepared, at, left, a.average_weight);
+    at += stride;
+    left -= stride;
+    more -= stride;
+    if (more > 0) tile.ask(mine.record, mine.grad, at, left);
   }
 
-  // The last block to come here advances the counters: by then every block has read those that it needed.
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) is_last = atomicInc(a.done, gridDim.x - 1) == gridDim.x - 1;
+  if (thread == 0) is_last = last;
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
   for (int i = thread; i < a.n_records; i += blockDim.x) {
-    if (a.grads[i] != nullptr) *global(a.records[i].step) += 1.0f;
+    if (a.grads[i] != nullptr) *global(a.records[i].step) = next_counter(*global(a.records[i].step));
   }
 }
 
@@ -163,7 +131,15 @@ void set_arguments(Arguments<kCapacity>* a, const Call& call, const Table& table
   a->grads_become = grads_become(call);
   a->average_weight = call.average_weight;
   for (int k = 0; k < kMaxHyper; ++k) a->hyper[k] = call.hyper[k];
-  for (int64_t i = 0; i < segment.n_records; ++i) a->grads[i] = call.grads[segment.first_record + i];
+  const int32_t* const order = table.order.data() + segment.first_record;
+  for (int64_t i = 0; i < segment.n_records; ++i) a->grads[i] = call.grads[order[i]];
+}
+
+// How many blocks of so many threads a segment takes: at least one, for the step counters of empty tensors.
+inline unsigned blocks_of(const Segment& segment, int threads) {
+  const int64_t warps = threads / kWarp;
+  const int64_t blocks = segment.n_block_chunks + (segment.n_small_chunks + warps - 1) / warps;
+  return static_cast<unsigned>(std::max<int64_t>(blocks, 1));
 }
 
 }  // namespace fusedstep::cuda

@@ -1,20 +1,22 @@
-// The kernel that sums over gradients: a persistent grid over the chunks of the step kernel.
+// The kernel that sums over gradients: a block for each chunk, whose threads ask for eight 16-byte vectors before they
+// use the first.
 //
-// Compiled for sm_80, sm_90 and sm_100 and run thread by thread on the host in the tests; it has never run on a GPU.
+// Compiled for sm_80, sm_90 and sm_100 and run thread by thread on the host in the tests.
 #pragma once
 
-#include "norm.h"
-#include "reducing_place.cuh"
+#include "norm_tuning.h"
+#include "parts.cuh"
 
 namespace fusedstep::cuda {
 
+constexpr int kNormMinBlocks = 5;  // for each multiprocessor: at most 48 registers a thread
+
 template <int kCapacity>
 struct NormArguments {
-  const Record* records;
-  const Chunk* chunks;
+  const NormChunk* chunks;
   ChunkSums* sums;
-  uint32_t* done;  // blocks that have finished; the last one sets it back to zero
-  int32_t n_block_chunks, n_small_chunks;
+  uint32_t* counters;  // the first one of groups that have finished; every last one sets its counter back to zero
+  int32_t n_block_chunks, n_small_chunks, n_blocks;
   const float* grad_scale;
   const float* found_inf_before;
   float* found_inf;
@@ -24,137 +26,174 @@ struct NormArguments {
   const void* grads[kCapacity];
 };
 
-// What one thread has seen of a chunk. Of fp32 arithmetic at most kMaxChunk / kThreads squares come together in a
-// float.
-template <class T>
-struct Seen {
-  T sum, largest;
-  T inverse;  // of the gradients' scale
+// The larger of a magnitude and that of x; NaN wins.
+__device__ __forceinline__ float larger(float largest, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float larger;
+  asm("{ .reg .f32 size; abs.f32 size, %2; max.NaN.f32 %0, %1, size; }" : "=f"(larger) : "f"(largest), "f"(x));
+  return larger;
+#else
+  return maximum(largest, x < 0 ? -x : x);
+#endif
+}
+__device__ __forceinline__ double larger(double largest, double x) {
+  return maximum(largest, x < 0 ? -x : x);
+}
 
-  __device__ __forceinline__ void operator()(T grad) {
-    const T size = grad < 0 ? -grad : grad, unscaled = grad * inverse;
-    largest = maximum(largest, size);
-    sum += unscaled * unscaled;
+// What one thread has seen: squares come together in T within a vector, in double beyond.
+template <class T, bool kScaled>
+struct Seen {
+  T inverse;  // of the gradients' scale
+  double sum = 0.0;
+  T largest = 0;
+
+  // At most kN neighbours.
+  template <int kN, class Number>
+  __device__ __forceinline__ void operator()(int n, Number&& number) {
+    T squares = 0;
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      if (i >= n) break;
+      const T grad = number(i), unscaled = kScaled ? grad * inverse : grad;
+      largest = larger(largest, grad);
+      squares += unscaled * unscaled;
+    }
+    sum += static_cast<double>(squares);
   }
 };
 
-template <class T>
-__device__ __noinline__ void see_any(const void* grad, Dtype dtype, const Chunk& chunk, int begin, Team team,
-                                     Seen<T>* seen) {
-#pragma unroll 4
-  for (int n = begin + team.index; n < chunk.n; n += team.size) (*seen)(load_any<T>(grad, dtype, chunk.offset + n));
+// Any dtype and alignment, in the order of the vectors. Its arguments are passed in registers.
+template <class T, bool kScaled>
+__device__ __noinline__ ChunkSums see_any(const void* grad, Dtype dtype, int64_t offset, int n, Team team, T inverse) {
+  Seen<T, kScaled> seen{inverse};
+  const int pack = 16 / static_cast<int>(size_of(dtype)), whole = n / pack * pack;
+  for (int first = team.index * pack; first < whole; first += team.size * pack)
+    seen.template operator()<8>(pack, [&](int i) { return load_any<T>(grad, dtype, offset + first + i); });
+  if (whole + team.index < n)
+    seen.template operator()<1>(1, [&](int) { return load_any<T>(grad, dtype, offset + whole + team.index); });
+  return {seen.sum, static_cast<double>(seen.largest)};
 }
 
-// By 16-byte accesses, kPacks in flight. Which thread takes which element does not depend on the address.
-template <class G>
-__device__ __forceinline__ void see_packs(const void* grad, const Chunk& chunk, Team team, Seen<float>* seen) {
-  constexpr int kN = kVector<G>, kPacks = 4;
-  const G* const grads = static_cast<const G*>(grad) + chunk.offset;
-  const bool aligned = (reinterpret_cast<uint64_t>(grad) & 15) == 0;
+// By 16-byte accesses of kTeam threads, a few rounds of all that each can ask for. Which thread takes which element
+// does not depend on the address.
+template <class G, bool kScaled, int kTeam>
+__device__ __forceinline__ ChunkSums see_packs(const void* grad, const NormChunk& chunk, int thread, float inverse) {
+  constexpr int kN = 16 / static_cast<int>(sizeof(G)), kStride = kTeam * kN;
+  const G* const grads = global(static_cast<const G*>(grad)) + chunk.offset;
   const int whole = chunk.n / kN * kN;
-  for (int first = team.index * kN; first < whole; first += team.size * kN * kPacks) {
-    Pack<kN, G> packs[kPacks] = {};  // zeros add nothing
+  Seen<float, kScaled> seen{inverse};
+#pragma unroll 1
+  for (int first = thread * kN; first < whole; first += kStride * kNormPacks) {
+    const G* const at = grads + first;
+    Pack<kN, G> packs[kNormPacks];
+    if (first + (kNormPacks - 1) * kStride < whole) {
 #pragma unroll
-    for (int u = 0; u < kPacks; ++u) {
-      const int at = first + team.size * kN * u;
-      if (at >= whole) continue;
-      if (aligned) {
-        packs[u].load(grads + at);
-      } else {
+      for (int u = 0; u < kNormPacks; ++u) packs[u].load(at + u * kStride);
+    } else {
 #pragma unroll
-        for (int i = 0; i < kN; ++i) packs[u].numbers[i] = global(grads)[at + i];
+      for (int u = 0; u < kNormPacks; ++u) {
+        packs[u] = {};  // zeros add nothing
+        if (first + u * kStride < whole) packs[u].load(at + u * kStride);
       }
     }
 #pragma unroll
-    for (int u = 0; u < kPacks; ++u) {
-#pragma unroll
-      for (int i = 0; i < kN; ++i) (*seen)(load<float>(packs[u].numbers[i]));
+    for (int u = 0; u < kNormPacks; ++u) {
+      float numbers[kN];
+      unpack(packs[u], numbers);
+      seen.template operator()<kN>(kN, [&](int i) { return numbers[i]; });
     }
   }
-  for (int n = whole + team.index; n < chunk.n; n += team.size) (*seen)(load<float>(global(grads)[n]));
+  if (whole + thread < chunk.n) seen.template operator()<1>(1, [&](int) { return load<float>(grads[whole + thread]); });
+  return {seen.sum, static_cast<double>(seen.largest)};
 }
 
-__device__ __forceinline__ ChunkSums see(const Record& record, const void* grad, const Chunk& chunk, Team team,
-                                         float scale) {
-  if (record.grad_dtype == Dtype::kF64) {
-    Seen<double> seen{0.0, 0.0, 1.0 / static_cast<double>(scale)};
-    see_any(grad, record.grad_dtype, chunk, 0, team, &seen);
-    return {seen.sum, seen.largest};
-  }
-  Seen<float> seen{0.0f, 0.0f, static_cast<float>(1.0 / static_cast<double>(scale))};
-  if (record.grad_dtype == Dtype::kF32)
-    see_packs<float>(grad, chunk, team, &seen);
-  else if (record.grad_dtype == Dtype::kBF16)
-    see_packs<BF16>(grad, chunk, team, &seen);
-  else
-    see_packs<F16>(grad, chunk, team, &seen);
-  return {seen.sum, seen.largest};
+template <bool kScaled, int kTeam>
+__device__ __forceinline__ ChunkSums see(const void* grad, const NormChunk& chunk, float scale) {
+  const int thread = threadIdx.x % kTeam;
+  const Team team{thread, kTeam};
+  const double inverse = 1.0 / static_cast<double>(scale);
+  if (chunk.dtype == Dtype::kF64)
+    return see_any<double, kScaled>(grad, chunk.dtype, chunk.offset, chunk.n, team, inverse);
+  const float narrowed = static_cast<float>(inverse);
+  if ((reinterpret_cast<uint64_t>(grad) & 15) != 0)
+    return see_any<float, kScaled>(grad, chunk.dtype, chunk.offset, chunk.n, team, narrowed);
+  if (chunk.dtype == Dtype::kF32) return see_packs<float, kScaled, kTeam>(grad, chunk, thread, narrowed);
+  if (chunk.dtype == Dtype::kBF16) return see_packs<BF16, kScaled, kTeam>(grad, chunk, thread, narrowed);
+  return see_packs<F16, kScaled, kTeam>(grad, chunk, thread, narrowed);
+}
+
+__device__ __forceinline__ void add(ChunkSums* sums, const ChunkSums& more) {
+  sums->sum_of_squares += more.sum_of_squares;
+  sums->largest = maximum(sums->largest, more.largest);
 }
 
 // Over the threads of a warp, known to all of them.
 __device__ __forceinline__ ChunkSums warp_sums(ChunkSums mine) {
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    mine.sum_of_squares += __shfl_xor_sync(0xffffffffu, mine.sum_of_squares, lanes);
-    mine.largest = maximum(mine.largest, __shfl_xor_sync(0xffffffffu, mine.largest, lanes));
-  }
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
+    add(&mine,
+        {__shfl_xor_sync(0xffffffffu, mine.sum_of_squares, lanes), __shfl_xor_sync(0xffffffffu, mine.largest, lanes)});
   return mine;
 }
 
-// Over the threads of a block, in a fixed order.
-__device__ __forceinline__ ChunkSums block_sums(ChunkSums mine, ChunkSums* partial) {
-  mine = warp_sums(mine);
-  __syncthreads();  // the last sums have been read
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  ChunkSums all{0.0, 0.0};
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) {
-    all.sum_of_squares += partial[warp].sum_of_squares;
-    all.largest = maximum(all.largest, partial[warp].largest);
-  }
-  return all;
+// Over n sums in memory, by a warp, always in the same order.
+__device__ __forceinline__ ChunkSums warp_sums(const ChunkSums* sums, int n) {
+  ChunkSums mine{0.0, 0.0};
+#pragma unroll 8
+  for (int i = threadIdx.x; i < n; i += kWarp) add(&mine, global(sums)[i]);
+  return warp_sums(mine);
 }
 
-template <int kCapacity>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+// Writes the sums that lane 0 has; whether this warp is the last of n to do so, which then sees those of the others.
+__device__ __forceinline__ bool leave(const ChunkSums& sums, ChunkSums* place, uint32_t* counter, int n) {
+  uint32_t last = 0;
+  if (threadIdx.x == 0) {
+    *global(place) = sums;
+    fence();
+    last = atomicInc(counter, static_cast<uint32_t>(n - 1)) == static_cast<uint32_t>(n - 1);
+  }
+  last = __shfl_sync(0xffffffffu, last, 0);
+  if (last != 0) fence();  // now what others have written can be read
+  return last != 0;
+}
+
+template <int kCapacity, bool kScaled>
+__global__ void __launch_bounds__(kNormThreads, kNormMinBlocks)
     norm_kernel(const __grid_constant__ NormArguments<kCapacity> a) {
-  __shared__ ChunkSums partial[kWarps];
-  __shared__ bool is_last;
-  const int thread = threadIdx.x, warp = thread / kWarp;
-  const float scale = a.grad_scale != nullptr ? *global(a.grad_scale) : 1.0f;
-  const int items = a.n_block_chunks + (a.n_small_chunks + kWarps - 1) / kWarps;
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    if (item < a.n_block_chunks) {
-      const Chunk chunk = a.chunks[item];
-      const void* const grad = a.grads[chunk.record];
-      ChunkSums sums{0.0, 0.0};
-      if (grad != nullptr) sums = see(a.records[chunk.record], grad, chunk, Team{thread, kThreads}, scale);
-      sums = block_sums(sums, partial);
-      if (thread == 0) a.sums[item] = sums;
-    } else {
-      const int small = (item - a.n_block_chunks) * kWarps + warp;
-      if (small >= a.n_small_chunks) continue;  // of the whole warp, and none of the block's waits any more
-      const Chunk chunk = a.chunks[a.n_block_chunks + small];
-      const void* const grad = a.grads[chunk.record];
-      ChunkSums sums{0.0, 0.0};
-      if (grad != nullptr) sums = see(a.records[chunk.record], grad, chunk, Team{thread % kWarp, kWarp}, scale);
-      sums = warp_sums(sums);
-      if (thread % kWarp == 0) a.sums[a.n_block_chunks + small] = sums;
-    }
+  __shared__ ChunkSums partial[kNormWarps];
+  const int thread = threadIdx.x, warp = thread / kWarp, block = blockIdx.x;
+  const float scale = kScaled ? *global(a.grad_scale) : 1.0f;
+  const bool small = block >= a.n_block_chunks;
+  const int index = small ? a.n_block_chunks + (block - a.n_block_chunks) * kNormWarps + warp : block;
+  ChunkSums sums{0.0, 0.0};
+  if (index < a.n_block_chunks + a.n_small_chunks) {
+    const NormChunk chunk = global(a.chunks)[index];
+    const void* const grad = a.grads[chunk.record];
+    if (grad != nullptr)
+      sums = small ? see<kScaled, kWarp>(grad, chunk, scale) : see<kScaled, kNormThreads>(grad, chunk, scale);
+  }
+  sums = warp_sums(sums);
+  if (thread % kWarp == 0) partial[warp] = sums;
+  __syncthreads();
+  if (warp != 0) return;
+  if (thread == 0) {
+#pragma unroll
+    for (int other = 1; other < kNormWarps; ++other) add(&sums, partial[other]);
   }
 
-  if (!last_of(a.done, gridDim.x, &is_last)) return;
-  ChunkSums sums{0.0, 0.0};
-  for (int i = thread; i < a.n_block_chunks + a.n_small_chunks; i += kThreads) {
-    sums.sum_of_squares += global(a.sums)[i].sum_of_squares;
-    sums.largest = maximum(sums.largest, global(a.sums)[i].largest);
-  }
-  sums = block_sums(sums, partial);
+  // The last block of a group adds up the group's sums, the last group those of the groups.
+  const int group = block / kNormGroup, n_groups = (a.n_blocks + kNormGroup - 1) / kNormGroup;
+  const int n = min(kNormGroup, a.n_blocks - group * kNormGroup);
+  ChunkSums* const group_sums = a.sums + a.n_blocks;
+  if (!leave(sums, a.sums + block, a.counters + 1 + group, n)) return;
+  sums = warp_sums(a.sums + group * kNormGroup, n);
+  if (!leave(sums, group_sums + group, a.counters, n_groups)) return;
+  sums = warp_sums(group_sums, n_groups);
   if (thread != 0) return;
   Norm norm = *global(a.norm);
-  norm.sum_of_squares = a.first ? sums.sum_of_squares : norm.sum_of_squares + sums.sum_of_squares;
-  norm.largest = a.first ? sums.largest : maximum(norm.largest, sums.largest);
+  if (!a.first) add(&sums, {norm.sum_of_squares, norm.largest});
+  norm.sum_of_squares = sums.sum_of_squares;
+  norm.largest = sums.largest;
   if (a.last) {
     const bool skipped = a.found_inf_before != nullptr && *global(a.found_inf_before) != 0.0f;
     finish_norm(norm, global(a.found_inf), a.limits, static_cast<double>(scale), skipped);
@@ -164,17 +203,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // The arguments of the launch for a segment; whether it is the first and the last one that has gradients.
 template <int kCapacity>
-void set_arguments(NormArguments<kCapacity>* a, const NormCall& call, const Table& table, size_t segment_index,
+void set_arguments(NormArguments<kCapacity>* a, const NormCall& call, const NormTable& table, size_t segment_index,
                    bool first, bool last) {
-  const Segment& segment = table.segments[segment_index];
-  char* const chunks = call.device_table + table.records.size() * sizeof(Record);
-  char* const counters = chunks + table.chunks.size() * sizeof(Chunk);
-  a->records = reinterpret_cast<const Record*>(call.device_table) + segment.first_record;
-  a->chunks = reinterpret_cast<const Chunk*>(chunks) + segment.first_chunk;
-  a->sums = call.sums + segment.first_chunk;
-  a->done = reinterpret_cast<uint32_t*>(counters) + segment_index;
+  const NormSegment& segment = table.segments[segment_index];
+  char* const sums = call.memory + table.chunks.size() * sizeof(NormChunk);
+  char* const counters = sums + table.n_sums * sizeof(ChunkSums);
+  a->chunks = reinterpret_cast<const NormChunk*>(call.memory) + segment.first_chunk;
+  a->sums = reinterpret_cast<ChunkSums*>(sums) + segment.first_sum;
+  a->counters = reinterpret_cast<uint32_t*>(counters) + segment.first_counter;
   a->n_block_chunks = static_cast<int32_t>(segment.n_block_chunks);
   a->n_small_chunks = static_cast<int32_t>(segment.n_small_chunks);
+  a->n_blocks = static_cast<int32_t>(norm_blocks(segment));
   a->grad_scale = call.grad_scale;
   a->found_inf_before = call.found_inf_before;
   a->found_inf = call.found_inf;
@@ -187,12 +226,12 @@ void set_arguments(NormArguments<kCapacity>* a, const NormCall& call, const Tabl
 
 // Calls launch(segment's index, first, last) for each segment of which a tensor takes part; returns how many there are.
 template <class Launch>
-int for_segments(const NormCall& call, const Table& table, Launch&& launch) {
-  Call as_step{};
-  as_step.grads = call.grads;
+int for_segments(const NormCall& call, const NormTable& table, Launch&& launch) {
   std::vector<size_t> active;
   for (size_t i = 0; i < table.segments.size(); ++i) {
-    if (takes_part(as_step, table.segments[i])) active.push_back(i);
+    const void* const* const grads = call.grads + table.segments[i].first_record;
+    if (std::any_of(grads, grads + table.segments[i].n_records, [](const void* grad) { return grad != nullptr; }))
+      active.push_back(i);
   }
   for (size_t i = 0; i < active.size(); ++i)
     launch(active[i], call.first && i == 0, call.last && i + 1 == active.size());

@@ -1,7 +1,8 @@
 // The reduction over gradients on CUDA: what Python's side calls. No CUDA types, so that plain C++ can include it.
 //
 // One launch for each plan (and 4,000 tensors). A launch adds to what those before it on the device have left; the last
-// one fills in what follows from the sums. The order of every sum is that of the chunks, which sizes alone decide.
+// one fills in what follows from the sums. The order of every sum is that of the chunks, which sizes and dtypes alone
+// decide.
 #pragma once
 
 #include "../norm.h"
@@ -9,13 +10,40 @@
 
 namespace fusedstep::cuda {
 
+// A slice of one gradient: the work of a block, or of a warp.
+struct NormChunk {
+  int64_t offset;
+  int32_t n;
+  uint16_t record;  // among those of its launch
+  Dtype dtype;
+};
+
+// What one launch covers: a block for each block chunk, then one for every few small chunks.
+struct NormSegment {
+  int64_t first_record, n_records;
+  int64_t first_chunk, n_block_chunks, n_small_chunks;
+  int64_t first_sum,
+      first_counter;  // a sum for each block and for each group of blocks; a counter for each group and 1
+};
+
 struct ChunkSums {
   double sum_of_squares, largest;
 };
 
+// The part of a plan that does not change from step to step.
+struct NormTable {
+  std::vector<Dtype> dtypes;  // of the gradients
+  std::vector<NormChunk> chunks;
+  std::vector<NormSegment> segments;
+  int64_t n_sums = 0, n_counters = 0;
+
+  // What the device memory starts as: chunks, sums, counters.
+  std::vector<char> bytes() const;
+};
+NormTable build_norm_table(const std::vector<Record>& records);
+
 struct NormCall {
-  char* device_table;             // a copy of the table's bytes(), 16-byte aligned
-  ChunkSums* sums;                // on the device, one for each chunk; they need no values
+  char* memory;                   // on the device, 16-byte aligned: what began as the table's bytes()
   const void* const* grads;       // one for each record; null: takes no part
   const float* grad_scale;        // on the device; null: gradients are not scaled
   const float* found_inf_before;  // on the device; the step is skipped if it is not 0; null: there was no check
@@ -28,6 +56,6 @@ struct NormCall {
 };
 
 // Queues the launches for a plan that has a gradient; returns their number. Throws as step() does.
-int add_to_norm(const NormCall& call, const Table& table);
+int add_to_norm(const NormCall& call, const NormTable& table);
 
 }  // namespace fusedstep::cuda

@@ -1,6 +1,8 @@
 // What every kernel uses: pointers, numbers of any dtype, gradients, teams of threads.
 #pragma once
 
+#include <type_traits>
+
 #include "engine.h"
 
 namespace fusedstep::cuda {
@@ -21,9 +23,12 @@ __device__ __forceinline__ S* global(S* pointer) {
 template <class T>
 struct GradChange {
   bool any, zero, write;  // the stored one is set to zero after it was read, or to what it was changed to
+  bool divides;           // by scale, or that is 1
   T scale, factor, sign;  // factor: the coefficient with the sign, which is 1 or -1
 
-  __device__ __forceinline__ T operator()(T grad) const { return any ? (grad / scale) * factor : grad; }
+  __device__ __forceinline__ T operator()(T grad) const {
+    return any ? (divides ? grad / scale : grad) * factor : grad;
+  }
 };
 
 // The same as it is known before the kernel runs.
@@ -39,6 +44,7 @@ struct GradsBecome {
     return {any,
             zero,
             write,
+            scale != nullptr,
             scale != nullptr ? static_cast<T>(*global(scale)) : T(1),
             coefficient != nullptr ? sign * static_cast<T>(*global(coefficient)) : sign,
             sign};
@@ -47,6 +53,16 @@ struct GradsBecome {
 
 inline GradsBecome grads_become(const Call& call) {
   return {call.grad_scale, call.coefficient, call.maximize, call.zero_grads, call.write_grads};
+}
+
+// Between what a thread (and whoever it has met at a barrier) has written and a counter that tells other blocks of it;
+// and between such a counter and what is then read.
+__device__ __forceinline__ void fence() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#else
+  __threadfence();
+#endif
 }
 
 // Where this thread stands among those that share a chunk: a block, or a warp.
@@ -60,6 +76,20 @@ struct Team {
       __syncthreads();
   }
 };
+
+// The largest of a warp's numbers, known to all of its lanes.
+__device__ __forceinline__ uint32_t warp_maximum(uint32_t mine) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, mine);
+#else
+#pragma unroll
+  for (unsigned lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, lanes);
+    mine = other > mine ? other : mine;
+  }
+  return mine;
+#endif
+}
 
 struct alignas(16) Vector {
   uint32_t words[4];
@@ -118,5 +148,19 @@ struct Pack {
     for (int v = 0; v < kVectors; ++v) target[v] = vectors[v];
   }
 };
+
+// The numbers of a pack as fp32 arithmetic has them: of bf16 one instruction each.
+template <int kN, class S>
+__device__ __forceinline__ void unpack(const Pack<kN, S>& pack, float* numbers) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    if constexpr (std::is_same_v<S, BF16>) {
+      const uint32_t both = pack.vectors[i / 8].words[i % 8 / 2];
+      numbers[i] = bit_cast<float>(i % 2 != 0 ? both & 0xffff0000u : both << 16);
+    } else {
+      numbers[i] = load<float>(pack.numbers[i]);
+    }
+  }
+}
 
 }  // namespace fusedstep::cuda

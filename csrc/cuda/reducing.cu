@@ -1,6 +1,4 @@
 // Launches of the kernels for rules that reduce.
-#include <algorithm>
-
 #include "reducing.cuh"
 #include "runtime.h"
 
@@ -12,10 +10,8 @@ int launch(const Call& call, const ReducingTable& table, char* work, size_t segm
   // 32 KB: built in place, once a step.
   static thread_local ReducingArguments a;
   set_arguments(&a, call, table, work, segment_index);
-  const int64_t resident = int64_t{kReducingBlocks} * multiprocessors(call.device);
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(a.n_items, resident));
-  return for_launches<Rule>([&](auto kernel) {
-    kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(a);
+  return for_launches<Rule>(&a, call, table, segment_index, [&](auto kernel, int blocks, const auto& arguments) {
+    kernel<<<blocks, kReducingThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(arguments);
     check(cudaGetLastError(), "launching a kernel of a rule that reduces");
   });
 }
@@ -26,8 +22,9 @@ int step(const Call& call, ReducingRuleId id, const ReducingTable& table, char* 
   const OnDevice on_device(call.device);
   int launches = 0;
   for (size_t i = 0; i < table.segments.size(); ++i) {
-    const Segment& segment = table.segments[i];
-    if (!takes_part(call, segment)) continue;
+    const void* const* const grads = call.grads + table.segments[i].first_record;
+    if (std::all_of(grads, grads + table.segments[i].n_records, [](const void* grad) { return grad == nullptr; }))
+      continue;
     launches += visit_reducing_rule(id, [&](auto rule) { return launch<decltype(rule)>(call, table, work, i); });
   }
   return launches;

@@ -1,14 +1,18 @@
-// The kernels for rules that reduce, generic over rules: persistent grids over items of all tensors of a group.
+// The kernels for rules that reduce, generic over rules and over how tensors are stored: a block for each item.
 //
 //   sums_kernel     squares of gradients by rows and columns, and of parameters. The last block to come to the end of a
-//                   block of rows, a group of strips, a matrix or a tensor finishes it: states, factors, totals
+//                   block of rows, of a strip of columns, a matrix or a tensor finishes it: states, factors, totals
 //   update_kernel   the sum of the squares of the update
 //   apply_kernel    the update itself
 //
-// Every sum has a fixed order that the shape alone decides: a block adds up its own item, and whoever happens to be the
-// last adds up what the others have left in memory.
+// Every sum has a fixed order that shape and dtypes alone decide: a block adds up its own item, and whoever happens to
+// be the last adds up what the others have left in memory. The first pass leaves a tensor's scalars, the second what
+// follows from its sums, for the later ones to read.
 //
-// Compiled for sm_80, sm_90 and sm_100 and run thread by thread on the host in the tests; it has never run on a GPU.
+// Each pass has kernels for the usual ways of storing (Kind), compiled for whether anything is done beside the update,
+// and one for all others, which takes tensors of the usual kinds too if their gradients are not aligned.
+//
+// Compiled for sm_80, sm_90 and sm_100 and run thread by thread on the host in the tests.
 #pragma once
 
 #include "reducing_sums.cuh"
@@ -16,15 +20,19 @@
 
 namespace fusedstep::cuda {
 
-// Of one capacity: a second set of kernels for few tensors would cost every build minutes.
+// For each multiprocessor: in pass 1 at most 128 registers a thread, which hold enough loads in flight.
+constexpr int kTallBlocks = 2, kLowBlocks = 4, kStateBlocks = 3, kBesideBlocks = 2;
+
+// Of one capacity: a second set of kernels for few tensors would cost every build time.
 struct ReducingArguments {
   const Record* records;
   const Partition* partitions;
-  const Item* items;
+  const Item* items;  // of the launch
+  int32_t last_block;
+  bool backwards;  // in the order of blocks
   uint32_t* counters;
-  uint32_t* done;  // blocks that have finished the last launch; the last one sets it back to zero
   char* work;
-  int32_t n_records, n_items;
+  bool unaligned_only;  // tensors whose gradients are aligned are another launch's
   const float* found_inf;
   GradsBecome grads_become;
   double average_weight;
@@ -32,165 +40,178 @@ struct ReducingArguments {
   const void* grads[kMaxTensorsPerLaunch];
 };
 
-// What every kernel does around its own work: goes through the items, and gives body<T>(place, scalars, shared) those
-// whose tensor takes part.
-template <class Rule, class Body>
-__device__ __forceinline__ void for_items(const ReducingArguments& a, Shared<Rule>& shared, Body&& body) {
-  const int thread = threadIdx.x;
-  constexpr int kHyper = sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]);
-  if (thread < kHyper) {
-    const Scalar& scalar = a.hyper[thread];
-    shared.hyper[thread] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
-  }
-  int prepared = -1;  // the record whose scalars are there
-  for (int i = blockIdx.x; i < a.n_items; i += gridDim.x) {
-    const Item& item = a.items[i];
-    const void* grad = a.grads[item.record];
-    if (grad == nullptr) continue;
-    const Record& record = a.records[item.record];
-    const Partition& p = a.partitions[item.record];
-    const bool twice = record.param_dtype == Dtype::kF64;
-    const bool fresh = item.record != prepared;
-    if (fresh) {
-      __syncthreads();  // hyper is there, and nobody needs the last tensor's scalars any more
-      if (thread == 0) {
-        const int64_t step = static_cast<int64_t>(*global(record.step)) + 1;
-        if (twice)
-          shared.scalars.twice = Rule::template prepare<double>(shared.hyper, step);
-        else
-          shared.scalars.single = Rule::template prepare<float>(shared.hyper, step);
-      }
-      __syncthreads();
-      prepared = item.record;
-    }
-    uint32_t* const counters = a.counters + p.counters;
-    if (twice)
-      body(Place<Rule, double>{record, p, item, grad, a.work, counters, a.grads_become.template change<double>()},
-           fresh);
-    else
-      body(Place<Rule, float>{record, p, item, grad, a.work, counters, a.grads_become.template change<float>()}, fresh);
-  }
-}
+// How the kernels for one kind have their tensors: param and grad as P, a state with a number for each element as S.
+template <class P, class S>
+struct Packed {
+  using Param = P;
+  using State = S;
+};
+struct AnyStored {};
 
 __device__ __forceinline__ bool is_skipped(const ReducingArguments& a) {
   return a.found_inf != nullptr && *global(a.found_inf) != 0.0f;  // the same for all blocks and launches
 }
 
-template <class Rule>
-__global__ void __launch_bounds__(kThreads, kReducingBlocks) sums_kernel(const __grid_constant__ ReducingArguments a) {
+__device__ __forceinline__ bool is_aligned(const void* address) {
+  return (reinterpret_cast<uint64_t>(address) & 15) == 0;
+}
+
+// A pass goes through the items from where the one before has ended, whose gradients are still in the cache.
+__device__ __forceinline__ int block_of(const ReducingArguments& a) {
+  return a.backwards ? a.last_block - static_cast<int>(blockIdx.x) : static_cast<int>(blockIdx.x);
+}
+
+// Gives body the place of this block's item, if its tensor takes part in this launch; an item may have several blocks.
+template <class Rule, class Stored, int kBlocksPerItem = 1, class Body>
+__device__ __forceinline__ void with_item(const ReducingArguments& a, Body&& body) {
+  const int block = block_of(a);
+  const Item item = global(a.items)[block / kBlocksPerItem];
+  const void* const grad = a.grads[item.record];
+  constexpr bool kAny = std::is_same_v<Stored, AnyStored>;
+  if (grad == nullptr || (kAny ? a.unaligned_only && is_aligned(grad) : !is_aligned(grad))) return;
+  const Record& record = global(a.records)[item.record];
+  const Partition& p = global(a.partitions)[item.record];
+  uint32_t* const counters = global(a.counters) + p.counters;
+  if constexpr (kAny) {
+    if (record.param_dtype == Dtype::kF64) return body(Place<Rule, double>{record, p, item, grad, a.work, counters});
+  }
+  body(Place<Rule, float>{record, p, item, grad, a.work, counters});
+}
+
+// The scalars of this step, known to all threads of the block.
+template <class Rule, class T>
+__device__ __noinline__ void prepare(const ReducingArguments& a, const float* step_counter, Shared<Rule>* shared) {
+  constexpr int kHyper = sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]);
+  const int thread = threadIdx.x;
+  if (thread < kHyper) {
+    const Scalar& scalar = a.hyper[thread];
+    shared->hyper[thread] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
+  }
+  __syncthreads();
+  if (thread == 0) {
+    const int64_t step = count_of(*global(step_counter)) + 1;
+    pick<T>(shared->scalars) = Rule::template prepare<T>(shared->hyper, step);
+  }
+  __syncthreads();
+}
+
+template <class Rule, class Stored, class Change>
+__global__ void __launch_bounds__(kReducingThreads, kTallBlocks)
+    sums_kernel(const __grid_constant__ ReducingArguments a) {
   __shared__ Shared<Rule> shared;
-  __shared__ double stage[kStrip * kWarps];
   if (is_skipped(a)) return;
-  for_items<Rule>(a, shared, [&](const auto& place, bool) {
-    using T = decltype(place.change.sign);
-    const auto& s = pick<T>(shared.scalars);
-    if (place.p.cut == Cut::kTiles) {
-      sum_tile<Rule, T>(place, s, reinterpret_cast<T*>(stage));
-      finish_tile<Rule, T>(place, s, shared.partial, &shared.is_last);
-    } else if (place.p.cut == Cut::kSmall) {
-      sum_small<Rule, T>(place, s);
-    }
-    if constexpr (Rule::kParamSum) {
-      const double mine = sum_param<T>(place.record, place.p, place.item);
-      const bool is_last = add_to_total<Rule, T>(place, 0, mine, &shared);
-      if constexpr (constexpr int kState = kPlace<Rule, Span::kTensor>; kState >= 0) {
-        const double total = place.template at<double>(place.p.totals)[0];
-        if (is_last && threadIdx.x == 0)
-          store_any(place.record.states[kState], place.record.state_dtypes[kState], 0,
-                    static_cast<T>(root_mean(total, place.record.numel)));
+  with_item<Rule, Stored>(a, [&](const auto& place) {
+    using T = typename std::decay_t<decltype(place)>::Number;
+    bool prepared = false;
+    const auto prepare_once = [&] {
+      if (!prepared) prepare<Rule, T>(a, place.record.step, &shared);
+      prepared = true;
+    };
+    auto& s = pick<T>(shared.scalars);
+    double of_params = 0.0;
+    if constexpr (std::is_same_v<Stored, AnyStored>) {
+      __shared__ double stage[kMostPack * kReducingThreads];
+      prepare_once();
+      const auto change = a.grads_become.template change<T>();
+      if (place.p.cut == Cut::kTiles) {
+        of_params = sum_tile_any<Rule, T>(place, change, s, reinterpret_cast<T*>(stage));
+      } else {
+        if (place.p.cut == Cut::kSmall) sum_small<Rule, T>(place, change, s);
+        if constexpr (Rule::kParamSum) of_params = sum_param(place);
       }
+    } else {
+      using S = typename Stored::Param;
+      __shared__ float stage[kVector<S> * kReducingThreads];
+      if constexpr (Rule::kSquareTakesScalars) prepare_once();
+      of_params = sum_tile<Rule, S>(place, Change(a.grads_become), s, stage);
     }
+    finish_item<Rule, T>(place, of_params, &shared, prepare_once);
   });
 }
 
-template <class Rule>
-__global__ void __launch_bounds__(kThreads, kReducingBlocks)
+template <class Rule, class Stored, class Change>
+__global__ void __launch_bounds__(kReducingThreads, kLowBlocks)
     update_kernel(const __grid_constant__ ReducingArguments a) {
   __shared__ Shared<Rule> shared;
   if (is_skipped(a)) return;
-  for_items<Rule>(a, shared, [&](const auto& place, bool) {
-    using T = decltype(place.change.sign);
-    add_to_total<Rule, T>(place, 1, square_item<Rule, T>(place, pick<T>(shared.scalars)), &shared);
+  with_item<Rule, Stored>(a, [&](const auto& place) {
+    using T = typename std::decay_t<decltype(place)>::Number;
+    double of_update;
+    if constexpr (std::is_same_v<Stored, AnyStored>)
+      of_update = square_any<Rule, T>(place, a.grads_become.template change<T>());
+    else
+      of_update = square_tile<Rule, typename Stored::Param>(place, Change(a.grads_become));
+    finish_update<Rule, T>(place, of_update, &shared);
   });
-}
-
-// Calls body(begin, n) for each run of neighbours among an item's elements.
-template <class Body>
-__device__ __forceinline__ void for_runs(const Partition& p, const Item& item, Body&& body) {
-  const int64_t matrix = item.matrix * p.rows * p.columns;
-  if (p.cut == Cut::kFlat) {
-    body(int64_t{item.column}, int64_t{item.n_columns});
-  } else if (p.cut == Cut::kSmall) {
-    body(matrix, item.n_rows * p.rows * p.columns);
-  } else {
-    for (int row = 0; row < item.n_rows; ++row)
-      body(matrix + (item.row + row) * p.columns + item.column, int64_t{item.n_columns});
-  }
 }
 
 // What is left of a step that is skipped.
-__device__ __noinline__ void zero_grads(const ReducingArguments& a) {
-  for (int i = blockIdx.x; i < a.n_items; i += gridDim.x) {
-    const Item& item = a.items[i];
-    void* const grad = const_cast<void*>(a.grads[item.record]);
-    if (grad == nullptr) continue;
-    const Dtype dtype = a.records[item.record].grad_dtype;
-    for_runs(a.partitions[item.record], item, [&](int64_t begin, int64_t n) {
-      for (int64_t i = begin + threadIdx.x; i < begin + n; i += kThreads) store_any(grad, dtype, i, 0.0f);
-    });
+template <class Rule, class T>
+__device__ __forceinline__ void zero_grads(const Place<Rule, T>& place) {
+  const Partition& p = place.p;
+  const Item& item = place.item;
+  void* const grad = const_cast<void*>(place.grad);
+  const bool tiles = p.cut == Cut::kTiles;
+  const int64_t matrix = item.matrix * p.rows * p.columns,
+                n = p.cut == Cut::kSmall ? item.n_rows * p.rows * p.columns : int64_t{item.n_columns};
+  for (int row = 0; row < (tiles ? item.n_rows : 1); ++row) {
+    const int64_t begin = matrix + (item.row + row) * p.columns + item.column;
+    for (int64_t i = begin + threadIdx.x; i < begin + n; i += kReducingThreads)
+      store_any(grad, place.record.grad_dtype, i, 0.0f);
   }
 }
 
-template <class Rule>
-__global__ void __launch_bounds__(kThreads, kReducingBlocks) apply_kernel(const __grid_constant__ ReducingArguments a) {
-  __shared__ Shared<Rule> shared;
-  if (is_skipped(a)) {
-    if (a.grads_become.zero) zero_grads(a);
-    return;
-  }
-  for_items<Rule>(a, shared, [&](const auto& place, bool fresh) {
-    using T = decltype(place.change.sign);
-    const auto& s = pick<T>(shared.scalars);
-    auto& f = pick<T>(shared.finish);
-    if (fresh) {
-      if (threadIdx.x == 0) {
-        const double* const totals = place.template at<double>(place.p.totals);
-        const int64_t n = place.record.numel;
-        f = Rule::finish(s, Rule::kParamSum ? root_mean(totals[0], n) : 0.0,
-                         Rule::kUpdateSum ? root_mean(totals[1], n) : 0.0);
-      }
-      __syncthreads();
+template <class Rule, class Stored, class Does>
+__global__ void __launch_bounds__(kReducingThreads, std::is_same_v<Does, Beside> ? kBesideBlocks
+                                                    : kElementState<Rule> < 0    ? kLowBlocks
+                                                                                 : kStateBlocks)
+    apply_kernel(const __grid_constant__ ReducingArguments a) {
+  constexpr bool kAny = std::is_same_v<Stored, AnyStored>;
+  const bool skipped = is_skipped(a);
+  if (skipped && !a.grads_become.zero) return;
+  constexpr int kBlocksPerItem = kAny ? 1 : kApplyBlocksPerItem<Rule>;
+  with_item<Rule, Stored, kBlocksPerItem>(a, [&](const auto& place) {
+    using T = typename std::decay_t<decltype(place)>::Number;
+    const int part = block_of(a) % kBlocksPerItem;
+    const bool first = part == 0;
+    if constexpr (kAny || std::is_same_v<Does, Beside>) {
+      if (skipped) return first ? zero_grads(place) : void();
     }
-    apply_item<Rule, T>(place, s, f);
-    if (place.record.has_followers()) {
-      __syncthreads();  // another thread may have written what this one reads
-      for_runs(place.p, place.item, [&](int64_t begin, int64_t n) {
-        follow_any(place.record, begin, n, Team{static_cast<int>(threadIdx.x), kThreads}, a.average_weight);
-      });
-    }
+    if constexpr (kAny)
+      apply_any<Rule, T>(place, a.grads_become.template change<T>(), static_cast<T>(a.average_weight));
+    else
+      apply_tile<Rule, typename Stored::Param, typename Stored::State>(place, part,
+                                                                       Does(a.grads_become, a.average_weight));
+    // The passes before have read it.
+    if (first && place.item.index == 0 && threadIdx.x == 0) *global(place.record.step) = next_counter(*global(place.record.step));
   });
-  // The last block to come here advances the step counters: by then every block has read those that it needed.
-  if (!last_of(a.done, gridDim.x, &shared.is_last)) return;
-  for (int i = threadIdx.x; i < a.n_records; i += kThreads) {
-    if (a.grads[i] != nullptr) *global(a.records[i].step) += 1.0f;
-  }
 }
 
-// The arguments of all launches of a segment.
+// The rule whose first two passes a rule has: a momentum takes no part in them.
+template <class Rule>
+struct FirstPasses {
+  using type = Rule;
+};
+template <>
+struct FirstPasses<Adafactor<true>> {
+  using type = Adafactor<false>;
+};
+template <Span kLine>
+struct FirstPasses<AmosOfLines<kLine, true>> {
+  using type = AmosOfLines<kLine, false>;
+};
+
+// The arguments of all launches of a segment, but for the items.
 inline void set_arguments(ReducingArguments* a, const Call& call, const ReducingTable& table, char* work,
                           size_t segment_index) {
-  const Segment& segment = table.segments[segment_index];
+  const ReducingSegment& segment = table.segments[segment_index];
   char* const partitions = call.device_table + table.records.size() * sizeof(Record);
   char* const items = partitions + table.partitions.size() * sizeof(Partition);
-  auto* const counters = reinterpret_cast<uint32_t*>(items + table.items.size() * sizeof(Item));
   a->records = reinterpret_cast<const Record*>(call.device_table) + segment.first_record;
   a->partitions = reinterpret_cast<const Partition*>(partitions) + segment.first_record;
-  a->items = reinterpret_cast<const Item*>(items) + segment.first_chunk;
-  a->counters = counters;
-  a->done = counters + segment_index;
+  a->items = reinterpret_cast<const Item*>(items);
+  a->counters = reinterpret_cast<uint32_t*>(items + table.items.size() * sizeof(Item));
   a->work = work;
-  a->n_records = static_cast<int32_t>(segment.n_records);
-  a->n_items = static_cast<int32_t>(segment.n_block_chunks);
   a->found_inf = call.found_inf;
   a->grads_become = grads_become(call);
   a->average_weight = call.average_weight;
@@ -198,13 +219,66 @@ inline void set_arguments(ReducingArguments* a, const Call& call, const Reducing
   for (int64_t i = 0; i < segment.n_records; ++i) a->grads[i] = call.grads[segment.first_record + i];
 }
 
-// Calls launch(kernel) for each kernel of a step; returns how many there are.
+// Calls launch(kernel, n_blocks, arguments) for each kernel of a step of a segment; returns how many there are.
 template <class Rule, class Launch>
-int for_launches(Launch&& launch) {
-  launch(sums_kernel<Rule>);
-  if constexpr (Rule::kUpdateSum) launch(update_kernel<Rule>);
-  launch(apply_kernel<Rule>);
-  return Rule::kUpdateSum ? 3 : 2;
+int for_launches(ReducingArguments* a, const Call& call, const ReducingTable& table, size_t segment_index,
+                 Launch&& launch) {
+  const ReducingSegment& segment = table.segments[segment_index];
+  using First = typename FirstPasses<Rule>::type;
+  constexpr bool kHasState = kElementState<Rule> >= 0;
+  const bool changed = call.maximize || call.grad_scale != nullptr || call.coefficient != nullptr;
+  bool unaligned[kKinds] = {};
+  for (int64_t i = 0; i < segment.n_records; ++i) {
+    if ((reinterpret_cast<uintptr_t>(a->grads[i]) & 15) != 0)
+      unaligned[static_cast<int>(table.kinds[segment.first_record + i])] = true;
+  }
+  const Item* const all = a->items;
+  a->backwards = false;
+  int launches = 0;
+  const auto pass = [&](const Span32* spans, int blocks_per_item, const auto& kernel_of) {
+    for (int kind = 0; kind < kKinds; ++kind) {
+      for (const bool any : {false, true}) {
+        const bool is_any = kind == static_cast<int>(Kind::kAny);
+        if (spans[kind].n == 0 || (any ? !is_any && !unaligned[kind] : is_any)) continue;
+        a->items = all + spans[kind].first;
+        a->unaligned_only = any && !is_any;
+        const int blocks = spans[kind].n * (any ? 1 : blocks_per_item);
+        a->last_block = blocks - 1;
+        launch(kernel_of(any ? Kind::kAny : static_cast<Kind>(kind), segment.followed[kind]), blocks, *a);
+        ++launches;
+      }
+    }
+    a->items = all;
+    a->backwards = !a->backwards;
+  };
+  using F32 = Packed<float, float>;
+  using B16 = Packed<BF16, float>;
+  pass(segment.tall, 1, [&](Kind kind, bool) {
+    if (kind == Kind::kAny) return sums_kernel<First, AnyStored, Changes>;
+    if (kind == Kind::kF32) return changed ? sums_kernel<First, F32, Changes> : sums_kernel<First, F32, Unchanged>;
+    return changed ? sums_kernel<First, B16, Changes> : sums_kernel<First, B16, Unchanged>;
+  });
+  if constexpr (Rule::kUpdateSum) {
+    pass(segment.low, 1, [&](Kind kind, bool) {
+      if (kind == Kind::kAny) return update_kernel<First, AnyStored, Changes>;
+      if (kind == Kind::kF32)
+        return changed ? update_kernel<First, F32, Changes> : update_kernel<First, F32, Unchanged>;
+      return changed ? update_kernel<First, B16, Changes> : update_kernel<First, B16, Unchanged>;
+    });
+  }
+  pass(segment.low, kApplyBlocksPerItem<Rule>, [&](Kind kind, bool followed) {
+    const bool more = changed || call.zero_grads || call.write_grads || followed;
+    if (kind == Kind::kAny) return apply_kernel<Rule, AnyStored, Beside>;
+    if (kind == Kind::kF32) return more ? apply_kernel<Rule, F32, Beside> : apply_kernel<Rule, F32, NothingBeside>;
+    if constexpr (kHasState) {
+      if (kind == Kind::kBF16WithBF16State) {
+        using Narrow = Packed<BF16, BF16>;
+        return more ? apply_kernel<Rule, Narrow, Beside> : apply_kernel<Rule, Narrow, NothingBeside>;
+      }
+    }
+    return more ? apply_kernel<Rule, B16, Beside> : apply_kernel<Rule, B16, NothingBeside>;
+  });
+  return launches;
 }
 
 }  // namespace fusedstep::cuda

@@ -1,41 +1,45 @@
 // The CUDA engine for rules that reduce: what Python's side calls. No CUDA types, so that plain C++ can include it.
 //
-// A step is up to three launches over the same items: sums of squares, sum of the squares of the update, apply. How a
-// tensor is cut into items, and with it the order of every sum, depends on its own shape alone.
+// A step is up to three passes: sums of squares, sum of the squares of the update, apply; a launch each for every way
+// of storing that occurs in a group. How a tensor is cut into items, and with it the order of every sum, depends on its
+// own shape and dtypes alone.
 #pragma once
 
 #include "engine.h"
 
 namespace fusedstep::cuda {
 
-// How a tensor is cut into items, each the work of one block at a time.
+// How a tensor is cut into items, each the work of one block.
 enum class Cut : int32_t {
   kFlat,   // runs of elements
   kSmall,  // several whole matrices each, for a warp or a thread every one
-  kTiles,  // rows of one matrix, all columns of it or some strips
+  kTiles,  // rows of one matrix, all columns of it or a strip
 };
 
-// The most columns that a warp sums at a time: what its threads' registers hold.
-constexpr int kStrip = 512;
-
 // What the kernels need to know of a tensor beside its record. Partial sums and factors lie in the work memory, at
-// offsets in bytes; they are doubles where the parameter is, else floats.
+// offsets in bytes; they are doubles where the parameter is, else floats, unless another type is named.
 struct Partition {
   int64_t batch, rows, columns;
   int64_t row_factors, column_factors;  // of each line, kFactors numbers
-  int64_t row_sums;                     // [batch][rows][n_strips]
+  int64_t row_sums;                     // [batch][rows][n_parts]
   int64_t column_sums;                  // [batch][n_row_blocks][columns]
+  int64_t band_sums;                    // [batch][n_bands][columns], doubles
   int64_t state_sums;                   // [batch][n_row_blocks], doubles: of the rows' first states
   int64_t matrix_factors;               // [batch]
-  int64_t sums;                         // [2][n_items], doubles: squares of the parameter, and of the update
+  int64_t sums;                         // doubles: squares of the parameter [n_tall], of the update [n_low]
   int64_t totals;                       // [2], doubles
+  int64_t prepared;                     // kPreparedBytes: the rule's scalars
+  int64_t finished;                     // kFinishedBytes: what follows from the totals
   int64_t counters;                     // index of the first one
-  int32_t n_items, n_row_blocks, n_strips, n_groups;
+  int32_t n_tall, n_low;                // items of pass 1, and of passes 2 and 3
+  int32_t n_row_blocks, n_strips;       // kTiles: tall items of a matrix, down and across
+  int32_t n_bands;                      // of kBand blocks of rows
+  int32_t n_parts;                      // of a row, of which a warp sums each
   Cut cut;
-  int32_t strip;         // columns of a strip
-  int32_t item_rows;     // kTiles: rows of an item
-  int32_t item_columns;  // kTiles: columns of an item, a multiple of `strip`
-  int32_t team;          // kSmall: threads for each matrix
+  int32_t pack;                 // kTiles: neighbours in a row that a thread takes
+  int32_t lanes;                // kTiles: threads that take a row of an item, a power of two
+  int32_t tall_rows, low_rows;  // kTiles: of an item
+  int32_t team;                 // kSmall: threads for each matrix
 };
 
 struct Item {
@@ -47,19 +51,42 @@ struct Item {
   int32_t index;   // among those of its tensor
 };
 
+// How a tensor is stored, as far as there are kernels for it. All but the first are tiles whose rows are whole 16-byte
+// vectors, of a gradient like the parameter; a state with a number for each element is fp32 unless another is named.
+enum class Kind : int32_t { kAny, kF32, kBF16, kBF16WithBF16State, kCount };
+constexpr int kKinds = static_cast<int>(Kind::kCount);
+
+struct Span32 {
+  int32_t first, n;
+};
+struct ReducingSegment {
+  int64_t first_record, n_records;
+  Span32 tall[kKinds], low[kKinds];  // items of each kind
+  bool followed[kKinds];             // whether a tensor has an average or a copy
+};
+
+// What a table needs to know of a rule.
+struct ReducingTraits {
+  LineFactors factors;
+  int element_state;  // the place of the state that has a number for each element; -1: there is none
+};
+template <class Rule>
+constexpr ReducingTraits kReducingTraits = {kLineFactors<Rule>, kPlace<Rule, Span::kElement>};
+
 // The part of a plan that does not change from step to step.
 struct ReducingTable {
   std::vector<Record> records;
   std::vector<Partition> partitions;
+  std::vector<Kind> kinds;
   std::vector<Item> items;
-  std::vector<Segment> segments;  // their block chunks are items
+  std::vector<ReducingSegment> segments;
   int64_t n_counters = 0;
   int64_t work_bytes = 0;  // of device memory that needs no values, 16-byte aligned
 
-  std::vector<char> bytes() const;  // records, partitions, items, zeroed counters (first one for each segment)
+  std::vector<char> bytes() const;  // records, partitions, items, zeroed counters
 };
 ReducingTable build_reducing_table(const std::vector<Record>& records, const std::vector<Matrices>& matrices,
-                                   LineFactors factors);
+                                   const ReducingTraits& traits);
 
 // Queues the update; returns the number of launches. `work` is table.work_bytes of device memory. Throws
 // std::runtime_error with CUDA's own words.

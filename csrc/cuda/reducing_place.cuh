@@ -1,15 +1,13 @@
-// What the kernels of rules that reduce share: where the numbers of a tensor are, sums over a block, lines.
+// What the kernels of rules that reduce share: where the numbers of a tensor are, sums over a block, lines, tiles.
 #pragma once
 
-#include "followers.cuh"
+#include "parts.cuh"
 #include "reducing.h"
+#include "reducing_tuning.h"
 
 namespace fusedstep::cuda {
 
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kPerLane = kStrip / kWarp;  // columns of a strip that a thread has
-// For each multiprocessor: at most 128 registers a thread, which hold enough loads in flight.
-constexpr int kReducingBlocks = 2;
+constexpr int kReducingWarps = kReducingThreads / kWarp;
 
 // What a block shares. One kernel has one.
 template <class Rule>
@@ -18,15 +16,11 @@ struct Shared {
     typename Rule::template Scalars<float> single;
     typename Rule::template Scalars<double> twice;
   };
-  union Finish {
-    typename Rule::template Finish<float> single;
-    typename Rule::template Finish<double> twice;
-  };
-  double hyper[kMaxHyper];
-  double partial[kWarps];
   Scalars scalars;
-  Finish finish;
-  bool is_last;
+  double hyper[kMaxHyper];
+  double partial[kReducingWarps];
+  uint32_t flags[4];
+  static_assert(sizeof(Scalars) <= kPreparedBytes, "what a tensor has room for");
 };
 
 template <class T, class Both>
@@ -40,21 +34,24 @@ __device__ __forceinline__ auto& pick(Both& both) {
 // A tensor in one call: where everything is.
 template <class Rule, class T>
 struct Place {
+  using Number = T;
   const Record& record;
   const Partition& p;
   const Item& item;
   const void* grad;
   char* work;
   uint32_t* counters;  // the tensor's own
-  GradChange<T> change;
 
   template <class N>
   __device__ __forceinline__ N* at(int64_t offset) const {
     return global(reinterpret_cast<N*>(work + offset));
   }
-  __device__ __forceinline__ double* sums(int which) const { return at<double>(p.sums) + int64_t{which} * p.n_items; }
-  __device__ __forceinline__ int32_t row_block() const { return static_cast<int32_t>(item.row / p.item_rows); }
-  __device__ __forceinline__ int32_t group() const { return static_cast<int32_t>(item.column / p.item_columns); }
+  __device__ __forceinline__ double* sums(int which) const {
+    return at<double>(p.sums) + (which == 0 ? 0 : int64_t{p.n_tall});
+  }
+  // The rule's scalars as the first pass has left them.
+  __device__ __forceinline__ auto prepared() const { return at<typename Rule::template Scalars<T>>(p.prepared); }
+  __device__ __forceinline__ auto finished() const { return at<typename Rule::template Finish<T>>(p.finished); }
 };
 
 // The places of a rule's states of one span, four bits each, because device code reads no arrays of the host's.
@@ -69,81 +66,120 @@ __device__ __forceinline__ constexpr int line_state(int n) {
   return kPlaces<Rule, span> >> 4 * n & 15;
 }
 
+// The sum over neighbouring lanes, a power of two of them, known to all of them. Always in the same order.
+template <class T>
+__device__ __forceinline__ T sum_lanes(T value, int lanes) {
+  if (lanes >= kWarp) {
+#pragma unroll
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(0xffffffffu, value, apart);
+  } else {
+    for (int apart = lanes / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(0xffffffffu, value, apart);
+  }
+  return value;
+}
+
 // The sum over a block's threads, known to all of them. Always in the same order.
 __device__ __forceinline__ double block_sum(double value, double* partial) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  value = sum_lanes(value, kWarp);
   __syncthreads();  // the last sum has been read
   if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
   __syncthreads();
   double sum = 0.0;
 #pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp];
+  for (int warp = 0; warp < kReducingWarps; ++warp) sum += partial[warp];
   return sum;
 }
 
-// Whether this block is the last of n to come here; then it sees what the others have written. The counter is zero
-// again afterwards.
-__device__ __forceinline__ bool last_of(uint32_t* counter, int64_t n, bool* is_last) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const uint32_t last = static_cast<uint32_t>(n - 1);
-    *is_last = atomicInc(counter, last) == last;
-  }
-  __syncthreads();
-  const bool last = *is_last;
-  if (last) __threadfence();
-  return last;
+// One more of n has come to this counter: whether it was the last. Then the counter is zero again.
+__device__ __forceinline__ bool count(uint32_t* counter, int64_t n) {
+  return n == 1 || atomicInc(counter, static_cast<uint32_t>(n - 1)) == static_cast<uint32_t>(n - 1);
 }
 
-// How a warp goes through rows of a strip or tile: `lanes` threads to a row. Each takes kN columns from `column` on,
-// and again every kWarp * kN columns; a row that needs less than a warp has no such columns.
-struct Lanes {
-  int lanes, rows;  // threads for a row, rows at once
-  int row, column;  // this thread's
-
-  __device__ __forceinline__ Lanes(int64_t columns, int kN) {
-    lanes = kWarp;
-    while (lanes > 1 && int64_t{lanes / 2} * kN >= columns) lanes /= 2;
-    rows = kWarp / lanes;
-    row = threadIdx.x % kWarp / lanes;
-    column = threadIdx.x % kWarp % lanes * kN;
+// Whether this block is the last of n to come here; then it sees what the others have written.
+__device__ __forceinline__ bool last_of(uint32_t* counter, int64_t n, uint32_t* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    fence();
+    *flag = count(counter, n);
   }
-};
-
-// How many numbers make 16 bytes.
-template <class S>
-constexpr int kVector = 16 / static_cast<int>(sizeof(S));
+  __syncthreads();
+  const bool last = *flag != 0;
+  if (last) fence();
+  return last;
+}
 
 __device__ __forceinline__ double root_mean(double sum, int64_t n) {
   return square_root(sum / static_cast<double>(n));
 }
 
-// How many neighbours in a row a thread takes of a tensor's tiles. It decides the order of sums, and must not depend on
-// where the numbers lie.
-template <class T>
-__device__ __forceinline__ int pack_of(Dtype dtype, const Partition& p) {
-  if (sizeof(T) == 8 || dtype == Dtype::kF64) return 1;
-  const int n = dtype == Dtype::kF32 ? kVector<float> : kVector<BF16>;
-  return p.columns % n == 0 ? n : 1;
-}
+// How many numbers make 16 bytes.
+template <class S>
+constexpr int kVector = 16 / static_cast<int>(sizeof(S));
 
-// Calls visitor(S{}) if numbers of this dtype are read as packs of S, in fp32 arithmetic; false if they are not.
-template <class T, class Visitor>
-__device__ __forceinline__ bool visit_packed(const void* data, Dtype dtype, const Partition& p, Visitor&& visitor) {
-  if constexpr (sizeof(T) == 4) {
-    if (p.cut != Cut::kTiles || pack_of<T>(dtype, p) == 1 || (reinterpret_cast<uint64_t>(data) & 15) != 0) return false;
-    if (dtype == Dtype::kF32)
-      visitor(float{});
-    else if (dtype == Dtype::kBF16)
-      visitor(BF16{});
-    else
-      visitor(F16{});
-    return true;
+// Where this thread stands in an item of tiles: `lanes` threads take a row, kReducingThreads / lanes rows at a time.
+struct Tile {
+  int lanes, lane;  // threads of a row, and this one among them
+  int rows_at_once, row;
+  int64_t column;  // the first one of this thread
+  bool inside;     // whether there is such a column
+
+  __device__ __forceinline__ Tile(const Partition& p, const Item& item, int pack) {
+    const int thread = threadIdx.x, shift = 31 - __clz(p.lanes);
+    lanes = p.lanes;
+    lane = thread & (lanes - 1);
+    rows_at_once = kReducingThreads >> shift;
+    row = thread >> shift;
+    column = item.column + lane * pack;
+    inside = column < p.columns;
   }
-  return false;
-}
+};
+
+// The rows of a tile that one thread has. Their distance in bytes has 32 bits: one instruction makes an address of it.
+template <class S>
+struct Rows {
+  S* first;
+  uint32_t apart;
+
+  __device__ __forceinline__ Rows(void* array, int64_t begin, int64_t stride)
+      : first(global(static_cast<S*>(array) + begin)), apart(static_cast<uint32_t>(stride * sizeof(S))) {}
+  __device__ __forceinline__ S* operator[](int k) const {
+    return reinterpret_cast<S*>(reinterpret_cast<char*>(first) + uint64_t{static_cast<uint32_t>(k)} * apart);
+  }
+};
+
+// What the numbers of a gradient become, where all are divided by the same scale: exactly so.
+struct Changes {
+  float scale, inverse, factor, sign;
+  bool exact;  // the inverse is: scale is a power of two
+
+  __device__ __forceinline__ explicit Changes(const GradsBecome& become) {
+    const auto change = become.template change<float>();
+    const uint32_t bits = bit_cast<uint32_t>(change.scale), exponent = bits >> 23;
+    scale = change.scale;
+    factor = change.factor;
+    sign = change.sign;
+    exact = (bits & 0x807fffffu) == 0 && exponent >= 1 && exponent <= 253;
+    inverse = bit_cast<float>((254u - exponent) << 23);
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void operator()(float* grads) const {
+    if (exact) {
+#pragma unroll
+      for (int i = 0; i < kN; ++i) grads[i] = grads[i] * inverse;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kN; ++i) grads[i] = grads[i] / scale;
+    }
+#pragma unroll
+    for (int i = 0; i < kN; ++i) grads[i] = grads[i] * factor;
+  }
+};
+struct Unchanged {
+  __device__ __forceinline__ explicit Unchanged(const GradsBecome&) {}
+  template <int kN>
+  __device__ __forceinline__ void operator()(float*) const {}
+};
 
 template <class Rule, class T, Span span>
 __device__ __forceinline__ void load_line(const Record& record, int64_t line, T* states) {
@@ -164,20 +200,6 @@ __device__ __forceinline__ T finish_line(const Record& record, int64_t line, T m
     store_any(record.states[line_state<Rule, span>(n)], record.state_dtypes[line_state<Rule, span>(n)], line,
               states[n]);
   return states[0];
-}
-
-// Adds up an item's number into the tensor's total; true for all threads of the block that has done so.
-template <class Rule, class T>
-__device__ __forceinline__ bool add_to_total(const Place<Rule, T>& place, int which, double mine,
-                                             Shared<Rule>* shared) {
-  mine = block_sum(mine, shared->partial);
-  if (threadIdx.x == 0) place.sums(which)[place.item.index] = mine;
-  if (!last_of(place.counters + which, place.p.n_items, &shared->is_last)) return false;
-  double sum = 0.0;
-  for (int i = threadIdx.x; i < place.p.n_items; i += kThreads) sum += place.sums(which)[i];
-  sum = block_sum(sum, shared->partial);
-  if (threadIdx.x == 0) place.template at<double>(place.p.totals)[which] = sum;
-  return true;
 }
 
 }  // namespace fusedstep::cuda

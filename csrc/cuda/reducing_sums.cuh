@@ -1,201 +1,333 @@
 // Pass 1 of a rule that reduces: squares of gradients by rows and columns, squares of parameters; and what follows from
 // them: states, factors, totals.
+//
+// A tile has one vector of columns for each thread of a row, and up to 64 rows for each thread. A thread sums its
+// columns in a register each, a warp its part of a row by shuffles.
 #pragma once
 
 #include "reducing_place.cuh"
 
 namespace fusedstep::cuda {
 
-// The sums that a block's warps have for the columns of a strip, each in its part of `stage`: together.
+// The parts of a row's sum that this thread's warp has, for kAhead rows from `row` on.
 template <class Rule, class T>
-__device__ __forceinline__ void add_columns(const Place<Rule, T>& place, int64_t first_column, int width,
-                                            const Lanes& to, const T* stage) {
-  __syncthreads();
+__device__ __forceinline__ void leave_rows(const Place<Rule, T>& place, const Tile& tile, int row, const T* sums) {
   const Partition& p = place.p;
-  const int sums = kWarps * to.rows, room = kStrip / to.rows;
-  T* const column_sums = place.template at<T>(p.column_sums) +
-                         (place.item.matrix * p.n_row_blocks + place.row_block()) * p.columns + first_column;
-  for (int column = threadIdx.x; column < width; column += kThreads) {
-    T sum{};
-    for (int i = 0; i < sums; ++i) sum += stage[i * room + column];
+  const Item& item = place.item;
+  const int64_t first_row = item.matrix * p.rows + item.row;
+  const int lane = threadIdx.x % kWarp;
+  if (tile.lanes >= kWarp) {
+    const int64_t part = (item.column / p.pack + tile.lane) / kWarp;
+    T mine{};
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const T sum = sum_lanes(sums[k], kWarp);
+      if (lane == k) mine = sum;
+    }
+    row += lane * tile.rows_at_once;
+    if (lane < kAhead && row < item.n_rows && part < p.n_parts)
+      place.template at<T>(p.row_sums)[(first_row + row) * p.n_parts + part] = mine;
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < kAhead; ++k) {
+      T mine{};
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) mine = i == k ? sums[i] : mine;
+      mine = sum_lanes(mine, tile.lanes);
+      const int to = row + k * tile.rows_at_once;
+      if (tile.lane == 0 && to < item.n_rows) place.template at<T>(p.row_sums)[first_row + to] = mine;
+    }
+  }
+}
+
+// The sums of an item's columns, of which each thread has some for its rows; `stage` has room for all of them.
+template <int kPack, class Rule, class T>
+__device__ __forceinline__ void leave_columns(const Place<Rule, T>& place, const Tile& tile, const T* sums, T* stage) {
+  const Partition& p = place.p;
+  const Item& item = place.item;
+  const int pack = p.pack, strip = tile.lanes * pack;
+  const int64_t block = item.matrix * p.n_row_blocks + item.row / p.tall_rows;
+  T* const column_sums = place.template at<T>(p.column_sums) + block * p.columns + item.column;
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    if (i < pack) stage[tile.row * strip + tile.lane * pack + i] = sums[i];
+  }
+  __syncthreads();
+  for (int column = threadIdx.x; column < item.n_columns; column += kReducingThreads) {
+    T sum = stage[column];
+    for (int row = 1; row < tile.rows_at_once; ++row) sum += stage[row * strip + column];
     column_sums[column] = sum;
   }
-  __syncthreads();
 }
 
-// One strip of an item whose rows are whole packs. A thread sums its columns in registers, and reads several rows
-// before it needs the first, to keep enough loads in flight.
-template <class Rule, class S, class Scalars>
-__device__ __forceinline__ void sum_strip(const Place<Rule, float>& place, int64_t first_column, int width,
-                                          const Scalars& scalars, float* stage) {
-  constexpr int kN = kVector<S>, kPacks = kPerLane / kN, kAtOnce = 8 / kPacks;
+// An item whose rows are whole aligned vectors, param and grad stored alike. Returns this thread's sum of the squares
+// of the parameter.
+template <class Rule, class S, class Change, class Scalars>
+__device__ __forceinline__ double sum_tile(const Place<Rule, float>& place, const Change& change,
+                                           const Scalars& scalars, float* stage) {
+  constexpr int kN = kVector<S>;
   const auto s = scalars;
-  const auto change = place.change;
   const Partition& p = place.p;
   const Item& item = place.item;
-  const Lanes to(p.columns, kN);
-  const int warp = threadIdx.x / kWarp, n_rows = item.n_rows, n_strips = p.n_strips;
-  const int64_t columns = p.columns, first_row = item.matrix * p.rows + item.row;
-  const S* const grads = static_cast<const S*>(place.grad) + first_row * columns + first_column;
-  float* const row_sums = place.template at<float>(p.row_sums) + first_row * n_strips + first_column / p.strip;
-  float sums[kPerLane] = {};
-  for (int first = warp * to.rows; first < n_rows; first += kWarps * to.rows * kAtOnce) {
-    Pack<kN, S> packs[kAtOnce][kPacks] = {};  // zeros add nothing
+  const Tile tile(p, item, kN);
+  const int n_rows = item.n_rows;
+  const int64_t begin = (item.matrix * p.rows + item.row + tile.row) * p.columns + tile.column;
+  const int64_t stride = tile.rows_at_once * p.columns;
+  Rows<S> grads(const_cast<void*>(place.grad), begin, stride), params(place.record.param, begin, stride);
+  float columns[kN] = {};
+  double of_params = 0.0;
+#pragma unroll 1
+  for (int first = 0; first < n_rows; first += kAhead * tile.rows_at_once) {
+    const int row = first + tile.row;
+    Pack<kN, S> grad[kAhead], param[kAhead];
+    if (tile.inside && row + (kAhead - 1) * tile.rows_at_once < n_rows) {
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int row = first + u * kWarps * to.rows + to.row;
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k) {
-        const int column = to.column + k * kWarp * kN;
-        if (row < n_rows && column < width) packs[u][k].load(grads + row * columns + column);
+      for (int k = 0; k < kAhead; ++k) {
+        grad[k].load(grads[k]);
+        if constexpr (Rule::kParamSum) param[k].load(params[k]);
       }
-    }
+    } else {
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int row = first + u * kWarps * to.rows + to.row;
-      float sum = 0.0f;
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k) {
-#pragma unroll
-        for (int i = 0; i < kN; ++i) {
-          const float square = Rule::square(change(load<float>(packs[u][k].numbers[i])), s);
-          sums[k * kN + i] += square;
-          sum += square;
+      for (int k = 0; k < kAhead; ++k) {
+        grad[k] = param[k] = {};  // zeros add nothing
+        if (tile.inside && row + k * tile.rows_at_once < n_rows) {
+          grad[k].load(grads[k]);
+          if constexpr (Rule::kParamSum) param[k].load(params[k]);
         }
       }
-      if constexpr (kRows<Rule>) {
-        for (int lanes = to.lanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-        if (to.column == 0 && row < n_rows) row_sums[int64_t{row} * n_strips] = sum;
+    }
+    grads.first += kAhead * stride;
+    params.first += kAhead * stride;
+    float rows[kAhead], squares = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      float g[kN], numbers[kN];
+      unpack(grad[k], g);
+      if constexpr (Rule::kParamSum) unpack(param[k], numbers);
+      change.template operator()<kN>(g);
+      rows[k] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kN; ++i) {
+        const float square = Rule::square(g[i], s);
+        columns[i] += square;
+        rows[k] += square;
+        if constexpr (Rule::kParamSum) squares += numbers[i] * numbers[i];
       }
     }
+    if constexpr (Rule::kParamSum) of_params += static_cast<double>(squares);
+    if constexpr (kRows<Rule>) leave_rows(place, tile, row, rows);
   }
-  if constexpr (kColumns<Rule>) {
-    float* const mine = stage + (warp * to.rows + to.row) * (kStrip / to.rows);
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      const int column = to.column + k * kWarp * kN;
-      if (column >= width) continue;
-#pragma unroll
-      for (int i = 0; i < kN; ++i) mine[column + i] = sums[k * kN + i];
-    }
-    add_columns(place, first_column, width, to, stage);
-  }
+  if constexpr (kColumns<Rule>) leave_columns<kN>(place, tile, columns, stage);
+  return of_params;
 }
 
-// One strip of an item of any dtype, alignment and number of columns; a thread sums its columns in `stage`.
+// The same for an item of any dtypes, alignment and number of columns, in the same order.
 template <class Rule, class T, class Scalars>
-__device__ __noinline__ void sum_strip_any(const Place<Rule, T>& place, int64_t first_column, int width,
-                                           const Scalars& scalars, T* stage) {
+__device__ __noinline__ double sum_tile_any(const Place<Rule, T>& place, const GradChange<T>& changes,
+                                            const Scalars& scalars, T* stage) {
   const auto s = scalars;
-  const auto change = place.change;
+  const auto change = changes;
   const Partition& p = place.p;
   const Item& item = place.item;
-  const int pack = pack_of<T>(place.record.grad_dtype, p);
-  const Lanes to(p.columns, pack);
-  const int warp = threadIdx.x / kWarp;
-  const int64_t first_row = item.matrix * p.rows + item.row;
-  T* const row_sums = place.template at<T>(p.row_sums) + first_row * p.n_strips + first_column / p.strip;
-  T* const mine = stage + (warp * to.rows + to.row) * (kStrip / to.rows);
-  for (int first = to.column; first < width; first += kWarp * pack) {
-    for (int i = 0; i < pack; ++i) mine[first + i] = T{};
+  const Record& record = place.record;
+  const Tile tile(p, item, p.pack);
+  const int n = tile.inside ? static_cast<int>(min(int64_t{p.pack}, p.columns - tile.column)) : 0;
+  const int64_t begin = (item.matrix * p.rows + item.row) * p.columns + tile.column;
+  T columns[kMostPack] = {};
+  double of_params = 0.0;
+#pragma unroll 1
+  for (int first = tile.row; first < item.n_rows + tile.row; first += kAhead * tile.rows_at_once) {
+    T rows[kAhead], squares{};
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) rows[k] = T{};
+#pragma unroll 1
+    for (int k = 0; k < kAhead; ++k) {
+      const int row = first + k * tile.rows_at_once;
+      if (row >= item.n_rows) break;
+      T sum{};
+#pragma unroll
+      for (int i = 0; i < kMostPack; ++i) {
+        if (i >= n) break;
+        const int64_t at = begin + row * p.columns + i;
+        const T square = Rule::square(change(load_any<T>(place.grad, record.grad_dtype, at)), s);
+        columns[i] += square;
+        sum += square;
+        if constexpr (Rule::kParamSum) {
+          const T number = load_any<T>(record.param, record.param_dtype, at);
+          squares += number * number;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) rows[i] = i == k ? sum : rows[i];
+    }
+    of_params += static_cast<double>(squares);
+    if constexpr (kRows<Rule>) leave_rows(place, tile, first, rows);
   }
-  for (int first = warp * to.rows; first < item.n_rows; first += kWarps * to.rows) {
-    const int row = first + to.row;
-    T sum{};
+  if constexpr (kColumns<Rule>) leave_columns<kMostPack>(place, tile, columns, stage);
+  return of_params;
+}
+
+// Rows of an item, whose parts are all there: their states and factors.
+template <class Rule, class T, class Scalars>
+__device__ __forceinline__ void finish_rows(const Place<Rule, T>& place, const Scalars& s, double* partial) {
+  const Partition& p = place.p;
+  const Item& item = place.item;
+  int lanes = 8;  // few, so that many rows are finished at once
+  while (lanes > 1 && lanes / 2 >= p.n_parts) lanes /= 2;
+  const int lane = threadIdx.x % lanes, rows_at_once = kReducingThreads / lanes;
+  double states = 0.0;
+  for (int first = 0; first < item.n_rows; first += rows_at_once) {
+    const int row = first + threadIdx.x / lanes;
+    const int64_t line = item.matrix * p.rows + item.row + row;
+    double sum = 0.0;
     if (row < item.n_rows) {
-      const int64_t begin = (first_row + row) * p.columns + first_column;
-      for (int first = to.column; first < width; first += kWarp * pack) {
-        for (int column = first; column < first + pack; ++column) {
-          const T square = Rule::square(change(load_any<T>(place.grad, place.record.grad_dtype, begin + column)), s);
-          mine[column] += square;
-          sum += square;
-        }
-      }
+      const T* const sums = place.template at<T>(p.row_sums) + line * p.n_parts;
+#pragma unroll 4
+      for (int part = lane; part < p.n_parts; part += lanes) sum += static_cast<double>(sums[part]);
     }
-    if constexpr (kRows<Rule>) {
-      for (int lanes = to.lanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-      if (to.column == 0 && row < item.n_rows) row_sums[int64_t{row} * p.n_strips] = sum;
-    }
-  }
-  if constexpr (kColumns<Rule>) add_columns(place, first_column, width, to, stage);
-}
-
-template <class Rule, class T, class Scalars>
-__device__ __forceinline__ void sum_tile(const Place<Rule, T>& place, const Scalars& s, T* stage) {
-  for (int at = 0; at < place.item.n_columns; at += place.p.strip) {
-    const int width = min(place.p.strip, place.item.n_columns - at);
-    const int64_t column = place.item.column + at;
-    const bool packed = visit_packed<T>(place.grad, place.record.grad_dtype, place.p, [&](auto stored) {
-      if constexpr (sizeof(T) == 4) sum_strip<Rule, decltype(stored)>(place, column, width, s, stage);
-    });
-    if (!packed) sum_strip_any<Rule, T>(place, column, width, s, stage);
-  }
-}
-
-// What is left of pass 1 when all sums of a block of rows, a group of strips, a matrix are there.
-template <class Rule, class T, class Scalars>
-__device__ __noinline__ void finish_tile(const Place<Rule, T>& place, const Scalars& s, double* partial,
-                                         bool* is_last) {
-  const Partition& p = place.p;
-  const Item& item = place.item;
-  const int thread = threadIdx.x;
-  uint32_t* const counters = place.counters + 2 + item.matrix * (p.n_row_blocks + p.n_groups + 1);
-  if constexpr (kRows<Rule>) {
-    if (last_of(counters + place.row_block(), p.n_groups, is_last)) {
-      double states = 0.0;
-      for (int row = thread; row < item.n_rows; row += kThreads) {
-        const int64_t line = item.matrix * p.rows + item.row + row;
-        const T* const sums = place.template at<T>(p.row_sums) + line * p.n_strips;
-        double sum = 0.0;
-        for (int strip = 0; strip < p.n_strips; ++strip) sum += sums[strip];
-        T* const factors = place.template at<T>(p.row_factors) + line * Rule::kFactors;
-        states += finish_line<Rule, T, Span::kRow>(place.record, line, static_cast<T>(sum / p.columns), factors, s);
-      }
-      if constexpr (Rule::kRowMean) {
-        states = block_sum(states, partial);
-        if (thread == 0)
-          place.template at<double>(p.state_sums)[item.matrix * p.n_row_blocks + place.row_block()] = states;
-      }
-    }
-  }
-  if constexpr (kColumns<Rule>) {
-    if (last_of(counters + p.n_row_blocks + place.group(), p.n_row_blocks, is_last)) {
-      const T* const sums =
-          place.template at<T>(p.column_sums) + item.matrix * p.n_row_blocks * p.columns + item.column;
-      for (int column = thread; column < item.n_columns; column += kThreads) {
-        double sum = 0.0;
-#pragma unroll 8
-        for (int block = 0; block < p.n_row_blocks; ++block) sum += sums[int64_t{block} * p.columns + column];
-        const int64_t line = item.matrix * p.columns + item.column + column;
-        T* const factors = place.template at<T>(p.column_factors) + line * Rule::kFactors;
-        finish_line<Rule, T, Span::kColumn>(place.record, line, static_cast<T>(sum / p.rows), factors, s);
-      }
+    sum = sum_lanes(sum, lanes);
+    if (lane == 0 && row < item.n_rows) {
+      T* const factors = place.template at<T>(p.row_factors) + line * Rule::kFactors;
+      states += finish_line<Rule, T, Span::kRow>(place.record, line, static_cast<T>(sum / p.columns), factors, s);
     }
   }
   if constexpr (Rule::kRowMean) {
-    if (last_of(counters + p.n_row_blocks + p.n_groups, int64_t{p.n_row_blocks} * p.n_groups, is_last)) {
+    states = block_sum(states, partial);
+    if (threadIdx.x == 0)
+      place.template at<double>(p.state_sums)[item.matrix * p.n_row_blocks + item.row / p.tall_rows] = states;
+  }
+}
+
+// A matrix whose rows are all there.
+template <class Rule, class T, class Scalars>
+__device__ __forceinline__ void finish_matrix(const Place<Rule, T>& place, const Scalars& s, double* partial) {
+  const Partition& p = place.p;
+  const double* const sums = place.template at<double>(p.state_sums) + place.item.matrix * p.n_row_blocks;
+  double sum = 0.0;
+  for (int block = threadIdx.x; block < p.n_row_blocks; block += kReducingThreads) sum += sums[block];
+  sum = block_sum(sum, partial);
+  if (threadIdx.x == 0)
+    place.template at<T>(p.matrix_factors)[place.item.matrix] = Rule::matrix(static_cast<T>(sum / p.rows), s);
+}
+
+// Columns of an item from n sums of each, which lie a row of the tensor apart: their states and factors, or, if these
+// are not all, their sum.
+template <class Rule, class T, class S, class Scalars>
+__device__ __forceinline__ void finish_columns(const Place<Rule, T>& place, const S* sums, int n, double* unfinished,
+                                               const Scalars& s) {
+  const Partition& p = place.p;
+  const Item& item = place.item;
+  for (int column = threadIdx.x; column < item.n_columns; column += kReducingThreads) {
+    double sum = 0.0;
+#pragma unroll 8
+    for (int i = 0; i < n; ++i) sum += static_cast<double>(sums[i * p.columns + column]);
+    if (unfinished != nullptr) {
+      unfinished[column] = sum;
+      continue;
+    }
+    const int64_t line = item.matrix * p.columns + item.column + column;
+    T* const factors = place.template at<T>(p.column_factors) + line * Rule::kFactors;
+    finish_line<Rule, T, Span::kColumn>(place.record, line, static_cast<T>(sum / p.rows), factors, s);
+  }
+}
+
+// What is left of pass 1 for an item, when its sums are there: whichever block is the last of its rows, of its columns
+// or of its tensor finishes them. `prepare` leaves the scalars, known to all threads.
+template <class Rule, class T, class Prepare>
+__device__ __forceinline__ void finish_item(const Place<Rule, T>& place, double of_params, Shared<Rule>* shared,
+                                            const Prepare& prepare) {
+  const Partition& p = place.p;
+  const Item& item = place.item;
+  const bool tiles = p.cut == Cut::kTiles;
+  const int row_block = tiles ? static_cast<int>(item.row / p.tall_rows) : 0, band = row_block / kBand;
+  const int strip = tiles ? static_cast<int>(item.column / (p.lanes * p.pack)) : 0;
+  const int in_band = min(kBand, p.n_row_blocks - band * kBand);
+  uint32_t* const of_matrix =
+      place.counters + 2 + item.matrix * (p.n_row_blocks + int64_t{p.n_bands + 1} * p.n_strips + 1);
+  uint32_t* const of_bands = of_matrix + p.n_row_blocks;
+  uint32_t* const of_strips = of_bands + int64_t{p.n_bands} * p.n_strips;
+
+  if constexpr (Rule::kParamSum) {
+    of_params = sum_lanes(of_params, kWarp);
+    if (threadIdx.x % kWarp == 0) shared->partial[threadIdx.x / kWarp] = of_params;
+  }
+  __syncthreads();  // what the block has written is there
+  if (threadIdx.x < 3) {
+    uint32_t* counter = place.counters;
+    int64_t n = p.n_tall;
+    bool counts = Rule::kParamSum;
+    if (threadIdx.x == 0) {
+      if constexpr (Rule::kParamSum) {
+        double sum = 0.0;
+#pragma unroll
+        for (int warp = 0; warp < kReducingWarps; ++warp) sum += shared->partial[warp];
+        place.sums(0)[item.index] = sum;
+      }
+    } else if (threadIdx.x == 1) {
+      counter = of_matrix + row_block, n = p.n_strips, counts = tiles && kRows<Rule>;
+    } else {
+      counter = of_bands + int64_t{band} * p.n_strips + strip, n = in_band, counts = tiles && kColumns<Rule>;
+    }
+    fence();
+    shared->flags[threadIdx.x] = counts && count(counter, n);
+  }
+  __syncthreads();
+  const bool last = shared->flags[0] != 0, rows = shared->flags[1] != 0, columns = shared->flags[2] != 0;
+  const bool first = item.index == 0;
+  if (!last && !rows && !columns && !first) return;
+  fence();  // now what others have written can be read
+
+  prepare();
+  const auto& s = pick<T>(shared->scalars);
+  if (first && threadIdx.x == 0) *place.prepared() = s;
+  if constexpr (Rule::kParamSum) {
+    if (last) {
       double sum = 0.0;
-      const double* const sums = place.template at<double>(p.state_sums) + item.matrix * p.n_row_blocks;
-      for (int block = thread; block < p.n_row_blocks; block += kThreads) sum += sums[block];
-      sum = block_sum(sum, partial);
-      if (thread == 0)
-        place.template at<T>(p.matrix_factors)[item.matrix] = Rule::matrix(static_cast<T>(sum / p.rows), s);
+#pragma unroll 8
+      for (int i = threadIdx.x; i < p.n_tall; i += kReducingThreads) sum += place.sums(0)[i];
+      sum = block_sum(sum, shared->partial);
+      if (threadIdx.x == 0) {
+        place.template at<double>(p.totals)[0] = sum;
+        if constexpr (constexpr int kState = kPlace<Rule, Span::kTensor>; kState >= 0)
+          store_any(place.record.states[kState], place.record.state_dtypes[kState], 0,
+                    static_cast<T>(root_mean(sum, place.record.numel)));
+      }
+    }
+  }
+  if constexpr (kRows<Rule>) {
+    if (rows) {
+      finish_rows(place, s, shared->partial);
+      if constexpr (Rule::kRowMean) {
+        if (last_of(of_strips + p.n_strips, p.n_row_blocks, shared->flags + 3))
+          finish_matrix(place, s, shared->partial);
+      }
+    }
+  }
+  if constexpr (kColumns<Rule>) {
+    if (columns) {
+      const T* const sums = place.template at<T>(p.column_sums) +
+                            (item.matrix * p.n_row_blocks + int64_t{band} * kBand) * p.columns + item.column;
+      double* const bands = place.template at<double>(p.band_sums) + item.matrix * p.n_bands * p.columns + item.column;
+      finish_columns(place, sums, in_band, p.n_bands == 1 ? nullptr : bands + band * p.columns, s);
+      if (p.n_bands > 1 && last_of(of_strips + strip, p.n_bands, shared->flags + 3))
+        finish_columns(place, bands, p.n_bands, nullptr, s);
     }
   }
 }
 
 // Whole small matrices: a team of one thread or a warp takes each.
 template <class Rule, class T, class Scalars>
-__device__ __noinline__ void sum_small(const Place<Rule, T>& place, const Scalars& scalars) {
+__device__ __noinline__ void sum_small(const Place<Rule, T>& place, const GradChange<T>& changes,
+                                       const Scalars& scalars) {
   const auto s = scalars;
-  const auto change = place.change;
+  const auto change = changes;
   const Partition& p = place.p;
   const int team = p.team, lane = threadIdx.x % team;
   const int rows = static_cast<int>(p.rows), columns = static_cast<int>(p.columns);
   const auto square_at = [&](int64_t i) {
     return Rule::square(change(load_any<T>(place.grad, place.record.grad_dtype, i)), s);
   };
-  for (int n = threadIdx.x / team; n < place.item.n_rows; n += kThreads / team) {
+  for (int n = threadIdx.x / team; n < place.item.n_rows; n += kReducingThreads / team) {
     const int64_t matrix = place.item.matrix + n, begin = matrix * rows * columns;
     if constexpr (kRows<Rule>) {
       double states = 0.0;
@@ -223,70 +355,20 @@ __device__ __noinline__ void sum_small(const Place<Rule, T>& place, const Scalar
   }
 }
 
-// Squares of the parameter over a tile whose rows are whole packs: this thread's part of the sum.
-template <class S>
-__device__ __forceinline__ double sum_param_tile(const S* from, const Partition& p, const Item& item) {
-  constexpr int kN = kVector<S>;
-  const int64_t columns = p.columns;
-  from += (item.matrix * p.rows + item.row) * columns + item.column;
-  const Lanes to(columns, kN);
-  constexpr int step = kWarp * kN;
-  const int n_rows = item.n_rows, n_columns = item.n_columns;
-  float sum = 0.0f;
-  for (int row = threadIdx.x / kWarp * to.rows + to.row; row < n_rows; row += kWarps * to.rows) {
-    for (int first = to.column; first < n_columns; first += 4 * step) {
-      Pack<kN, S> packs[4] = {};  // zeros add nothing
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const int column = first + u * step;
-        if (column < n_columns) packs[u].load(from + row * columns + column);
-      }
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-#pragma unroll
-        for (int i = 0; i < kN; ++i) {
-          const float number = load<float>(packs[u].numbers[i]);
-          sum += number * number;
-        }
-      }
-    }
-  }
-  return sum;
-}
-
-// The same for any item.
-template <class T>
-__device__ __noinline__ double sum_param_any(const Record& record, const Partition& p, const Item& item) {
+// Squares of the parameter over an item that is no tile: this thread's part of the sum.
+template <class Rule, class T>
+__device__ __forceinline__ double sum_param(const Place<Rule, T>& place) {
+  const Partition& p = place.p;
+  const Item& item = place.item;
+  const int64_t begin = p.cut == Cut::kFlat ? item.column : item.matrix * p.rows * p.columns;
+  const int n = p.cut == Cut::kFlat ? item.n_columns : static_cast<int>(item.n_rows * p.rows * p.columns);
   T sum{};
-  const auto add = [&](int64_t i) {
-    const T number = load_any<T>(record.param, record.param_dtype, i);
-    sum += number * number;
-  };
-  if (p.cut == Cut::kTiles) {
-    const int pack = pack_of<T>(record.param_dtype, p);
-    const Lanes to(p.columns, pack);
-    for (int row = threadIdx.x / kWarp * to.rows + to.row; row < item.n_rows; row += kWarps * to.rows) {
-      const int64_t begin = (item.matrix * p.rows + item.row + row) * p.columns + item.column;
-      for (int first = to.column; first < item.n_columns; first += kWarp * pack) {
-        for (int i = 0; i < pack; ++i) add(begin + first + i);
-      }
-    }
-  } else {
-    const int64_t begin = p.cut == Cut::kFlat ? item.column : item.matrix * p.rows * p.columns;
-    const int n = p.cut == Cut::kFlat ? item.n_columns : static_cast<int>(item.n_rows * p.rows * p.columns);
 #pragma unroll 4
-    for (int i = threadIdx.x; i < n; i += kThreads) add(begin + i);
+  for (int i = threadIdx.x; i < n; i += kReducingThreads) {
+    const T number = load_any<T>(place.record.param, place.record.param_dtype, begin + i);
+    sum += number * number;
   }
   return sum;
-}
-
-template <class T>
-__device__ __forceinline__ double sum_param(const Record& record, const Partition& p, const Item& item) {
-  double sum = 0.0;
-  const bool packed = visit_packed<T>(record.param, record.param_dtype, p, [&](auto stored) {
-    sum = sum_param_tile(static_cast<const decltype(stored)*>(record.param), p, item);
-  });
-  return packed ? sum : sum_param_any<T>(record, p, item);
 }
 
 }  // namespace fusedstep::cuda

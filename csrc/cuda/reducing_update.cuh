@@ -5,50 +5,108 @@
 
 namespace fusedstep::cuda {
 
-// The factors of an element from those of its row, its column and its matrix.
+template <class Rule>
+constexpr int kElementState = kPlace<Rule, Span::kElement>;
+
+// Where the factors of a matrix's rows are, and what all of them are multiplied with.
+template <class Rule, class T>
+struct MatrixFactors {
+  const T* of_rows;
+  T of_matrix;
+
+  __device__ __forceinline__ MatrixFactors(const Place<Rule, T>& place, int64_t matrix, int64_t first_row) {
+    if constexpr (kRows<Rule>)
+      of_rows = place.template at<T>(place.p.row_factors) + (matrix * place.p.rows + first_row) * Rule::kFactors;
+    if constexpr (Rule::kRowMean) of_matrix = place.template at<T>(place.p.matrix_factors)[matrix];
+  }
+};
+
+// The factors of a row, the matrix's among them.
 template <class Rule, class T>
 struct RowFactors {
-  T numbers[Rule::kFactors];
+  T numbers[Rule::kFactors] = {};
 
-  // Of row `row` of matrix `matrix`.
-  __device__ __forceinline__ RowFactors(const Place<Rule, T>& place, int64_t matrix, int64_t row) {
+  // Of a row counted from the first one.
+  __device__ __forceinline__ RowFactors(const MatrixFactors<Rule, T>& matrix, int row) {
     if constexpr (kRows<Rule>) {
-      const T* const factors =
-          place.template at<T>(place.p.row_factors) + (matrix * place.p.rows + row) * Rule::kFactors;
 #pragma unroll
       for (int f = 0; f < Rule::kFactors; ++f) {
-        numbers[f] = factors[f];
-        if constexpr (Rule::kRowMean) numbers[f] *= place.template at<T>(place.p.matrix_factors)[matrix];
+        numbers[f] = matrix.of_rows[row * Rule::kFactors + f];
+        if constexpr (Rule::kRowMean) numbers[f] *= matrix.of_matrix;
       }
     }
   }
-  __device__ __forceinline__ void times(const T* of_column, T* factors) const {
-#pragma unroll
-    for (int f = 0; f < Rule::kFactors; ++f)
-      factors[f] = kRows<Rule> && kColumns<Rule> ? numbers[f] * of_column[f] : kRows<Rule> ? numbers[f] : of_column[f];
-  }
 };
 
-// The column factors of a thread's columns in a strip.
-template <class Rule, class T, int kN>
+// The factors of an element from those of its row and of its column.
+template <class Rule, class T>
+__device__ __forceinline__ void times(const T* of_row, const T* of_column, T* factors) {
+#pragma unroll
+  for (int f = 0; f < Rule::kFactors; ++f)
+    factors[f] = kRows<Rule> && kColumns<Rule> ? of_row[f] * of_column[f] : kRows<Rule> ? of_row[f] : of_column[f];
+}
+
+// The factors of a thread's columns in a tile whose rows are whole vectors.
+template <class Rule, int kN>
 struct ColumnFactors {
-  T numbers[kPerLane][Rule::kFactors];
+  Pack<kN * Rule::kFactors, float> factors;
 
-  __device__ __forceinline__ ColumnFactors(const Place<Rule, T>& place, int64_t first_column, int width,
-                                           const Lanes& to) {
+  __device__ __forceinline__ ColumnFactors(const Place<Rule, float>& place, const Tile& tile) {
     if constexpr (kColumns<Rule>) {
-      const T* const factors = place.template at<T>(place.p.column_factors) +
-                               (place.item.matrix * place.p.columns + first_column) * Rule::kFactors;
-#pragma unroll
-      for (int k = 0; k < kPerLane; ++k) {
-        const int column = to.column + k / kN * kWarp * kN + k % kN;
-#pragma unroll
-        for (int f = 0; f < Rule::kFactors; ++f)
-          numbers[k][f] = column < width ? factors[int64_t{column} * Rule::kFactors + f] : T{};
-      }
+      const int64_t line = place.item.matrix * place.p.columns + tile.column;
+      factors.load(place.template at<float>(place.p.column_factors) + line * Rule::kFactors);
     }
   }
+  __device__ __forceinline__ const float* of(int i) const { return factors.numbers + i * Rule::kFactors; }
 };
+
+// Pass 2, rows of a tile whose rows are whole aligned vectors: this thread's part of the sum. All of them are asked for
+// at once; without kWhole some are not there.
+template <class Rule, class S, bool kWhole, class Change>
+__device__ __forceinline__ float square_rows(const Place<Rule, float>& place, const Tile& tile, const Change& change) {
+  constexpr int kN = kVector<S>;
+  const Partition& p = place.p;
+  const Item& item = place.item;
+  const int64_t begin = (item.matrix * p.rows + item.row + tile.row) * p.columns + tile.column;
+  const int64_t stride = tile.rows_at_once * p.columns;
+  const Rows<S> grads(const_cast<void*>(place.grad), begin, stride);
+  const auto is_there = [&](int k) { return kWhole || tile.row + k * tile.rows_at_once < item.n_rows; };
+  Pack<kN, S> grad[kAhead];
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) {
+    if constexpr (!kWhole) grad[k] = {};
+    if (is_there(k)) grad[k].load(grads[k]);
+  }
+  const ColumnFactors<Rule, kN> of_columns(place, tile);
+  const MatrixFactors<Rule, float> of_matrix(place, item.matrix, item.row);
+  const auto s = *place.prepared();
+  float total = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) {
+    if (!is_there(k)) continue;
+    const RowFactors<Rule, float> of_row(of_matrix, tile.row + k * tile.rows_at_once);
+    float g[kN];
+    unpack(grad[k], g);
+    change.template operator()<kN>(g);
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      float factors[Rule::kFactors];
+      times<Rule>(of_row.numbers, of_columns.of(i), factors);
+      const float direction = Rule::direction(g[i], factors, s);
+      total += direction * direction;
+    }
+  }
+  return total;
+}
+
+template <class Rule, class S, class Change>
+__device__ __forceinline__ double square_tile(const Place<Rule, float>& place, const Change& change) {
+  const Tile tile(place.p, place.item, kVector<S>);
+  if (!tile.inside) return 0.0;
+  if (tile.row + (kAhead - 1) * tile.rows_at_once < place.item.n_rows)
+    return square_rows<Rule, S, true>(place, tile, change);
+  return square_rows<Rule, S, false>(place, tile, change);
+}
 
 // The factors of element i of an item of small matrices.
 template <class Rule, class T>
@@ -56,104 +114,57 @@ __device__ __forceinline__ void small_factors(const Place<Rule, T>& place, int i
   const uint32_t columns = static_cast<uint32_t>(place.p.columns), rows = static_cast<uint32_t>(place.p.rows);
   const uint32_t line = static_cast<uint32_t>(i) / columns, column = static_cast<uint32_t>(i) % columns;
   const int64_t matrix = place.item.matrix + line / rows;
-  const RowFactors<Rule, T> of_row(place, matrix, line % rows);
+  const RowFactors<Rule, T> of_row(MatrixFactors<Rule, T>(place, matrix, 0), static_cast<int>(line % rows));
   T of_column[Rule::kFactors] = {};
   if constexpr (kColumns<Rule>) {
 #pragma unroll
     for (int f = 0; f < Rule::kFactors; ++f)
       of_column[f] = place.template at<T>(place.p.column_factors)[(matrix * columns + column) * Rule::kFactors + f];
   }
-  of_row.times(of_column, factors);
+  times<Rule>(of_row.numbers, of_column, factors);
 }
 
-// Pass 2, one strip of an item whose rows are whole packs: this thread's part of the sum.
-template <class Rule, class S, class Scalars>
-__device__ __forceinline__ float square_strip(const Place<Rule, float>& place, int64_t first_column, int width,
-                                              const Scalars& scalars) {
-  constexpr int kN = kVector<S>, kPacks = kPerLane / kN, kAtOnce = 8 / kPacks;
-  const auto s = scalars;
-  const auto change = place.change;
-  const Partition& p = place.p;
-  const Item& item = place.item;
-  const Lanes to(p.columns, kN);
-  const ColumnFactors<Rule, float, kN> of_columns(place, first_column, width, to);
-  const int n_rows = item.n_rows;
-  const int64_t columns = p.columns;
-  const S* const grads = static_cast<const S*>(place.grad) + (item.matrix * p.rows + item.row) * columns + first_column;
-  float total = 0.0f;
-  for (int first = threadIdx.x / kWarp * to.rows + to.row; first < n_rows; first += kWarps * to.rows * kAtOnce) {
-    Pack<kN, S> packs[kAtOnce][kPacks] = {};
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int row = first + u * kWarps * to.rows;
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k) {
-        const int column = to.column + k * kWarp * kN;
-        if (row < n_rows && column < width) packs[u][k].load(grads + row * columns + column);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int row = first + u * kWarps * to.rows;
-      const RowFactors<Rule, float> of_row(place, item.matrix, item.row + (row < n_rows ? row : 0));
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k) {
-        const bool is_there = row < n_rows && to.column + k * kWarp * kN < width;
-#pragma unroll
-        for (int i = 0; i < kN; ++i) {
-          float factors[Rule::kFactors];
-          of_row.times(of_columns.numbers[k * kN + i], factors);
-          const float direction = Rule::direction(change(load<float>(packs[u][k].numbers[i])), factors, s);
-          total += is_there ? direction * direction : 0.0f;
-        }
-      }
-    }
-  }
-  return total;
-}
-
-// Calls body(i, factors) for each of this thread's elements of an item, i counted through the tensor. Flat elements
-// have no factors yet.
+// Calls body(i, factors) for each of this thread's elements of an item of any kind, i counted through the tensor. Flat
+// elements have no factors yet.
 template <class Rule, class T, class Body>
-__device__ __forceinline__ void for_elements(const Place<Rule, T>& place, int pack, Body&& body) {
+__device__ __forceinline__ void for_elements(const Place<Rule, T>& place, Body&& body) {
   const Partition& p = place.p;
   const Item& item = place.item;
   T factors[Rule::kFactors];
   if (p.cut == Cut::kFlat) {
-    for (int n = threadIdx.x; n < item.n_columns; n += kThreads) body(item.column + n, factors);
+    for (int n = threadIdx.x; n < item.n_columns; n += kReducingThreads) body(item.column + n, factors);
   } else if (p.cut == Cut::kSmall) {
     const int64_t first = item.matrix * p.rows * p.columns;
     const int elements = static_cast<int>(item.n_rows * p.rows * p.columns);
-    for (int n = threadIdx.x; n < elements; n += kThreads) {
+    for (int n = threadIdx.x; n < elements; n += kReducingThreads) {
       small_factors(place, n, factors);
       body(first + n, factors);
     }
   } else {
-    const Lanes to(p.columns, pack);
-    const T* const of_columns =
-        place.template at<T>(p.column_factors) + (item.matrix * p.columns + item.column) * Rule::kFactors;
-    for (int row = threadIdx.x / kWarp * to.rows + to.row; row < item.n_rows; row += kWarps * to.rows) {
-      const RowFactors<Rule, T> of_row(place, item.matrix, item.row + row);
-      const int64_t first = (item.matrix * p.rows + item.row + row) * p.columns + item.column;
-      for (int begin = to.column; begin < item.n_columns; begin += kWarp * pack) {
-        for (int column = begin; column < begin + pack; ++column) {
-          of_row.times(of_columns + int64_t{column} * Rule::kFactors, factors);
-          body(first + column, factors);
-        }
+    const Tile tile(p, item, p.pack);
+    const int64_t end = min(tile.column + p.pack, p.columns);
+    const T* const of_columns = place.template at<T>(p.column_factors) + item.matrix * p.columns * Rule::kFactors;
+    const MatrixFactors<Rule, T> of_matrix(place, item.matrix, item.row);
+    for (int row = tile.row; row < item.n_rows && tile.inside; row += tile.rows_at_once) {
+      const RowFactors<Rule, T> of_row(of_matrix, row);
+      const int64_t first = (item.matrix * p.rows + item.row + row) * p.columns;
+      for (int64_t column = tile.column; column < end; ++column) {
+        times<Rule>(of_row.numbers, of_columns + column * Rule::kFactors, factors);
+        body(first + column, factors);
       }
     }
   }
 }
 
-// Pass 2, an item of any kind.
-template <class Rule, class T, class Scalars>
-__device__ __noinline__ double square_any(const Place<Rule, T>& place, const Scalars& scalars) {
-  const auto s = scalars;
-  const auto change = place.change;
+// Pass 2, an item of any kind, in the same order.
+template <class Rule, class T>
+__device__ __noinline__ double square_any(const Place<Rule, T>& place, const GradChange<T>& changes) {
+  const auto s = *place.prepared();
+  const auto change = changes;
   const Record& record = place.record;
   const bool flat = kTakesFlat<Rule> && place.p.cut == Cut::kFlat;
   T total{};
-  for_elements(place, pack_of<T>(record.grad_dtype, place.p), [&](int64_t i, T* factors) {
+  for_elements(place, [&](int64_t i, T* factors) {
     const T grad = change(load_any<T>(place.grad, record.grad_dtype, i));
     if (flat) {  // its states are for the last pass to write
       T states[kLineStates<Rule>];
@@ -166,93 +177,182 @@ __device__ __noinline__ double square_any(const Place<Rule, T>& place, const Sca
   return total;
 }
 
-// Pass 2 for an item: this thread's part of the sum.
-template <class Rule, class T, class Scalars>
-__device__ __forceinline__ double square_item(const Place<Rule, T>& place, const Scalars& s) {
-  double total = 0.0;
-  const bool packed = visit_packed<T>(place.grad, place.record.grad_dtype, place.p, [&](auto stored) {
-    if constexpr (sizeof(T) == 4) {
-      for (int at = 0; at < place.item.n_columns; at += place.p.strip) {
-        const int width = min(place.p.strip, place.item.n_columns - at);
-        total += square_strip<Rule, decltype(stored)>(place, place.item.column + at, width, s);
-      }
-    }
-  });
-  return packed ? total : square_any<Rule, T>(place, s);
+// What is left of pass 2 for an item: the last block of its tensor finishes what depends on the sums.
+template <class Rule, class T>
+__device__ __forceinline__ void finish_update(const Place<Rule, T>& place, double of_update, Shared<Rule>* shared) {
+  const Partition& p = place.p;
+  of_update = sum_lanes(of_update, kWarp);
+  if (threadIdx.x % kWarp == 0) shared->partial[threadIdx.x / kWarp] = of_update;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double sum = 0.0;
+#pragma unroll
+    for (int warp = 0; warp < kReducingWarps; ++warp) sum += shared->partial[warp];
+    place.sums(1)[place.item.index] = sum;
+  }
+  if (!last_of(place.counters + 1, p.n_low, shared->flags)) return;
+  double sum = 0.0;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < p.n_low; i += kReducingThreads) sum += place.sums(1)[i];
+  sum = block_sum(sum, shared->partial);
+  if (threadIdx.x != 0) return;
+  const double* const totals = place.template at<double>(p.totals);
+  const int64_t n = place.record.numel;
+  static_assert(sizeof(typename Rule::template Finish<T>) <= kFinishedBytes, "what a tensor has room for");
+  *place.finished() = Rule::finish(*place.prepared(), root_mean(totals[0], n), root_mean(sum, n));
 }
 
-template <class Rule>
-constexpr int kElementState = kPlace<Rule, Span::kElement>;
+// What a step is to do beside the update: the general form, and the one in which there is nothing.
+struct Beside {
+  Changes changes;
+  bool zero, write;
+  float average_weight;
 
-// Pass 3, one strip of an item, by 16-byte accesses: param and grad stored as P, the state of each element (if there is
-// one) as S, all aligned, and rows made of whole packs.
-template <class Rule, class P, class S, class Scalars, class Finish>
-__device__ __forceinline__ void apply_strip(const Place<Rule, float>& place, int64_t first_column, int width,
-                                            const Scalars& scalars, const Finish& finish) {
-  constexpr int kN = kVector<P>, kState = kElementState<Rule>;
-  constexpr int kPacks = kState < 0 ? kPerLane / kN : sizeof(P) == 2 ? 1 : 2;  // read before the first is written
-  const auto s = scalars;
-  const auto f = finish;
-  const auto change = place.change;
-  const Partition& p = place.p;
-  const Item& item = place.item;
-  const Lanes to(p.columns, kN);
-  const ColumnFactors<Rule, float, kN> of_columns(place, first_column, width, to);
-  const int n_rows = item.n_rows;
-  const int64_t columns = p.columns, begin = (item.matrix * p.rows + item.row) * columns + first_column;
-  P* const params = static_cast<P*>(place.record.param) + begin;
-  const P* const grads = static_cast<const P*>(place.grad) + begin;
-  S* const states = kState < 0 ? nullptr : static_cast<S*>(place.record.states[kState < 0 ? 0 : kState]) + begin;
-  for (int row = threadIdx.x / kWarp * to.rows + to.row; row < n_rows; row += kWarps * to.rows) {
-    const RowFactors<Rule, float> of_row(place, item.matrix, item.row + row);
-    const int64_t at = row * columns;
+  __device__ __forceinline__ Beside(const GradsBecome& become, double weight)
+      : changes(become), zero(become.zero), write(become.write), average_weight(static_cast<float>(weight)) {}
+};
+struct NothingBeside {
+  Unchanged changes;
+
+  __device__ __forceinline__ NothingBeside(const GradsBecome& become, double) : changes(become) {}
+};
+
+// kN numbers rounded to the stored format. A NaN stays one.
+template <int kN, class S>
+__device__ __forceinline__ void pack_numbers(const float* numbers, Pack<kN, S>* pack) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr bool kPairs = std::is_same_v<S, BF16>;
+#else
+  constexpr bool kPairs = false;
+#endif
+  if constexpr (kPairs) {
 #pragma unroll
-    for (int first = 0; first < kPerLane / kN; first += kPacks) {
-      Pack<kN, P> param[kPacks], grad[kPacks];
-      Pack<kN, S> state[kPacks];
+    for (int i = 0; i < kN; i += 2)
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+          : "=r"(pack->vectors[i / 8].words[i % 8 / 2])
+          : "f"(numbers[i + 1]), "f"(numbers[i]));
+  } else {
 #pragma unroll
-      for (int u = 0; u < kPacks; ++u) {
-        const int column = to.column + (first + u) * kWarp * kN;
-        if (column >= width) continue;
-        param[u].load(params + at + column);
-        grad[u].load(grads + at + column);
-        if constexpr (kState >= 0) state[u].load(states + at + column);
+    for (int i = 0; i < kN; ++i) pack->numbers[i] = narrow<S>(numbers[i]);
+  }
+}
+
+// The average and the copy of kN numbers, as the parameter is stored.
+template <int kN, class P>
+__device__ __forceinline__ void follow_pack(const Record& record, int64_t at, const Pack<kN, P>& param, float weight) {
+  if (record.average != nullptr) {
+    Pack<kN, float> average;
+    float* const to = static_cast<float*>(record.average) + at;
+    average.load(to);
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const float before = average.numbers[i];
+      average.numbers[i] = before + weight * (load<float>(param.numbers[i]) - before);
+    }
+    average.store(to);
+  }
+  if (record.copy == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kN; ++i) store_any(record.copy, record.copy_dtype, at + i, load<float>(param.numbers[i]));
+}
+
+// How many rows of a tile a thread updates: as many as leave room for enough blocks. A low item is the work of several.
+template <class Rule>
+constexpr int kApplyAhead = kElementState<Rule> < 0 ? 4 : 2;
+template <class Rule>
+constexpr int kApplyBlocksPerItem = kAhead / kApplyAhead<Rule>;
+
+// Pass 3, kApplyAhead rows from `row` on of a tile whose rows are whole aligned vectors: param and grad stored as P,
+// the state of each element (if there is one) as S. All is asked for at once and looked up before anything is written;
+// without kWhole some rows are not there.
+template <class Rule, class P, class S, bool kWhole, class Does>
+__device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, const Tile& tile, int row,
+                                           const Does& does) {
+  constexpr int kN = kVector<P>, kState = kElementState<Rule>, kRowsAtOnce = kApplyAhead<Rule>;
+  constexpr bool kMore = std::is_same_v<Does, Beside>;
+  const Record& record = place.record;
+  const int n_rows = place.item.n_rows, rows_at_once = tile.rows_at_once;
+  const int64_t begin = (place.item.matrix * place.p.rows + place.item.row + row) * place.p.columns + tile.column;
+  const int64_t stride = rows_at_once * place.p.columns;
+  const Rows<P> params(record.param, begin, stride), grads(const_cast<void*>(place.grad), begin, stride);
+  const Rows<S> states(kState < 0 ? record.param : record.states[kState < 0 ? 0 : kState], begin, stride);
+  const auto is_there = [&](int k) { return kWhole || row + k * rows_at_once < n_rows; };
+  Pack<kN, P> param[kRowsAtOnce], grad[kRowsAtOnce];
+  Pack<kN, S> state[kRowsAtOnce];
+#pragma unroll
+  for (int k = 0; k < kRowsAtOnce; ++k) {
+    if (!is_there(k)) continue;
+    param[k].load(params[k]);
+    grad[k].load(grads[k]);
+    if constexpr (kState >= 0) state[k].load(states[k]);
+  }
+  const ColumnFactors<Rule, kN> of_columns(place, tile);
+  const MatrixFactors<Rule, float> of_matrix(place, place.item.matrix, place.item.row);
+  const auto s = *place.prepared();
+  const auto f = *place.finished();
+  float of_rows[kRowsAtOnce][Rule::kFactors];
+#pragma unroll
+  for (int k = 0; k < kRowsAtOnce; ++k) {
+    if (!is_there(k)) continue;
+    const RowFactors<Rule, float> of_row(of_matrix, row + k * rows_at_once);
+#pragma unroll
+    for (int n = 0; n < Rule::kFactors; ++n) of_rows[k][n] = of_row.numbers[n];
+  }
+#pragma unroll
+  for (int k = 0; k < kRowsAtOnce; ++k) {
+    if (!is_there(k)) continue;
+    float g[kN], numbers[kN], values[kN] = {};
+    unpack(grad[k], g);
+    unpack(param[k], numbers);
+    if constexpr (kState >= 0) unpack(state[k], values);
+    does.changes.template operator()<kN>(g);
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      float factors[Rule::kFactors];
+      times<Rule>(of_rows[k], of_columns.of(i), factors);
+      Rule::update(numbers[i], g[i], factors, values[i], s, f);
+    }
+    pack_numbers(numbers, &param[k]);
+    param[k].store(params[k]);
+    if constexpr (kState >= 0) {
+      pack_numbers(values, &state[k]);
+      state[k].store(states[k]);
+    }
+    if constexpr (kMore) {
+      P* const back = grads[k];
+      if (does.zero) Pack<kN, P>{}.store(back);
+      if (does.write) {
+#pragma unroll
+        for (int i = 0; i < kN; ++i) g[i] = g[i] * does.changes.sign;
+        pack_numbers(g, &grad[k]);
+        grad[k].store(back);
       }
-#pragma unroll
-      for (int u = 0; u < kPacks; ++u) {
-        const int column = to.column + (first + u) * kWarp * kN;
-        if (column >= width) continue;
-#pragma unroll
-        for (int i = 0; i < kN; ++i) {
-          float factors[Rule::kFactors];
-          of_row.times(of_columns.numbers[(first + u) * kN + i], factors);
-          float number = load<float>(param[u].numbers[i]), value = 0.0f;
-          if constexpr (kState >= 0) value = load<float>(state[u].numbers[i]);
-          const float g = change(load<float>(grad[u].numbers[i]));
-          if (change.write) grad[u].numbers[i] = narrow<P>(g * change.sign);
-          Rule::update(number, g, factors, value, s, f);
-          param[u].numbers[i] = narrow<P>(number);
-          if constexpr (kState >= 0) state[u].numbers[i] = narrow<S>(value);
-        }
-        param[u].store(params + at + column);
-        if (change.zero) Pack<kN, P>{}.store(const_cast<P*>(grads) + at + column);
-        if (change.write) grad[u].store(const_cast<P*>(grads) + at + column);
-        if constexpr (kState >= 0) state[u].store(states + at + column);
-      }
+      follow_pack(record, begin + k * stride, param[k], does.average_weight);
     }
   }
 }
 
+template <class Rule, class P, class S, class Does>
+__device__ __forceinline__ void apply_tile(const Place<Rule, float>& place, int part, const Does& does) {
+  const Tile tile(place.p, place.item, kVector<P>);
+  const int row = tile.row + part * kApplyAhead<Rule> * tile.rows_at_once;
+  if (!tile.inside) return;
+  if (row + (kApplyAhead<Rule> - 1) * tile.rows_at_once < place.item.n_rows)
+    apply_rows<Rule, P, S, true>(place, tile, row, does);
+  else
+    apply_rows<Rule, P, S, false>(place, tile, row, does);
+}
+
 // Pass 3, an item of any kind, dtypes and alignment, one element at a time.
-template <class Rule, class T, class Scalars, class Finish>
-__device__ __noinline__ void apply_any(const Place<Rule, T>& place, const Scalars& scalars, const Finish& finish) {
+template <class Rule, class T>
+__device__ __noinline__ void apply_any(const Place<Rule, T>& place, const GradChange<T>& changes, T average_weight) {
   constexpr int kState = kElementState<Rule>;
-  const auto s = scalars;
-  const auto f = finish;
-  const auto change = place.change;
+  const auto s = *place.prepared();
+  const auto f = *place.finished();
+  const auto change = changes;
   const Record& record = place.record;
   [[maybe_unused]] const bool flat = place.p.cut == Cut::kFlat;
-  for_elements(place, 1, [&](int64_t i, T* factors) {
+  for_elements(place, [&](int64_t i, T* factors) {
     const T grad = change(load_any<T>(place.grad, record.grad_dtype, i));
     if (change.zero) store_any(const_cast<void*>(place.grad), record.grad_dtype, i, T(0));
     if (change.write) store_any(const_cast<void*>(place.grad), record.grad_dtype, i, grad * change.sign);
@@ -264,38 +364,14 @@ __device__ __noinline__ void apply_any(const Place<Rule, T>& place, const Scalar
     Rule::update(param, grad, factors, state, s, f);
     store_any(record.param, record.param_dtype, i, param);
     if constexpr (kState >= 0) store_any(record.states[kState], record.state_dtypes[kState], i, state);
+    if (!record.has_followers()) return;
+    param = load_any<T>(record.param, record.param_dtype, i);  // as it is stored
+    if (T* const average = static_cast<T*>(record.average); average != nullptr) {
+      const T before = global(average)[i];
+      global(average)[i] = before + average_weight * (param - before);
+    }
+    if (record.copy != nullptr) store_any(record.copy, record.copy_dtype, i, param);
   });
-}
-
-// Pass 3 for an item.
-template <class Rule, class T, class Scalars, class Finish>
-__device__ __forceinline__ void apply_item(const Place<Rule, T>& place, const Scalars& s, const Finish& f) {
-  constexpr int kState = kElementState<Rule>;
-  const Record& record = place.record;
-  uint64_t bits = reinterpret_cast<uint64_t>(record.param) | reinterpret_cast<uint64_t>(place.grad);
-  bool same = record.grad_dtype == record.param_dtype, wide = true;
-  if constexpr (kState >= 0) {
-    bits |= reinterpret_cast<uint64_t>(record.states[kState]);
-    wide = record.state_dtypes[kState] == Dtype::kF32;
-    same = same && (wide || record.state_dtypes[kState] == record.param_dtype);
-  }
-  bool packed = false;
-  if (same) {
-    packed = visit_packed<T>(reinterpret_cast<const void*>(bits), record.param_dtype, place.p, [&](auto stored) {
-      if constexpr (sizeof(T) == 4) {
-        using P = decltype(stored);
-        for (int at = 0; at < place.item.n_columns; at += place.p.strip) {
-          const int width = min(place.p.strip, place.item.n_columns - at);
-          const int64_t column = place.item.column + at;
-          if (wide)
-            apply_strip<Rule, P, float>(place, column, width, s, f);
-          else if constexpr (kState >= 0 && sizeof(P) == 2)
-            apply_strip<Rule, P, P>(place, column, width, s, f);
-        }
-      }
-    });
-  }
-  if (!packed) apply_any<Rule, T>(place, s, f);
 }
 
 }  // namespace fusedstep::cuda

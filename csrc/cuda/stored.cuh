@@ -1,261 +1,376 @@
-// Chunks of tensors whose dtypes do not tell all: master weights, split and compensated ones, stochastic rounding,
-// 8-bit states; and of those beside them in a group that are stored plainly. A warp takes a block of 256 elements at a
-// time, each lane eight of them: those of one random counter, and 16 bytes of a 16-bit tensor. Everything stays in
-// registers; a block's largest magnitude goes through the warp by shuffles.
+// How numbers are stored, one struct for each way: the arrays that a thread reads and writes raw, and how fp32 numbers are
+// joined from them and split into them. No rule and no loop belongs here.
 #pragma once
 
 #include <type_traits>
 
-#include "kernel.cuh"
+#include "parts.cuh"
 
 namespace fusedstep::cuda {
 
-constexpr int kLaneElements = kPhiloxElements;
-static_assert(kLaneElements * kWarp == kBlock, "a warp holds a block");
+struct alignas(8) HalfVector {
+  uint32_t words[2];
+};
 
-// What a lane holds of a tensor stored as S; n: how many there are, eight but at a tensor's end.
-template <class S>
-struct Lane {
-  using Word = std::conditional_t<sizeof(S) == 1, uint64_t, Vector>;
-  static constexpr int kWords = kLaneElements * sizeof(S) / sizeof(Word);
-  union {
-    Word words[kWords];
-    S numbers[kLaneElements];
-  };
+// kN numbers of type S as they are in memory.
+template <class S, int kN>
+struct Array {
+  static_assert(sizeof(S) <= 4, "a word holds a number");
+  using Number = S;
+  using Access = std::conditional_t<sizeof(S) * kN % 16 == 0, Vector, HalfVector>;
+  static constexpr int kBytes = sizeof(S) * kN, kAccesses = kBytes / sizeof(Access), kWords = kBytes / 4;
+  static constexpr int kPerWord = 4 / sizeof(S), kBits = 8 * sizeof(S);
+  static_assert(kBytes % sizeof(Access) == 0, "made of whole accesses");
 
-  __device__ __forceinline__ static bool whole(const S* at, int n) {
-    return n == kLaneElements && reinterpret_cast<uint64_t>(at) % sizeof(Word) == 0;
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ void load(const S* data) {
+    const Access* const from = global(reinterpret_cast<const Access*>(data));
+    Access accesses[kAccesses];
+#pragma unroll
+    for (int k = 0; k < kAccesses; ++k) accesses[k] = from[k];
+    __builtin_memcpy(words, accesses, sizeof(words));
   }
-  __device__ __forceinline__ void load(const S* from, int n) {
-    if (whole(from, n)) {
-      const Word* source = global(reinterpret_cast<const Word*>(from));
+  __device__ __forceinline__ void store(S* data) const {
+    Access* const to = global(reinterpret_cast<Access*>(data));
+    Access accesses[kAccesses];
+    __builtin_memcpy(accesses, words, sizeof(words));
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) words[w] = source[w];
-    } else {
+    for (int k = 0; k < kAccesses; ++k) to[k] = accesses[k];
+  }
+  // The first n of them, at any address; the others are zeros.
+  __device__ __forceinline__ void load_some(const S* data, int n) {
+    clear();
 #pragma unroll
-      for (int i = 0; i < kLaneElements; ++i) numbers[i] = i < n ? global(from)[i] : S{};
+    for (int i = 0; i < kN; ++i) {
+      if (i < n) words[i / kPerWord] |= to_word(global(data)[i]) << (i % kPerWord * kBits);
     }
   }
-  __device__ __forceinline__ void store(S* to, int n) const {
-    if (whole(to, n)) {
-      Word* target = global(reinterpret_cast<Word*>(to));
+  __device__ __forceinline__ void store_some(S* data, int n) const {
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) target[w] = words[w];
+    for (int i = 0; i < kN; ++i) {
+      if (i < n) global(data)[i] = from_word(words[i / kPerWord] >> (i % kPerWord * kBits));
+    }
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) words[k] = 0;
+  }
+
+ private:
+  using Bits = std::conditional_t<sizeof(S) == 1, uint8_t, std::conditional_t<sizeof(S) == 2, uint16_t, uint32_t>>;
+  __device__ __forceinline__ static uint32_t to_word(S number) { return bit_cast<Bits>(number); }
+  __device__ __forceinline__ static S from_word(uint32_t word) { return bit_cast<S>(static_cast<Bits>(word)); }
+};
+
+// Two numbers in 16 bits each, rounded to nearest even. The GPU's conversion gives another NaN than narrow() does.
+template <class S>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  if constexpr (std::is_same_v<S, BF16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return narrow<S>(low).bits | uint32_t{narrow<S>(high).bits} << 16;
+#endif
+}
+template <class S>
+__device__ __forceinline__ float widen_half(uint32_t pair, int i) {
+  if constexpr (std::is_same_v<S, BF16>) {
+    return bit_cast<float>(i == 0 ? pair << 16 : pair & 0xffff0000u);
+  } else {
+#if defined(__CUDA_ARCH__)
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(static_cast<uint16_t>(i == 0 ? pair : pair >> 16)));
+    return wide;
+#else
+    return widen(F16{static_cast<uint16_t>(i == 0 ? pair : pair >> 16)});
+#endif
+  }
+}
+
+// An array of numbers that stand for themselves.
+template <class S, int kN>
+struct Numbers : Array<S, kN> {
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (sizeof(S) == 4)
+      return bit_cast<float>(this->words[i]);
+    else
+      return widen_half<S>(this->words[i / 2], i % 2);
+  }
+  __device__ __forceinline__ void put(const float* from) {
+    if constexpr (sizeof(S) == 4) {
+#pragma unroll
+      for (int i = 0; i < kN; ++i) this->words[i] = bit_cast<uint32_t>(from[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < kLaneElements; ++i)
-        if (i < n) global(to)[i] = numbers[i];
+      for (int i = 0; i < kN / 2; ++i) this->words[i] = narrow_pair<S>(from[2 * i], from[2 * i + 1]);
     }
   }
 };
 
-template <class S>
-__device__ __forceinline__ void widen_lane(const void* data, int64_t at, int n, float* to) {
-  Lane<S> lane;
-  lane.load(static_cast<const S*>(data) + at, n);
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) to[i] = load<float>(lane.numbers[i]);
-}
-template <class S>
-__device__ __forceinline__ void narrow_lane(void* data, int64_t at, int n, const float* from) {
-  Lane<S> lane;
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) lane.numbers[i] = narrow<S>(from[i]);
-  lane.store(static_cast<S*>(data) + at, n);
-}
+// Weights. for_arrays() visits each array and its tensor, with false those that are only written; join() gives fp32
+// numbers, and split() takes new ones, of step `step` and from element i on, and leaves in their place what averages and
+// copies follow. No address stays in a register.
 
-// The same for a dtype that is known only now; it is the same for all of a warp.
-__device__ __forceinline__ void widen_any(const void* data, Dtype dtype, int64_t at, int n, float* to) {
-  switch (dtype) {
-    case Dtype::kBF16:
-      return widen_lane<BF16>(data, at, n, to);
-    case Dtype::kF16:
-      return widen_lane<F16>(data, at, n, to);
-    case Dtype::kF64:
-      return widen_lane<double>(data, at, n, to);
-    default:
-      return widen_lane<float>(data, at, n, to);
-  }
-}
-__device__ __forceinline__ void narrow_any(void* data, Dtype dtype, int64_t at, int n, const float* from) {
-  switch (dtype) {
-    case Dtype::kBF16:
-      return narrow_lane<BF16>(data, at, n, from);
-    case Dtype::kF16:
-      return narrow_lane<F16>(data, at, n, from);
-    case Dtype::kF64:
-      return narrow_lane<double>(data, at, n, from);
-    default:
-      return narrow_lane<float>(data, at, n, from);
-  }
-}
+template <class S, int kN>
+struct PlainWeight {
+  Numbers<S, kN> stored;
 
-// A weight in each of its forms.
-template <class S>
-__device__ __forceinline__ void store_compensated(const Record& record, int64_t at, int n, const float* from) {
-  Lane<S> narrowed, rest;
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) {
-    narrowed.numbers[i] = narrow<S>(from[i]);
-    rest.numbers[i] = lost(from[i], narrowed.numbers[i]);
+  template <class Visitor>
+  __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
+    visitor(stored, static_cast<S*>(record.param));
   }
-  narrowed.store(static_cast<S*>(record.param) + at, n);
-  rest.store(static_cast<S*>(record.precision.companion) + at, n);
-}
-template <class S>
-__device__ __forceinline__ void store_at_random(const Record& record, int64_t at, int n, const float* from) {
-  const uint32_t step = static_cast<uint32_t>(static_cast<int64_t>(*global(record.step)) + 1);
-  const Philox random(record.precision.seed, record.precision.index, step, static_cast<uint64_t>(at) / kPhiloxElements);
-  Lane<S> narrowed;
+  __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) narrowed.numbers[i] = narrow_stochastic<S>(from[i], random.bits(i));
-  narrowed.store(static_cast<S*>(record.param) + at, n);
-}
+    for (int i = 0; i < kN; ++i) to[i] = stored[i];
+  }
+  __device__ __forceinline__ void split(float* from, const Record&, int64_t, uint32_t) {
+    stored.put(from);
+    join(from);
+  }
+};
 
-__device__ __forceinline__ void load_weight(const Record& record, int64_t at, int n, float* to) {
-  const void* const companion = record.precision.companion;
-  switch (record.precision.form) {
-    case Form::kMaster:
-      return widen_lane<float>(companion, at, n, to);
-    case Form::kSplit: {
-      Lane<BF16> upper;
-      Lane<int16_t> lower;
-      upper.load(static_cast<const BF16*>(record.param) + at, n);
-      lower.load(static_cast<const int16_t*>(companion) + at, n);
+template <int kN>
+struct MasterWeight {
+  Numbers<BF16, kN> stored;
+  Numbers<float, kN> master;
+
+  template <class Visitor>
+  __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
+    visitor(stored, static_cast<BF16*>(record.param), false);
+    visitor(master, static_cast<float*>(record.precision.companion));
+  }
+  __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
-      for (int i = 0; i < kLaneElements; ++i) to[i] = join(upper.numbers[i], lower.numbers[i]);
-      return;
+    for (int i = 0; i < kN; ++i) to[i] = master[i];
+  }
+  __device__ __forceinline__ void split(float* from, const Record&, int64_t, uint32_t) {
+    stored.put(from);
+    master.put(from);
+  }
+};
+
+// The halves of fp32 numbers (Split and join in codecs.h), two at a time.
+template <int kN>
+struct SplitWeight {
+  Array<BF16, kN> upper;
+  Array<int16_t, kN> lower;
+
+  template <class Visitor>
+  __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
+    visitor(upper, static_cast<BF16*>(record.param));
+    visitor(lower, static_cast<int16_t*>(record.precision.companion));
+  }
+  __device__ __forceinline__ void join(float* to) const {
+    uint32_t zeros = 0;  // has a bit set if an upper half is zero, and maybe if one is not
+#pragma unroll
+    for (int k = 0; k < kN / 2; ++k) zeros |= ((upper.words[k] & 0x7fff7fffu) - 0x00010001u) & 0x80008000u;
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const uint32_t both = both_halves(i);
+      to[i] = bit_cast<float>(both - ((both & 0x8000u) << 1));
     }
-    case Form::kKahan: {
-      float rest[kLaneElements];
-      widen_any(record.param, record.param_dtype, at, n, to);
-      widen_any(companion, record.param_dtype, at, n, rest);
+    if (zeros == 0) return;
+    // No number is split into zero and a negative rest: what is borrowed is no more than there is.
 #pragma unroll
-      for (int i = 0; i < kLaneElements; ++i) to[i] = to[i] + rest[i];
-      return;
-    }
-    default:
-      return widen_any(record.param, record.param_dtype, at, n, to);
-  }
-}
-__device__ __forceinline__ void store_weight(const Record& record, int64_t at, int n, const float* from) {
-  void* const companion = record.precision.companion;
-  const bool bf16 = record.param_dtype == Dtype::kBF16;
-  switch (record.precision.form) {
-    case Form::kMaster:
-      narrow_lane<float>(companion, at, n, from);
-      return narrow_any(record.param, record.param_dtype, at, n, from);
-    case Form::kSplit: {
-      Lane<BF16> upper;
-      Lane<int16_t> lower;
-#pragma unroll
-      for (int i = 0; i < kLaneElements; ++i) {
-        const Split<uint32_t, float> split(from[i]);
-        upper.numbers[i] = BF16{static_cast<uint16_t>(split.upper >> 16)};
-        lower.numbers[i] = static_cast<int16_t>(split.lower >> 16);
-      }
-      upper.store(static_cast<BF16*>(record.param) + at, n);
-      return lower.store(static_cast<int16_t*>(companion) + at, n);
-    }
-    case Form::kKahan:
-      return bf16 ? store_compensated<BF16>(record, at, n, from) : store_compensated<F16>(record, at, n, from);
-    case Form::kStochastic:
-      return bf16 ? store_at_random<BF16>(record, at, n, from) : store_at_random<F16>(record, at, n, from);
-    default:
-      return narrow_any(record.param, record.param_dtype, at, n, from);
-  }
-}
-
-// A block of an 8-bit state.
-template <class Code>
-__device__ __forceinline__ void decode_lane(const void* data, float scale, int64_t at, int n, float* to) {
-  Lane<Code> codes;
-  codes.load(static_cast<const Code*>(data) + at, n);
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) {
-    const int32_t code = codes.numbers[i];
-    to[i] = std::is_signed_v<Code> ? decode_signed<uint32_t>(static_cast<float>(code), scale)
-                                   : decode_unsigned<uint32_t>(static_cast<float>(code + 1), scale);
-  }
-}
-template <class Code>
-__device__ __forceinline__ void encode_lane(void* data, float* scale, int64_t at, int n, const float* from) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) {
-    const uint32_t magnitude = bit_cast<uint32_t>(from[i]) & 0x7fffffffu;
-    largest = i < n && magnitude > largest ? magnitude : largest;
-  }
-#pragma unroll
-  for (unsigned lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, largest, lanes);
-    largest = other > largest ? other : largest;
-  }
-  const Block block(largest);
-  Lane<Code> codes;
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i)
-    codes.numbers[i] = static_cast<Code>(std::is_signed_v<Code> ? encode_signed<uint32_t>(from[i], block)
-                                                                : encode_unsigned<uint32_t>(from[i], block));
-  codes.store(static_cast<Code*>(data) + at, n);
-  if (at % kBlock == 0) *global(scale) = Block::scale(largest);
-}
-
-__device__ __forceinline__ void load_state(const Record& record, int k, int64_t at, int n, float* to) {
-  const Dtype dtype = record.state_dtypes[k];
-  if (dtype != Dtype::kI8 && dtype != Dtype::kU8) return widen_any(record.states[k], dtype, at, n, to);
-  // A lane behind the last element still is in its warp's block.
-  const float scale = global(record.precision.scales[k])[at / kBlock];
-  return dtype == Dtype::kI8 ? decode_lane<int8_t>(record.states[k], scale, at, n, to)
-                             : decode_lane<uint8_t>(record.states[k], scale, at, n, to);
-}
-__device__ __forceinline__ void store_state(const Record& record, int k, int64_t at, int n, const float* from) {
-  const Dtype dtype = record.state_dtypes[k];
-  if (dtype != Dtype::kI8 && dtype != Dtype::kU8) return narrow_any(record.states[k], dtype, at, n, from);
-  float* const scale = record.precision.scales[k] + at / kBlock;
-  return dtype == Dtype::kI8 ? encode_lane<int8_t>(record.states[k], scale, at, n, from)
-                             : encode_lane<uint8_t>(record.states[k], scale, at, n, from);
-}
-
-// Chunks begin at multiples of a block. The warps of a team take blocks in turn.
-template <class Rule>
-struct Stored {
-  __device__ __forceinline__ static void update(const Record& record, const void* grad, const Chunk& chunk, Team team,
-                                                GradChange<float> change,
-                                                const typename Rule::template Scalars<float>& scalars) {
-    const auto s = scalars;
-    constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
-    const int warp = team.index / kWarp, warps = team.size / kWarp, lane = team.index % kWarp;
-    for (int first = warp * kBlock; first < chunk.n; first += warps * kBlock) {
-      const int64_t at = chunk.offset + first + lane * kLaneElements;
-      const int64_t rest = chunk.offset + chunk.n - at;
-      const int n = rest >= kLaneElements ? kLaneElements : rest > 0 ? static_cast<int>(rest) : 0;
-      float param[kLaneElements], g[kLaneElements], states[kPlaces][kLaneElements];
-      load_weight(record, at, n, param);
-      widen_any(grad, record.grad_dtype, at, n, g);
-#pragma unroll
-      for (int k = 0; k < kNamed<Rule>; ++k)
-        if (has_state<Rule>(k)) load_state(record, k, at, n, states[k]);
-#pragma unroll
-      for (int i = 0; i < kLaneElements; ++i) {
-        float values[kMaxStates] = {};
-#pragma unroll
-        for (int k = 0; k < kNamed<Rule>; ++k)
-          if (has_state<Rule>(k)) values[k] = states[k][i];
-        const float changed = change(g[i]);
-        g[i] = change.write ? changed * change.sign : 0.0f;
-        update_with<Rule>(param[i], changed, values, s);
-#pragma unroll
-        for (int k = 0; k < kNamed<Rule>; ++k)
-          if (has_state<Rule>(k)) states[k][i] = values[k];
-      }
-      store_weight(record, at, n, param);
-      if (change.zero || change.write) narrow_any(const_cast<void*>(grad), record.grad_dtype, at, n, g);
-#pragma unroll
-      for (int k = 0; k < kNamed<Rule>; ++k)
-        if (has_state<Rule>(k)) store_state(record, k, at, n, states[k]);
+    for (int i = 0; i < kN; ++i) {
+      const uint32_t both = both_halves(i), borrow = (both & 0x8000u) << 1, magnitude = both & 0x7fffffffu;
+      to[i] = bit_cast<float>(both - (magnitude < borrow ? magnitude : borrow));
     }
   }
+  __device__ __forceinline__ void split(float* from, const Record&, int64_t, uint32_t) {
+#pragma unroll
+    for (int i = 0; i < kN; i += 2) {
+      const uint32_t low = bits_of(from[i]), high = bits_of(from[i + 1]);
+      upper.words[i / 2] = __byte_perm(low + 0x8000u, high + 0x8000u, 0x7632);
+      lower.words[i / 2] = __byte_perm(low, high, 0x5410);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t both_halves(int i) const {
+    return __byte_perm(lower.words[i / 2], upper.words[i / 2], i % 2 == 0 ? 0x5410 : 0x7632);
+  }
+  __device__ __forceinline__ static uint32_t bits_of(float x) {
+    return x != x ? 0x7fc00000u : bit_cast<uint32_t>(x);  // one NaN for all
+  }
+};
+
+template <int kN>
+struct KahanWeight {
+  Numbers<BF16, kN> stored, rest;
+
+  template <class Visitor>
+  __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
+    visitor(stored, static_cast<BF16*>(record.param));
+    visitor(rest, static_cast<BF16*>(record.precision.companion));
+  }
+  __device__ __forceinline__ void join(float* to) const {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) to[i] = stored[i] + rest[i];
+  }
+  __device__ __forceinline__ void split(float* from, const Record&, int64_t, uint32_t) {
+    stored.put(from);
+    float left[kN];
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const float wide = stored[i];
+      const bool finite = (bit_cast<uint32_t>(wide) & 0x7f800000u) != 0x7f800000u;
+      left[i] = finite ? from[i] - wide : 0.0f;
+      from[i] = wide;
+    }
+    rest.put(left);
+  }
+};
+
+template <int kN>
+struct StochasticWeight : PlainWeight<BF16, kN> {
+  __device__ __forceinline__ void split(float* from, const Record& record, int64_t i, uint32_t step) {
+    static_assert(kN == kPhiloxElements, "a thread's numbers share a counter");
+    const Philox random(record.precision.seed, record.precision.index, step, static_cast<uint64_t>(i) / kPhiloxElements);
+#pragma unroll
+    for (int j = 0; j < kN; j += 2) {
+      const uint32_t low = stochastic_upper_half<uint32_t>(from[j], random.bits(j));
+      const uint32_t high = stochastic_upper_half<uint32_t>(from[j + 1], random.bits(j + 1));
+      this->stored.words[j / 2] = __byte_perm(low, high, 0x7632);
+    }
+    this->join(from);
+  }
+};
+
+// States, by the same functions.
+
+template <class S, int kN>
+struct PlainState {
+  Numbers<S, kN> stored;
+
+  template <class Visitor>
+  __device__ __forceinline__ void for_arrays(const Record& record, int k, Visitor&& visitor) {
+    visitor(stored, static_cast<S*>(record.states[k]));
+  }
+  __device__ __forceinline__ void load_scale(const Record&, int, int64_t, int) {}
+  __device__ __forceinline__ void join(float* to) const {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) to[i] = stored[i];
+  }
+  __device__ __forceinline__ void split(const float* from, const Record&, int, int64_t, int) { stored.put(from); }
+};
+
+// Codes of 8 bits: a warp holds a block. A byte becomes a float as the lowest of 2^23 + byte, which takes no conversion.
+template <class S, int kN>
+struct CodedState {
+  static constexpr bool kSigned = std::is_signed_v<S>;
+  static_assert(kN * kWarp == kBlock, "a warp holds a block");
+  Array<S, kN> codes;
+  float scale;
+
+  template <class Visitor>
+  __device__ __forceinline__ void for_arrays(const Record& record, int k, Visitor&& visitor) {
+    visitor(codes, static_cast<S*>(record.states[k]));
+  }
+  // A lane behind the last element may still be in the last block; a whole warp may be behind it.
+  __device__ __forceinline__ void load_scale(const Record& record, int k, int64_t i, int n) {
+    scale = static_cast<int>(i) % kBlock + n > 0 ? global(record.precision.scales[k])[i / kBlock] : 0.0f;
+  }
+  __device__ __forceinline__ void join(float* to) const {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      // The codes with a sign, plus 128; those without one, plus 1.
+      const uint32_t word = kSigned ? codes.words[i / 4] ^ 0x80808080u : codes.words[i / 4];
+      const float shifted = bit_cast<float>(__byte_perm(word, 0x4b000000u, 0x7440u | i % 4));
+      to[i] = kSigned ? decode_signed<uint32_t>(shifted - 8388736.0f, scale)
+                      : decode_unsigned<uint32_t>(shifted - 8388607.0f, scale);
+    }
+  }
+  __device__ __forceinline__ void split(const float* from, const Record& record, int k, int64_t at, int n) {
+    uint32_t largest = 0;
+    if (n == kN) {
+#pragma unroll
+      for (int i = 0; i < kN; ++i) largest = max_of(largest, bit_cast<uint32_t>(from[i]) & 0x7fffffffu);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kN; ++i)
+        largest = max_of(largest, i < n ? bit_cast<uint32_t>(from[i]) & 0x7fffffffu : 0u);
+    }
+    largest = warp_maximum(largest);
+    const Block block(largest);
+#pragma unroll
+    for (int i = 0; i < kN; i += 4) {
+      uint32_t c[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        c[j] = kSigned ? encode_signed<uint32_t>(from[i + j], block) : encode_unsigned<uint32_t>(from[i + j], block);
+      codes.words[i / 4] = __byte_perm(__byte_perm(c[0], c[1], 0x0040), __byte_perm(c[2], c[3], 0x0040), 0x5410);
+    }
+    if (at % kBlock == 0 && n > 0) global(record.precision.scales[k])[at / kBlock] = Block::scale(largest);
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
+};
+
+// What a format's names stand for.
+template <WeightFormat kWeight, int kN>
+struct WeightOf;
+template <int kN>
+struct WeightOf<WeightFormat::kF32, kN> {
+  using Type = PlainWeight<float, kN>;
+};
+template <int kN>
+struct WeightOf<WeightFormat::kBF16, kN> {
+  using Type = PlainWeight<BF16, kN>;
+};
+template <int kN>
+struct WeightOf<WeightFormat::kF16, kN> {
+  using Type = PlainWeight<F16, kN>;
+};
+template <int kN>
+struct WeightOf<WeightFormat::kMaster, kN> {
+  using Type = MasterWeight<kN>;
+};
+template <int kN>
+struct WeightOf<WeightFormat::kSplit, kN> {
+  using Type = SplitWeight<kN>;
+};
+template <int kN>
+struct WeightOf<WeightFormat::kKahan, kN> {
+  using Type = KahanWeight<kN>;
+};
+template <int kN>
+struct WeightOf<WeightFormat::kStochastic, kN> {
+  using Type = StochasticWeight<kN>;
+};
+
+template <Dtype kDtype>
+struct NumberOf;
+template <>
+struct NumberOf<Dtype::kF32> {
+  using Type = float;
+};
+template <>
+struct NumberOf<Dtype::kBF16> {
+  using Type = BF16;
+};
+template <>
+struct NumberOf<Dtype::kF16> {
+  using Type = F16;
+};
+
+template <Dtype kDtype, int kN>
+struct StateOf {
+  using Type = PlainState<typename NumberOf<kDtype>::Type, kN>;
+};
+template <int kN>
+struct StateOf<Dtype::kI8, kN> {
+  using Type = CodedState<int8_t, kN>;
+};
+template <int kN>
+struct StateOf<Dtype::kU8, kN> {
+  using Type = CodedState<uint8_t, kN>;
 };
 
 }  // namespace fusedstep::cuda

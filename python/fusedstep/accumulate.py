@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, checks, layout
 from .backends.lifetime import Graphs, refuse_capture
-from .backends.plan import Call, Plan, Slot
+from .backends.plan import Call, Plan, SharedGrads, Slot
 from .optimizer import FusedOptimizer, _keep_from_compiler
 
 STATE_KEYS = ("step", "weight", "gradients")
@@ -30,9 +30,9 @@ class GradientAccumulator:
 
     Calling the accumulator after each ``backward()`` reads every ``.grad`` and clears it, in one kernel call for all
     parameters of a device. `assign` makes the result the ``.grad`` of its parameter, in fp32 for a bf16 or fp16
-    parameter too (``Tensor.grad_dtype`` is set for that long), so that clipping, ``GradScaler.unscale_`` and a
-    `fusedstep` optimizer work on unrounded gradients; another optimizer, which may take no other dtype than its
-    parameter's, gets them rounded to that. `reset` starts the next round; it touches no buffer.
+    parameter too, so that clipping, ``GradScaler.unscale_`` and a `fusedstep` optimizer work on unrounded gradients, in
+    place (torch takes no other tensor of that dtype as ``.grad``); another optimizer, which may take no other dtype
+    than its parameter's, gets them rounded to that. `reset` starts the next round; it touches no buffer.
 
     Args:
         params: an optimizer, whose groups may change later, or an iterable of parameters or ``(name, parameter)``
@@ -100,12 +100,15 @@ class GradientAccumulator:
         self._buffers: dict[Tensor, Tensor] = {}
         self._seen: set[Tensor] = set()  # parameters with a gradient since reset()
         self._closed = False  # from all_reduce() or assign() to reset()
-        self._assigned: list[tuple[Tensor, Tensor, torch.dtype | None, Tensor | None]] = []
+        # Parameter, its ``.grad``, and what was that before.
+        self._assigned: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._graphs = Graphs()
+        self._shared = SharedGrads()
         self._plans: list[tuple[Plan, Tensor]] | None = None  # with the counters of each plan's parameters
         self._listed: list[Tensor] = []
         self._params: dict[Tensor, str | None] = {}
         self._list(params)
+        self._make_known()
         for index, (param, name) in enumerate(self._params.items()):
             if not param.is_leaf:
                 what = checks.describe(index, name, param)
@@ -139,6 +142,19 @@ class GradientAccumulator:
         self._listed = listed
         self._params = {param: name for name, param in named}
         self._plans = None
+        self._shared.apart = None
+        self._seen &= self._params.keys()
+        for param in self._buffers.keys() - self._params.keys():
+            del self._buffers[param]
+
+    def _make_known(self) -> None:
+        if isinstance(self._optimizer, FusedOptimizer):
+            self._optimizer._accumulators.add(self)
+
+    def forget_replaced(self) -> None:
+        """Drop what is kept for parameters that the optimizer has no more; it calls this when it has found out."""
+        if any(group["params"] for group in self._optimizer.param_groups):
+            self._list()
 
     # The rule.
 
@@ -205,7 +221,7 @@ class GradientAccumulator:
         """
         if isinstance(weight, bool) or not isinstance(weight, Real):
             raise TypeError(f"Invalid weight: {weight!r} is a {type(weight).__name__}; it must be a number")
-        if not 0.0 < weight < float("inf"):
+        if not 0.0 < checks.as_float("weight", weight) < float("inf"):
             raise ValueError(f"Invalid weight: {weight} (it must be larger than 0 and finite)")
         if self._closed:
             raise RuntimeError("the accumulated gradients were handed over; call reset() before accumulating again")
@@ -229,10 +245,12 @@ class GradientAccumulator:
     def _run(self, gradients: list[Tensor | None] | None, weight: float, zero: bool, anew: bool = False) -> int:
         """Add gradients to the buffers, or (``anew``) put them there; returns the number of kernel calls."""
         if self._plans is None or not self._gather(gradients, zero):
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._plans = self._build(gradients)
             if not self._gather(gradients, zero):
                 raise RuntimeError("a parameter or gradient changed in another thread during accumulation")
+        if zero:
+            self._shared.copy([plan for plan, _ in self._plans])
         calls = 0
         for plan, counters in self._plans:
             if anew:
@@ -245,7 +263,7 @@ class GradientAccumulator:
     def _gather(self, gradients: list[Tensor | None] | None, zero: bool) -> bool:
         try:
             for plan, _ in self._plans:
-                plan.zero_grads = zero
+                plan.zero_grads = plan.grads_change = zero
                 if not plan.gather(None if gradients is None else [gradients[slot.index] for slot in plan.slots]):
                     return False
         except BaseException:
@@ -371,26 +389,19 @@ class GradientAccumulator:
             own, param.grad = param.grad, None
             if param not in self._seen:
                 if own is not None and not self.set_to_none:
-                    self._assigned.append((param, own, param.grad_dtype, own))
+                    self._assigned.append((param, own, own))
                 continue
-            buffer, dtype = self._buffer(param), param.grad_dtype
+            buffer = self._buffer(param)
             if self._round:
-                buffer = buffer.to(dtype or param.dtype)
-            if dtype is not None and dtype != buffer.dtype:
-                param.grad_dtype = buffer.dtype
-            param.grad = buffer
-            self._assigned.append((param, buffer, dtype, None if self.set_to_none else own))
+                buffer = buffer.to(param.grad_dtype or param.dtype)
+            _hand_over(buffer, param)
+            self._assigned.append((param, param.grad, None if self.set_to_none else own))
 
     def reset(self) -> None:
         """Forget what was accumulated, and take back what `assign` made a ``.grad``."""
-        for param, buffer, dtype, own in self._assigned:
-            grad, param.grad = param.grad, None
-            if param.grad_dtype != dtype:
-                param.grad_dtype = dtype
-            if grad is not None and grad is not buffer:  # of a backward() since
-                param.grad = grad if dtype is None else grad.to(dtype)
-            elif own is not None:
-                param.grad = own
+        for param, assigned, own in self._assigned:
+            if param.grad is None or param.grad is assigned:  # else it is of a backward() since
+                param.grad = own if own is not None and _may_have(param, own) else None
         self._assigned = []
         self._closed = False
         self._step = 0
@@ -464,12 +475,36 @@ class GradientAccumulator:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_known()
+
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """What gradients of ``dtype`` are added up in."""
     if dtype.is_complex:
         return torch.complex128 if dtype == torch.complex128 else torch.complex64
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _may_have(param: Tensor, grad: Tensor) -> bool:
+    """Whether torch takes ``grad`` as the gradient of a parameter, which may have been converted since it did."""
+    fits = grad.shape == param.shape and grad.device == param.device
+    return fits and param.grad_dtype in (None, grad.dtype)
+
+
+def _hand_over(buffer: Tensor, param: Tensor) -> None:
+    """Make ``buffer`` the gradient of a parameter, whose own dtype is left to set by the user and nobody else."""
+    dtype = param.grad_dtype
+    if dtype is None or dtype == buffer.dtype:
+        param.grad = buffer
+    elif layout.is_wrapper(param):  # the tensor inside cannot be exchanged
+        param.grad_dtype = None  # which stays so: there is no way back to "that of the parameter"
+        param.grad = buffer
+    else:
+        # `grad_dtype` could be set, but not unset again, and would outlast a conversion of the parameter.
+        param.grad = torch.empty((), dtype=dtype, device=buffer.device).expand(buffer.shape)
+        param.grad.data = buffer
 
 
 def _bucketed(buffers: list[Tensor]) -> list[list[Tensor]]:

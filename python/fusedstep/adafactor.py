@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import checks
+from .counts import count_of
 from .numerics import square_root
 from .optimizer import FusedOptimizer
 from .options import Options
@@ -62,8 +63,8 @@ class Adafactor(FusedOptimizer):
 
     Raises:
         ValueError, TypeError: an argument is out of range, or ``lr`` and ``relative_step`` contradict each other.
-        RuntimeError: ``backend`` cannot run for these parameters, a parameter is complex or a DTensor, or (from
-            ``step``) a gradient cannot be used.
+        RuntimeError: ``backend`` cannot run for these parameters, a parameter is a DTensor, or (from ``step``) it is
+            complex or a gradient cannot be used.
 
     Example:
         >>> optimizer = fusedstep.Adafactor(model.parameters(), lr=1e-3, relative_step=False, scale_parameter=False)
@@ -159,9 +160,9 @@ class Adafactor(FusedOptimizer):
             lr = 0.0
         elif lr is None:
             raise ValueError("Invalid learning rate: None (it must be a number unless relative_step=True)")
-        numbers = (group[name] for name in ("clip_threshold", "decay_rate", "beta1", "weight_decay"))
+        beta1 = 0.0 if group["beta1"] is None else group["beta1"]
         flags = (group[name] for name in ("scale_parameter", "relative_step", "warmup_init"))
-        return lr, *group["eps"], *(0.0 if number is None else number for number in numbers), *flags
+        return lr, *group["eps"], group["clip_threshold"], group["decay_rate"], beta1, group["weight_decay"], *flags
 
     class Scalars(NamedTuple):
         beta2: float
@@ -220,13 +221,13 @@ class Adafactor(FusedOptimizer):
         if exp_avg is not None:
             exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * update
             update = exp_avg
-        param = param * (1.0 - s.weight_decay * lr) - update
-        return param, exp_avg, exp_avg_sq_row, exp_avg_sq_col, exp_avg_sq, torch.full_like(RMS, rms)
+        decay = 1.0 - s.weight_decay * lr if s.weight_decay != 0 else 1.0  # lr may be infinite
+        return param * decay - update, exp_avg, exp_avg_sq_row, exp_avg_sq_col, exp_avg_sq, torch.full_like(RMS, rms)
 
     @staticmethod
     def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
         """The learning rate of a parameter's last step, which ``transformers.AdafactorSchedule`` asks for."""
-        step = float(param_state["step"])
+        step = count_of(param_state["step"])
         rel_step = param_group["lr"]
         if param_group["relative_step"]:
             min_step = 1e-6 * step if param_group["warmup_init"] else 1e-2

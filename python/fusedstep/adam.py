@@ -135,7 +135,7 @@ class Adam(FusedOptimizer):
             inv_bias_correction2_sqrt=inv_bias_correction2_sqrt,
             eps=eps * inv_bias_correction2_sqrt if epsilon_hat else eps,
             weight_decay=0.0 if decoupled else weight_decay,
-            decay=1.0 - lr * weight_decay if decoupled else 1.0,
+            decay=1.0 - lr * weight_decay if decoupled and weight_decay != 0 else 1.0,  # lr may be infinite
         )
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Unpack
@@ -13,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import checks
 from .adam import Adam
+from .gradients import GradientOptions
 from .optimizer import FusedOptimizer
 from .options import Options
 
@@ -64,6 +66,8 @@ class AdamWeightDecay(Adam):
     1412.6980 (epsilon-hat: section 2), 1711.05101.
     """
 
+    variant_options = ("include_in_weight_decay", "exclude_from_weight_decay", "param_names")
+
     def __init__(
         self,
         params: ParamsT,
@@ -86,11 +90,6 @@ class AdamWeightDecay(Adam):
         foreach: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
-        if clipnorm is not None and global_clipnorm is not None:
-            raise ValueError(
-                "Cannot accept both `clipnorm` and `global_clipnorm`, "
-                f"received `clipnorm` = {clipnorm}, `global_clipnorm` = {global_clipnorm}"
-            )
         defaults = {
             "lr": learning_rate if lr is None else lr,
             "betas": (beta_1, beta_2),
@@ -106,29 +105,48 @@ class AdamWeightDecay(Adam):
             "maximize": maximize,
             "foreach": foreach,
         }
+        _refuse_two_norms(defaults)
         FusedOptimizer.__init__(self, params, defaults, **options)
-        limit = self.defaults["global_clipnorm"]
-        if limit is not None:
-            # Without torch's 1e-6, and with TensorFlow's answer to an infinite norm.
-            self._gradients.options = dataclasses.replace(
-                self._gradients.options, max_grad_norm=limit, epsilon=0.0, nan_if_nonfinite=True
-            )
+        self._clip_globally(global_clipnorm)
+
+    def _clip_globally(self, limit: float | None) -> None:
+        """Limit the norm of all gradients, without torch's 1e-6, and with TensorFlow's answer to an infinite norm."""
+        self._gradients.options = dataclasses.replace(
+            self._gradients.options,
+            max_grad_norm=self._options["max_grad_norm"] if limit is None else limit,
+            epsilon=GradientOptions.epsilon if limit is None else 0.0,
+            nan_if_nonfinite=limit is not None,
+        )
+        self.defaults["global_clipnorm"] = limit
+
+    def _check_call(self, max_grad_norm: float | None) -> None:
+        """Raise if a step cannot be made now, or not so; see to what the user may have put into the groups since."""
+        super()._check_call(max_grad_norm)
+        if self.param_groups and (limit := self.param_groups[0]["global_clipnorm"]) != self.defaults["global_clipnorm"]:
+            self._clip_globally(limit)
+        for group in self.param_groups:
+            self._check_clipping(group)
 
     def _check_clipping(self, group: dict[str, Any]) -> None:
         """Raise ValueError if what a group clips by contradicts the options of the optimizer."""
         limit = group["global_clipnorm"]
         if limit != self.defaults["global_clipnorm"]:
             raise ValueError(
-                f"global_clipnorm={limit} of a group: it is the norm of all groups together; give it to the constructor"
+                f"global_clipnorm={limit} of a group: it is the norm of all groups together; give it to the "
+                "constructor, or set it in every group"
             )
+        _refuse_two_norms(group)
         own = {key: group[key] for key in _CLIPS if group[key] is not None}
-        options = self._gradients.options
-        if own and options.max_grad_norm is not None and not options.nan_if_nonfinite:  # not global_clipnorm's own
+        for key, value in own.items():
+            checks.check_positive(f"{key} value", value)
+            checks.as_number(f"{key} value", value)
+        given = self._options["max_grad_norm"]
+        if own and given is not None:
             raise ValueError(
-                f"max_grad_norm={options.max_grad_norm} and {', '.join(f'{k}={v}' for k, v in own.items())} contradict "
-                "each other: clip in one way"
+                f"max_grad_norm={given} and {', '.join(f'{k}={v}' for k, v in own.items())} contradict each other: "
+                "clip in one way"
             )
-        if options.write_grads and own.keys() - {"global_clipnorm"}:
+        if self._gradients.options.write_grads and own.keys() - {"global_clipnorm"}:
             raise ValueError("write_grads=True cannot go with clipvalue or clipnorm, which work on copies of gradients")
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -155,18 +173,16 @@ class AdamWeightDecay(Adam):
         if isinstance(param_group, dict):
             self._check_clipping({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        patterns = group["include_in_weight_decay"] or group["exclude_from_weight_decay"]
-        if patterns and group["params"] and "param_names" not in group:
-            self.param_groups.pop()
-            raise ValueError(
-                f"Invalid weight decay patterns: {list(patterns)} need the parameters' names; "
-                "pass model.named_parameters() instead of model.parameters()"
-            )
 
     def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> bool:
         """Whether a parameter decays."""
         if name is None:
+            patterns = group["include_in_weight_decay"] or group["exclude_from_weight_decay"]
+            if patterns and "param_names" not in group:
+                raise ValueError(
+                    f"Invalid weight decay patterns: {list(patterns)} need the parameters' names; "
+                    "pass model.named_parameters() instead of model.parameters()"
+                )
             return True
         if any(re.search(pattern, name) for pattern in group["include_in_weight_decay"] or ()):
             return True
@@ -179,15 +195,29 @@ class AdamWeightDecay(Adam):
     def clips(self) -> bool:
         return any(group[limit] is not None for group in self.param_groups for limit in ("clipvalue", "clipnorm"))
 
+    def clips_by_norm(self, group: dict[str, Any]) -> bool:
+        return group["clipnorm"] is not None
+
     def clip(self, grads: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
         clipped = []
         for group, grad in grads:
             if group["clipvalue"] is not None:
                 grad = grad.clamp(-group["clipvalue"], group["clipvalue"])
-            if group["clipnorm"] is not None:
-                grad = grad * (group["clipnorm"] / torch.linalg.vector_norm(grad).clamp(min=group["clipnorm"]))
+            limit = group["clipnorm"]
+            if limit is not None and (isinstance(limit, Tensor) or limit != math.inf):  # the norm may be infinite too
+                grad = grad * (limit / torch.linalg.vector_norm(grad)).clamp(max=1)
             clipped.append(grad)
         return clipped
+
+
+def _refuse_two_norms(group: dict[str, Any]) -> None:
+    """Raise ValueError if a group's options limit two norms."""
+    one, all_ = group["clipnorm"], group["global_clipnorm"]
+    if one is not None and all_ is not None:
+        raise ValueError(
+            "Cannot accept both `clipnorm` and `global_clipnorm`, "
+            f"received `clipnorm` = {one}, `global_clipnorm` = {all_}"
+        )
 
 
 _CLIPS = ("clipvalue", "clipnorm", "global_clipnorm")

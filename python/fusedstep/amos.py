@@ -71,6 +71,7 @@ class Amos(FusedOptimizer):
     hyper_names = ("lr", "eta", "beta", "momentum", "clip_value", "extra_l2", "c_coef", "d_coef", "eps")
     state_names = ("exp_avg_sq", "decay", "exp_avg")
     non_negative = ("exp_avg_sq", "decay")
+    variant_options = ("eta", "reduce", "param_names")
 
     def __init__(
         self,

@@ -34,8 +34,18 @@ class GradScaler(torch.amp.GradScaler):
         >>> scaler.step(optimizer)  # unscales, checks, clips and steps
         >>> scaler.update()
 
-    Differs from torch: the gradients are looked at after the optimizer's step hooks have run, and an error in ``step``
-    leaves no ``grad_scale`` on the optimizer.
+    A skipped step is seen by the scale, which `update` lowers then and otherwise never:
+
+        >>> before = scaler.get_scale()
+        >>> scaler.step(optimizer)
+        >>> scaler.update()
+        >>> was_skipped = scaler.get_scale() < before
+
+    Differs from torch: ``optimizer.step`` is called in any case, so that its hooks run in a skipped step too, and
+    whatever counts its calls (Accelerate does) counts that one; it does nothing then, nobody waits for the device, and
+    ``.grad`` stays scaled unless ``write_grads`` asks for what was used. The gradients are looked at after the step
+    hooks have run. An error in ``step`` leaves no ``grad_scale`` on the optimizer. Where one of these matters, take
+    ``torch.amp.GradScaler``: under it these optimizers behave as those of torch.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -43,24 +53,36 @@ class GradScaler(torch.amp.GradScaler):
         state = self._per_optimizer_states[id(optimizer)] if self._enabled else None
         if (
             state is None
-            or state["stage"] is not OptState.READY
+            or state["stage"] is OptState.STEPPED
             or "closure" in kwargs
             or not isinstance(optimizer, FusedOptimizer)
-            or optimizer.clips()  # it works on copies, which need not be finite where the gradients are not
-            or not optimizer._gradients.are_local(optimizer)
         ):
             return super().step(optimizer, *args, **kwargs)
         self._check_scale_growth_tracker("step")
         scale: Tensor = self._get_scale_async()
-        found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
-        optimizer.grad_scale = scale * getattr(optimizer, "grad_scale", 1)  # the user's own besides, as in torch
+        is_ready = state["stage"] is OptState.READY
+        finds_nonfinite = (
+            is_ready
+            and not optimizer.clips()  # it works on copies, which need not be finite where the gradients are not
+            and optimizer._gradients.are_local(optimizer)
+        )
+        if finds_nonfinite:
+            found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
+        else:
+            if is_ready:
+                self._check_inf_per_device(optimizer)
+            found = [each.to(scale.device, non_blocking=True) for each in state["found_inf_per_device"].values()]
+            found_inf = torch.stack(found).sum() if found else None
+        if is_ready:
+            optimizer.grad_scale = scale * getattr(optimizer, "grad_scale", 1)  # the user's own besides, as in torch
         optimizer.found_inf = found_inf
-        optimizer._finds_nonfinite = True
+        optimizer._finds_nonfinite = finds_nonfinite
         try:
             result = optimizer.step(*args, **kwargs)
         finally:
-            del optimizer.grad_scale, optimizer.found_inf, optimizer._finds_nonfinite
+            optimizer.__dict__.pop("grad_scale", None)
+            del optimizer.found_inf, optimizer._finds_nonfinite
         state["stage"] = OptState.STEPPED
-        if optimizer._gradients.any_seen:  # else there was no check, of which torch complains in `update`
+        if finds_nonfinite and optimizer._gradients.any_seen:  # else there was no check, as `update` complains
             state["found_inf_per_device"] = {found_inf.device: found_inf}
         return result

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import layout
+from . import counts, layout
 from .options import Options
 
 if TYPE_CHECKING:
@@ -31,12 +31,57 @@ def _number(label: str, value: Any, allowed: Callable[[Any], bool], rule: str) -
         raise ValueError(f"Invalid {label}: {value} (it must be {rule})")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a number or a one-element tensor."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-    if not isinstance(value, (Real, Tensor)):
-        raise TypeError(f"Invalid {name}: {value!r} is a {type(value).__name__}; it must be a number")
+def as_float(label: str, value: Any) -> float:
+    """``value`` as the kernels take numbers; raises ValueError if it is larger than any of them, or a meta tensor."""
+    if isinstance(value, Tensor) and value.is_meta:
+        raise ValueError(f"Invalid {label}: a meta tensor, which has no value; it must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        kind = type(value).__name__
+        raise ValueError(f"Invalid {label}: {kind} too large to convert to a floating-point number") from None
+
+
+def as_number(label: str, value: Any) -> float | Tensor:
+    """A hyperparameter as kernels take it: a float, or a one-element tensor of a device that is not waited for.
+
+    Raises:
+        ValueError, TypeError: it is no number, or one that a float cannot hold.
+    """
+    if not isinstance(value, Tensor):
+        if not isinstance(value, Real):
+            raise TypeError(f"Invalid {label}: {value!r} is a {type(value).__name__}; it must be a number")
+        return as_float(label, value)
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {label} must be 1-element, got shape {tuple(value.shape)}")
+    if value.is_complex():
+        raise TypeError(f"Invalid {label}: a complex tensor; it must be a real number")
+    return as_float(label, value) if value.device.type in ("cpu", "meta") else value.detach()
+
+
+def _numbers_of(group: dict[str, Any]) -> Iterator[tuple[str, float | Tensor]]:
+    """Each number or flag among the options of a group, with the option's name."""
+    for name, option in group.items():
+        if name not in ("params", "param_names"):
+            values = option.values() if isinstance(option, Mapping) else option
+            several = isinstance(values, Iterable) and not isinstance(values, (str, Tensor))
+            for value in values if several else (values,):
+                if isinstance(value, (Real, Tensor)):
+                    yield name, value
+
+
+def check_values(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for an option of a group whose value no float can hold, or that has none."""
+    for name, value in _numbers_of(group):
+        if not isinstance(value, Tensor) or value.is_meta:
+            as_float(f"{name} of {where}", value)
+
+
+def check_options(groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError or TypeError for an option of a group that cannot be the number or flag that it should be."""
+    for index, group in enumerate(groups):
+        for name, value in _numbers_of(group):
+            as_number(f"{name} of parameter group {index}", value)
 
 
 def check_lr(lr: float | Tensor) -> None:
@@ -135,8 +180,6 @@ def describe(index: int, name: str | None, tensor: Tensor) -> str:
 
 def check_param(cls: type[FusedOptimizer], reduces: bool, param: Tensor, memory: Tensor, what: str) -> None:
     """Raise unless ``param``, which is stored in ``memory``, can be updated in place; ``what`` is its `describe`."""
-    if reduces and param.is_complex():
-        raise RuntimeError(f"{cls.__name__} does not support complex parameters ({what})")
     if reduces and layout.is_wrapper(param):
         raise RuntimeError(
             f"{cls.__name__} does not support {type(param).__name__} parameters ({what}): its sums would be those of "
@@ -146,6 +189,12 @@ def check_param(cls: type[FusedOptimizer], reduces: bool, param: Tensor, memory:
         raise ValueError(f"{what}: a {param.layout} parameter cannot be updated; pass a dense one")
     if layout.overlaps_itself(memory):
         raise ValueError(f"{what}: several elements share one memory location; pass a .clone() of it")
+
+
+def check_real(cls: type[FusedOptimizer], reduces: bool, param: Tensor, what: str) -> None:
+    """Raise RuntimeError if ``param`` is complex and its rule has sums; the parents do so in ``step`` alone."""
+    if reduces and param.is_complex():
+        raise RuntimeError(f"{cls.__name__} does not support complex parameters ({what})")
 
 
 def check_state(
@@ -161,26 +210,34 @@ def check_state(
     if state.shape != shape:
         expected = "that of" if shape == param.shape else f"{tuple(shape)} for"
         raise RuntimeError(f"{optimizer}: state '{name}' has shape {tuple(state.shape)}, it must be {expected} {what}")
+    if state.layout != torch.strided:
+        raise RuntimeError(f"{optimizer}: state '{name}' has layout {state.layout}, it must be dense for {what}")
     if state.is_complex() != param.is_complex():
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
     if state.dtype not in dtypes if dtypes else not (state.is_floating_point() or state.is_complex()):
         raise RuntimeError(f"{optimizer}: state '{name}' has dtype {state.dtype}, which cannot go with {what}")
 
 
-def check_loaded(
-    label: str, value: Any, param: Tensor, shape: torch.Size | None, codes: Sequence[torch.dtype] = ()
-) -> None:
-    """Raise ValueError unless a loaded ``value`` can be a state of ``param``: its step, or for a ``shape`` a tensor.
+def check_memory(optimizer: str, subject: str, tensor: Tensor) -> None:
+    """Raise ValueError unless ``tensor``, which ``subject`` describes, lies in memory of its own."""
+    memory = layout.local(tensor)
+    if memory.layout == torch.strided and not memory._is_zerotensor() and not layout.has_memory(memory):
+        raise ValueError(
+            f"{optimizer}: {subject} has no memory of its own: it is a {type(tensor).__name__} that wraps other "
+            "tensors, a meta tensor or one whose storage was freed; use a plain tensor"
+        )
+
+
+def check_loaded(label: str, value: Any, param: Tensor, shape: torch.Size, codes: Sequence[torch.dtype] = ()) -> None:
+    """Raise ValueError unless a loaded ``value`` can be a state of ``param`` that has the ``shape``.
 
     ``codes``: dtypes of numbers that stand for others.
     """
-    if shape is None:
-        number = isinstance(value, Real) or (
-            isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-        )
-        if not number:
-            raise ValueError(f"loaded state dict: {label} is {_kind(value)}, expected a number")
-    elif isinstance(value, Tensor):
+    if isinstance(value, Tensor):
+        if value.is_meta and not param.is_meta:
+            raise ValueError(f"loaded state dict: {label} is on the meta device, which has no numbers")
+        if value.layout not in (torch.strided, torch.sparse_coo):
+            raise ValueError(f"loaded state dict: {label} has layout {value.layout}, expected torch.strided")
         if value.shape != shape:
             raise ValueError(f"loaded state dict: {label} has shape {tuple(value.shape)}, expected {tuple(shape)}")
         number = value.is_floating_point() or value.is_complex()
@@ -189,6 +246,21 @@ def check_loaded(
             raise ValueError(f"loaded state dict: {label} has dtype {value.dtype}, expected {expected} one")
     elif not (value is None or isinstance(value, Real)):  # a parent class may have those where it has not started
         raise ValueError(f"loaded state dict: {label} is {_kind(value)}, expected a tensor of shape {tuple(shape)}")
+
+
+def loaded_count(label: str, value: Any) -> int:
+    """A loaded number of steps; raises ValueError if it is none."""
+    if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())):
+        raise ValueError(f"loaded state dict: {label} is {_kind(value)}, expected a number")
+    try:
+        count = float(value)
+    except (RuntimeError, OverflowError) as error:  # on the meta device, in a layout without numbers, too large
+        raise ValueError(f"loaded state dict: {label} cannot be read as a number: {error}") from error
+    if not (count.is_integer() and 0 <= count <= counts.MOST):
+        raise ValueError(
+            f"loaded state dict: {label} is {count:g}, expected a number of steps: whole, 0 to {counts.MOST}"
+        )
+    return int(count)
 
 
 def _kind(value: Any) -> str:
@@ -219,6 +291,7 @@ def check_grad(cls: type[FusedOptimizer], group: dict[str, Any], param: Tensor, 
         raise RuntimeError(f"{optimizer}: the gradient is on {grad.device}, it must be on the device of {what}")
     if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
         raise RuntimeError(f"{optimizer}: the gradient has dtype {grad.dtype}, it must be floating like {what}")
+    check_memory(optimizer, f"the gradient of {what},", grad)
 
 
 def check_norm_is_local(cls: type[FusedOptimizer], param: Tensor, what: str) -> None:

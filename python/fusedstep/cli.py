@@ -121,7 +121,49 @@ def info_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kernels() -> list[dict[str, Any]]:
+    """The formats that have kernels of their own in the CUDA engine, and the rules that have them.
+
+    ``rules`` and ``with_averages_and_copies`` are lists of strings such as "adam (exp_avg, exp_avg_sq)". Parameters that
+    are stored in another way, or whose rule is not in the list, take one general kernel, which is slower.
+
+    Raises:
+        ImportError: the extension is not compiled.
+    """
+    from . import _C
+
+    def described(rules: list[tuple[str, list[str]]]) -> list[str]:
+        return [f"{name} ({', '.join(states)})" if states else name for name, states in rules]
+
+    return [
+        {"format": name, "rules": described(rules), "with_averages_and_copies": described(followed)}
+        for name, rules, followed in _C.cuda_formats()
+    ]
+
+
+def kernels_text(found: list[dict[str, Any]]) -> str:
+    """The result of `kernels` for people: weights, gradients and states of one dtype where nothing else is said."""
+    every = max((row["rules"] for row in found), key=len)
+    width = max(len(row["format"]) for row in found)
+    lines = ["Kernels of the CUDA engine; everything else takes a general one, which is slower.", ""]
+    for row in found:
+        listed = "every rule" if row["rules"] == every else "; ".join(row["rules"])
+        lines.append(f"{row['format']:<{width}}  {listed}")
+        averaged = row["with_averages_and_copies"]
+        if averaged != row["rules"]:
+            lines.append(f"{'':<{width}}    with averages and copies: {'; '.join(averaged) or 'the general one'}")
+    return "\n".join(lines)
+
+
 def _info(args: argparse.Namespace) -> int:
+    if args.kernels:
+        try:
+            listed = kernels()
+        except ImportError as error:
+            print(f"fusedstep info --kernels needs the compiled extension: {error}", file=sys.stderr)
+            return 2
+        print(json.dumps(listed, indent=1) if args.json else kernels_text(listed))
+        return 0
     found = info()
     print(json.dumps(found, indent=1) if args.json else info_text(found))
     return 0
@@ -169,7 +211,13 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     about = "Versions, devices, which backends can run here, and why the others cannot."
-    add("info", about, _info).add_argument("--json", action="store_true", help="print as JSON")
+    parser_of_info = add("info", about, _info)
+    parser_of_info.add_argument("--json", action="store_true", help="print as JSON")
+    parser_of_info.add_argument(
+        "--kernels",
+        action="store_true",
+        help="list instead the ways to store parameters that have CUDA kernels of their own, and for which rules",
+    )
     about = "Check every optimizer, option, dtype, layout and backend against float64; exit code 1 if one is wrong."
     verification.add_arguments(add("verify", about, _verify))
     about = "Measure the time of a step against torch.optim and installed peers."

@@ -62,8 +62,7 @@ def clip_grad_norm_(
         from . import _C
 
         threads = torch.get_num_threads()
-        # One that is given twice is to be scaled twice, which threads cannot do at the same time.
-        if len(set(map(id, grads))) == len(grads) and not any(map(layout.is_wrapper, grads)):
+        if not any(map(layout.is_wrapper, grads)):
             sums = _C.cpu_sums(grads, 1.0, threads)
     if sums is None:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checks, layout
 from .backends.norm import Limits, Norm, sums
+from .backends.plan import SharedGrads
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -26,7 +27,7 @@ def check_max_norm(label: str, value: Any) -> None:
     """Raise unless ``value`` is a number that a norm can be limited to."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"Invalid {label}: {value!r} is a {type(value).__name__}; it must be a number, 0 or larger")
-    if not value >= 0:
+    if not checks.as_float(label, value) >= 0:
         raise ValueError(f"Invalid {label}: {value} (it must be 0 or larger)")
 
 
@@ -34,7 +35,7 @@ def check_norm_type(value: Any) -> float:
     """The order of a norm as a number; raises ValueError unless it is one that the kernels know."""
     try:
         order = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         order = math.nan
     if order not in NORM_TYPES:
         raise ValueError(f"Invalid norm_type: {value!r} (it must be 2 or inf)")
@@ -97,16 +98,21 @@ class Gradients:
 
     def __init__(self, options: GradientOptions) -> None:
         self.options = options
+        self.writes = options.zero_grads or options.write_grads  # whether a step leaves something else in gradients
         self.norms: dict[torch.device, Norm] = {}
         self.last: Norm | None = None  # of the last step that needed it
         self.any_seen = False  # whether that step had gradients
+        self.shared = SharedGrads()
         self._local: bool | None = None  # None: not looked at yet
 
-    def __getstate__(self) -> GradientOptions:
-        return self.options
+    def __getstate__(self) -> tuple[GradientOptions, Norm | None]:
+        return self.options, self.last
 
-    def __setstate__(self, options: GradientOptions) -> None:
+    def __setstate__(self, state: tuple[GradientOptions, Norm | None]) -> None:
+        options, last = state
         self.__init__(options)
+        if last is not None:
+            self.last = self.norms[last.device] = last
 
     def norm(self, groups: list[dict[str, Any]]) -> Tensor | None:
         """A copy of the last norm; in fp64 if all parameters are."""
@@ -123,7 +129,8 @@ class Gradients:
 
     def _at(self, device: torch.device) -> Norm:
         if device not in self.norms:
-            self.norms[device] = Norm(device)
+            with torch.inference_mode(False):
+                self.norms[device] = Norm(device)
         return self.norms[device]
 
     @torch.no_grad()
@@ -233,12 +240,12 @@ class Gradients:
         if self.options.error_if_nonfinite and last.found_inf.item() == 0 and not math.isfinite(last.norm.item()):
             raise_nonfinite(self.options.norm_type)
 
-    @torch.no_grad()
+    @torch.inference_mode()  # in which inference tensors can be written, and any other one as always
     def skip(self, groups: list[dict[str, Any]]) -> None:
         """What is done to gradients in a step that is known to be skipped."""
         if self.options.zero_grads:
             for grad in _grads(groups):
-                grad.zero_()
+                layout.zero(grad)
 
 
 def _params(groups: list[dict[str, Any]]) -> Iterator[Tensor]:

@@ -31,6 +31,40 @@ def is_lazy(tensor: Tensor) -> bool:
     return tensor.is_neg() or tensor._is_zerotensor()
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """False if there is nothing to read or write where a dense tensor lies: it wraps others, or was freed."""
+    if tensor.numel() == 0:
+        return True
+    try:
+        return tensor.untyped_storage().data_ptr() != 0
+    except RuntimeError:  # torch's own classes that wrap others have no storage at all
+        return False
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which a dense tensor lies."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum(stride * (size - 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def write(tensor: Tensor, values: Tensor) -> None:
+    """Put ``values`` into a dense tensor, which may be expanded where they are equal."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    tensor.copy_(values)
+
+
+def zero(tensor: Tensor) -> None:
+    """Fill any tensor with zeros: dense or sparse, expanded or a wrapper; torch's own zeros are left as they are."""
+    tensor = local(tensor)
+    if not tensor._is_zerotensor():
+        tensor.zero_()
+
+
 def place(tensor: Tensor) -> tuple:
     """Equal for two tensors that are the same stretch of memory, read in the same way."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, is_lazy(tensor)
@@ -48,12 +82,13 @@ def laid_out_as(tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None) 
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The plain memory of a wrapper such as a DTensor; any other tensor is returned as it is."""
-    if not is_wrapper(tensor):
+    """The plain memory of a wrapper, such as a DTensor or a tensor still on its way; any other tensor as it is."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
         return tensor
-    with torch.no_grad():
-        shard = tensor.to_local()
-    return shard.wait() if hasattr(shard, "wait") else shard
+    if is_wrapper(tensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()
+    return tensor.wait() if hasattr(tensor, "wait") else tensor
 
 
 def is_wrapper(tensor: Tensor) -> bool:

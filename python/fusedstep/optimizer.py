@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages, backends, checkpoint, checks, layout, planning, precision
+from . import averages, backends, checkpoint, checks, dcp, layout, planning, precision, sharding
 from .backends.lifetime import CHANGED, Graphs, refuse_capture
 from .backends.plan import Call, Plan
+from .counts import count_of
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .options import Options
 from .schedules import on_device
+
+if TYPE_CHECKING:
+    from .accumulate import GradientAccumulator
 
 
 def _keep_from_compiler(function: Callable) -> None:
@@ -50,17 +55,23 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     non_negative: ClassVar[tuple[str, ...]] = ()  # states that an 8-bit code stores without a sign
 
+    variant_options: ClassVar[tuple[str, ...]] = ()  # keys of a group that `variant_of` looks at
+
     reduces: ClassVar[bool] = False  # whether the rule has such sums as `rule_of` names
 
     Scalars: ClassVar[type]
 
-    _step_supports_amp_scaling = True  # GradScaler then passes grad_scale and found_inf on to the kernels
     _plans: list[Plan] | None = None
     _watch: Any = None
+    _seen_options: list[list[Any]] | None = None  # those that the variants of the plans were made with
     _learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
     _finds_nonfinite: bool = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
+    _ran_on: frozenset[str] = frozenset()  # names of that step's backends
     _precision: precision.Precision = precision.PLAIN
+    _norms_checked: bool = False  # whether it was checked that the plans' gradients are all that a norm is of
+    _shared_out: bool = False  # whether other processes have the other parameters
+    _warned_of_pieces: bool = False
 
     def __init__(
         self,
@@ -88,6 +99,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._precision = precision.Precision.checked(
             state_dtype, master_weights, rounding, kahan, wide_states, rounding_seed
         )
+        checks.check_values(defaults, "the defaults")
         self.check_group(on_device.at_the_beginning(defaults))
         self._backend = backends.check_choice(backend)
         self._gradients = Gradients(
@@ -96,7 +108,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._followers = averages.Followers(ema_decay, weights_copy)
         self._counters: dict[Tensor, Tensor] = {}
         self._graphs = Graphs()
+        self._accumulators: weakref.WeakSet[GradientAccumulator] = weakref.WeakSet()
+        self._shared_out = sharding.maker_shares_out()
+        self._earlier: dict[Tensor, int] = {}  # steps before the one that `begins_anew`
+        self._template: dict[Tensor, dcp.Made] = {}
         super().__init__(params, defaults)
+        dcp.own(self)
         self._learning_rates = on_device.LearningRates(self._backend)
         self._learning_rates.follow(self.param_groups, self._most_steps)
 
@@ -130,6 +147,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def clips(self) -> bool:
         """Whether `clip` is to be called in a step."""
+        return False
+
+    def clips_by_norm(self, group: dict[str, Any]) -> bool:
+        """Whether `clip` takes the norm of each gradient of a group."""
         return False
 
     def clip(self, grads: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
@@ -166,6 +187,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Those of `states_of` that stay in fp32 where ``state_dtype`` is less: the rule takes their difference."""
         return ()
 
+    def begins_anew(self, group: dict[str, Any]) -> bool:
+        """Whether a step that finds no states differs from one that finds those of `init_state`."""
+        return False
+
     def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
         """The state ``key`` of a parameter before its first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
@@ -175,7 +200,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def backends_used(self) -> set[str]:
         """Names of the backends that the parameters' last step ran on (empty before the first)."""
-        return {plan.backend.name for plan in self._plans or ()}
+        return set(self._ran_on)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does, after checking its options and that the chosen backend can take it.
@@ -188,6 +213,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.check_placement(param_group, self._options)
             group = {**self.defaults, **param_group}
             checks.check_implementation(group)
+            checks.check_values(group, f"parameter group {len(self.param_groups)}")
             self.check_group(on_device.at_the_beginning(group))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -198,7 +224,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 reduces = self.rule_of(self.variant_of(group, name, param))[1]
                 checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
                 self._precision.check_param(type(self).__name__, reduces, param, name, what)
-                self._select(param)
+                self._select(param, reduces)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -206,7 +232,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             names = planning.first_names(self)
             for name, param in planning.named(group):
                 state = self.state[param]
-                planning.step_counter(self, param, param, state, ())
+                planning.step_counter(self, group, param, param, state, ())
                 # Copies of weights wait for the first step: until then, the user may load other weights.
                 planning.settle(self, param, names[param], group, weight_too=False)
                 for key in self.states_of(group):
@@ -231,22 +257,35 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _most_steps(self) -> int:
         """The largest number of steps of a parameter."""
-        steps = (state["step"] for state in self.state.values() if isinstance(state, dict) and "step" in state)
-        return int(max(map(float, chain(steps, self._counters.values())), default=0))
+        states = ((param, state) for param, state in self.state.items() if isinstance(state, dict))
+        steps = chain(((param, state["step"]) for param, state in states if "step" in state), self._counters.items())
+        return max((count_of(counter) + self._earlier.get(param, 0) for param, counter in steps), default=0)
 
-    def _select(self, param: Tensor) -> backends.Backend:
-        # Frozen weights of a dtype that nothing can update are carried along, as torch does.
+    def _select(self, param: Tensor, reduces: bool) -> backends.Backend:
+        # Weights of a dtype that nothing can update are carried along until they have a gradient, as torch does.
         trained = param.requires_grad or param.grad is not None or param in self.state or param in self._counters
-        return backends.select(self._backend, param.device, param.dtype if trained else torch.float32)
+        updated = trained and not (reduces and param.is_complex())
+        return backends.select(self._backend, param.device, param.dtype if updated else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options")
+        dcp.forget_template(self)
+        kept = (
+            *("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options"),
+            *("_earlier", "_shared_out", "_ran_on", "kernel_calls"),
+        )
         return super().__getstate__() | {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        has_differentiable = "differentiable" in state.get("defaults", self.__dict__.get("defaults", ()))
         super().__setstate__(state)
+        if not has_differentiable:  # torch adds it to every copied or loaded optimizer's
+            del self.defaults["differentiable"]
         self.__dict__.setdefault("_backend", backends.check_choice(None))
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_accumulators", weakref.WeakSet())
+        self.__dict__.setdefault("_earlier", {})
+        self.__dict__["_template"] = {}
+        dcp.own(self)
         self.__dict__.setdefault("_options", {})
         self.__dict__.setdefault("_graphs", Graphs())
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
@@ -269,42 +308,48 @@ class FusedOptimizer(torch.optim.Optimizer):
         tells here. `copies` are renewed.
 
         Raises:
-            ValueError: groups do not match, or a state cannot be its parameter's; nothing is changed then.
+            ValueError: groups do not match, or an option or state is none that a step can be made with.
             RuntimeError: this is inside `swap_ema`.
+            Nothing has changed then, nor after an error of a hook.
         """
         self._followers.refuse_swapped("load_state_dict()")
-        with checkpoint.loading(self) as loaded:
-            super().load_state_dict(state_dict)
-        precision.warn_of_conversions(self, loaded, planning.first_names(self))
+        with checkpoint.undone_on_error(self):
+            with checkpoint.loading(self) as loaded:
+                super().load_state_dict(state_dict)
+            precision.warn_of_conversions(self, loaded, planning.first_names(self))
+        self.renew_copies()
 
     # The step.
 
-    def _plans_that_fit(self) -> list[Plan] | None:
+    def _plans_that_fit(self, needs_norm: bool = False) -> list[Plan] | None:
         """The plans of the last step with this step's gradients, every pointer checked; None: new ones are needed."""
         plans = self._plans
         if (
             plans is not None
+            and (self._norms_checked or not needs_norm)
             and self._watch.unchanged(self.state, self.param_groups)
             and all(plan.states == self.states_of(self.param_groups[plan.group]) for plan in plans)
+            and (not self.variant_options or self._seen_options == self._options_of_variants())
+            and all(plan.gather() for plan in plans)
         ):
-            try:
-                if all(plan.gather() for plan in plans):
-                    return plans
-            except BaseException:
-                self._plans = None  # and with the plans their references to the gradients
-                raise
+            return plans
         self._plans = None
         return None
 
+    def _options_of_variants(self) -> list[list[Any]]:
+        return [[group.get(option) for option in self.variant_options] for group in self.param_groups]
+
     def _new_plans(self, chosen: list[list[planning.Place]]) -> list[Plan]:
-        """Plans with this step's gradients; nothing has been updated when this raises."""
+        """Plans with this step's gradients."""
         with torch.no_grad():
             plans = planning.build(self, chosen)
         self._watch = backends.watch(self.state, self.param_groups)
+        self._seen_options = planning.snapshot(self._options_of_variants())
         for plan in plans:
             if not plan.gather():
                 raise RuntimeError("a parameter, gradient or state changed in another thread during step()")
-        self._plans = plans
+        self._plans = plans or None  # without one, nothing would notice the first gradient
+        self._ran_on = frozenset(plan.backend.name for plan in plans)
         return plans
 
     @property
@@ -322,7 +367,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         named = ((group, name, param) for group in self.param_groups for name, param in planning.named(group))
         reducing = ((param, self.rule_of(self.variant_of(group, name, param))[1]) for group, name, param in named)
         with torch.no_grad():
-            memory = ((p, self._select(p).memory(p, reduces)) for p, reduces in reducing)
+            memory = ((p, self._select(p, reduces).memory(p, reduces)) for p, reduces in reducing)
             return self._followers.copies_of(memory, partial(planning.weight_of, self))
 
     def renew_copies(self) -> None:
@@ -360,30 +405,46 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         if isinstance(grad_scale, Tensor) and grad_scale.dim() > 0:
             grad_scale = grad_scale.reshape(())
+        elif grad_scale is not None and not isinstance(grad_scale, Tensor):
+            grad_scale = torch.tensor(float(grad_scale))
         found_inf = getattr(self, "found_inf", None)
-        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
+        if not isinstance(found_inf, Tensor):  # torch's own protocol has the number 0 where there are no gradients
             found_inf = None
         elif found_inf.device.type == "cpu" and found_inf.item() != 0:
             if limits is not None:
                 gradients.measure(self, limits, grad_scale, found_inf)
             return gradients.skip(self.param_groups)
         self._learning_rates.begin_step(self.param_groups, self._most_steps)
-        plans, groups = self._plans_that_fit(), self.param_groups
-        if plans is None:
-            for device in {param.device for group in groups for param in group["params"]}:
-                refuse_capture(device, CHANGED)
-            chosen = planning.look_up(self, limits is not None)
-            if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
-                return
-            plans = self._new_plans(chosen)
+        groups, coefficient, undo = self.param_groups, None, None
         try:
-            hypers = [self._hyper_of(groups[plan.group], plan.variant) for plan in plans]
-        except BaseException:
-            self._plans = None  # and with the plans their references to the gradients
-            raise
-        self.kernel_calls, coefficient = 0, None
-        try:
-            if self.clips():
+            clips = self.clips()
+            needs_norm = limits is not None or (clips and any(map(self.clips_by_norm, groups)))
+            plans = self._plans_that_fit(needs_norm)
+            if plans is None:
+                for device in {param.device for group in groups for param in group["params"]}:
+                    refuse_capture(device, CHANGED)
+                dcp.forget_template(self)
+                dcp.own(self)
+                # What is made now may be used by a step outside of inference mode.
+                with torch.inference_mode(False):
+                    chosen = planning.look_up(self, limits is not None)
+                    self._norms_checked = needs_norm
+                    if limits is not None and gradients.skip_unplanned(self, limits, grad_scale, found_inf):
+                        return
+                    undo = planning.undo_of(self)
+                    plans = self._new_plans(chosen)
+            steps = []
+            for plan in plans:
+                group = groups[plan.group]
+                maximize = group["maximize"]
+                if maximize is not True and maximize is not False:
+                    checks.check_flag("maximize", maximize)
+                    maximize = bool(maximize)
+                hyper = self._hyper_of(group, plan.variant)
+                plan.foresee(hyper)
+                steps.append((plan, hyper, maximize))
+            self.kernel_calls = 0
+            if clips:
                 if limits is not None:  # what is not finite may be finite once it is clipped
                     given = limits._replace(max_norm=math.inf)
                     self.kernel_calls, _, found_inf = gradients.reduce(plans, given, grad_scale, found_inf)
@@ -393,11 +454,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             if limits is not None:
                 calls, coefficient, found_inf = gradients.reduce(plans, limits, grad_scale, found_inf)
                 self.kernel_calls += calls
-        except BaseException:
-            self._plans = None
+            if gradients.writes:
+                gradients.shared.copy(plans)
+        except BaseException as error:
+            self._plans = None  # and with the plans their references to the gradients
+            if undo is not None:
+                undo()
+            if isinstance(error, (ArithmeticError, RuntimeError, TypeError, ValueError)):
+                checks.check_options(groups)
             raise
-        for plan, hyper in zip(plans, hypers, strict=True):
-            maximize = bool(groups[plan.group]["maximize"])
+        # Whatever may fail is behind; from here on things are written.
+        for plan, hyper, maximize in steps:
             self.kernel_calls += plan.step(Call(hyper, maximize, grad_scale, found_inf, coefficient))
         self.kernel_calls += self._learning_rates.end_step(found_inf)
 
@@ -406,6 +473,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Put unscaled and clipped gradients into the plans."""
         places, grads = [], []
         for plan in plans:
+            if self.clips_by_norm(self.param_groups[plan.group]):
+                plan.check_norm_is_local()
             for i, grad in plan.grads_in_use():
                 grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
                 places.append((plan, i))
@@ -417,13 +486,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _hyper_of(self, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:
         """`hyper`, after a look at what the user may have put into the group since."""
-        hyper = self.hyper(group, variant)
-        for name, value in zip(self.hyper_names, hyper, strict=True):
-            if type(value) not in (float, int, bool):
-                checks.check_number(name, value)
-        if any(isinstance(value, Tensor) and value.requires_grad for value in hyper):
-            hyper = tuple(value.detach() if isinstance(value, Tensor) else value for value in hyper)
-        return hyper
+        if group.get("differentiable"):
+            checks.check_implementation(group)
+        hyper = zip(self.hyper_names, self.hyper(group, variant), strict=True)
+        try:
+            return tuple([value if type(value) is float else checks.as_number(name, value) for name, value in hyper])
+        except (TypeError, ValueError) as error:
+            index = next(index for index, other in enumerate(self.param_groups) if other is group)
+            raise type(error)(f"{error} (parameter group {index})") from None
 
     def _hooked_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step with the hooks around it, as torch's own wrapper of `step` runs them."""

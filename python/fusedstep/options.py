@@ -51,7 +51,8 @@ class Options(TypedDict, total=False):
         skip_nonfinite: skip the step if the norm is not finite: no parameter, state or counter changes.
         write_grads: leave in ``.grad`` the gradient that the rule has used, unscaled and clipped.
         zero_grads: leave zeros in ``.grad``, set in the pass that read it. In a skipped step too, or a non-finite
-            gradient would stay for ever.
+            gradient would stay for ever; but ``torch.amp.GradScaler`` skips a step by not calling it, so that
+            ``zero_grad`` must be called under it (`fusedstep.GradScaler` calls it in any case).
         ema_decay: in [0, 1): keep an average of each parameter, ``ema = ema_decay * ema + (1 - ema_decay) * param``
             after each of its steps, which begins as the parameter before the first one. It is the state "ema" of the
             parameter, in fp32 or wider; ``with optimizer.swap_ema():`` puts the averages in the parameters' place.

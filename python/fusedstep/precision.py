@@ -166,11 +166,18 @@ class Precision:
             raise ValueError(f"state_dtype='8bit' does not support {type(param).__name__} parameters ({what})")
 
     def with_seed_of(self, state_dict: dict[str, Any]) -> Precision:
-        """These options with the seed of a loaded state, so that training goes on with the same random numbers."""
-        seed = state_dict.get("rounding_seed", self.rounding_seed)
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"loaded state dict: 'rounding_seed' is {seed!r}, expected a whole number below 2**63")
-        return replace(self, rounding_seed=seed)
+        """These options with the seed of a loaded state, so that training goes on with the same random numbers.
+
+        The groups have it too: distributed checkpoints have nothing beside groups and states.
+        """
+        found = self.rounding_seed
+        for place in (*reversed(state_dict["param_groups"]), state_dict):
+            found = place.get("rounding_seed", found)
+            if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < 2**63:
+                raise ValueError(
+                    f"loaded state dict: 'rounding_seed' is {found!r}, expected a whole number below 2**63"
+                )
+        return replace(self, rounding_seed=found)
 
     def settle(
         self,
@@ -257,7 +264,8 @@ class Precision:
             coded = state[key].dtype in CODES
             if coded:
                 dense = tensor if layout.is_dense(tensor) else layout.dense_like(tensor)
-                state[key], state[scale_name(key)] = laid_out_as(state[key], state[scale_name(key)], dense)
+                state[key], found = laid_out_as(state[key], state[scale_name(key)], dense)
+                state[scale_name(key)] = found.contiguous()
             scales.append(state[scale_name(key)] if coded else None)
         companion = None
         if form in COMPANIONS:
@@ -339,9 +347,13 @@ def misfit(
     """What of a companion, or of 8-bit states, cannot be a parameter's: its key, what was found, what is expected."""
 
     def differs(value: Any, dtypes: tuple[torch.dtype, ...], shape: torch.Size | tuple[int]) -> tuple[str, str] | None:
-        if isinstance(value, Tensor) and value.dtype in dtypes and value.shape == shape:
+        if not isinstance(value, Tensor):
+            return f"is {value!r}", f"{' or '.join(map(str, dtypes))}, shape {tuple(shape)}"
+        odd = [str(value.layout)] * (value.layout != torch.strided)
+        odd += [str(value.device)] * (value.is_meta and not param.is_meta)
+        if not odd and value.dtype in dtypes and value.shape == shape:
             return None
-        found = f"is {value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
+        found = ", ".join([f"is {value.dtype}, shape {tuple(value.shape)}", *odd])
         return found, f"{' or '.join(map(str, dtypes))}, shape {tuple(shape)}"
 
     companions = [key for key in COMPANIONS.values() if key in state]

@@ -94,6 +94,9 @@ class SGD(FusedOptimizer):
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names if group["momentum"] != 0 else ()
 
+    def begins_anew(self, group: dict[str, Any]) -> bool:
+        return group["dampening"] != 0  # the first gradient is not dampened
+
     @classmethod
     def check_sparse(cls, group: dict[str, Any], what: str) -> None:
         checks.check_no_decay(cls.__name__, group["weight_decay"], what)

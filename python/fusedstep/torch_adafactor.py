@@ -49,8 +49,8 @@ class TorchAdafactor(FusedOptimizer):
 
     Raises:
         ValueError, TypeError: an argument is out of range.
-        RuntimeError: ``backend`` cannot run for these parameters, a parameter is complex or a DTensor, or (from
-            ``step``) a gradient cannot be used.
+        RuntimeError: ``backend`` cannot run for these parameters, a parameter is a DTensor, or (from ``step``) it is
+            complex or a gradient cannot be used.
 
     Example:
         >>> optimizer = fusedstep.TorchAdafactor(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -63,6 +63,7 @@ class TorchAdafactor(FusedOptimizer):
     rule = "torch_adafactor"
     hyper_names = ("lr", "beta2_decay", "eps1", "eps2", "d", "weight_decay")
     state_names = ("row_var", "col_var", "variance")
+    variant_options = ("eps",)
     reduces = True
 
     def __init__(
@@ -101,10 +102,10 @@ class TorchAdafactor(FusedOptimizer):
             ("Clipping threshold d", group["d"], 1.0),
             ("weight_decay", group["weight_decay"], 0.0),
         ):
-            checks.check_number(label, value)
+            checks.as_number(label, value)
             if not least <= value:
                 raise ValueError(f"{label} should be >= {least:g} but is: {value}")
-        checks.check_number("beta2_decay", group["beta2_decay"])
+        checks.as_number("beta2_decay", group["beta2_decay"])
         if not 0.0 >= group["beta2_decay"]:
             raise ValueError(f"beta2_decay should be <= 0 but is: {group['beta2_decay']}")
         checks.check_flag("maximize", group["maximize"])
@@ -126,14 +127,15 @@ class TorchAdafactor(FusedOptimizer):
     matrices = Adafactor.matrices
 
     def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> float:
-        """The bound of the estimate's root."""
-        eps1 = group["eps"][0]
-        if eps1 is not None:
-            return float(eps1)
-        return torch.finfo(param.dtype).eps if param.is_floating_point() else 0.0  # frozen weights of other dtypes
+        """The bound of the estimate's root where the group has none."""
+        if group["eps"][0] is not None or not param.is_floating_point():  # frozen weights of other dtypes
+            return 0.0
+        return torch.finfo(param.dtype).eps
 
     def hyper(self, group: dict[str, Any], variant: float) -> tuple[float | Tensor, ...]:
-        return group["lr"], group["beta2_decay"], variant, group["eps"][1], group["d"], group["weight_decay"]
+        eps1, eps2 = group["eps"]
+        eps1 = variant if eps1 is None else eps1
+        return group["lr"], group["beta2_decay"], eps1, eps2, group["d"], group["weight_decay"]
 
     class Scalars(NamedTuple):
         one_minus_beta2: float
@@ -154,7 +156,7 @@ class TorchAdafactor(FusedOptimizer):
             rho=min(lr, 1.0 / math.sqrt(step)),
             eps2=eps2,
             d=d,
-            decay=1.0 - lr * weight_decay,
+            decay=1.0 - lr * weight_decay if weight_decay != 0 else 1.0,  # lr may be infinite
         )
 
     @staticmethod

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -137,22 +137,25 @@ def _reduced_ulp(tested: _Run, exact: _Run, scale: list[Tensor]) -> float:
     return worst
 
 
-def _runnable(names: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, list[str]]]:
-    """The backends to check on ``device``, and the reasons against the others."""
-    skipped, runnable = {}, []
+def _runnable(
+    names: Sequence[str] | None, devices: Sequence[torch.device]
+) -> tuple[dict[str, torch.device], dict[str, list[str]]]:
+    """The backends to check, each with the first of ``devices`` that it runs on, and the reasons against the others."""
+    runnable, skipped = {}, {}
     for name in names or [name for name in backends.BACKENDS if name != "reference"]:
         if name not in backends.BACKENDS:
             raise ValueError(f"Invalid backend: {name!r} (it must be one of {', '.join(backends.BACKENDS)})")
-        reasons = backends.BACKENDS[name].reasons(device)
-        if reasons:
-            skipped[name] = reasons
+        against = [backends.BACKENDS[name].reasons(device) for device in devices]
+        fits = [device for device, reasons in zip(devices, against, strict=True) if not reasons]
+        if fits:
+            runnable[name] = fits[0]
         else:
-            runnable.append(name)
+            skipped[name] = list(dict.fromkeys(reason for reasons in against for reason in reasons))
     return runnable, skipped
 
 
 def checks_of(
-    optimizers: Sequence[str] | None, names: Sequence[str], dtypes: Sequence[str] | None
+    optimizers: Sequence[str] | None, names: Iterable[str], dtypes: Sequence[str] | None
 ) -> list[tuple[Case, str, str]]:
     """All (case, dtype, backend) of a run."""
     for dtype in dtypes or ():
@@ -177,9 +180,9 @@ def verify(
 
     Args:
         optimizers: class names; all if None.
-        backend: one or several backends to compare with the reference; all that can run on ``device`` if None.
+        backend: one or several backends to compare with the reference; all that can run if None.
         dtypes: of "fp32", "bf16", "fp16", "fp64"; all if None.
-        device: "cuda" if there is one, else "cpu".
+        device: where to check; if None, each backend on the GPU if there is one that it runs on, else on the CPU.
         steps: updates per row.
         progress: show a progress bar (needs ``rich``).
 
@@ -191,18 +194,19 @@ def verify(
     Raises:
         ValueError: an unknown optimizer, backend or dtype.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    present = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if steps < 1:
         raise ValueError(f"Invalid steps: {steps} (it must be 1 or larger)")
-    names, skipped = _runnable([backend] if isinstance(backend, str) else backend, device)
-    todo: Iterator[tuple[Case, str, str]] | list = checks_of(optimizers, names, dtypes)
+    devices = [torch.device(name) for name in (present if device is None else [device])]
+    runnable, skipped = _runnable([backend] if isinstance(backend, str) else backend, devices)
+    todo: Iterator[tuple[Case, str, str]] | list = checks_of(optimizers, runnable, dtypes)
     if progress:
         from rich.progress import track
 
         todo = track(todo, description="verify", transient=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the reference was asked for
-        rows = tuple(_check(case, dtype, name, device, steps) for case, dtype, name in todo)
+        rows = tuple(_check(case, dtype, name, runnable[name], steps) for case, dtype, name in todo)
     return Report(rows, skipped)
 
 
@@ -216,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", action="append", metavar="NAME", help="compare only this one; may be repeated")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="may be repeated; all by default")
-    parser.add_argument("--device", help='"cuda" if there is one, else "cpu"')
+    parser.add_argument("--device", help="by default a GPU for the backends that run on it, the CPU for the others")
     parser.add_argument("--steps", type=int, default=7, help="updates per row (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 

@@ -28,6 +28,10 @@
 
 using std::min;
 
+inline int __clz(int x) {
+  return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x));
+}
+
 struct Index {
   unsigned x;
 };
@@ -148,6 +152,20 @@ inline void __syncwarp() {
 template <class T>
 T __shfl_xor_sync(unsigned, T value, unsigned lanes) {
   return Block::current->exchange(value, (threadIdx.x % 32) ^ lanes);
+}
+// Four of the eight bytes of x and then y, by the lowest three bits of each digit of the selector.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    if (selector >> (4 * i) & 8) std::abort();  // would repeat the sign, which no kernel wants
+    result |= (bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  }
+  return result;
+}
+template <class T>
+T __shfl_sync(unsigned, T value, unsigned lane) {
+  return Block::current->exchange(value, lane);
 }
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* address, unsigned limit) {

@@ -25,14 +25,14 @@ int record_size() {
 int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool maximize, bool zero_grads,
                        bool write_grads, const float* grad_scale, const float* found_inf, const double* coefficient,
                        double average_weight, const Record* records, const Matrices* matrices, int64_t n_records,
-                       const void* const* grads, unsigned blocks) {
+                       const void* const* grads) {
   int launches = 0;
   const auto step = [&](auto r) {
     using Rule = decltype(r);
     if (std::string(rule) != Rule::kName || n_states != kHeld<Rule>) return;
     const ReducingTable table =
         build_reducing_table(std::vector<Record>(records, records + n_records),
-                             std::vector<Matrices>(matrices, matrices + n_records), kLineFactors<Rule>);
+                             std::vector<Matrices>(matrices, matrices + n_records), kReducingTraits<Rule>);
     std::vector<char> bytes = table.bytes();
     std::vector<double> work(table.work_bytes / sizeof(double) + 1, std::numeric_limits<double>::quiet_NaN());
     Call call{};
@@ -49,7 +49,9 @@ int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool
     static ReducingArguments a;
     for (size_t i = 0; i < table.segments.size(); ++i) {
       set_arguments(&a, call, table, reinterpret_cast<char*>(work.data()), i);
-      launches += for_launches<Rule>([&](auto kernel) { launch_on_host(blocks, kThreads, [&] { kernel(a); }); });
+      launches += for_launches<Rule>(&a, call, table, i, [&](auto kernel, int blocks, const auto& arguments) {
+        launch_on_host(blocks, kReducingThreads, [&] { kernel(arguments); });
+      });
     }
     for (size_t at = bytes.size() - table.n_counters * sizeof(uint32_t); at < bytes.size(); ++at) {
       if (bytes[at] != 0) launches = -1;  // they must be ready for the next step

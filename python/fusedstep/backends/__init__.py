@@ -20,7 +20,7 @@ from .native import extension_reasons
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
-__all__ = ["BACKENDS", "Backend", "check_choice", "select", "use_backend", "watch"]
+__all__ = ["BACKENDS", "Backend", "check_choice", "level_of_the_user", "select", "use_backend", "watch"]
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
@@ -106,12 +106,12 @@ def _select(choice: str, device: torch.device, dtype: torch.dtype) -> Backend:
     why = " | ".join(refused) or f"there are no kernels for {device.type}"
     warnings.warn(
         f"fusedstep updates {dtype} parameters on {device} with its slow reference implementation ({why})",
-        stacklevel=_level_of_the_user(),
+        stacklevel=level_of_the_user(),
     )
     return BACKENDS["reference"]
 
 
-def _level_of_the_user() -> int:
+def level_of_the_user() -> int:
     """The ``stacklevel`` at which a warning of the calling function points outside of this package and torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fusedstep", "torch"):

@@ -26,8 +26,11 @@ class CpuPlan(KernelPlan):
 
         if call.skipped:
             if self.zero_grads:
-                with torch.no_grad():
-                    torch._foreach_zero_([grad for i, grad in self.grads_in_use() if i not in self.odd_grads])
+                # Those that the plan has copies of are zeroed with these.
+                grads = [grad for i, grad in self.grads_in_use() if i not in self.odd_grads]
+                with torch.inference_mode():  # in which inference tensors can be written, and any other one as always
+                    if grads:
+                        torch._foreach_zero_(grads)
             self.native.release_grads()
             return 0
         scale = 1.0 if call.grad_scale is None else float(call.grad_scale)

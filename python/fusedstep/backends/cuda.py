@@ -1,4 +1,4 @@
-"""The compiled CUDA engine. It compiles for sm_80, sm_90 and sm_100; it has never run on a GPU yet."""
+"""The compiled CUDA engine."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class CudaPlan(KernelPlan):
 
         device = self.device
         if self.norm_table is None or not self.norm_table.fits(self.native):
-            self.norm_table = _C.CudaNormTable(self.native, _C.cuda_multiprocessors(device.index))
+            self.norm_table = _C.CudaNormTable(self.native)
             self.norm_memory = self._uploaded(self.norm_table.bytes())
         if grad_scale is not None:
             grad_scale = grad_scale.to(device, torch.float32, non_blocking=True)

@@ -34,10 +34,16 @@ class Norm:
     """The numbers of a reduction, csrc/norm.h's Norm in the memory of a device, and whether the step is skipped."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.numbers = torch.zeros(NUMBERS, dtype=torch.float64, device=device)
+        numbers = torch.zeros(NUMBERS, dtype=torch.float64, device=device)
+        self.__setstate__((numbers, torch.zeros((), dtype=torch.float32, device=device)))
+
+    def __getstate__(self) -> tuple[Tensor, Tensor]:
+        return self.numbers, self.found_inf
+
+    def __setstate__(self, state: tuple[Tensor, Tensor]) -> None:
+        self.numbers, self.found_inf = state
+        self.device = self.numbers.device
         self.sum_of_squares, self.largest, self.norm, self.coefficient = self.numbers.unbind()
-        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
 
     def add(self, sum_of_squares: Tensor, largest: Tensor) -> None:
         """Add the sums over other gradients."""
@@ -51,7 +57,8 @@ class Norm:
             self.norm.copy_(self.largest / scale)
         else:
             self.norm.copy_(self.sum_of_squares.sqrt())
-        coefficient = (limits.max_norm / (self.norm + limits.epsilon)).clamp(max=1.0)
+        # Of two tensors: a number divided by one would be a product with its reciprocal, which rounds twice.
+        coefficient = (torch.full_like(self.norm, limits.max_norm) / (self.norm + limits.epsilon)).clamp(max=1.0)
         if limits.nan_if_nonfinite:
             coefficient = coefficient + (self.norm - self.norm)
         self.coefficient.copy_(coefficient)

@@ -60,6 +60,8 @@ class Plan(ABC):
 
     zero_grads = False  # whether a step sets each gradient to zero as it reads it
     write_grads = False  # or to what it was changed to before the rule took it
+    grads_change = False  # whether this plan or another one of the same step does either
+    grads_moved = True  # whether a gradient may not be where it was in the last step
     average_weight = 0.0  # of the new parameter in its average
 
     def __init__(
@@ -93,6 +95,9 @@ class Plan(ABC):
             grads: a gradient or None for each slot, to use in place of the parameters' own.
         """
 
+    def foresee(self, hyper: tuple[float | Tensor, ...]) -> None:  # noqa: B027
+        """Raise what `step` would raise for these hyperparameters."""
+
     @abstractmethod
     def step(self, call: Call) -> int:
         """Update the parameters whose gradients `gather` found; returns the number of kernel calls."""
@@ -109,17 +114,30 @@ class Plan(ABC):
     def replace_grad(self, index: int, grad: Tensor) -> None:
         """Use ``grad`` for a slot in this step, in place of what `gather` found."""
 
+    @property
+    def writes_grads(self) -> bool:
+        return self.zero_grads or self.write_grads
+
+    def copied_grads(self) -> list[int]:
+        """The slots of which a step reads a copy of the gradient, and writes the gradient itself only then."""
+        return [index for index, _ in self.grads_in_use()]
+
+    def check_norm_is_local(self) -> None:
+        """Raise RuntimeError if gradients that `gather` found are spread over processes, where no norm is known."""
+        for index, _ in self.grads_in_use():
+            slot = self.slots[index]
+            if layout.is_wrapper(slot.target):
+                what = checks.describe(slot.index, slot.name, slot.param)
+                checks.check_norm_is_local(self.optimizer, slot.target, what)
+
     def norm_device(self) -> torch.device | None:
         """Where the gradients that `gather` found are; None: there are none.
 
         Raises:
-            RuntimeError: they are spread over processes, whose norm is not known here.
+            RuntimeError: they are spread over processes.
         """
+        self.check_norm_is_local()
         active = self.grads_in_use()
-        for index, _ in active:
-            slot = self.slots[index]
-            what = checks.describe(slot.index, slot.name, slot.param)
-            checks.check_norm_is_local(self.optimizer, slot.target, what)
         return active[0][1].device if active else None
 
     def _grad_of(self, index: int, grads: list[Tensor | None] | None) -> Tensor | None:
@@ -165,12 +183,12 @@ class Plan(ABC):
             if not skipped:
                 rows.write_back()
                 self._follow(self.slots[rows.index])  # all rows move towards the parameter
-            if self.zero_grads or self.write_grads:
-                self._leave_in(self._own_grad(rows.index), rows.grad_of_rows(), skipped)
+            if self.writes_grads:
+                self._leave_in(rows.index, rows.grad_of_rows(), skipped)
         self.rows, self.rows_plan = [], None
         return calls
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _follow(self, slot: Slot) -> None:
         averages.follow(layout.local(slot.param.detach()), slot.average, slot.copy, self.average_weight)
 
@@ -178,15 +196,26 @@ class Plan(ABC):
         """What a step leaves zeros or the changed gradient in, where the kernel sees a copy."""
         return self.slots[index].param.grad if self.given is None else self.given[index]
 
-    @torch.no_grad()
-    def _leave_in(self, grad: Tensor, changed: Tensor, skipped: bool) -> None:
-        """Do to a parameter's own ``grad`` what a kernel has done to the copy of it that it was given."""
+    @torch.inference_mode()  # in which an inference tensor can be written, and any other one as always
+    def _leave_in(self, index: int, changed: Tensor, skipped: bool) -> None:
+        """Do to the gradient of a slot what a kernel has done to the copy of it that it was given."""
+        grad = self._own_grad(index)
         if self.zero_grads:
-            grad.zero_()
+            layout.zero(grad)
         elif self.write_grads and not skipped:
-            if grad.layout == torch.sparse_coo and changed.layout == torch.strided:
-                changed = changed.sparse_mask(grad.coalesce())
-            layout.local(grad).copy_(changed)
+            if grad._is_zerotensor():  # which has no memory to write to
+                with torch.inference_mode(False), torch.no_grad():
+                    self.slots[index].param.grad = layout.laid_out_as(changed, layout.dense_like(grad), grad.dtype)
+            elif grad.layout != torch.sparse_coo:
+                layout.write(layout.local(grad), changed)
+            elif changed.layout == torch.strided:
+                grad.copy_(changed.to(grad.dtype).sparse_mask(grad.coalesce()))
+            else:
+                grad.copy_(changed)
+
+
+def _is_same(own: Tensor, grad: Tensor) -> bool:
+    return own.layout == torch.strided and layout.local(own).data_ptr() == grad.data_ptr()
 
 
 class KernelPlan(Plan):
@@ -231,11 +260,13 @@ class KernelPlan(Plan):
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         moved = any(layout.place(layout.local(target)) != place for target, place in self.places)
-        borrow = self.borrows_grads and grads is None and not (self.zero_grads or self.write_grads)
+        borrow = self.borrows_grads and grads is None and not self.writes_grads
         self.given = grads
-        if moved or not self.native.gather(borrow, grads):
+        gathered = 0 if moved else self.native.gather(borrow, grads)
+        if not gathered:
             self.native.release_grads()
             return False
+        self.grads_moved = gathered == 2
         self.odd_grads = {}
         try:
             sparse = []
@@ -274,6 +305,18 @@ class KernelPlan(Plan):
             grad = layout.laid_out_as(grad, tensor, None if known else torch.float32)
         self.native.set_grad(index, grad)
         self.odd_grads[index] = grad
+        self.grads_moved = True
+
+    def copied_grads(self) -> list[int]:
+        own = {i: self._own_grad(i) for i in self.odd_grads}
+        return [i for i, grad in self.odd_grads.items() if own[i] is not None and not _is_same(own[i], grad)]
+
+    def copy_grad(self, index: int) -> None:
+        """Let the kernel have a copy of a gradient that `gather` found; it is copied back after the step."""
+        grad = self.odd_grads.get(index)
+        if grad is None:
+            grad = layout.local(self._own_grad(index))
+        self.replace_grad(index, layout.laid_out_as(grad, self.slots[index].tensor))
 
     def step(self, call: Call) -> int:
         rows_calls = self._step_rows(call)
@@ -282,20 +325,19 @@ class KernelPlan(Plan):
             return rows_calls
         launch = self._staged_launch if self.stand_ins or self.wrappers else self.launch
         calls = launch(call)
-        if self.odd_grads and (self.zero_grads or self.write_grads):
+        if self.odd_grads and self.writes_grads:
             # Copies that a GPU has skipped are as they were.
             skipped = call.found_inf is not None and call.found_inf.device.type == "cpu" and call.skipped
             for index, grad in self.odd_grads.items():  # the kernel saw copies
-                own = self._own_grad(index)
-                if own is not None:  # those of rows are their plan's
-                    self._leave_in(own, grad, skipped)
+                if self._own_grad(index) is not None:  # those of rows are their plan's
+                    self._leave_in(index, grad, skipped)
         self.odd_grads, self.given = {}, None
         return rows_calls + calls
 
     def _staged_launch(self, call: Call) -> int:
         active = set(self.native.active())
         staged = [slot for i, slot in self.stand_ins if i in active]
-        with torch.no_grad():
+        with torch.inference_mode():
             for slot in staged:
                 slot.tensor.copy_(layout.local(slot.target))
             calls = self.launch(call)
@@ -312,11 +354,41 @@ class KernelPlan(Plan):
             given: tensors of others that the launch reads.
         """
         self.streams.use(self.device, memory)
-        self.graphs.keep(self.device, self, *memory, *given)
+        # Not the plan itself, which would be a cycle: memory then waits for the garbage collector.
+        self.graphs.keep(self.device, self.slots, *memory, *given)
 
     @abstractmethod
     def launch(self, call: Call) -> int:
-        """Call the kernel on what `gather` found; returns the number of calls.
+        """Call the kernel on what `gather` found; returns the number of calls. On a GPU it calls `keep` before."""
 
-        It calls `keep` before.
-        """
+
+class SharedGrads:
+    """Keeps steps that write into gradients from writing one before another that shares its memory was read."""
+
+    def __init__(self) -> None:
+        self.overlaps: Any = None
+        self.apart: list[Plan] | None = None  # plans whose gradients were found to share nothing
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return SharedGrads, ()
+
+    def copy(self, plans: list[Plan]) -> None:
+        """Replace gradients that share memory, in plans that have gathered them, by copies."""
+        if plans != self.apart or any(plan.grads_moved for plan in plans):
+            self.apart = None if self._copy(plans) else list(plans)
+
+    @torch.no_grad()
+    def _copy(self, plans: list[Plan]) -> bool:
+        kernel_plans = [plan for plan in plans if isinstance(plan, KernelPlan)]
+        if not kernel_plans:  # the reference reads copies
+            return False
+        if self.overlaps is None:
+            from .. import _C
+
+            self.overlaps = _C.Overlaps()
+        own = [plan._own_grad(i) for plan in plans for i in plan.copied_grads()]
+        extents = [layout.extent(layout.local(grad)) for grad in own if grad.layout == torch.strided]
+        shared = self.overlaps.find([plan.native for plan in kernel_plans], extents)
+        for place, index in shared:
+            kernel_plans[place].copy_grad(index)
+        return bool(shared)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import averages, codecs, layout, precision
+from ..counts import count_of, counter_value
 from ..precision import Form, Storage
 from .base import Backend
 from .plan import Call, Plan, Slot
@@ -24,10 +25,16 @@ class ReferencePlan(Plan):
     @staticmethod
     def _looks(slot: Slot) -> list[tuple]:
         """What a plan is made for: a parameter that gets another dtype, for one, may get another form."""
-        tensors = [slot.param, *(state for state in slot.states if state is not None)]
-        return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        kept = [] if slot.storage is None else [slot.storage.companion, *slot.storage.scales]
+        tensors = [slot.param, slot.step, slot.average, slot.copy, *slot.states, *kept]
+        return [
+            (t.shape, t.stride(), t.dtype, t.device, layout.has_memory(layout.local(t)))
+            for t in tensors
+            if t is not None
+        ]
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
+        """As in every plan; gradients that a step writes into are copied, since others may share their memory."""
         self.grads, self.given = [], grads
         sparse = []
         for index, slot in enumerate(self.slots):
@@ -41,6 +48,8 @@ class ReferencePlan(Plan):
             if grad is not None and grad.layout == torch.sparse_coo:
                 sparse.append((index, grad))
                 grad = None
+            if self.grads_change and grad is not None:
+                grad = layout.local(grad).detach().clone()
             self.grads.append(grad)
         self._take_rows(sparse)
         return True
@@ -54,7 +63,12 @@ class ReferencePlan(Plan):
     def replace_grad(self, index: int, grad: Tensor) -> None:
         self.grads[index] = grad
 
-    @torch.no_grad()
+    def foresee(self, hyper: tuple[float | Tensor, ...]) -> None:
+        numbers = tuple(float(value) for value in hyper)
+        for step in {slot.step.item() for slot, grad in zip(self.slots, self.grads, strict=True) if grad is not None}:
+            self.optimizer.prepare(numbers, int(step) + 1)
+
+    @torch.inference_mode()  # in which inference tensors can be written, and any other one as always
     def step(self, call: Call) -> int:
         self._step_rows(call)
         grads, self.grads = self.grads, []
@@ -65,15 +79,13 @@ class ReferencePlan(Plan):
                 continue
             if not skipped:
                 self.update(slot, grad, call._replace(hyper=numbers))
-            if self.zero_grads:
-                grad.zero_()
-            own = self._own_grad(index)
-            if own is not None and own is not grad:  # those of rows are their plan's
-                self._leave_in(own, grad, skipped)
+            if self.writes_grads and self._own_grad(index) is not None:  # those of rows are their plan's
+                self._leave_in(index, grad, skipped)
         self.given = None
         return 0
 
     def update(self, slot: Slot, stored_grad: Tensor, call: Call) -> None:
+        """Update a parameter, and with ``write_grads`` the copy of its gradient."""
         grad = layout.local(stored_grad)
         if grad.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
@@ -89,8 +101,9 @@ class ReferencePlan(Plan):
             stored.copy_(torch.view_as_complex(grad) if stored.is_complex() else grad)
         if call.maximize:
             grad = -grad
-        slot.step.add_(1)
-        scalars = self.optimizer.prepare(call.hyper, int(slot.step.item()))
+        step = count_of(slot.step) + 1
+        slot.step.fill_(counter_value(step))
+        scalars = self.optimizer.prepare(call.hyper, step)
         stored = Stored(slot, memory, arithmetic)
         targets = {name: (k, state) for k, (name, state) in enumerate(zip(self.states, slot.states, strict=True))}
         names = [name if targets.get(name, (0, None))[1] is not None else None for name in self.optimizer.state_names]
@@ -128,7 +141,7 @@ class Stored:
         elif form is Form.KAHAN:
             narrowed, companion = codecs.compensate(weight, memory.dtype)
         elif form is Form.STOCHASTIC:
-            step = int(self.slot.step.item())
+            step = count_of(self.slot.step)
             random = codecs.random_16(codecs.elements_of(memory), self.storage.seed, self.slot.index, step)
             narrowed, companion = codecs.narrow_stochastic(weight, memory.dtype, random), None
         else:
@@ -173,8 +186,9 @@ class ReferenceBackend(Backend):
     def memory(self, param: Tensor, contiguous: bool = False) -> Tensor:
         return param
 
-    def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor:
-        return state
+    def state_memory(self, state: Tensor, tensor: Tensor) -> Tensor | None:
+        memory = layout.local(state)
+        return None if layout.overlaps_itself(memory) or memory._is_zerotensor() else state
 
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
         if found_inf is None or found_inf.item() == 0:

@@ -19,7 +19,7 @@ class Rows:
         self.indices = tuple(grad.indices())
         self.targets = [layout.local(slot.param.detach()), *slot.states]
         self.copies = [target[self.indices] for target in self.targets]
-        self.grad = grad.values().contiguous()
+        self.grad = grad.values().clone(memory_format=torch.contiguous_format)  # which a step may write into
         rows, *states = self.copies
         self.slot = Slot(slot.index, slot.name, rows, rows, slot.step, tuple(states))
 
@@ -29,7 +29,7 @@ class Rows:
             torch.stack(self.indices), self.grad, self.shape, is_coalesced=True, check_invariants=False
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()  # so that inference tensors can be written too
     def write_back(self) -> None:
         """Put the rows back where they came from."""
         for target, copy in zip(self.targets, self.copies, strict=True):

@@ -31,14 +31,21 @@ class AdafactorSchedule(LambdaLR):
             del group["initial_lr"]
 
     def get_lr(self) -> list[Any]:
-        """The learning rate of each group's first parameter in its last step, of groups where that has a gradient."""
+        """The learning rate of each group's first parameter in its last step.
+
+        Of a group where that has no gradient it is the one from before, if no group has one ``initial_lr``.
+        """
+        initial_lr = self.base_lrs[0]
         firsts = [(group, group["params"][0]) for group in self.optimizer.param_groups]
-        rates = [
-            self.optimizer._get_lr(group, self.optimizer.state[first])
-            for group, first in firsts
-            if first.grad is not None
-        ]
-        return rates or self.base_lrs
+        if all(first.grad is None for _, first in firsts):
+            return [initial_lr] * len(firsts)
+        rates = []
+        for group, first in firsts:
+            if first.grad is not None and self.optimizer.state.get(first):
+                rates.append(self.optimizer._get_lr(group, self.optimizer.state[first]))
+            else:
+                rates.append(initial_lr if group["lr"] is None else group["lr"])
+        return rates
 
 
 def get_adafactor_schedule(optimizer: Optimizer, initial_lr: float = 0.0) -> AdafactorSchedule:

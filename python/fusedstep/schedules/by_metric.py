@@ -43,7 +43,14 @@ class ReduceLROnPlateau(lr_scheduler.ReduceLROnPlateau):
         super().__init__(optimizer, *args, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, this class's or torch's, and set the groups' learning rates to those of it."""
+        """Load a state, this class's or torch's, and set the groups' learning rates to those of it.
+
+        Raises:
+            ValueError: it was saved with another number of groups; nothing is changed then.
+        """
+        groups, lrs = len(self.optimizer.param_groups), state_dict.get("_last_lr", self._last_lr)
+        if len(lrs) != groups:
+            raise ValueError(f"loaded state dict: it has {len(lrs)} learning rates, but the optimizer {groups} groups")
         super().load_state_dict(state_dict)
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             _write_lr(group, lr)
@@ -92,7 +99,7 @@ class GreedyLR(lr_scheduler.LRScheduler):
         threshold_mode: "rel" or "abs".
         cooldown: metrics that are ignored after a reduction.
         warmup: metrics that are ignored after an increase.
-        min_lr, max_lr: bounds; a number, or a list with one for each group.
+        min_lr, max_lr: bounds; a number, also for groups that join later, or a list with one for each group.
         eps: a smaller change than this is not made.
         verbose: print every change.
         smooth: judge by the mean of the last ``window_size`` metrics.
@@ -102,13 +109,14 @@ class GreedyLR(lr_scheduler.LRScheduler):
     Raises:
         ValueError: ``factor``, ``mode`` or ``threshold_mode`` is not allowed, or bounds are not as many as groups.
         TypeError: ``optimizer`` is no optimizer.
+        IndexError: (from ``step``) a group has joined for which a list has no bound; nothing is changed then.
 
     Example:
         >>> scheduler = GreedyLR(optimizer, patience=10, min_lr=1e-5)
         >>> scheduler.step(loss)
 
-    Same numbers and state_dict as the class of this name in transformers. Differs: it is a torch ``LRScheduler``, and
-    a learning rate that is a tensor stays one. Paper: arXiv 2512.14527.
+    Same numbers and state_dict as the class of this name in transformers. Differs: it is a torch ``LRScheduler``,
+    groups may join and go, and a learning rate that is a tensor stays one. Paper: arXiv 2512.14527.
     """
 
     # What a state_dict holds; the mean is added if there is one.
@@ -143,6 +151,11 @@ class GreedyLR(lr_scheduler.LRScheduler):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
         self.min_lrs = self._one_for_each_group("min_lrs", min_lr, optimizer)
         self.max_lrs = self._one_for_each_group("max_lrs", max_lr, optimizer)
+        # Of groups that join later; None: there was a list.
+        self._default_bounds = {
+            name: None if isinstance(bound, (list, tuple)) else bound
+            for name, bound in (("min_lrs", min_lr), ("max_lrs", max_lr))
+        }
         if mode not in ("min", "max"):
             raise ValueError(f"mode {mode} is unknown!")
         if threshold_mode not in ("rel", "abs"):
@@ -192,6 +205,7 @@ class GreedyLR(lr_scheduler.LRScheduler):
             epoch: its number; None: one more than the last.
         """
         current = float(metrics)
+        self._welcome_groups()
         if self.smooth and self._streaming_avg is not None:
             current = self._streaming_avg.streamavg(current)
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
@@ -205,6 +219,19 @@ class GreedyLR(lr_scheduler.LRScheduler):
         else:
             self._judge(current)
         self._last_lr = _read_lrs(self.optimizer)
+
+    def _welcome_groups(self) -> None:
+        """See that groups which have joined have bounds and a learning rate to begin anew with."""
+        groups = len(self.optimizer.param_groups)
+        for name, default in self._default_bounds.items():
+            bounds = getattr(self, name)
+            if len(bounds) < groups and default is None:
+                raise IndexError(
+                    f"there are {len(bounds)} {name} but {groups} parameter groups; give one number for all"
+                )
+        for name, default in self._default_bounds.items():
+            getattr(self, name).extend([default] * (groups - len(getattr(self, name))))
+        self._init_lrs += _read_lrs(self.optimizer)[len(self._init_lrs) :]
 
     def _judge(self, current: float) -> None:
         if self.is_better(current, self.best):
@@ -231,7 +258,7 @@ class GreedyLR(lr_scheduler.LRScheduler):
 
     def _reduce_lr(self) -> None:
         at_minimum = True
-        for index, (group, least) in enumerate(zip(self.optimizer.param_groups, self.min_lrs, strict=True)):
+        for index, (group, least) in enumerate(zip(self.optimizer.param_groups, self.min_lrs, strict=False)):
             old = float(group["lr"])
             new = max(old * self.factor, least)
             if old - new > self.eps:
@@ -245,7 +272,7 @@ class GreedyLR(lr_scheduler.LRScheduler):
                 self._reset()
 
     def _increase_lr(self) -> None:
-        for index, (group, most) in enumerate(zip(self.optimizer.param_groups, self.max_lrs, strict=True)):
+        for index, (group, most) in enumerate(zip(self.optimizer.param_groups, self.max_lrs, strict=False)):
             old = float(group["lr"])
             new = min(old / self.factor, most)
             if new - old > self.eps:
@@ -255,7 +282,7 @@ class GreedyLR(lr_scheduler.LRScheduler):
         self.reset_start = self.reset_start_original
 
     def _reset(self) -> None:
-        for group, lr in zip(self.optimizer.param_groups, self._init_lrs, strict=True):
+        for group, lr in zip(self.optimizer.param_groups, self._init_lrs, strict=False):
             _write_lr(group, lr)
         self._begin()
         if self.verbose:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from . import factors
 from .by_metric import GreedyLR, ReduceLROnPlateau
-from .schedule import separate_lr_tensors
+from .schedule import FactorLR, separate_lr_tensors
 
 WSD_SHAPES = ("linear", "cosine", "1-sqrt")
 
@@ -50,7 +50,7 @@ class SchedulerType(str, enum.Enum):  # noqa: UP042 - a StrEnum prints otherwise
 
 def _lambda_lr(optimizer: Optimizer, factor: Callable[[int], float], last_epoch: int) -> LambdaLR:
     separate_lr_tensors(optimizer)
-    return LambdaLR(optimizer, factor, last_epoch)
+    return FactorLR(optimizer, factor, last_epoch)
 
 
 def _default_lr(optimizer: Optimizer) -> float:

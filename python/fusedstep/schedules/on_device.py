@@ -13,7 +13,9 @@ from ..backends.lifetime import Graphs, Streams, refuse_capture
 from .schedule import POWER, Schedule, WarmUp, check_steps
 
 Group = dict[str, Any]
-COUNT = "schedule_step"  # the number of steps so far, in the groups of a state_dict
+# In the groups of a state_dict:
+COUNT = "schedule_step"  # the number of steps so far, by which the schedule goes
+STEPS = "optimizer_step"  # the largest number of steps of a parameter at that time
 
 
 def at_the_beginning(group: Group) -> Group:
@@ -197,10 +199,11 @@ class LearningRates:
     def write_numbers(self, groups: list[Group], packed: list[Group], most_steps: Callable[[], int]) -> None:
         """Put numbers in the place of the learning rates that follow schedules, as a torch class would have them."""
         self.follow(groups, most_steps)
+        steps = most_steps() if self.parts else 0
         for group, row in zip(groups, packed, strict=True):
             for _, _, part in self.followers([group]):
                 row["lr"] = float(group["lr"])
-                row[COUNT] = part.count
+                row[COUNT], row[STEPS] = part.count, steps
 
     def followed(self, groups: list[Group]) -> list[Tensor | None]:
         """For each group its learning rate, if that follows a schedule."""
@@ -209,12 +212,19 @@ class LearningRates:
     def read_numbers(self, groups: list[Group], followed: list[Tensor | None], most_steps: Callable[[], int]) -> None:
         """Undo `write_numbers` in loaded groups, which follow the schedules that they followed before.
 
-        ``most_steps``: the largest number of steps of a parameter, which is all that a torch class counts.
+        ``most_steps``: the largest number of steps of a parameter, which is all that a torch class counts: one that
+        took the state over has added its own steps to that, and carried the count along as it was.
         """
-        counts = [group.pop(COUNT, 0) for group in groups]
+        counts = [(group.pop(COUNT, None), group.pop(STEPS, None)) for group in groups]
         for group, lr in zip(groups, followed, strict=True):
             if lr is not None:
                 group["lr"] = lr
                 group.pop("initial_lr", None)  # of a torch scheduler that is no more
         if self.parts:
-            self.count = max([most_steps(), *counts])
+            steps = most_steps()
+            written = [
+                max(count, steps) if before is None else count + max(steps - before, 0)
+                for count, before in counts
+                if count is not None
+            ]
+            self.count = max(written, default=steps)

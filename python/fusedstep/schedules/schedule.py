@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..numerics import cos_pi, power
 
@@ -236,6 +236,28 @@ def separate_lr_tensors(optimizer: Any) -> None:
             seen.add(id(lr))
 
 
+class FactorLR(LambdaLR):
+    """torch's `LambdaLR` with one function for all parameter groups, those that join later too.
+
+    torch's own raises there, after it has changed the others.
+    """
+
+    def get_lr(self) -> list[Any]:
+        self.match_groups()
+        return super().get_lr()
+
+    def match_groups(self) -> None:
+        """Have a function and a learning rate to begin with for each group that there is now."""
+        groups = self.optimizer.param_groups
+        if len(self.base_lrs) != len(groups):
+            for group in groups:
+                lr = group["lr"]
+                group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
+            self.base_lrs = [group["initial_lr"] for group in groups]
+            self.base_lrs = [lr.clone() if isinstance(lr, Tensor) else lr for lr in self.base_lrs]
+        self.lr_lambdas = self.lr_lambdas[:1] * len(groups)
+
+
 class ScheduleLR(LRScheduler):
     """The torch scheduler that sets the learning rate to a function of the number of updates.
 
@@ -244,12 +266,13 @@ class ScheduleLR(LRScheduler):
 
     Args:
         optimizer: any `torch.optim.Optimizer`.
-        schedule: a `Schedule` or another function from the number of updates to the learning rate; or a list with one
-            for each parameter group.
+        schedule: a `Schedule` or another function from the number of updates to the learning rate, also of groups that
+            join later; or a list with one for each parameter group.
         last_epoch: the number of updates done so far, minus 1, when resuming without a state_dict.
 
     Raises:
-        ValueError, TypeError: ``schedule`` is no function, or there are not as many as groups.
+        ValueError, TypeError: ``schedule`` is no function, or there are not as many as groups (also from ``step``,
+            before it changes anything).
 
     Example:
         >>> scheduler = ScheduleLR(optimizer, CosineScheduler(max_update=1000, base_lr=3e-4, warmup_steps=100))
@@ -263,18 +286,24 @@ class ScheduleLR(LRScheduler):
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
-        count = len(optimizer.param_groups)
-        self.schedules = list(schedule) if isinstance(schedule, (list, tuple)) else [schedule] * count
-        if len(self.schedules) != count:
-            raise ValueError(f"Expected {count} schedules, one for each parameter group, but got {len(self.schedules)}")
-        for candidate in self.schedules:
+        self.schedules = list(schedule) if isinstance(schedule, (list, tuple)) else schedule
+        self.optimizer = optimizer
+        for candidate in self._schedule_of_each_group():
             if not callable(candidate):
                 raise TypeError(f"schedule should be a function, but got {type(candidate).__name__}")
         separate_lr_tensors(optimizer)
         super().__init__(optimizer, last_epoch)
 
+    def _schedule_of_each_group(self) -> list[Callable[[int], float]]:
+        count = len(self.optimizer.param_groups)
+        if not isinstance(self.schedules, list):
+            return [self.schedules] * count
+        if len(self.schedules) != count:
+            raise ValueError(f"Expected {count} schedules, one for each parameter group, but got {len(self.schedules)}")
+        return self.schedules
+
     def get_lr(self) -> list[float]:
-        return [schedule(self.last_epoch) for schedule in self.schedules]
+        return [schedule(self.last_epoch) for schedule in self._schedule_of_each_group()]
 
     def state_dict(self) -> dict[str, Any]:
         """The state without the schedules, which are code as the functions of a LambdaLR are."""

@@ -1,0 +1,159 @@
+// The ways to store a parameter that have a kernel of their own, and for which rules. Whatever is not in the list, and
+// whatever holds fp64, goes through one general kernel, which is slower. Plain C++: host and device read it.
+#pragma once
+
+#include <utility>
+
+#include "../table.h"
+
+namespace fusedstep::cuda {
+
+// The last four are bf16 beside something else, or rounded in another way (Form in codecs.h).
+enum class WeightFormat : uint8_t { kF32, kBF16, kF16, kSplit, kMaster, kKahan, kStochastic };
+// k8Bit: in the codes that the rule names; a state that it does not code is fp32.
+enum class StateFormat : uint8_t { kF32, kBF16, kF16, k8Bit };
+
+enum class CompiledFor : uint8_t { kEveryRule, kWidelyUsedRules };
+
+struct Format {
+  const char* name;
+  WeightFormat weight;
+  Dtype grad;
+  StateFormat states;
+  CompiledFor rules;
+  bool followed;  // there also is a kernel that updates averages and copies
+  bool few;       // and one for few tensors, whose arguments fit into those of an ordinary launch
+};
+
+// Families are compiled one by one (step_*.cu).
+constexpr Format kFormats[] = {
+    // fp32 weights
+    {"fp32", WeightFormat::kF32, Dtype::kF32, StateFormat::kF32, CompiledFor::kEveryRule, true, true},
+    {"fp32, bf16 gradients", WeightFormat::kF32, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, false,
+     false},
+    {"fp32, bf16 states", WeightFormat::kF32, Dtype::kF32, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, false,
+     false},
+    {"fp32, 8-bit states", WeightFormat::kF32, Dtype::kF32, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, false,
+     false},
+    // 16-bit weights
+    {"bf16", WeightFormat::kBF16, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kEveryRule, true, true},
+    {"bf16, fp32 states", WeightFormat::kBF16, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true,
+     false},
+    {"bf16, 8-bit states", WeightFormat::kBF16, Dtype::kBF16, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, false,
+     false},
+    {"fp16", WeightFormat::kF16, Dtype::kF16, StateFormat::kF16, CompiledFor::kWidelyUsedRules, false, false},
+    // bf16 weights beside an fp32 number's other half, or all of it
+    {"split", WeightFormat::kSplit, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true, false},
+    {"split, bf16 states", WeightFormat::kSplit, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, true,
+     false},
+    {"split, 8-bit states", WeightFormat::kSplit, Dtype::kBF16, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, true,
+     false},
+    {"master", WeightFormat::kMaster, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true, false},
+    // bf16 weights that are rounded in other ways
+    {"kahan", WeightFormat::kKahan, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, false, false},
+    {"stochastic", WeightFormat::kStochastic, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, false,
+     false},
+    {"stochastic, fp32 states", WeightFormat::kStochastic, Dtype::kBF16, StateFormat::kF32,
+     CompiledFor::kWidelyUsedRules, false, false},
+    {"stochastic, 8-bit states", WeightFormat::kStochastic, Dtype::kBF16, StateFormat::k8Bit,
+     CompiledFor::kWidelyUsedRules, false, false},
+};
+constexpr int kNumFormats = static_cast<int>(std::size(kFormats));
+constexpr int kGeneral = kNumFormats;  // in place of an index
+
+// [first, end) of each family.
+struct FormatRange {
+  int first, end;
+};
+constexpr FormatRange kFP32Weights{0, 4}, k16BitWeights{4, 8}, kFullWeights{8, 12}, kRoundedWeights{12, 16};
+static_assert(kRoundedWeights.end == kNumFormats, "each format belongs to a family");
+
+// How many numbers of each array a thread holds: 16 bytes of the narrowest, 8 bytes of codes.
+constexpr int numbers_per_thread(const Format& format) {
+  return format.weight == WeightFormat::kF32 && format.grad == Dtype::kF32 && format.states == StateFormat::kF32 ? 4
+                                                                                                                 : 8;
+}
+constexpr int kGeneralNumbers = 8;
+// Tiles (what all threads of a block hold at a time) of one block at most: enough to hide what comes before the first,
+// few enough that fresh blocks' loads overlap with the stores of old ones.
+constexpr int most_tiles(int format) {
+  return format != kGeneral && kFormats[format].states == StateFormat::k8Bit ? 2 : 4;
+}
+
+// The dtype of state k in this format.
+template <class Rule>
+constexpr Dtype state_dtype(StateFormat format, int k) {
+  switch (format) {
+    case StateFormat::kBF16:
+      return Dtype::kBF16;
+    case StateFormat::kF16:
+      return Dtype::kF16;
+    case StateFormat::k8Bit:
+      return Rule::kCodes[k] == Code::kSigned        ? Dtype::kI8
+             : Rule::kCodes[k] == Code::kNonNegative ? Dtype::kU8
+                                                     : Dtype::kF32;
+    default:
+      return Dtype::kF32;
+  }
+}
+
+constexpr Dtype dtype_of(WeightFormat weight) {
+  return weight == WeightFormat::kF32 ? Dtype::kF32 : weight == WeightFormat::kF16 ? Dtype::kF16 : Dtype::kBF16;
+}
+constexpr Form form_of(WeightFormat weight) {
+  switch (weight) {
+    case WeightFormat::kSplit:
+      return Form::kSplit;
+    case WeightFormat::kMaster:
+      return Form::kMaster;
+    case WeightFormat::kKahan:
+      return Form::kKahan;
+    case WeightFormat::kStochastic:
+      return Form::kStochastic;
+    default:
+      return Form::kPlain;
+  }
+}
+
+// Whether two formats are one for a rule, which may have no state, or none that 8 bits can hold.
+template <class Rule>
+constexpr bool same_format(const Format& a, const Format& b) {
+  if (a.weight != b.weight || a.grad != b.grad) return false;
+  for (int k = 0; k < kNamed<Rule>; ++k) {
+    if (Rule::kPresent[k] && state_dtype<Rule>(a.states, k) != state_dtype<Rule>(b.states, k)) return false;
+  }
+  return true;
+}
+
+// Whether a rule has a kernel for that format.
+template <class Rule>
+constexpr bool is_compiled(int format, bool followed = false) {
+  if (followed && !kFormats[format].followed) return false;
+  if (kFormats[format].rules != CompiledFor::kEveryRule && !kWidelyUsed<Rule>) return false;
+  for (int i = 0; i < format; ++i) {
+    if (same_format<Rule>(kFormats[i], kFormats[format])) return false;
+  }
+  return true;
+}
+
+template <class Rule>
+constexpr bool is_stored_as(const Record& record, const Format& format) {
+  if (record.param_dtype != dtype_of(format.weight) || record.precision.form != form_of(format.weight)) return false;
+  if (record.grad_dtype != format.grad) return false;
+  for (int k = 0; k < kNamed<Rule>; ++k) {
+    if (Rule::kPresent[k] && record.state_dtypes[k] != state_dtype<Rule>(format.states, k)) return false;
+  }
+  return true;
+}
+
+// The format whose kernel updates a record, or kGeneral.
+template <class Rule>
+int format_of(const Record& record) {
+  if (record.copy != nullptr && record.copy_dtype == Dtype::kF64) return kGeneral;
+  for (int i = 0; i < kNumFormats; ++i) {
+    if (is_compiled<Rule>(i, record.has_followers()) && is_stored_as<Rule>(record, kFormats[i])) return i;
+  }
+  return kGeneral;
+}
+
+}  // namespace fusedstep::cuda

@@ -1,0 +1,209 @@
+// The general way, for whatever has no kernel of its own: any dtypes, any form of weight, fp64, one element after the
+// other. A lane takes eight elements, of one random counter; a warp a block of 256, which may share a scale.
+#pragma once
+
+#include "formats.h"
+#include "kernel.cuh"
+
+namespace fusedstep::cuda {
+
+template <class T>
+__device__ __forceinline__ T load_weight(const Record& record, int64_t i) {
+  const void* const companion = record.precision.companion;
+  switch (record.precision.form) {
+    case Form::kMaster:
+      return load<T>(global(static_cast<const float*>(companion))[i]);
+    case Form::kSplit:
+      return load<T>(
+          join(global(static_cast<const BF16*>(record.param))[i], global(static_cast<const int16_t*>(companion))[i]));
+    case Form::kKahan:
+      return load_any<T>(record.param, record.param_dtype, i) + load_any<T>(companion, record.param_dtype, i);
+    default:
+      return load_any<T>(record.param, record.param_dtype, i);
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void store_compensated(const Record& record, int64_t i, float param) {
+  const S narrowed = narrow<S>(param);
+  global(static_cast<S*>(record.param))[i] = narrowed;
+  global(static_cast<S*>(record.precision.companion))[i] = lost(param, narrowed);
+}
+template <class S>
+__device__ __forceinline__ void store_at_random(const Record& record, int64_t i, float param, const Philox& random) {
+  global(static_cast<S*>(record.param))[i] = narrow_stochastic<S>(param, random.bits(static_cast<int>(i) % 8));
+}
+
+__device__ __forceinline__ void store_formed(const Record& record, int64_t i, float param, uint32_t step) {
+  const Precision& p = record.precision;
+  const bool bf16 = record.param_dtype == Dtype::kBF16;
+  switch (p.form) {
+    case Form::kMaster:
+      global(static_cast<float*>(p.companion))[i] = param;
+      return store_any(record.param, record.param_dtype, i, param);
+    case Form::kSplit: {
+      const Split<uint32_t, float> split(param);
+      global(static_cast<BF16*>(record.param))[i] = BF16{static_cast<uint16_t>(split.upper >> 16)};
+      global(static_cast<int16_t*>(p.companion))[i] = static_cast<int16_t>(split.lower >> 16);
+      return;
+    }
+    case Form::kKahan:
+      return bf16 ? store_compensated<BF16>(record, i, param) : store_compensated<F16>(record, i, param);
+    case Form::kStochastic: {
+      const Philox random(p.seed, p.index, step, static_cast<uint64_t>(i) / kPhiloxElements);
+      return bf16 ? store_at_random<BF16>(record, i, param, random) : store_at_random<F16>(record, i, param, random);
+    }
+    default:
+      return store_any(record.param, record.param_dtype, i, param);
+  }
+}
+
+// What followers follow: the fp32 weight where one is kept, else the stored one.
+template <class T>
+__device__ __forceinline__ void follow_one(const Record& record, int64_t i, T weight) {
+  const bool exact = record.precision.form == Form::kMaster || record.precision.form == Form::kSplit;
+  const T param = exact ? load_weight<T>(record, i) : load_any<T>(record.param, record.param_dtype, i);
+  if (record.average != nullptr) {
+    T* const average = global(static_cast<T*>(record.average));
+    average[i] = average[i] + weight * (param - average[i]);
+  }
+  if (record.copy != nullptr) store_any(record.copy, record.copy_dtype, i, param);
+}
+
+template <class T>
+__device__ __forceinline__ T load_coded(const Record& record, int k, int64_t i, float scale) {
+  const Dtype dtype = record.state_dtypes[k];
+  if (dtype == Dtype::kI8) {
+    const int code = global(static_cast<const int8_t*>(record.states[k]))[i];
+    return decode_signed<uint32_t>(static_cast<float>(code), scale);
+  }
+  if (dtype == Dtype::kU8) {
+    const int code = global(static_cast<const uint8_t*>(record.states[k]))[i];
+    return decode_unsigned<uint32_t>(static_cast<float>(code + 1), scale);
+  }
+  return load_any<T>(record.states[k], dtype, i);
+}
+template <class T>
+__device__ __forceinline__ void store_coded(const Record& record, int k, int64_t i, T value, const Block& block) {
+  const Dtype dtype = record.state_dtypes[k];
+  if (dtype == Dtype::kI8)
+    global(static_cast<int8_t*>(record.states[k]))[i] =
+        static_cast<int8_t>(encode_signed<uint32_t>(static_cast<float>(value), block));
+  else if (dtype == Dtype::kU8)
+    global(static_cast<uint8_t*>(record.states[k]))[i] =
+        static_cast<uint8_t>(encode_unsigned<uint32_t>(static_cast<float>(value), block));
+  else
+    store_any(record.states[k], dtype, i, value);
+}
+
+template <class R>
+struct General {
+  using Rule = R;
+  static constexpr int kN = kGeneralNumbers, kBlocks = 3;
+  static_assert(kN * kWarp == kBlock && kN == kPhiloxElements, "a warp holds a block");
+
+  union Prepared {
+    struct {
+      typename Rule::template Scalars<float> single;
+      GradChange<float> change;
+      uint32_t step;
+    };
+    struct {
+      typename Rule::template Scalars<double> twice;
+      GradChange<double> change_twice;
+    };
+
+    __device__ __forceinline__ void fill(const Record& record, const double* hyper, int64_t number,
+                                         const GradsBecome& become) {
+      if (record.param_dtype == Dtype::kF64) {
+        twice = Rule::template prepare<double>(hyper, number);
+        change_twice = become.change<double>();
+      } else {
+        single = Rule::template prepare<float>(hyper, number);
+        change = become.change<float>();
+        step = static_cast<uint32_t>(number);
+      }
+    }
+  };
+
+  __device__ __forceinline__ void begin(const Record&, const void*) {}
+  __device__ __forceinline__ void ask(const Record&, const void*, int64_t, int) {}
+  __device__ __forceinline__ void zero_grad(const Record& record, void* grad, int64_t at, int n) {
+    for (int j = 0; j < min(n, kN); ++j) store_any(grad, record.grad_dtype, at + j, 0.0f);
+  }
+  __device__ __forceinline__ void update(const Record& record, void* grad, const Prepared& prepared, int64_t at, int n,
+                                         double average_weight) {
+    if (record.param_dtype == Dtype::kF64)
+      update_as(record, grad, prepared.twice, prepared.change_twice, 0, at, n, average_weight);
+    else
+      update_as(record, grad, prepared.single, prepared.change, prepared.step, at, n,
+                static_cast<float>(average_weight));
+  }
+
+ private:
+  template <class T>
+  __device__ __forceinline__ void update_as(const Record& record, void* grad,
+                                            const typename Rule::template Scalars<T>& s, const GradChange<T>& change,
+                                            uint32_t step, int64_t at, int n, T average_weight) {
+    const bool in_blocks = record.precision.in_blocks;
+    float scales[kMaxStates] = {};
+    uint32_t largest[kMaxStates] = {};
+    Block blocks[kMaxStates];
+#pragma unroll
+    for (int k = 0; k < kNamed<Rule>; ++k) {
+      if (has_state<Rule>(k) && is_coded(record, k) && static_cast<int>(at % kBlock) + n > 0)
+        scales[k] = global(record.precision.scales[k])[at / kBlock];
+    }
+    // States that share scales are computed twice: the largest of a block is known only after the first time.
+#pragma unroll 1
+    for (int pass = in_blocks ? 0 : 1; pass < 2; ++pass) {
+#pragma unroll 1
+      for (int j = 0; j < min(n, kN); ++j) {
+        const int64_t i = at + j;
+        T param = load_weight<T>(record, i);
+        const T g = change(load_any<T>(grad, record.grad_dtype, i));
+        T states[kMaxStates] = {};
+#pragma unroll
+        for (int k = 0; k < kNamed<Rule>; ++k)
+          if (has_state<Rule>(k)) states[k] = load_coded<T>(record, k, i, scales[k]);
+        update_with<Rule>(param, g, states, s);
+        if (pass == 0) {
+#pragma unroll
+          for (int k = 0; k < kNamed<Rule>; ++k) {
+            const uint32_t magnitude = bit_cast<uint32_t>(static_cast<float>(states[k])) & 0x7fffffffu;
+            largest[k] = magnitude > largest[k] ? magnitude : largest[k];
+          }
+          continue;
+        }
+        if constexpr (std::is_same_v<T, double>)
+          store_any(record.param, record.param_dtype, i, param);
+        else
+          store_formed(record, i, param, step);
+        if (change.zero) store_any(grad, record.grad_dtype, i, T(0));
+        if (change.write) store_any(grad, record.grad_dtype, i, g * change.sign);
+#pragma unroll
+        for (int k = 0; k < kNamed<Rule>; ++k)
+          if (has_state<Rule>(k)) store_coded(record, k, i, states[k], blocks[k]);
+        if (record.has_followers()) follow_one<T>(record, i, average_weight);
+      }
+      if (pass == 0) {
+#pragma unroll
+        for (int k = 0; k < kNamed<Rule>; ++k) {
+          if (!has_state<Rule>(k)) continue;
+          largest[k] = warp_maximum(largest[k]);
+          blocks[k] = Block(largest[k]);
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kNamed<Rule>; ++k) {
+      if (has_state<Rule>(k) && is_coded(record, k) && at % kBlock == 0 && n > 0)
+        global(record.precision.scales[k])[at / kBlock] = Block::scale(largest[k]);
+    }
+  }
+  __device__ __forceinline__ static bool is_coded(const Record& record, int k) {
+    return record.state_dtypes[k] == Dtype::kI8 || record.state_dtypes[k] == Dtype::kU8;
+  }
+};
+
+}  // namespace fusedstep::cuda

@@ -1,0 +1,186 @@
+"""What torch.distributed.checkpoint (DCP) needs to see of an optimizer, which is more than `state_dict` alone shows.
+
+It asks ``if optimizer.state`` before it saves or loads. If the answer is no, it makes a step with zero gradients and a
+learning rate of 0, so that there are states: a template to load into, whose keys are all that it loads. That step would
+be counted, would move schedules and run hooks. Here the question itself makes the states, with no step done, and the
+next step that plans anew drops again what nobody has written into: a question leaves no trace in the training.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import averages, checks, layout, planning, precision
+from .precision import COMPANIONS
+from .schedules import on_device
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+ASKS = "torch.distributed.checkpoint.state_dict"  # the module that does
+SEED = "rounding_seed"  # in the groups of a state_dict: DCP saves nothing that is in neither a group nor a state
+GROUP_KEYS = (SEED, on_device.COUNT, on_device.STEPS)
+
+Made = dict[str, tuple[Any, int | None]]  # what was made under a key of a state, and its version
+
+
+class States(defaultdict):
+    """``optimizer.state``, which sees DCP's question. Copies and pickles of it are plain dictionaries."""
+
+    owner: weakref.ref[FusedOptimizer] | None = None
+
+    def __bool__(self) -> bool:
+        if sys._getframe(1).f_globals.get("__name__") == ASKS and self.owner is not None:
+            optimizer = self.owner()
+            if optimizer is not None and optimizer.state is self:
+                make_template(optimizer)
+                return True  # also where the rule has no states
+        return len(self) > 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict,), None, None, iter(self.items())
+
+    def copy(self) -> defaultdict:
+        return defaultdict(dict, self)
+
+    __copy__ = copy
+
+
+def own(optimizer: FusedOptimizer) -> None:
+    """Make ``optimizer.state`` a `States` if it is another dictionary, torch's or the user's."""
+    state = optimizer.state
+    if not (isinstance(state, States) and state.owner is not None and state.owner() is optimizer):
+        optimizer.state = States(dict, state)
+        optimizer.state.owner = weakref.ref(optimizer)
+
+
+@torch.no_grad()
+def make_template(optimizer: FusedOptimizer) -> None:
+    """Make the states that the first step of each parameter would make, for those that have done none."""
+    names = planning.first_names(optimizer)
+    index = 0
+    for group in optimizer.param_groups:
+        for name, param in planning.named(group):
+            asked = param.requires_grad or param in optimizer.state
+            if asked and _lacks_states(optimizer, group, name, param):
+                _make_states(optimizer, index, group, name, param, names[param])
+            index += 1
+    rows: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
+    write_numbers(optimizer, rows)
+    for group, row in zip(optimizer.param_groups, rows, strict=True):
+        group.update((key, row[key]) for key in GROUP_KEYS if key in row)
+
+
+def write_numbers(optimizer: FusedOptimizer, rows: list[dict[str, Any]]) -> None:
+    """Put into the groups of a state_dict what the optimizer has beside its groups and states."""
+    for row in rows:
+        for key in GROUP_KEYS:
+            row.pop(key, None)
+        if optimizer._precision.rounding == "stochastic":
+            row[SEED] = optimizer._precision.rounding_seed
+    optimizer._learning_rates.write_numbers(optimizer.param_groups, rows, optimizer._most_steps)
+
+
+def forget_template(optimizer: FusedOptimizer) -> None:
+    """Drop what `make_template` made, unless somebody has written into it: weights may have been loaded since."""
+    for param, made in optimizer._template.items():
+        state = optimizer.state.get(param)
+        if state is None or not all(_is_as_made(state.get(key), *what) for key, what in made.items()):
+            continue
+        for key in made:
+            del state[key]
+        if not state:
+            del optimizer.state[param]
+    optimizer._template.clear()
+    for group in optimizer.param_groups:
+        for key in GROUP_KEYS:
+            group.pop(key, None)
+
+
+def is_blank(state: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether the rule's states are a template's that no step has written into: all of them are -0.0."""
+    found = [
+        state.get(precision.scale_name(name), state[name]) for name in names if isinstance(state.get(name), Tensor)
+    ]
+    return bool(found) and all(map(_is_negative_zero, found))
+
+
+def _lacks_states(optimizer: FusedOptimizer, group: dict[str, Any], name: str | None, param: Tensor) -> bool:
+    """Whether a step would make states for a parameter that has done none."""
+    state = optimizer.state.get(param, {})
+    if param in optimizer._template and state.keys() >= optimizer._template[param].keys():
+        return False
+    absent = optimizer.step_form == "absent"
+    count = state.get("step", optimizer._counters.get(param))
+    if absent and count is not None and float(count) == 0:
+        return True  # every step was skipped, and `state_dict` shows no buffers
+    if state.keys() >= set(_needed(optimizer, group, name, param)):
+        return False
+    if count is None:
+        return not any(isinstance(state.get(key), Tensor) for key in optimizer.state_names)
+    return float(count) == 0
+
+
+def _needed(optimizer: FusedOptimizer, group: dict[str, Any], name: str | None, param: Tensor) -> Iterator[str]:
+    """The keys of a parameter's state."""
+    if optimizer.step_form != "absent" or optimizer._precision.counts(param):
+        yield "step"
+    for key in optimizer.states_of(group):
+        if optimizer.state_shape(key, group, name, param) is not None:
+            yield key
+    if optimizer._followers.ema_decay is not None:
+        yield averages.KEY
+    if (form := optimizer._precision.form_of(param)) in COMPANIONS:
+        yield COMPANIONS[form]
+
+
+def _make_states(
+    optimizer: FusedOptimizer,
+    index: int,
+    group: dict[str, Any],
+    name: str | None,
+    param: Tensor,
+    first_name: str | None,
+) -> None:
+    absent, states = optimizer.step_form == "absent", optimizer.states_of(group)
+    if absent and optimizer._counters.pop(param, None) is not None:
+        for key in (*states, *map(precision.scale_name, states)):
+            optimizer.state.get(param, {}).pop(key, None)
+    before = set(optimizer.state.get(param, ()))
+    planning.make_states(optimizer, index, name, param, group, first_name)
+    state = optimizer.state.get(param, {})
+    if absent:
+        # Without a count a buffer means that there was a step. Zeros of this sign, which no step writes into a whole
+        # buffer, say that there was none; to torch's classes they are zeros.
+        optimizer._counters.pop(param, None)
+        for key in states:
+            _fill(state.get(precision.scale_name(key), state[key]), -0.0)
+    made = {key: (value, _version(value)) for key, value in state.items() if key not in before}
+    if made:
+        optimizer._template[param] = made
+
+
+def _fill(tensor: Tensor, value: float) -> None:
+    layout.as_real(layout.local(tensor)).fill_(value)
+
+
+def _is_negative_zero(tensor: Tensor) -> bool:
+    memory = layout.as_real(layout.local(tensor))
+    if memory.numel() == 0 or memory.dtype not in checks.ARITHMETIC_DTYPES:
+        return False
+    return bool(((memory == 0) & torch.signbit(memory)).all())
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+def _is_as_made(value: Any, made: Any, version: int | None) -> bool:
+    return value is made and _version(value) == version
