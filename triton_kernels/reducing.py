@@ -3,15 +3,12 @@
 Launches over the same items: sums of squares by rows and columns; sum of the squares of the update, if the rule asks
 for it; apply. The last program to come to the end of a matrix or tensor adds up what all have left in memory, in a
 fixed order.
-
-They have run under Triton's interpreter and compile for sm_90; they have never run on a GPU yet.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -72,7 +69,7 @@ from .reducing_tiles import (
     tile_row_factors,
 )
 from .step import ARGUMENTS as STEP_ARGUMENTS
-from .step import block_size, is_interpreted
+from .step import block_size, is_interpreted, register_limit
 
 ARGUMENTS = tuple("items_ptr" if name == "chunks_ptr" else name for name in STEP_ARGUMENTS)
 
@@ -588,9 +585,6 @@ def prepare(rule: str, *args: Any) -> list[Prepared]:
     and from the third on what step.py's kernel is given.
     """
     fixed = constants(rule, *args)
-    # Two or three programs a multiprocessor; without a limit, ways that are seldom taken ask for more registers.
-    found = []
-    for kernel in kernels_of(rule):
-        limit = {} if torch.version.hip else {"maxnreg": 80 if kernel is update_kernel else 128}
-        found.append(Prepared(kernel, fixed, **limit))
-    return found
+    return [
+        Prepared(kernel, fixed, **register_limit(3 if kernel is update_kernel else 2)) for kernel in kernels_of(rule)
+    ]

@@ -1,17 +1,15 @@
-"""The one kernel, generic over rules: each program takes a chunk of one tensor, found through a table of addresses.
-
-It has run under Triton's interpreter and compiles for sm_90; it has never run on a GPU yet.
-"""
+"""The one kernel, generic over rules: each program takes a chunk of one tensor, found through a table of addresses."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 from .launching import Prepared
-from .numeric import FP64, I8, NONE, changed, count_of, next_counter, optional_number
+from .numeric import FP16, FP64, I8, NONE, changed, count_of, next_counter, optional_number
 from .rules import RULES
 from .stored import load, load_state, load_weight, open_row, store, store_state, store_weight
 
@@ -254,7 +252,24 @@ def prepare(*args: Any) -> Prepared:
     average_weight: of the parameter in its average, one fp64 number; None where there are no averages.
     n_tensors: the table's.
     """
-    return Prepared(step_kernel, constants(*args))
+    fixed = constants(*args)
+    return Prepared(step_kernel, fixed, **register_limit(3 if is_light(fixed) else 2))
+
+
+def is_light(fixed: dict[str, Any]) -> bool:
+    """Whether a thread can keep all that an element has in few registers."""
+    arrays = [fixed[name] for name in ("PARAM", "GRAD", "STATE0", "STATE1", "STATE2")]
+    followers = any(dtype != NONE.value for dtype in fixed["FOLLOWERS"])
+    fits = all(dtype <= FP16.value for dtype in arrays) and arrays.count(NONE.value) > 0
+    return fits and fixed["FORM"] == "plain" and not followers
+
+
+def register_limit(programs: int) -> dict[str, int]:
+    """The option of a launch that lets a multiprocessor run ``programs`` programs at a time, to hide how far memory is.
+
+    Without it, ways through a kernel that are seldom taken ask for more registers.
+    """
+    return {} if torch.version.hip else {"maxnreg": 65_536 // (256 * programs) // 8 * 8}
 
 
 def is_interpreted() -> bool:
