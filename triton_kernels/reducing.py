@@ -19,9 +19,9 @@ from .numeric import (
     NONE,
     changed,
     count_of,
+    load_number,
     narrow,
     next_counter,
-    optional_number,
     square_root,
     widen,
 )
@@ -108,7 +108,7 @@ def sum_tiles(
     columns = tl.load(row_ptr + N_COLUMNS)
     n_strips = tl.load(row_ptr + N_STRIPS)
     row_sums_ptr = work(row_ptr, ROW_SUMS, ARITHMETIC)
-    row, column, lanes, columns_there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, WIDE)
+    row, _column, lanes, columns_there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, WIDE)
     row_lanes = tl.arange(0, TILE_ROWS)
     of_columns = tl.zeros([SUB, TILE_ROWS, WIDTH], ARITHMETIC)
     of_params = tl.zeros([SUB, TILE_ROWS, WIDTH], ARITHMETIC)
@@ -157,8 +157,8 @@ def sums_kernel(
     row_ptr, grad, index, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
     if grad == 0:
         return
-    scale = optional_number(grad_scale_ptr, ARITHMETIC)
-    coefficient = optional_number(coefficient_ptr, ARITHMETIC)
+    scale = None if grad_scale_ptr is None else load_number(grad_scale_ptr, ARITHMETIC)
+    coefficient = None if coefficient_ptr is None else load_number(coefficient_ptr, ARITHMETIC)
     s = PREPARE(hyper_ptr, step_number(row_ptr), ARITHMETIC)
     rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
@@ -221,7 +221,7 @@ def update_tiles(
     columns = tl.load(row_ptr + N_COLUMNS)
     row, column, lanes, there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, WIDE)
     of_columns = tile_column_factors(row_ptr, matrix, columns, first_column, column, there, False, DTYPES, ARITHMETIC)
-    of_matrix = matrix_factor(row_ptr, matrix, MATRIX, ARITHMETIC)
+    of_matrix = None if MATRIX is None else matrix_factor(row_ptr, matrix, ARITHMETIC)
     of_rows_ptr = tile_row_factors(row_ptr, matrix, rows, False, ARITHMETIC) + first_row
     sums = tl.zeros([SUB, TILE_ROWS, WIDTH], ARITHMETIC)
     at = 0 * n
@@ -255,8 +255,8 @@ def update_kernel(
     row_ptr, grad, index, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
     if grad == 0:
         return
-    scale = optional_number(grad_scale_ptr, ARITHMETIC)
-    coefficient = optional_number(coefficient_ptr, ARITHMETIC)
+    scale = None if grad_scale_ptr is None else load_number(grad_scale_ptr, ARITHMETIC)
+    coefficient = None if coefficient_ptr is None else load_number(coefficient_ptr, ARITHMETIC)
     s = PREPARE(hyper_ptr, step_number(row_ptr), ARITHMETIC)
     rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
@@ -387,7 +387,7 @@ def apply_tiles(
     row, column, lanes, there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, WIDE)
     of_columns = tile_column_factors(row_ptr, matrix, columns, first_column, column, there, False, DTYPES, ARITHMETIC)
     of_columns2 = tile_column_factors(row_ptr, matrix, columns, first_column, column, there, TWO, DTYPES, ARITHMETIC)
-    of_matrix = matrix_factor(row_ptr, matrix, MATRIX, ARITHMETIC)
+    of_matrix = None if MATRIX is None else matrix_factor(row_ptr, matrix, ARITHMETIC)
     of_rows_ptr = tile_row_factors(row_ptr, matrix, rows, False, ARITHMETIC) + first_row
     of_rows2_ptr = tile_row_factors(row_ptr, matrix, rows, TWO, ARITHMETIC) + first_row
     at = 0 * n
@@ -414,7 +414,7 @@ def zero_tiles(
 ):  # fmt: skip
     rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
-    row, column, lanes, there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, False)
+    row, _column, lanes, there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, False)
     at = 0 * n
     while at < n:
         begin = (matrix * rows + first_row + at) * columns + first_column
@@ -464,9 +464,9 @@ def apply_kernel(
             return
     row_ptr, grad, _, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
     if grad != 0:
-        scale = optional_number(grad_scale_ptr, ARITHMETIC)
-        coefficient = optional_number(coefficient_ptr, ARITHMETIC)
-        average_weight = optional_number(average_weight_ptr, ARITHMETIC)
+        scale = None if grad_scale_ptr is None else load_number(grad_scale_ptr, ARITHMETIC)
+        coefficient = None if coefficient_ptr is None else load_number(coefficient_ptr, ARITHMETIC)
+        average_weight = None if average_weight_ptr is None else load_number(average_weight_ptr, ARITHMETIC)
         s = PREPARE(hyper_ptr, step_number(row_ptr), ARITHMETIC)
         totals = doubles(row_ptr, TOTALS)
         f = FINISH(s, tl.load(totals), tl.load(totals + 1), ARITHMETIC)

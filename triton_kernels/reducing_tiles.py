@@ -1,8 +1,8 @@
 """Blocks of elements of a tensor whose rule reduces: where they lie, and what is loaded from and stored to them.
 
-A tile has three dimensions: SUB pieces side by side, TILE_ROWS rows, and the WIDTH columns of a piece, which are 16 bytes
-for each thread of a warp. So a warp takes whole rows: sums along rows need no other warp, and sums along columns are kept
-for each warp until its last tile.
+A tile has three dimensions: SUB pieces side by side, TILE_ROWS rows, and the WIDTH columns of a piece, which are 16
+bytes for each thread of a warp. So a warp takes whole rows: sums along rows need no other warp, and sums along columns
+are kept for each warp until its last tile.
 """
 
 import triton
@@ -76,12 +76,9 @@ def tile_row_factors(row_ptr, matrix, rows, SECOND: tl.constexpr, ARITHMETIC: tl
 
 
 @triton.jit
-def matrix_factor(row_ptr, matrix, MATRIX: tl.constexpr, ARITHMETIC: tl.constexpr):
-    """What the factors of a matrix' rows are multiplied with, or None."""
-    if MATRIX is None:
-        return None
-    else:
-        return tl.load(work(row_ptr, MATRIX_FACTORS, ARITHMETIC) + matrix)
+def matrix_factor(row_ptr, matrix, ARITHMETIC: tl.constexpr):
+    """What the factors of a matrix' rows are multiplied with, where there is such a thing."""
+    return tl.load(work(row_ptr, MATRIX_FACTORS, ARITHMETIC) + matrix)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .launching import Prepared
-from .numeric import FP16, FP64, I8, NONE, changed, count_of, next_counter, optional_number
+from .numeric import FP16, FP64, I8, NONE, changed, count_of, load_number, next_counter
 from .rules import RULES
 from .stored import load, load_state, load_weight, open_row, store, store_state, store_weight
 
@@ -158,9 +158,9 @@ def step_kernel(
         step = count_of(tl.load(step_ptr)) + 1
         s = PREPARE(hyper_ptr, step, ARITHMETIC)
         row = open_row(row_ptr)
-        scale = optional_number(grad_scale_ptr, ARITHMETIC)
-        coefficient = optional_number(coefficient_ptr, ARITHMETIC)
-        average_weight = optional_number(average_weight_ptr, ARITHMETIC)
+        scale = None if grad_scale_ptr is None else load_number(grad_scale_ptr, ARITHMETIC)
+        coefficient = None if coefficient_ptr is None else load_number(coefficient_ptr, ARITHMETIC)
+        average_weight = None if average_weight_ptr is None else load_number(average_weight_ptr, ARITHMETIC)
         addresses = row.param | grad | row.companion  # 0 if there is none
         if N_NAMED > 0:
             addresses = addresses | row.state0

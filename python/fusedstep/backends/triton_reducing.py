@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SMALL_MATRIX = 1024  # elements; up to here a program takes several whole matrices
 ITEM_ELEMENTS = 16_384
+ITEM_ROWS, ROW_BLOCKS = 64, 128  # of a matrix in tiles: rows of an item, or more where these would be too many items
 MANY_COLUMNS = 1 << 27  # from here on a program takes one row: offsets within a tile have 32 bits
 
 
@@ -80,7 +81,8 @@ class ReducingTable:
             items = [(at, 0, 0, min(several, batch - at)) for at in range(0, batch, several)]
         else:
             cut = reducing_lines.TILES
-            item_rows = min(max(64, 1 << (-(-rows // 128) - 1).bit_length()), rows) if columns < MANY_COLUMNS else 1
+            wanted = max(ITEM_ROWS, 1 << (-(-rows // ROW_BLOCKS) - 1).bit_length())
+            item_rows = min(wanted, rows) if columns < MANY_COLUMNS else 1
             n_row_blocks, n_strips = -(-rows // item_rows), -(-columns // self.tile_columns)
             items = [
                 (matrix, row, column, min(item_rows, rows - row))
