@@ -5,7 +5,6 @@ Triton's driver is replaced by one that says which GPU there is. Reads kernels f
 TRITON_INTERPRET.
 """
 
-import base64
 import json
 import re
 import sys
@@ -95,7 +94,7 @@ def compiled(kernel: str, wanted: dict) -> list:
     return found
 
 
-def describe(kernel, machine_code: bool) -> dict:
+def describe(kernel) -> dict:
     """How often what matters occurs. In float64 an approximation is only where the logarithm begins."""
     patterns = {
         "wide_loads": r"\bld\.global[.\w:]*\.v(4\.b32|2\.b64)",
@@ -112,7 +111,6 @@ def describe(kernel, machine_code: bool) -> dict:
     return {
         **found,
         "name": kernel.metadata.name,
-        "cubin": base64.b64encode(kernel.asm["cubin"]).decode() if machine_code else "",
         "unordered": triton_barriers.unordered(ttgir),
         "gradient_pairs": triton_barriers.gradient_pairs(ttgir),
     }
@@ -122,8 +120,7 @@ if __name__ == "__main__":
     found = []
     for kernel, wanted in json.load(sys.stdin):
         try:
-            machine_code = wanted.get("machine_code", False)
-            found.append([describe(each, machine_code) for each in compiled(kernel, wanted)])
+            found.append([describe(each) for each in compiled(kernel, wanted)])
         except Exception as error:
             raise RuntimeError(f"{kernel} {wanted}") from error
     print(json.dumps(found))

@@ -37,18 +37,6 @@ def is_wide(columns, addresses):
 
 
 @triton.jit
-def whole_rows(n, TILE_ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """How many of ``n`` rows lie in tiles all of whose rows exist and are accessed 16 bytes at a time.
-
-    There is no mask for rows in these: with one for each access, loads would wait for each other.
-    """
-    if WIDE:
-        return n // TILE_ROWS * TILE_ROWS
-    else:
-        return 0 * n
-
-
-@triton.jit
 def tile_lanes(columns, first_column, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
