@@ -138,6 +138,30 @@ def test_elementwise_kernels_access_16_bytes_at_a_time(code):
                 assert found["wide_loads"] > 0
 
 
+def test_reducing_kernels_access_16_bytes_at_a_time(code):
+    bits = {"": 0, "fp32": 32, "bf16": 16, "fp16": 16, "fp64": 64}
+    seen = set()
+    for (kind, wanted), launches in code:
+        if kind != "update" or wanted["rule"] not in dict(REDUCING_RULES):
+            continue
+        param, grad, _, _, element, *_ = (bits[name] for name in wanted["dtypes"])
+        average, copy = (bits[name] for name in wanted["followers"])
+
+        def accesses(elements, *sizes, grad=grad):
+            """Of a thread, which has 16 bytes of the gradient side by side, and so fewer of narrower numbers."""
+            return sum(elements * size for size in sizes if size >= grad) // (128 if grad < 64 else 256)
+
+        # A thread has 16 elements of a tile, or 8 of half a tile; in float64 half of that.
+        sums, *update, apply = launches
+        assert sums["wide_loads"] >= accesses(16, grad, 0 if wanted["rule"].startswith("amos") else param), wanted
+        assert all(launch["wide_loads"] >= accesses(16, grad) for launch in update), wanted
+        assert apply["wide_loads"] >= accesses(8, grad, param, element, average), wanted
+        left = grad if wanted["left"] else 0
+        assert apply["wide_stores"] >= accesses(8, param, element, average, copy, left), wanted
+        seen.add(wanted["rule"])
+    assert seen == set(dict(REDUCING_RULES))
+
+
 def test_no_thread_stores_what_another_has_yet_to_load(code):
     for wanted, launches in code:
         for launch in launches:

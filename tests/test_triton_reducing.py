@@ -70,6 +70,23 @@ def test_every_shape_is_close_to_the_reference(interpreted, case):
     assert optimizers[0].kernel_calls == (5 if case.options.get("reduce") == (0,) else 3)
 
 
+@by_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_tiles_of_a_gpu_are_close_to_the_reference(interpreted, monkeypatch, case, dtype):
+    monkeypatch.setattr("fusedstep.triton_kernels.reducing.is_interpreted", lambda: False)
+    generator = torch.Generator().manual_seed(4)
+    # Rows that can be accessed 16 bytes at a time and rows that cannot; several strips, several blocks of rows.
+    shapes = [(70, 1040), (2, 9, 531)]
+    values = random(shapes, generator)
+    optimizers = [make(case, values, backend) for backend in ("triton", "reference")]
+    for optimizer in optimizers:
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad_dtype = None
+    for _ in range(2):
+        step(optimizers, random(shapes, generator, dtype))
+    assert_close(optimizers)
+
+
 @pytest.mark.parametrize("case", [REDUCING[1], REDUCING[4]], ids=str)
 def test_every_layout_and_dtype_is_close_to_float64(interpreted, case):
     rows = [row for row in verify([case.optimizer], backend="triton", steps=1).rows if row.case == str(case)]

@@ -57,7 +57,7 @@ def prepared(kernel: str, wanted: dict) -> list:
         return [schedule.prepare()]
     if kernel == "norm":
         limits = (1.0, 1e-6, wanted["by_largest"], True, True, True)
-        return [norm.prepare(NUMBERS[wanted["dtype"]], wanted["first"], wanted["last"], limits, 2048)]
+        return [norm.prepare(NUMBERS[wanted["dtype"]], wanted["first"], wanted["last"], limits, 2 * step.block_size())]
     dtypes = tuple(NUMBERS[name] for name in wanted["dtypes"])
     followers = tuple(NUMBERS[name] for name in wanted["followers"])
     chosen = (wanted["rule"], dtypes, followers, wanted["maximize"], wanted["left"])

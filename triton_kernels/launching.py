@@ -18,10 +18,12 @@ class Prepared:
     no specialisation), so that what the first launch has looked up, or compiled, is called by all that follow.
     """
 
-    def __init__(self, kernel: triton.JITFunction, constants: dict[str, Any], num_warps: int = 8) -> None:
+    def __init__(
+        self, kernel: triton.JITFunction, constants: dict[str, Any], num_warps: int = 8, **options: Any
+    ) -> None:
         self.kernel = kernel
         self.constants = constants
-        self.options = {"num_warps": num_warps, "enable_fp_fusion": False}
+        self.options = {"num_warps": num_warps, "enable_fp_fusion": False, **options}
         self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self.compiled: dict[tuple, Any] = {}
 

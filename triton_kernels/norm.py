@@ -1,7 +1,4 @@
-"""The kernel that sums over gradients, and what follows from the sums: csrc/cuda/norm.cuh and csrc/norm.h in Triton.
-
-It has run under Triton's interpreter and compiles for sm_90; it has never run on a GPU yet.
-"""
+"""The kernel that sums over gradients, and what follows from the sums: csrc/cuda/norm.cuh and csrc/norm.h in Triton."""
 
 from __future__ import annotations
 

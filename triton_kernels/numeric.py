@@ -26,6 +26,22 @@ def divide(a, b):
 
 
 @triton.jit
+def load_number(ptr, ARITHMETIC: tl.constexpr):
+    """A number in device memory. Callers see to an absent one: Triton 3.6 compiles no function that returns None."""
+    return tl.load(ptr).to(ARITHMETIC)
+
+
+@triton.jit
+def changed(g, scale, coefficient):
+    """Gradients unscaled and clipped, each where there is a number for it."""
+    if scale is not None:
+        g = divide(g, scale)
+    if coefficient is not None:
+        g = g * coefficient
+    return g
+
+
+@triton.jit
 def maximum(a, b):  # NaN wins, as in torch.maximum
     return tl.where(b > a, b, tl.where(b != b, b, a))
 
@@ -59,9 +75,10 @@ def widen(stored, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr):
 def narrow(x, DTYPE: tl.constexpr):
     """Numbers as they are stored, rounded to nearest even: bf16 by integer operations, as every backend does it."""
     if DTYPE == BF16:
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        x = x.to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
     elif DTYPE == FP16:
         return x.to(tl.float32).to(tl.float16)
     elif DTYPE == FP64:

@@ -3,19 +3,28 @@
 Launches over the same items: sums of squares by rows and columns; sum of the squares of the update, if the rule asks
 for it; apply. The last program to come to the end of a matrix or tensor adds up what all have left in memory, in a
 fixed order.
-
-They have run under Triton's interpreter and compile for sm_90; they have never run on a GPU yet.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .launching import Prepared
-from .numeric import FP64, NONE, count_of, narrow, next_counter, square_root, widen
+from .numeric import (
+    FP32,
+    FP64,
+    NONE,
+    changed,
+    count_of,
+    load_number,
+    narrow,
+    next_counter,
+    square_root,
+    widen,
+)
 from .reducing_lines import (
     AVERAGE,
     COLUMN_SUMS,
@@ -41,21 +50,26 @@ from .reducing_lines import (
     TOTALS,
     UPDATE_SUMS,
     add_up,
-    column_factors,
     doubles,
-    finish_matrix,
+    finish_tiles,
     is_last_of,
-    load,
-    load_grad,
     small_factors,
-    store,
     sum_small,
-    tile_factors,
     work,
 )
 from .reducing_rules import REDUCING_RULES
+from .reducing_tiles import (
+    is_wide,
+    load,
+    matrix_factor,
+    store,
+    tile_column_factors,
+    tile_factors,
+    tile_lanes,
+    tile_row_factors,
+)
 from .step import ARGUMENTS as STEP_ARGUMENTS
-from .step import block_size, is_interpreted
+from .step import block_size, is_interpreted, register_limit
 
 ARGUMENTS = tuple("items_ptr" if name == "chunks_ptr" else name for name in STEP_ARGUMENTS)
 
@@ -83,13 +97,58 @@ def step_number(row_ptr):
     return count_of(tl.load(tl.load(row_ptr + STEP).to(tl.pointer_type(tl.float32)))) + 1
 
 
+@triton.jit
+def sum_tiles(
+    row_ptr, grad, param, matrix, strip, row_block, first_row, first_column, n, scale, coefficient, s,
+    SQUARE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, SUB: tl.constexpr,
+    TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The sums of ``n`` rows of a strip, by rows and columns; returns that of the parameters' squares."""
+    rows = tl.load(row_ptr + ROWS)
+    columns = tl.load(row_ptr + N_COLUMNS)
+    n_strips = tl.load(row_ptr + N_STRIPS)
+    row_sums_ptr = work(row_ptr, ROW_SUMS, ARITHMETIC)
+    row, _column, lanes, columns_there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, WIDE)
+    row_lanes = tl.arange(0, TILE_ROWS)
+    of_columns = tl.zeros([SUB, TILE_ROWS, WIDTH], ARITHMETIC)
+    of_params = tl.zeros([SUB, TILE_ROWS, WIDTH], ARITHMETIC)
+    at = 0 * n
+    while at < n:
+        line = matrix * rows + first_row + at
+        begin = line * columns + first_column
+        mask = (row < n - at) & columns_there
+        g = load(grad, begin, lanes, mask, DTYPES[1], ARITHMETIC, WIDE)
+        if PARAM_SUM:
+            p = load(param, begin, lanes, mask, DTYPES[0], ARITHMETIC, WIDE)
+            of_params += p * p
+        square = tl.where(mask, SQUARE(changed(g, scale, coefficient), s), 0.0)
+        if DTYPES[3] != NONE:
+            of_columns += square
+        if DTYPES[2] != NONE:
+            of_rows = tl.sum(tl.sum(square, axis=0), axis=1)
+            tl.store(row_sums_ptr + (line + row_lanes) * n_strips + strip, of_rows, mask=row_lanes < n - at)
+        at += TILE_ROWS
+    if DTYPES[3] != NONE:
+        column_sums_ptr = work(row_ptr, COLUMN_SUMS, ARITHMETIC)
+        column_sums_ptr += (matrix * tl.load(row_ptr + N_ROW_BLOCKS) + row_block) * columns + first_column
+        flat = tl.arange(0, SUB)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        tl.store(column_sums_ptr + flat, tl.sum(of_columns, axis=1), mask=flat < columns - first_column)
+    return total_of(of_params)
+
+
+@triton.jit
+def total_of(x):
+    """The sum of all numbers of a tile in float64."""
+    return tl.sum(tl.sum(tl.sum(x.to(tl.float64), axis=0), axis=1), axis=0)
+
+
 @triton.jit(do_not_specialize=ARGUMENTS)
 def sums_kernel(
     table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
     average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
-    ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:  # the same for all programs and launches
@@ -98,6 +157,8 @@ def sums_kernel(
     row_ptr, grad, index, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
     if grad == 0:
         return
+    scale = None if grad_scale_ptr is None else load_number(grad_scale_ptr, ARITHMETIC)
+    coefficient = None if coefficient_ptr is None else load_number(coefficient_ptr, ARITHMETIC)
     s = PREPARE(hyper_ptr, step_number(row_ptr), ARITHMETIC)
     rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
@@ -106,51 +167,38 @@ def sums_kernel(
     param_sum = tl.zeros([], tl.float64)
     if cut == 2:
         n_strips = tl.load(row_ptr + N_STRIPS)
-        n_row_blocks = tl.load(row_ptr + N_ROW_BLOCKS)
-        column = first_column + tl.arange(0, TILE_COLUMNS)
-        sums = tl.zeros([TILE_COLUMNS], ARITHMETIC)
-        row = first_row
-        while row < first_row + n:
-            row_lanes = row + tl.arange(0, TILE_ROWS)
-            row_mask = row_lanes < first_row + n
-            mask = row_mask[:, None] & (column < columns)[None, :]
-            at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
-            g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, "")
-            square = tl.where(mask, SQUARE(g, s), 0.0)
-            if DTYPES[3] != NONE:
-                sums += tl.sum(square, axis=0)
-            if DTYPES[2] != NONE:
-                strip = first_column // TILE_COLUMNS
-                row_sums = work(row_ptr, ROW_SUMS, ARITHMETIC) + (matrix * rows + row_lanes) * n_strips + strip
-                tl.store(row_sums, tl.sum(square, axis=1), mask=row_mask)
-            if PARAM_SUM:
-                p = load(param, at, mask, DTYPES[0], ARITHMETIC)
-                param_sum += tl.sum(tl.sum(p * p, axis=1).to(tl.float64), axis=0)
-            row += TILE_ROWS
-        if DTYPES[3] != NONE:
-            column_sums = work(row_ptr, COLUMN_SUMS, ARITHMETIC)
-            column_sums += (matrix * n_row_blocks + index // n_strips % n_row_blocks) * columns + column
-            tl.store(column_sums, sums, mask=column < columns)
-        counter_ptr = tl.load(row_ptr + COUNTERS).to(tl.pointer_type(tl.int32)) + 2 + matrix
-        if is_last_of(counter_ptr, (n_strips * n_row_blocks).to(tl.int32)):
-            finish_matrix(row_ptr, matrix, s, LINE, MATRIX, DTYPES, ARITHMETIC)
+        strip = index % n_strips
+        row_block = index // n_strips % tl.load(row_ptr + N_ROW_BLOCKS)
+        if is_wide(columns, grad | param):
+            param_sum = sum_tiles(
+                row_ptr, grad, param, matrix, strip, row_block, first_row, first_column, n, scale, coefficient, s,
+                SQUARE, PARAM_SUM, DTYPES, ARITHMETIC, SUB, TILE_ROWS, WIDTH, True,
+            )  # fmt: skip
+        else:
+            param_sum = sum_tiles(
+                row_ptr, grad, param, matrix, strip, row_block, first_row, first_column, n, scale, coefficient, s,
+                SQUARE, PARAM_SUM, DTYPES, ARITHMETIC, SUB, TILE_ROWS, WIDTH, False,
+            )  # fmt: skip
+        finish_tiles(
+            row_ptr, matrix, row_block, strip, first_row, n, first_column, s, SUB * WIDTH,
+            LINE, MATRIX, DTYPES, ARITHMETIC,
+        )  # fmt: skip
     else:
         begin = first_column
         elements = n
         if cut == 1:
             begin = matrix * rows * columns
             elements = n * rows * columns
-            sum_small(
-                row_ptr, grad, matrix, n, grad_scale_ptr, coefficient_ptr, s,
-                SQUARE, LINE, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE,
-            )  # fmt: skip
+            sum_small(row_ptr, grad, matrix, n, scale, coefficient, s, SQUARE, LINE, MATRIX, DTYPES, ARITHMETIC)
         if PARAM_SUM:
+            sums = tl.zeros([BLOCK], ARITHMETIC)
             at = 0 * n
             while at < elements:
-                lanes = at + tl.arange(0, BLOCK)
-                p = load(param, begin + lanes, lanes < elements, DTYPES[0], ARITHMETIC)
-                param_sum += tl.sum(p * p, axis=0).to(tl.float64)
+                lanes = tl.arange(0, BLOCK)
+                p = load(param, begin + at, lanes, lanes < elements - at, DTYPES[0], ARITHMETIC, False)
+                sums += p * p
                 at += BLOCK
+            param_sum = tl.sum(sums.to(tl.float64), axis=0)
     if PARAM_SUM:
         tl.store(doubles(row_ptr, PARAM_SUMS) + index, param_sum)
         n_items = tl.load(row_ptr + N_ITEMS)
@@ -159,7 +207,37 @@ def sums_kernel(
             rms = square_root(total / tl.load(row_ptr + NUMEL).to(tl.float64))
             tl.store(doubles(row_ptr, TOTALS), rms)
             if DTYPES[5] != NONE:
-                store(tl.load(row_ptr + TENSOR_STATE), 0, rms, None, DTYPES[5])
+                store(tl.load(row_ptr + TENSOR_STATE), 0, 0, rms, None, DTYPES[5], False)
+
+
+@triton.jit
+def update_tiles(
+    row_ptr, grad, matrix, first_row, first_column, n, scale, coefficient, s,
+    DIRECTION: tl.constexpr, MATRIX: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The sum of the squares of the update of ``n`` rows of a strip."""
+    rows = tl.load(row_ptr + ROWS)
+    columns = tl.load(row_ptr + N_COLUMNS)
+    row, column, lanes, there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, WIDE)
+    of_columns = tile_column_factors(row_ptr, matrix, columns, first_column, column, there, False, DTYPES, ARITHMETIC)
+    of_matrix = None if MATRIX is None else matrix_factor(row_ptr, matrix, ARITHMETIC)
+    of_rows_ptr = tile_row_factors(row_ptr, matrix, rows, False, ARITHMETIC) + first_row
+    sums = tl.zeros([SUB, TILE_ROWS, WIDTH], ARITHMETIC)
+    at = 0 * n
+    while at < n:
+        begin = (matrix * rows + first_row + at) * columns + first_column
+        row_mask = row < n - at
+        mask = row_mask & there
+        g = load(grad, begin, lanes, mask, DTYPES[1], ARITHMETIC, WIDE)
+        factor = tile_factors(of_rows_ptr + at, row, row_mask, of_matrix, of_columns, DTYPES)
+        g = changed(g, scale, coefficient)
+        if MAXIMIZE:
+            g = -g
+        direction = tl.where(mask, DIRECTION(g, factor, s), 0.0)
+        sums += direction * direction
+        at += TILE_ROWS
+    return total_of(sums)
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
@@ -168,7 +246,7 @@ def update_kernel(
     average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
-    ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
@@ -177,45 +255,49 @@ def update_kernel(
     row_ptr, grad, index, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
     if grad == 0:
         return
+    scale = None if grad_scale_ptr is None else load_number(grad_scale_ptr, ARITHMETIC)
+    coefficient = None if coefficient_ptr is None else load_number(coefficient_ptr, ARITHMETIC)
     s = PREPARE(hyper_ptr, step_number(row_ptr), ARITHMETIC)
     rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
     cut = tl.load(row_ptr + CUT)
     total = tl.zeros([], tl.float64)
     if cut == 2:
-        column = first_column + tl.arange(0, TILE_COLUMNS)
-        of_columns = column_factors(row_ptr, matrix, column, columns, False, DTYPES, ARITHMETIC)
-        row = first_row
-        while row < first_row + n:
-            row_lanes = row + tl.arange(0, TILE_ROWS)
-            row_mask = row_lanes < first_row + n
-            mask = row_mask[:, None] & (column < columns)[None, :]
-            at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
-            g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, "")
-            factor = tile_factors(row_ptr, matrix, row_lanes, row_mask, of_columns, False, MATRIX, DTYPES, ARITHMETIC)
-            direction = tl.where(mask, DIRECTION(g, factor, s), 0.0)
-            total += tl.sum(tl.sum(direction * direction, axis=1).to(tl.float64), axis=0)
-            row += TILE_ROWS
+        if is_wide(columns, grad):
+            total = update_tiles(
+                row_ptr, grad, matrix, first_row, first_column, n, scale, coefficient, s,
+                DIRECTION, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, SUB, TILE_ROWS, WIDTH, True,
+            )  # fmt: skip
+        else:
+            total = update_tiles(
+                row_ptr, grad, matrix, first_row, first_column, n, scale, coefficient, s,
+                DIRECTION, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, SUB, TILE_ROWS, WIDTH, False,
+            )  # fmt: skip
     else:
         begin = first_column
         elements = n
         if cut == 1:
             begin = matrix * rows * columns
             elements = n * rows * columns
+        lanes = tl.arange(0, BLOCK)
+        sums = tl.zeros([BLOCK], ARITHMETIC)
         at = 0 * n
         while at < elements:
-            lanes = at + tl.arange(0, BLOCK)
-            i = begin + lanes
-            mask = lanes < elements
-            g = load_grad(grad, i, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, "")
+            mask = lanes < elements - at
+            g = load(grad, begin + at, lanes, mask, DTYPES[1], ARITHMETIC, False)
+            g = changed(g, scale, coefficient)
+            if MAXIMIZE:
+                g = -g
             if cut == 1:
-                factor = small_factors(row_ptr, i, mask, False, MATRIX, DTYPES, ARITHMETIC)
+                i = at.to(tl.int32) + lanes
+                factor = small_factors(row_ptr, matrix, i, mask, False, MATRIX, DTYPES, ARITHMETIC)
             else:  # the states are for the last pass to write
-                state = load(tl.load(row_ptr + ROW_STATE), i, mask, DTYPES[2], ARITHMETIC)
+                state = load(tl.load(row_ptr + ROW_STATE), begin + at, lanes, mask, DTYPES[2], ARITHMETIC, False)
                 _unused, _unused, factor, _unused = LINE(SQUARE(g, s), state, state, s)
             direction = tl.where(mask, DIRECTION(g, factor, s), 0.0)
-            total += tl.sum(direction * direction, axis=0).to(tl.float64)
+            sums += direction * direction
             at += BLOCK
+        total = tl.sum(sums.to(tl.float64), axis=0)
     tl.store(doubles(row_ptr, UPDATE_SUMS) + index, total)
     n_items = tl.load(row_ptr + N_ITEMS)
     if is_last_of(tl.load(row_ptr + COUNTERS).to(tl.pointer_type(tl.int32)) + 1, n_items.to(tl.int32)):
@@ -223,65 +305,146 @@ def update_kernel(
         tl.store(doubles(row_ptr, TOTALS) + 1, square_root(sum / tl.load(row_ptr + NUMEL).to(tl.float64)))
 
 
-@triton.jit
-def update_elements(
-    row_ptr, at, mask, g, factor, factor2, s, f, UPDATE: tl.constexpr, DTYPES: tl.constexpr,
-    ARITHMETIC: tl.constexpr,
-):  # fmt: skip
-    param = tl.load(row_ptr + PARAM)
-    p = load(param, at, mask, DTYPES[0], ARITHMETIC)
-    HAS_STATE: tl.constexpr = DTYPES[4] != NONE
-    if HAS_STATE:
-        state = load(tl.load(row_ptr + ELEMENT_STATE), at, mask, DTYPES[4], ARITHMETIC)
-        p, state = UPDATE(p, g, factor, factor2, state, s, f, True)
-        store(tl.load(row_ptr + ELEMENT_STATE), at, state, mask, DTYPES[4])
-    else:
-        p, _ = UPDATE(p, g, factor, factor2, p, s, f, False)
-    store(param, at, p, mask, DTYPES[0])
-    return widen(narrow(p, DTYPES[0]), DTYPES[0], ARITHMETIC)  # as it is stored
+class Elements(NamedTuple):
+    """What a block of elements has before the update, and the addresses that it is loaded from and stored to."""
+
+    grad: tl.tensor
+    param: tl.tensor
+    state: tl.tensor
+    average: tl.tensor
+    param_ptr: tl.tensor
+    state_ptr: tl.tensor
+    average_ptr: tl.tensor
+    copy_ptr: tl.tensor
 
 
 @triton.jit
-def follow(row_ptr, at, mask, p, average_weight_ptr, ARITHMETIC: tl.constexpr, FOLLOWERS: tl.constexpr):
-    """Update the average and the copy of parameters ``p``."""
+def addresses_of(row_ptr, grad, DTYPES: tl.constexpr, FOLLOWERS: tl.constexpr):
+    """All addresses of a tensor's elements, or'ed."""
+    addresses = grad | tl.load(row_ptr + PARAM)
+    if DTYPES[4] != NONE:
+        addresses = addresses | tl.load(row_ptr + ELEMENT_STATE)
     if FOLLOWERS[0] != NONE:
-        average = load(tl.load(row_ptr + AVERAGE), at, mask, FOLLOWERS[0], ARITHMETIC)
-        average = average + tl.load(average_weight_ptr).to(ARITHMETIC) * (p - average)
-        store(tl.load(row_ptr + AVERAGE), at, average, mask, FOLLOWERS[0])
+        addresses = addresses | tl.load(row_ptr + AVERAGE)
     if FOLLOWERS[1] != NONE:
-        store(tl.load(row_ptr + COPY), at, p, mask, FOLLOWERS[1])
+        addresses = addresses | tl.load(row_ptr + COPY)
+    return addresses
+
+
+@triton.jit
+def load_elements(
+    row_ptr, grad, begin, lanes, mask, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, FOLLOWERS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    param_ptr = tl.load(row_ptr + PARAM)
+    state_ptr = tl.load(row_ptr + ELEMENT_STATE)
+    average_ptr = tl.load(row_ptr + AVERAGE)
+    g = load(grad, begin, lanes, mask, DTYPES[1], ARITHMETIC, WIDE)
+    p = load(param_ptr, begin, lanes, mask, DTYPES[0], ARITHMETIC, WIDE)
+    state, average = p, p  # stand in for what is absent
+    if DTYPES[4] != NONE:
+        state = load(state_ptr, begin, lanes, mask, DTYPES[4], ARITHMETIC, WIDE)
+    if FOLLOWERS[0] != NONE:
+        average = load(average_ptr, begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, WIDE)
+    return Elements(g, p, state, average, param_ptr, state_ptr, average_ptr, tl.load(row_ptr + COPY))
+
+
+@triton.jit
+def leave(grad, begin, lanes, g, mask, GRAD: tl.constexpr, LEFT: tl.constexpr, WIDE: tl.constexpr):
+    """What becomes of the gradient in memory, after all threads have loaded it."""
+    if LEFT != "":
+        tl.debug_barrier()
+        store(grad, begin, lanes, tl.zeros_like(g) if LEFT == "zero" else g, mask, GRAD, WIDE)
+
+
+@triton.jit
+def store_elements(
+    e, begin, lanes, mask, p, state, average_weight, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr,
+    FOLLOWERS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The new parameters and states, and what follows the parameters as they are stored."""
+    if DTYPES[4] != NONE:
+        store(e.state_ptr, begin, lanes, state, mask, DTYPES[4], WIDE)
+    store(e.param_ptr, begin, lanes, p, mask, DTYPES[0], WIDE)
+    p = widen(narrow(p, DTYPES[0]), DTYPES[0], ARITHMETIC)
+    if FOLLOWERS[0] != NONE:
+        store(e.average_ptr, begin, lanes, e.average + average_weight * (p - e.average), mask, FOLLOWERS[0], WIDE)
+    if FOLLOWERS[1] != NONE:
+        store(e.copy_ptr, begin, lanes, p, mask, FOLLOWERS[1], WIDE)
+
+
+@triton.jit
+def apply_tiles(
+    row_ptr, grad, matrix, first_row, first_column, n, scale, coefficient, average_weight, s, f,
+    UPDATE: tl.constexpr, MATRIX: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
+    LEFT: tl.constexpr, FOLLOWERS: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """The update of ``n`` rows of a strip."""
+    TWO: tl.constexpr = DTYPES[6] != NONE or DTYPES[7] != NONE  # states and factors of a line
+    rows = tl.load(row_ptr + ROWS)
+    columns = tl.load(row_ptr + N_COLUMNS)
+    row, column, lanes, there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, WIDE)
+    of_columns = tile_column_factors(row_ptr, matrix, columns, first_column, column, there, False, DTYPES, ARITHMETIC)
+    of_columns2 = tile_column_factors(row_ptr, matrix, columns, first_column, column, there, TWO, DTYPES, ARITHMETIC)
+    of_matrix = None if MATRIX is None else matrix_factor(row_ptr, matrix, ARITHMETIC)
+    of_rows_ptr = tile_row_factors(row_ptr, matrix, rows, False, ARITHMETIC) + first_row
+    of_rows2_ptr = tile_row_factors(row_ptr, matrix, rows, TWO, ARITHMETIC) + first_row
+    at = 0 * n
+    while at < n:
+        begin = (matrix * rows + first_row + at) * columns + first_column
+        row_mask = row < n - at
+        mask = row_mask & there
+        e = load_elements(row_ptr, grad, begin, lanes, mask, DTYPES, ARITHMETIC, FOLLOWERS, WIDE)
+        factor = tile_factors(of_rows_ptr + at, row, row_mask, of_matrix, of_columns, DTYPES)
+        factor2 = tile_factors(of_rows2_ptr + at, row, row_mask, of_matrix, of_columns2, DTYPES)
+        g = changed(e.grad, scale, coefficient)
+        leave(grad, begin, lanes, g, mask, DTYPES[1], LEFT, WIDE)
+        if MAXIMIZE:
+            g = -g
+        p, state = UPDATE(e.param, g, factor, factor2, e.state, s, f, DTYPES[4] != NONE)
+        store_elements(e, begin, lanes, mask, p, state, average_weight, DTYPES, ARITHMETIC, FOLLOWERS, WIDE)
+        at += TILE_ROWS
+
+
+@triton.jit
+def zero_tiles(
+    row_ptr, grad, matrix, first_row, first_column, n, GRAD: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    rows = tl.load(row_ptr + ROWS)
+    columns = tl.load(row_ptr + N_COLUMNS)
+    row, _column, lanes, there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, False)
+    at = 0 * n
+    while at < n:
+        begin = (matrix * rows + first_row + at) * columns + first_column
+        mask = (row < n - at) & there
+        store(grad, begin, lanes, tl.zeros([SUB, TILE_ROWS, WIDTH], tl.float32), mask, GRAD, False)
+        at += TILE_ROWS
 
 
 @triton.jit
 def zero_item(
-    table_ptr, items_ptr, grads_ptr, GRAD: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, items_ptr, grads_ptr, GRAD: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is left of a step that is skipped: zeros in the gradient."""
     row_ptr, grad, _, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
     if grad != 0:
-        rows = tl.load(row_ptr + ROWS)
-        columns = tl.load(row_ptr + N_COLUMNS)
         cut = tl.load(row_ptr + CUT)
         if cut == 2:
-            column = first_column + tl.arange(0, TILE_COLUMNS)
-            row = first_row
-            while row < first_row + n:
-                row_lanes = row + tl.arange(0, TILE_ROWS)
-                mask = (row_lanes < first_row + n)[:, None] & (column < columns)[None, :]
-                at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
-                store(grad, at, tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32), mask, GRAD)
-                row += TILE_ROWS
+            zero_tiles(row_ptr, grad, matrix, first_row, first_column, n, GRAD, SUB, TILE_ROWS, WIDTH)
         else:
             begin = first_column
             elements = n
             if cut == 1:
-                begin = matrix * rows * columns
-                elements = n * rows * columns
+                size = tl.load(row_ptr + ROWS) * tl.load(row_ptr + N_COLUMNS)
+                begin = matrix * size
+                elements = n * size
+            lanes = tl.arange(0, BLOCK)
             at = 0 * n
             while at < elements:
-                lanes = at + tl.arange(0, BLOCK)
-                store(grad, begin + lanes, tl.zeros([BLOCK], tl.float32), lanes < elements, GRAD)
+                store(grad, begin + at, lanes, tl.zeros([BLOCK], tl.float32), lanes < elements - at, GRAD, False)
                 at += BLOCK
 
 
@@ -291,16 +454,19 @@ def apply_kernel(
     average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
-    ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
             if LEFT == "zero":
-                zero_item(table_ptr, items_ptr, grads_ptr, DTYPES[1], TILE_ROWS, TILE_COLUMNS, BLOCK)
+                zero_item(table_ptr, items_ptr, grads_ptr, DTYPES[1], SUB, TILE_ROWS, WIDTH, BLOCK)
             return
     row_ptr, grad, _, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
     if grad != 0:
+        scale = None if grad_scale_ptr is None else load_number(grad_scale_ptr, ARITHMETIC)
+        coefficient = None if coefficient_ptr is None else load_number(coefficient_ptr, ARITHMETIC)
+        average_weight = None if average_weight_ptr is None else load_number(average_weight_ptr, ARITHMETIC)
         s = PREPARE(hyper_ptr, step_number(row_ptr), ARITHMETIC)
         totals = doubles(row_ptr, TOTALS)
         f = FINISH(s, tl.load(totals), tl.load(totals + 1), ARITHMETIC)
@@ -309,48 +475,52 @@ def apply_kernel(
         columns = tl.load(row_ptr + N_COLUMNS)
         cut = tl.load(row_ptr + CUT)
         if cut == 2:
-            column = first_column + tl.arange(0, TILE_COLUMNS)
-            of_columns = column_factors(row_ptr, matrix, column, columns, False, DTYPES, ARITHMETIC)
-            of_columns2 = column_factors(row_ptr, matrix, column, columns, TWO, DTYPES, ARITHMETIC)
-            row = first_row
-            while row < first_row + n:
-                row_lanes = row + tl.arange(0, TILE_ROWS)
-                row_mask = row_lanes < first_row + n
-                mask = row_mask[:, None] & (column < columns)[None, :]
-                at = ((matrix * rows + row_lanes) * columns)[:, None] + column[None, :]
-                g = load_grad(grad, at, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, LEFT)
-                factor = tile_factors(
-                    row_ptr, matrix, row_lanes, row_mask, of_columns, False, MATRIX, DTYPES, ARITHMETIC
-                )
-                factor2 = tile_factors(
-                    row_ptr, matrix, row_lanes, row_mask, of_columns2, TWO, MATRIX, DTYPES, ARITHMETIC
-                )
-                p = update_elements(row_ptr, at, mask, g, factor, factor2, s, f, UPDATE, DTYPES, ARITHMETIC)
-                follow(row_ptr, at, mask, p, average_weight_ptr, ARITHMETIC, FOLLOWERS)
-                row += TILE_ROWS
+            # Half a tile at a time: there are more arrays than in the passes before.
+            HALF: tl.constexpr = (SUB + 1) // 2
+            wide = is_wide(columns, addresses_of(row_ptr, grad, DTYPES, FOLLOWERS))
+            column = first_column
+            while column < tl.minimum(first_column + SUB * WIDTH, columns):
+                if wide:
+                    apply_tiles(
+                        row_ptr, grad, matrix, first_row, column, n, scale, coefficient, average_weight, s, f,
+                        UPDATE, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, HALF, TILE_ROWS, WIDTH, True,
+                    )  # fmt: skip
+                else:
+                    apply_tiles(
+                        row_ptr, grad, matrix, first_row, column, n, scale, coefficient, average_weight, s, f,
+                        UPDATE, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, HALF, TILE_ROWS, WIDTH, False,
+                    )  # fmt: skip
+                column += HALF * WIDTH
         else:
             begin = first_column
             elements = n
             if cut == 1:
                 begin = matrix * rows * columns
                 elements = n * rows * columns
+            lanes = tl.arange(0, BLOCK)
             at = 0 * n
             while at < elements:
-                lanes = at + tl.arange(0, BLOCK)
-                i = begin + lanes
-                mask = lanes < elements
-                g = load_grad(grad, i, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, LEFT)
+                mask = lanes < elements - at
+                e = load_elements(row_ptr, grad, begin + at, lanes, mask, DTYPES, ARITHMETIC, FOLLOWERS, False)
+                g = changed(e.grad, scale, coefficient)
+                leave(grad, begin + at, lanes, g, mask, DTYPES[1], LEFT, False)
+                if MAXIMIZE:
+                    g = -g
                 factor = tl.zeros([BLOCK], ARITHMETIC)
                 factor2 = factor
                 if cut == 1:
-                    factor = small_factors(row_ptr, i, mask, False, MATRIX, DTYPES, ARITHMETIC)
-                    factor2 = small_factors(row_ptr, i, mask, TWO, MATRIX, DTYPES, ARITHMETIC)
+                    i = at.to(tl.int32) + lanes
+                    factor = small_factors(row_ptr, matrix, i, mask, False, MATRIX, DTYPES, ARITHMETIC)
+                    factor2 = small_factors(row_ptr, matrix, i, mask, TWO, MATRIX, DTYPES, ARITHMETIC)
                 elif not TWO:
-                    state = load(tl.load(row_ptr + ROW_STATE), i, mask, DTYPES[2], ARITHMETIC)
+                    state_ptr = tl.load(row_ptr + ROW_STATE)
+                    state = load(state_ptr, begin + at, lanes, mask, DTYPES[2], ARITHMETIC, False)
                     state, _unused, factor, factor2 = LINE(SQUARE(g, s), state, state, s)
-                    store(tl.load(row_ptr + ROW_STATE), i, state, mask, DTYPES[2])
-                p = update_elements(row_ptr, i, mask, g, factor, factor2, s, f, UPDATE, DTYPES, ARITHMETIC)
-                follow(row_ptr, i, mask, p, average_weight_ptr, ARITHMETIC, FOLLOWERS)
+                    store(state_ptr, begin + at, lanes, state, mask, DTYPES[2], False)
+                p, state = UPDATE(e.param, g, factor, factor2, e.state, s, f, DTYPES[4] != NONE)
+                store_elements(
+                    e, begin + at, lanes, mask, p, state, average_weight, DTYPES, ARITHMETIC, FOLLOWERS, False
+                )
                 at += BLOCK
 
     # The last program to come here advances the counters: all have read the steps by then.
@@ -381,24 +551,30 @@ def constants(
     """
     functions = REDUCING_RULES[rule]
     names = ("prepare", "square", "line", "matrix", "direction", "finish", "update")
-    rows, columns = tile()
+    sub, rows, width = tile(dtypes[1])
     return {
         **{name.upper(): getattr(functions, name) for name in names},
         "PARAM_SUM": functions.param_sum,
         "DTYPES": dtypes,
         "ARITHMETIC": tl.float64 if dtypes[0] == FP64.value else tl.float32,
         "MAXIMIZE": maximize,
+        "SUB": sub,
         "TILE_ROWS": rows,
-        "TILE_COLUMNS": columns,
-        "BLOCK": block_size(),
+        "WIDTH": width,
+        "BLOCK": block_size() // 2,
         "LEFT": left,
         "FOLLOWERS": followers,
     }
 
 
-def tile() -> tuple[int, int]:
-    """Rows and columns that a program takes at a time; in the interpreter many, because each time costs the same."""
-    return (128, 128) if is_interpreted() else (16, 128)
+def tile(grad: int) -> tuple[int, int, int]:
+    """The pieces, rows and columns of a piece that a program takes at a time, by the dtype of the gradient.
+
+    In the interpreter each time costs the same, hence many.
+    """
+    if is_interpreted():
+        return 1, 128, 128
+    return {FP32.value: (4, 8, 128), FP64.value: (4, 8, 64)}.get(grad, (2, 8, 256))
 
 
 def prepare(rule: str, *args: Any) -> list[Prepared]:
@@ -409,4 +585,6 @@ def prepare(rule: str, *args: Any) -> list[Prepared]:
     and from the third on what step.py's kernel is given.
     """
     fixed = constants(rule, *args)
-    return [Prepared(kernel, fixed) for kernel in kernels_of(rule)]
+    return [
+        Prepared(kernel, fixed, **register_limit(3 if kernel is update_kernel else 2)) for kernel in kernels_of(rule)
+    ]

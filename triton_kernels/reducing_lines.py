@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .numeric import NONE, divide, narrow, widen
+from .numeric import NONE, changed, divide, narrow, widen
 from .stored import pointer
 
 # Columns of the table: int64 numbers and addresses of a tensor.
@@ -11,7 +11,7 @@ COLUMNS = (
     *("param", "step", "row_state", "column_state", "element_state", "tensor_state"),
     *("batch", "rows", "columns", "numel", "cut"),
     *("row_factors", "column_factors", "matrix_factors", "row_sums", "column_sums"),
-    *("param_sums", "update_sums", "totals", "counters", "n_items", "n_row_blocks", "n_strips"),
+    *("param_sums", "update_sums", "matrix_sums", "totals", "counters", "n_items", "n_row_blocks", "n_strips"),
     *("row_state2", "column_state2", "average", "copy"),
 )
 WORK = COLUMNS[COLUMNS.index("row_factors") : COLUMNS.index("counters")]  # addresses of work memory
@@ -20,21 +20,24 @@ ITEM = ("tensor", "index", "matrix", "row", "column", "n")
 PARAM, STEP, ROW_STATE, COLUMN_STATE, ELEMENT_STATE, TENSOR_STATE = (tl.constexpr(k) for k in range(6))
 BATCH, ROWS, N_COLUMNS, NUMEL, CUT = (tl.constexpr(k) for k in range(6, 11))
 ROW_FACTORS, COLUMN_FACTORS, MATRIX_FACTORS, ROW_SUMS, COLUMN_SUMS = (tl.constexpr(k) for k in range(11, 16))
-PARAM_SUMS, UPDATE_SUMS, TOTALS, COUNTERS, N_ITEMS, N_ROW_BLOCKS, N_STRIPS = (tl.constexpr(k) for k in range(16, 23))
-ROW_STATE2, COLUMN_STATE2, AVERAGE, COPY = (tl.constexpr(k) for k in range(23, 27))
+PARAM_SUMS, UPDATE_SUMS, MATRIX_SUMS, TOTALS, COUNTERS = (tl.constexpr(k) for k in range(16, 21))
+N_ITEMS, N_ROW_BLOCKS, N_STRIPS = (tl.constexpr(k) for k in range(21, 24))
+ROW_STATE2, COLUMN_STATE2, AVERAGE, COPY = (tl.constexpr(k) for k in range(24, 28))
 TABLE_ROW = tl.constexpr(len(COLUMNS))
 ITEM_ROW = tl.constexpr(len(ITEM))
 LINES = tl.constexpr(256)  # that are finished at once
+PARTS = tl.constexpr(8)  # of their sums that are added up at once
 
 
 @triton.jit
-def load(address, index, mask, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr):
-    return widen(tl.load(pointer(address, DTYPE) + index, mask=mask, other=0), DTYPE, ARITHMETIC)
+def load(address, begin, lanes, mask, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """Elements ``begin + lanes``."""
+    return widen(tl.load(pointer(address, DTYPE) + begin + lanes, mask=mask, other=0), DTYPE, ARITHMETIC)
 
 
 @triton.jit
-def store(address, index, x, mask, DTYPE: tl.constexpr):
-    tl.store(pointer(address, DTYPE) + index, narrow(x, DTYPE), mask=mask)
+def store(address, begin, lanes, x, mask, DTYPE: tl.constexpr):
+    tl.store(pointer(address, DTYPE) + begin + lanes, narrow(x, DTYPE), mask=mask)
 
 
 @triton.jit
@@ -46,28 +49,6 @@ def work(row_ptr, column, ARITHMETIC: tl.constexpr):
 @triton.jit
 def doubles(row_ptr, column):
     return tl.load(row_ptr + column).to(tl.pointer_type(tl.float64))
-
-
-@triton.jit
-def load_grad(
-    grad, index, mask, grad_scale_ptr, coefficient_ptr, GRAD: tl.constexpr, ARITHMETIC: tl.constexpr,
-    MAXIMIZE: tl.constexpr, LEFT: tl.constexpr,
-):  # fmt: skip
-    """A gradient as the rule takes it. LEFT, in the last pass: what then becomes of it in memory."""
-    g = load(grad, index, mask, GRAD, ARITHMETIC)
-    if grad_scale_ptr is not None:
-        g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
-    if coefficient_ptr is not None:
-        g = g * tl.load(coefficient_ptr).to(ARITHMETIC)
-    if LEFT != "":
-        tl.debug_barrier()  # the threads that store an element may not be those that load it
-    if LEFT == "zero":
-        store(grad, index, tl.zeros_like(g), mask, GRAD)
-    if LEFT == "changed":
-        store(grad, index, g, mask, GRAD)
-    if MAXIMIZE:
-        g = -g
-    return g
 
 
 @triton.jit
@@ -106,18 +87,18 @@ def finish_lines(
     DTYPE2: tl.constexpr = DTYPES[7] if OF_COLUMNS else DTYPES[6]
     address = tl.load(row_ptr + (COLUMN_STATE if OF_COLUMNS else ROW_STATE))
     factors_ptr = work(row_ptr, COLUMN_FACTORS if OF_COLUMNS else ROW_FACTORS, ARITHMETIC)
-    state = load(address, begin + lanes, mask, DTYPE, ARITHMETIC)
+    state = load(address, begin, lanes, mask, DTYPE, ARITHMETIC)
     if DTYPE2 == NONE:
         tl.debug_barrier()  # the sum of states: where several threads load the same, none may see what is stored below
         state, _unused, factor, _unused = LINE(mean, state, state, s)
     else:
         address2 = tl.load(row_ptr + (COLUMN_STATE2 if OF_COLUMNS else ROW_STATE2))
-        state2 = load(address2, begin + lanes, mask, DTYPE2, ARITHMETIC)
+        state2 = load(address2, begin, lanes, mask, DTYPE2, ARITHMETIC)
         tl.debug_barrier()
         state, state2, factor, factor2 = LINE(mean, state, state2, s)
-        store(address2, begin + lanes, state2, mask, DTYPE2)
+        store(address2, begin, lanes, state2, mask, DTYPE2)
         tl.store(factors_ptr + second_factors(row_ptr, OF_COLUMNS) + begin + lanes, factor2, mask=mask)
-    store(address, begin + lanes, state, mask, DTYPE)
+    store(address, begin, lanes, state, mask, DTYPE)
     tl.store(factors_ptr + begin + lanes, factor, mask=mask)
     return tl.where(mask, state, 0.0)
 
@@ -129,181 +110,171 @@ def second_factors(row_ptr, OF_COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def finish_matrix(row_ptr, matrix, s, LINE: tl.constexpr, MATRIX: tl.constexpr, DTYPES: tl.constexpr,
-    ARITHMETIC: tl.constexpr,
-):  # fmt: skip
-    """The lines of a matrix whose sums are all there."""
+def add_parts(numbers_ptr, mask, n, stride):
+    """For each line the sum of ``n`` numbers that lie ``stride`` apart, in float64, in a fixed order."""
+    parts = tl.arange(0, PARTS)
+    sums = tl.zeros([PARTS, LINES], tl.float64)
+    first = 0 * n
+    while first < n:
+        part = first + parts
+        there = (part < n)[:, None] & mask[None, :]
+        sums += tl.load(numbers_ptr[None, :] + (part * stride)[:, None], mask=there, other=0.0).to(tl.float64)
+        first += PARTS
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def finish_rows(row_ptr, matrix, first_row, n, s, LINE: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """``n`` rows of a matrix whose sums are all there; returns the sum of their first states."""
     rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
+    n_strips = tl.load(row_ptr + N_STRIPS)
+    sums_ptr = work(row_ptr, ROW_SUMS, ARITHMETIC)
     lanes = tl.arange(0, LINES)
+    total = tl.zeros([LINES], tl.float64)
+    first = 0 * n
+    while first < n:
+        begin = matrix * rows + first_row + first
+        mask = first + lanes < n
+        sums = add_parts(sums_ptr + (begin + lanes) * n_strips, mask, n_strips, 1)
+        mean = (sums / columns.to(tl.float64)).to(ARITHMETIC)
+        total += finish_lines(row_ptr, begin, n - first, mean, s, LINE, False, DTYPES, ARITHMETIC).to(tl.float64)
+        first += LINES
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def finish_columns(
+    row_ptr, matrix, first_column, n, s, LINE: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr
+):
+    """``n`` columns of a matrix whose sums are all there."""
+    rows = tl.load(row_ptr + ROWS)
+    columns = tl.load(row_ptr + N_COLUMNS)
+    n_row_blocks = tl.load(row_ptr + N_ROW_BLOCKS)
+    sums_ptr = work(row_ptr, COLUMN_SUMS, ARITHMETIC) + matrix * n_row_blocks * columns + first_column
+    lanes = tl.arange(0, LINES)
+    first = 0 * n
+    while first < n:
+        begin = matrix * columns + first_column + first
+        sums = add_parts(sums_ptr + first + lanes, first + lanes < n, n_row_blocks, columns)
+        mean = (sums / rows.to(tl.float64)).to(ARITHMETIC)
+        finish_lines(row_ptr, begin, n - first, mean, s, LINE, True, DTYPES, ARITHMETIC)
+        first += LINES
+
+
+@triton.jit
+def finish_tiles(
+    row_ptr, matrix, row_block, strip, first_row, n, first_column, s, TILE_COLUMNS: tl.constexpr,
+    LINE: tl.constexpr, MATRIX: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr,
+):  # fmt: skip
+    """What this program's sums were the last for: its rows, then perhaps the matrix, and its columns."""
+    n_strips = tl.load(row_ptr + N_STRIPS)
+    n_row_blocks = tl.load(row_ptr + N_ROW_BLOCKS)
+    counters_ptr = tl.load(row_ptr + COUNTERS).to(tl.pointer_type(tl.int32))
+    counters_ptr += 2 + matrix * (n_row_blocks + n_strips + 1)
     if DTYPES[2] != NONE:
-        n_strips = tl.load(row_ptr + N_STRIPS)
-        total = tl.zeros([LINES], tl.float64)
-        first = 0 * rows
-        while first < rows:
-            line = matrix * rows + first + lanes
-            mask = first + lanes < rows
-            sums = tl.zeros([LINES], tl.float64)
-            k = 0 * n_strips
-            while k < n_strips:
-                part = tl.load(work(row_ptr, ROW_SUMS, ARITHMETIC) + line * n_strips + k, mask=mask, other=0.0)
-                sums += part.to(tl.float64)
-                k += 1
-            mean = (sums / columns.to(tl.float64)).to(ARITHMETIC)
-            states = finish_lines(
-                row_ptr, matrix * rows + first, rows - first, mean, s, LINE, False, DTYPES, ARITHMETIC
-            )
-            total += states.to(tl.float64)
-            first += LINES
-        if MATRIX is not None:
-            mean_of_rows = (tl.sum(total, axis=0) / rows.to(tl.float64)).to(ARITHMETIC)
-            tl.store(work(row_ptr, MATRIX_FACTORS, ARITHMETIC) + matrix, MATRIX(mean_of_rows, s))
+        if is_last_of(counters_ptr + row_block, n_strips.to(tl.int32)):
+            total = finish_rows(row_ptr, matrix, first_row, n, s, LINE, DTYPES, ARITHMETIC)
+            if MATRIX is not None:
+                sums_ptr = doubles(row_ptr, MATRIX_SUMS) + matrix * n_row_blocks
+                tl.store(sums_ptr + row_block, total)
+                if is_last_of(counters_ptr + n_row_blocks + n_strips, n_row_blocks.to(tl.int32)):
+                    mean = (add_up(sums_ptr, n_row_blocks, 1) / tl.load(row_ptr + ROWS).to(tl.float64)).to(ARITHMETIC)
+                    tl.store(work(row_ptr, MATRIX_FACTORS, ARITHMETIC) + matrix, MATRIX(mean, s))
     if DTYPES[3] != NONE:
-        n_row_blocks = tl.load(row_ptr + N_ROW_BLOCKS)
-        first = 0 * columns
-        while first < columns:
-            mask = first + lanes < columns
-            sums = tl.zeros([LINES], tl.float64)
-            k = 0 * n_row_blocks
-            while k < n_row_blocks:
-                index = (matrix * n_row_blocks + k) * columns + first + lanes
-                sums += tl.load(work(row_ptr, COLUMN_SUMS, ARITHMETIC) + index, mask=mask, other=0.0).to(tl.float64)
-                k += 1
-            mean = (sums / rows.to(tl.float64)).to(ARITHMETIC)
-            finish_lines(row_ptr, matrix * columns + first, columns - first, mean, s, LINE, True, DTYPES, ARITHMETIC)
-            first += LINES
+        if is_last_of(counters_ptr + n_row_blocks + strip, n_row_blocks.to(tl.int32)):
+            left = tl.minimum(tl.load(row_ptr + N_COLUMNS) - first_column, TILE_COLUMNS)
+            finish_columns(row_ptr, matrix, first_column, left, s, LINE, DTYPES, ARITHMETIC)
 
 
 @triton.jit
 def sum_small(
-    row_ptr, grad, first_matrix, n, grad_scale_ptr, coefficient_ptr, s,
-    SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr,
-    DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
+    row_ptr, grad, first_matrix, n, scale, coefficient, s, SQUARE: tl.constexpr, LINE: tl.constexpr,
+    MATRIX: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
-    """Several whole small matrices: a lane takes a line, then a matrix."""
+    """Several whole small matrices: a lane takes a line, then a matrix. All is counted from the first of them."""
     rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
+    begin = first_matrix * rows * columns
+    row_sums_ptr = work(row_ptr, ROW_SUMS, ARITHMETIC) + first_matrix * rows
+    first_row = first_matrix * rows
+    first_column = first_matrix * columns
+    rows = rows.to(tl.int32)
+    columns = columns.to(tl.int32)
+    n = n.to(tl.int32)
     lanes = tl.arange(0, LINES)
     if DTYPES[2] != NONE:
         first = 0 * rows
         while first < n * rows:
-            mask = first + lanes < n * rows
-            line = first_matrix * rows + first + lanes
+            line = first + lanes
+            mask = line < n * rows
             sums = tl.zeros([LINES], ARITHMETIC)
             k = 0 * columns
             while k < columns:
-                g = load_grad(
-                    grad, line * columns + k, mask, grad_scale_ptr, coefficient_ptr, DTYPES[1], ARITHMETIC, MAXIMIZE, ""
-                )
+                g = changed(load(grad, begin, line * columns + k, mask, DTYPES[1], ARITHMETIC), scale, coefficient)
                 sums += tl.where(mask, SQUARE(g, s), 0.0)
                 k += 1
             mean = divide(sums, columns.to(ARITHMETIC))
             states = finish_lines(
-                row_ptr, first_matrix * rows + first, n * rows - first, mean, s, LINE, False, DTYPES, ARITHMETIC
+                row_ptr, first_row + first, n * rows - first, mean, s, LINE, False, DTYPES, ARITHMETIC
             )
-            tl.store(work(row_ptr, ROW_SUMS, ARITHMETIC) + line, states, mask=mask)
+            tl.store(row_sums_ptr + line, states, mask=mask)
             first += LINES
     if DTYPES[3] != NONE:
         first = 0 * columns
         while first < n * columns:
-            mask = first + lanes < n * columns
-            line = first_matrix * columns + first + lanes
-            begin = line // columns * rows * columns + line % columns
+            line = first + lanes
+            mask = line < n * columns
+            at = line // columns * rows * columns + line % columns
             sums = tl.zeros([LINES], ARITHMETIC)
             k = 0 * rows
             while k < rows:
-                g = load_grad(
-                    grad,
-                    begin + k * columns,
-                    mask,
-                    grad_scale_ptr,
-                    coefficient_ptr,
-                    DTYPES[1],
-                    ARITHMETIC,
-                    MAXIMIZE,
-                    "",
-                )
+                g = changed(load(grad, begin, at + k * columns, mask, DTYPES[1], ARITHMETIC), scale, coefficient)
                 sums += tl.where(mask, SQUARE(g, s), 0.0)
                 k += 1
             mean = divide(sums, rows.to(ARITHMETIC))
-            finish_lines(
-                row_ptr, first_matrix * columns + first, n * columns - first, mean, s, LINE, True, DTYPES, ARITHMETIC
-            )
+            finish_lines(row_ptr, first_column + first, n * columns - first, mean, s, LINE, True, DTYPES, ARITHMETIC)
             first += LINES
     if MATRIX is not None:
         tl.debug_barrier()  # the states of the rows, which other threads have written
         first = 0 * n
         while first < n:
-            mask = first + lanes < n
-            begin = (first_matrix + first + lanes) * rows
+            matrix = first + lanes
+            mask = matrix < n
             total = tl.zeros([LINES], tl.float64)
             k = 0 * rows
             while k < rows:
-                total += tl.load(work(row_ptr, ROW_SUMS, ARITHMETIC) + begin + k, mask=mask, other=0.0).to(tl.float64)
+                total += tl.load(row_sums_ptr + matrix * rows + k, mask=mask, other=0.0).to(tl.float64)
                 k += 1
             factor = MATRIX((total / rows.to(tl.float64)).to(ARITHMETIC), s)
-            tl.store(work(row_ptr, MATRIX_FACTORS, ARITHMETIC) + first_matrix + first + lanes, factor, mask=mask)
+            tl.store(work(row_ptr, MATRIX_FACTORS, ARITHMETIC) + first_matrix + matrix, factor, mask=mask)
             first += LINES
 
 
 @triton.jit
-def line_factors(row_ptr, begin, mask, SECOND: tl.constexpr, OF_COLUMNS: tl.constexpr, ARITHMETIC: tl.constexpr):
-    """The factors of rows or columns, counted through the tensor."""
-    factors_ptr = work(row_ptr, COLUMN_FACTORS if OF_COLUMNS else ROW_FACTORS, ARITHMETIC)
-    if SECOND:
-        factors_ptr += second_factors(row_ptr, OF_COLUMNS)
-    return tl.load(factors_ptr + begin, mask=mask, other=0.0)
-
-
-@triton.jit
-def row_factors(
-    row_ptr, matrix, row, mask, SECOND: tl.constexpr, MATRIX: tl.constexpr, ARITHMETIC: tl.constexpr
-):  # fmt: skip
-    """The factors of rows, times their matrices'; ``matrix`` and ``row`` are blocks."""
-    factor = line_factors(row_ptr, matrix * tl.load(row_ptr + ROWS) + row, mask, SECOND, False, ARITHMETIC)
-    if MATRIX is not None:
-        factor *= tl.load(work(row_ptr, MATRIX_FACTORS, ARITHMETIC) + matrix, mask=mask, other=0.0)
-    return factor
-
-
-@triton.jit
 def small_factors(
-    row_ptr, i, mask, SECOND: tl.constexpr, MATRIX: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr
+    row_ptr, first_matrix, i, mask, SECOND: tl.constexpr, MATRIX: tl.constexpr, DTYPES: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
-    """The factors of the elements ``i`` of a tensor."""
+    """The factors of elements of several small matrices, which are counted from the first of them in 32 bits."""
     rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
-    line = i // columns
-    matrix = line // rows
-    if DTYPES[3] == NONE:
-        factor = row_factors(row_ptr, matrix, line % rows, mask, SECOND, MATRIX, ARITHMETIC)
-    else:
-        factor = line_factors(row_ptr, matrix * columns + i % columns, mask, SECOND, True, ARITHMETIC)
-        if DTYPES[2] != NONE:
-            factor = row_factors(row_ptr, matrix, line % rows, mask, SECOND, MATRIX, ARITHMETIC) * factor
-    return factor
-
-
-@triton.jit
-def tile_factors(
-    row_ptr, matrix, row, row_mask, of_columns, SECOND: tl.constexpr, MATRIX: tl.constexpr,
-    DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr,
-):  # fmt: skip
-    """The factors of a tile's elements, as a block that has one row or one column where they are the same."""
-    factor = of_columns
-    if DTYPES[2] != NONE:
-        factor = row_factors(row_ptr, matrix + 0 * row, row, row_mask, SECOND, MATRIX, ARITHMETIC)[:, None]
-        if DTYPES[3] != NONE:
-            factor = factor * of_columns
-    return factor
-
-
-@triton.jit
-def column_factors(
-    row_ptr, matrix, column, columns, SECOND: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr
-):  # fmt: skip
-    """Those of a tile's columns, as a block of one row; of a rule without any, ones."""
-    factor = tl.full([1, column.shape[0]], 1, ARITHMETIC)
+    line = i // columns.to(tl.int32)
+    matrix = line // rows.to(tl.int32)
     if DTYPES[3] != NONE:
-        factor = line_factors(row_ptr, matrix * columns + column, column < columns, SECOND, True, ARITHMETIC)[None, :]
+        columns_ptr = work(row_ptr, COLUMN_FACTORS, ARITHMETIC) + first_matrix * columns
+        if SECOND:
+            columns_ptr += second_factors(row_ptr, True)
+        of_column = tl.load(columns_ptr + (matrix - line) * columns.to(tl.int32) + i, mask=mask, other=0.0)
+        factor = of_column
+    if DTYPES[2] != NONE:
+        rows_ptr = work(row_ptr, ROW_FACTORS, ARITHMETIC) + first_matrix * rows
+        if SECOND:
+            rows_ptr += second_factors(row_ptr, False)
+        factor = tl.load(rows_ptr + line, mask=mask, other=0.0)
+        if MATRIX is not None:
+            matrices_ptr = work(row_ptr, MATRIX_FACTORS, ARITHMETIC) + first_matrix
+            factor = factor * tl.load(matrices_ptr + matrix, mask=mask, other=0.0)
+        if DTYPES[3] != NONE:
+            factor = factor * of_column
     return factor

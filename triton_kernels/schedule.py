@@ -1,7 +1,4 @@
-"""Learning-rate schedules: csrc/schedule.h in Triton. A program counts a step of one parameter group.
-
-It has run under Triton's interpreter and compiles for sm_90; it has never run on a GPU yet.
-"""
+"""Learning-rate schedules: csrc/schedule.h in Triton. A program counts a step of one parameter group."""
 
 from __future__ import annotations
 

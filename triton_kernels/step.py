@@ -1,19 +1,17 @@
-"""The one kernel, generic over rules: each program takes a chunk of one tensor, found through a table of addresses.
-
-It has run under Triton's interpreter and compiles for sm_90; it has never run on a GPU yet.
-"""
+"""The one kernel, generic over rules: each program takes a chunk of one tensor, found through a table of addresses."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 from .launching import Prepared
-from .numeric import FP64, I8, NONE, count_of, divide, next_counter
+from .numeric import FP16, FP64, I8, NONE, changed, count_of, load_number, next_counter
 from .rules import RULES
-from .stored import AVERAGE, COMPANION, COPY, load, load_state, load_weight, store, store_state, store_weight
+from .stored import load, load_state, load_weight, open_row, store, store_state, store_weight
 
 ROW = 17  # int64 numbers of a tensor in the table: param, step, up to five states, and what stored.py names
 CHUNK_ROW = 3  # of a chunk: tensor, elements, offset
@@ -25,14 +23,14 @@ ARGUMENTS = (  # those of a launch
 
 @triton.jit
 def update_block(
-    row_ptr,
+    row,
     grad,
     begin,
     lanes,
     mask,
-    grad_scale_ptr,
-    coefficient_ptr,
-    average_weight_ptr,
+    scale,
+    coefficient,
+    average_weight,
     step,
     s,
     UPDATE: tl.constexpr,
@@ -55,27 +53,24 @@ def update_block(
 
     Only with that promise are the accesses 16 bytes wide.
     """
-    p = load_weight(row_ptr, begin, lanes, mask, PARAM, FORM, ARITHMETIC, WHOLE)
+    p = load_weight(row, begin, lanes, mask, PARAM, FORM, ARITHMETIC, WHOLE)
     g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
     s0, s1, s2, average = p, p, p, p  # stand in for what is absent; a rule hands absent states back
     if STATE0 != NONE:
-        s0 = load_state(row_ptr, 0, begin, lanes, mask, STATE0, ARITHMETIC, WHOLE)
+        s0 = load_state(row.state0, row.scales0, begin, lanes, mask, STATE0, ARITHMETIC, WHOLE, BLOCK)
     if STATE1 != NONE:
-        s1 = load_state(row_ptr, 1, begin, lanes, mask, STATE1, ARITHMETIC, WHOLE)
+        s1 = load_state(row.state1, row.scales1, begin, lanes, mask, STATE1, ARITHMETIC, WHOLE, BLOCK)
     if STATE2 != NONE:
-        s2 = load_state(row_ptr, 2, begin, lanes, mask, STATE2, ARITHMETIC, WHOLE)
+        s2 = load_state(row.state2, row.scales2, begin, lanes, mask, STATE2, ARITHMETIC, WHOLE, BLOCK)
     if FOLLOWERS[0] != NONE:
-        average = load(tl.load(row_ptr + AVERAGE), begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, WHOLE)
+        average = load(row.average, begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, WHOLE)
     # A thread may store what another has yet to load: loads and stores of the same memory may be shared out to threads
     # in different ways. What is stored depends on what was loaded there, element by element, but for the gradient and
     # for codes, whose blocks share a scale.
     CODED: tl.constexpr = (STATE0 >= I8) or ((STATE1 >= I8) or (STATE2 >= I8))
     if LEFT != "" or CODED:
         tl.debug_barrier()
-    if grad_scale_ptr is not None:
-        g = divide(g, tl.load(grad_scale_ptr).to(ARITHMETIC))
-    if coefficient_ptr is not None:
-        g = g * tl.load(coefficient_ptr).to(ARITHMETIC)
+    g = changed(g, scale, coefficient)
     if LEFT == "zero":
         store(grad, begin, lanes, mask, tl.zeros_like(g), GRAD, WHOLE)
     if LEFT == "changed":
@@ -89,18 +84,18 @@ def update_block(
         p, s0 = UPDATE(p, g, s0, s, PRESENT)
     else:
         p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s, PRESENT)
-    p = store_weight(row_ptr, begin, lanes, mask, p, step, PARAM, FORM, ARITHMETIC, WHOLE, BLOCK)
+    p = store_weight(row, begin, lanes, mask, p, step, PARAM, FORM, ARITHMETIC, WHOLE, BLOCK)
     if FOLLOWERS[0] != NONE:
-        average = average + tl.load(average_weight_ptr).to(ARITHMETIC) * (p - average)
-        store(tl.load(row_ptr + AVERAGE), begin, lanes, mask, average, FOLLOWERS[0], WHOLE)
+        average = average + average_weight * (p - average)
+        store(row.average, begin, lanes, mask, average, FOLLOWERS[0], WHOLE)
     if FOLLOWERS[1] != NONE:
-        store(tl.load(row_ptr + COPY), begin, lanes, mask, p, FOLLOWERS[1], WHOLE)
+        store(row.copy, begin, lanes, mask, p, FOLLOWERS[1], WHOLE)
     if STATE0 != NONE:
-        store_state(row_ptr, 0, begin, lanes, mask, s0, STATE0, WHOLE, BLOCK)
+        store_state(row.state0, row.scales0, begin, lanes, mask, s0, STATE0, WHOLE, BLOCK)
     if STATE1 != NONE:
-        store_state(row_ptr, 1, begin, lanes, mask, s1, STATE1, WHOLE, BLOCK)
+        store_state(row.state1, row.scales1, begin, lanes, mask, s1, STATE1, WHOLE, BLOCK)
     if STATE2 != NONE:
-        store_state(row_ptr, 2, begin, lanes, mask, s2, STATE2, WHOLE, BLOCK)
+        store_state(row.state2, row.scales2, begin, lanes, mask, s2, STATE2, WHOLE, BLOCK)
 
 
 @triton.jit
@@ -162,12 +157,17 @@ def step_kernel(
         step_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(tl.float32))
         step = count_of(tl.load(step_ptr)) + 1
         s = PREPARE(hyper_ptr, step, ARITHMETIC)
-        addresses = tl.load(row_ptr) | grad
-        for k in tl.static_range(N_NAMED):
-            addresses = addresses | tl.load(row_ptr + 2 + k)
-        addresses = addresses | tl.load(row_ptr + COMPANION)  # 0 if there is none
+        row = open_row(row_ptr)
+        scale = None if grad_scale_ptr is None else load_number(grad_scale_ptr, ARITHMETIC)
+        coefficient = None if coefficient_ptr is None else load_number(coefficient_ptr, ARITHMETIC)
+        average_weight = None if average_weight_ptr is None else load_number(average_weight_ptr, ARITHMETIC)
+        addresses = row.param | grad | row.companion  # 0 if there is none
+        if N_NAMED > 0:
+            addresses = addresses | row.state0
+        if N_NAMED > 1:
+            addresses = addresses | row.state1 | row.state2
         if FOLLOWERS[0] != NONE or FOLLOWERS[1] != NONE:
-            addresses = addresses | tl.load(row_ptr + AVERAGE) | tl.load(row_ptr + COPY)
+            addresses = addresses | row.average | row.copy
         whole = 0 * n
         if addresses % 16 == 0:
             whole = n // BLOCK * BLOCK
@@ -175,16 +175,14 @@ def step_kernel(
         lanes = tl.arange(0, BLOCK)
         while start < whole:
             update_block(
-                row_ptr, grad, offset + start, lanes, None,
-                grad_scale_ptr, coefficient_ptr, average_weight_ptr, step, s,
+                row, grad, offset + start, lanes, None, scale, coefficient, average_weight, step, s,
                 UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, FORM, ARITHMETIC, MAXIMIZE, LEFT,
                 FOLLOWERS, True, BLOCK,
             )  # fmt: skip
             start += BLOCK
         while start < n:
             update_block(
-                row_ptr, grad, offset + start, lanes, start + lanes < n,
-                grad_scale_ptr, coefficient_ptr, average_weight_ptr, step, s,
+                row, grad, offset + start, lanes, start + lanes < n, scale, coefficient, average_weight, step, s,
                 UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, FORM, ARITHMETIC, MAXIMIZE, LEFT,
                 FOLLOWERS, False, BLOCK,
             )  # fmt: skip
@@ -254,12 +252,34 @@ def prepare(*args: Any) -> Prepared:
     average_weight: of the parameter in its average, one fp64 number; None where there are no averages.
     n_tensors: the table's.
     """
-    return Prepared(step_kernel, constants(*args))
+    fixed = constants(*args)
+    return Prepared(step_kernel, fixed, **register_limit(3 if is_light(fixed) else 2))
+
+
+def is_light(fixed: dict[str, Any]) -> bool:
+    """Whether a thread can keep all that an element has in few registers."""
+    arrays = [fixed[name] for name in ("PARAM", "GRAD", "STATE0", "STATE1", "STATE2")]
+    followers = any(dtype != NONE.value for dtype in fixed["FOLLOWERS"])
+    fits = all(dtype <= FP16.value for dtype in arrays) and arrays.count(NONE.value) > 0
+    return fits and fixed["FORM"] == "plain" and not followers
+
+
+def register_limit(programs: int) -> dict[str, int]:
+    """The option of a launch that lets a multiprocessor run ``programs`` programs at a time, to hide how far memory is.
+
+    Without it, ways through a kernel that are seldom taken ask for more registers.
+    """
+    return {} if torch.version.hip else {"maxnreg": 65_536 // (256 * programs) // 8 * 8}
 
 
 def is_interpreted() -> bool:
     """True if TRITON_INTERPRET was set when the kernels were defined: they run on CPU tensors then."""
     return not isinstance(step_kernel, triton.JITFunction)
+
+
+def chunk_size(blocks: int) -> int:
+    """Elements of one program that takes ``blocks`` blocks; interpreted always few programs."""
+    return block_size() * (4 if is_interpreted() else blocks)
 
 
 def block_size() -> int:

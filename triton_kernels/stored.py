@@ -1,9 +1,11 @@
 """Weights and states in memory, in every form and format: what a block of elements is loaded from and stored to."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .codecs import compensate, decode, encode, join, narrow_stochastic, random_16, split
+from .codecs import BLOCK_8BIT, compensate, decode, encode, join, narrow_stochastic, random_16, split
 from .numeric import BF16, BITS, FP16, FP32, FP64, I8, U8, narrow, widen
 
 COMPANION = tl.constexpr(7)  # its place in a tensor's row of the table; the scales of its states, seed and index follow
@@ -11,6 +13,42 @@ SCALES = tl.constexpr(8)
 SEED = tl.constexpr(13)
 INDEX = tl.constexpr(14)
 AVERAGE, COPY = tl.constexpr(15), tl.constexpr(16)
+
+
+class Row(NamedTuple):
+    """A tensor's row of the table: addresses, and two numbers."""
+
+    param: tl.tensor
+    state0: tl.tensor
+    state1: tl.tensor
+    state2: tl.tensor
+    companion: tl.tensor
+    scales0: tl.tensor
+    scales1: tl.tensor
+    scales2: tl.tensor
+    seed: tl.tensor
+    index: tl.tensor
+    average: tl.tensor
+    copy: tl.tensor
+
+
+@triton.jit
+def open_row(row_ptr):
+    """Read once, as what a program stores might be a table, for all that the compiler knows."""
+    return Row(
+        tl.load(row_ptr),
+        tl.load(row_ptr + 2),
+        tl.load(row_ptr + 3),
+        tl.load(row_ptr + 4),
+        tl.load(row_ptr + COMPANION),
+        tl.load(row_ptr + SCALES),
+        tl.load(row_ptr + SCALES + 1),
+        tl.load(row_ptr + SCALES + 2),
+        tl.load(row_ptr + SEED),
+        tl.load(row_ptr + INDEX),
+        tl.load(row_ptr + AVERAGE),
+        tl.load(row_ptr + COPY),
+    )
 
 
 @triton.jit
@@ -59,78 +97,82 @@ def store(address, begin, lanes, mask, x, DTYPE: tl.constexpr, WHOLE: tl.constex
 
 @triton.jit
 def load_weight(
-    row_ptr, begin, lanes, mask, PARAM: tl.constexpr, FORM: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr
+    row, begin, lanes, mask, PARAM: tl.constexpr, FORM: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr
 ):
-    param = tl.load(row_ptr)
     if FORM == "master":
-        return load(tl.load(row_ptr + COMPANION), begin, lanes, mask, FP32, ARITHMETIC, WHOLE)
+        return load(row.companion, begin, lanes, mask, FP32, ARITHMETIC, WHOLE)
     elif FORM == "split":
-        upper = load_stored(param, begin, lanes, mask, BITS, WHOLE)
-        return join(upper, load_stored(tl.load(row_ptr + COMPANION), begin, lanes, mask, BITS, WHOLE))
+        upper = load_stored(row.param, begin, lanes, mask, BITS, WHOLE)
+        return join(upper, load_stored(row.companion, begin, lanes, mask, BITS, WHOLE))
     elif FORM == "kahan":
-        rest = load(tl.load(row_ptr + COMPANION), begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
-        return load(param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE) + rest
+        rest = load(row.companion, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
+        return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE) + rest
     else:
-        return load(param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
+        return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
 
 
 @triton.jit
 def store_weight(
-    row_ptr, begin, lanes, mask, x, step,
+    row, begin, lanes, mask, x, step,
     PARAM: tl.constexpr, FORM: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Returns what followers follow: the fp32 weight where one is kept, else the stored one."""
-    param = tl.load(row_ptr)
     if FORM == "master":
-        store(tl.load(row_ptr + COMPANION), begin, lanes, mask, x, FP32, WHOLE)
-        store(param, begin, lanes, mask, x, PARAM, WHOLE)
+        store(row.companion, begin, lanes, mask, x, FP32, WHOLE)
+        store(row.param, begin, lanes, mask, x, PARAM, WHOLE)
         return x
     elif FORM == "split":
         upper, lower = split(x)
-        store_stored(param, begin, lanes, mask, upper, BITS, WHOLE)
-        store_stored(tl.load(row_ptr + COMPANION), begin, lanes, mask, lower, BITS, WHOLE)
+        store_stored(row.param, begin, lanes, mask, upper, BITS, WHOLE)
+        store_stored(row.companion, begin, lanes, mask, lower, BITS, WHOLE)
         return x
     elif FORM == "kahan":
         narrowed, rest = compensate(x, PARAM)
-        store_stored(param, begin, lanes, mask, narrowed, PARAM, WHOLE)
-        store_stored(tl.load(row_ptr + COMPANION), begin, lanes, mask, rest, PARAM, WHOLE)
+        store_stored(row.param, begin, lanes, mask, narrowed, PARAM, WHOLE)
+        store_stored(row.companion, begin, lanes, mask, rest, PARAM, WHOLE)
         return widen(narrowed, PARAM, ARITHMETIC)
     elif FORM == "stochastic":
-        random = random_16(tl.load(row_ptr + SEED), tl.load(row_ptr + INDEX), step, begin, lanes, N)
+        random = random_16(row.seed, row.index, step, begin, lanes, N)
         narrowed = narrow_stochastic(x, random, PARAM)
-        store_stored(param, begin, lanes, mask, narrowed, PARAM, WHOLE)
+        store_stored(row.param, begin, lanes, mask, narrowed, PARAM, WHOLE)
         return widen(narrowed, PARAM, ARITHMETIC)
     else:
         narrowed = narrow(x, PARAM)
-        store_stored(param, begin, lanes, mask, narrowed, PARAM, WHOLE)
+        store_stored(row.param, begin, lanes, mask, narrowed, PARAM, WHOLE)
         return widen(narrowed, PARAM, ARITHMETIC)
 
 
 @triton.jit
 def load_state(
-    row_ptr, k: tl.constexpr, begin, lanes, mask, STATE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr
-):
-    address = tl.load(row_ptr + 2 + k)
+    address, scales, begin, lanes, mask, STATE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
     if STATE == I8 or STATE == U8:
         codes = load_stored(address, begin, lanes, mask, STATE, WHOLE)
-        blocks = (begin + lanes) // 256
-        scales = tl.load(pointer(tl.load(row_ptr + SCALES + k), FP32) + blocks, mask=mask)
-        return decode(codes, scales, STATE)
+        blocks = tl.arange(0, N // BLOCK_8BIT)
+        there = blocks_there(mask, WHOLE, N)
+        of_blocks = tl.load(pointer(scales, FP32) + begin // BLOCK_8BIT + blocks, mask=there)
+        each = tl.reshape(tl.broadcast_to(of_blocks[:, None], (N // BLOCK_8BIT, BLOCK_8BIT)), (N,))
+        return decode(codes, each, STATE)
     else:
         return load(address, begin, lanes, mask, STATE, ARITHMETIC, WHOLE)
 
 
 @triton.jit
-def store_state(
-    row_ptr, k: tl.constexpr, begin, lanes, mask, x, STATE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr
-):
-    address = tl.load(row_ptr + 2 + k)
+def store_state(address, scales, begin, lanes, mask, x, STATE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr):
     if STATE == I8 or STATE == U8:
-        exists = lanes >= 0 if WHOLE else mask
-        codes, scales = encode(x, exists, STATE, N)
+        codes, of_blocks = encode(x, lanes >= 0 if WHOLE else mask, STATE, N)
         store_stored(address, begin, lanes, mask, codes, STATE, WHOLE)
-        blocks = tl.arange(0, N // 256)
-        there = tl.max(tl.reshape(exists, (N // 256, 256)).to(tl.int32), 1) != 0
-        tl.store(pointer(tl.load(row_ptr + SCALES + k), FP32) + begin // 256 + blocks, scales, mask=there)
+        blocks = tl.arange(0, N // BLOCK_8BIT)
+        tl.store(pointer(scales, FP32) + begin // BLOCK_8BIT + blocks, of_blocks, mask=blocks_there(mask, WHOLE, N))
     else:
         store(address, begin, lanes, mask, x, STATE, WHOLE)
+
+
+@triton.jit
+def blocks_there(mask, WHOLE: tl.constexpr, N: tl.constexpr):
+    """Which blocks that share a scale have elements that exist."""
+    if WHOLE:
+        return tl.arange(0, N // BLOCK_8BIT) >= 0
+    else:
+        return tl.max(tl.reshape(mask, (N // BLOCK_8BIT, BLOCK_8BIT)).to(tl.int32), 1) != 0

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4, torch.uint8: 5}
 NONE = -1  # there is nothing
 OLDEST = (3, 6)
-MAX_CHUNK = 65_536  # elements of one program
+NORM_CHUNK = 65_536  # elements that one program sums
+STRONG = ((8, 0), (9, 0), (10, 0))  # GPUs whose float64 is half as fast as their float32
 
 
 class Launch:
@@ -64,22 +65,18 @@ class Launch:
 
     def build(self, indices: list[int], plan: TritonPlan) -> None:
         """Upload what does not change from step to step."""
-        from ..triton_kernels.step import AVERAGE, COPY, ROW
+        from ..triton_kernels.step import ROW, chunk_size
+        from ..triton_kernels.stored import AVERAGE, COPY
 
         rows = np.zeros((len(indices), ROW), dtype=np.int64)
         pointers, storage = plan.native.pointers(), plan.native.storage()
         followers = plan.native.follower_pointers()
-        chunks = []
         for row, index in enumerate(indices):
             addresses = [*pointers[index], *storage[index]]
             rows[row, : len(addresses)] = addresses
             rows[row, [AVERAGE.value, COPY.value]] = followers[index]
-            numel = plan.slots[index].tensor.numel()
-            chunks += [(row, min(MAX_CHUNK, numel - at), at) for at in range(0, numel, MAX_CHUNK)]
-        # A program for nothing, so that the counters of a group of empty tensors advance too.
-        chunks = chunks or [(0, 0, 0)]
         self.table = plan.upload(torch.from_numpy(rows))
-        self.chunks = plan.upload(torch.tensor(chunks, dtype=torch.int64))
+        self.chunks = plan.chunks(indices, chunk_size(blocks_of(plan.device)))
 
     def set_grads(self, raw: bytes, plan: TritonPlan) -> bool:
         """Upload the gradients' addresses if they are new; False if no tensor takes part."""
@@ -132,9 +129,7 @@ class NormLaunch(Launch):
     """The gradients of a plan that have the same dtype: what one call sums."""
 
     def build(self, indices: list[int], plan: TritonPlan) -> None:
-        sizes = enumerate(plan.slots[index].tensor.numel() for index in indices)
-        chunks = [(row, min(MAX_CHUNK, n - at), at) for row, n in sizes for at in range(0, n, MAX_CHUNK)]
-        self.chunks = plan.upload(torch.tensor(chunks or [(0, 0, 0)], dtype=torch.int64))
+        self.chunks = plan.chunks(indices, NORM_CHUNK)
         self.sums = torch.empty((len(self.chunks), 2), dtype=torch.float64, device=plan.device)
         self.streams = Streams()
 
@@ -147,7 +142,7 @@ class NormLaunch(Launch):
 
         key = (first, last, limits[2:])
         if key not in self.kernels:
-            block = block_size()
+            block = 2 * block_size()  # only gradients are loaded
             self.kernels[key] = [kernels.prepare(*self.dtypes, first, last, limits, block)]
         memory = self.chunks, self.grads, self.sums, norm.numbers, self.done, numbers, norm.found_inf
         self.streams.use(plan.device, memory)
@@ -174,6 +169,17 @@ class TritonPlan(KernelPlan):
             self.graphs.keep(self.device, source, copy)
             self.only_in_graph = True
         return copy
+
+    def chunks(self, indices: list[int], size: int) -> Tensor:
+        """Which elements each program takes, at most ``size``: tensor, elements, offset."""
+        sizes = np.array([self.slots[index].tensor.numel() for index in indices])
+        counts = -(-sizes // size)
+        rows = np.repeat(np.arange(len(sizes)), counts)
+        offsets = (np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)) * size
+        chunks = np.stack([rows, np.minimum(sizes[rows] - offsets, size), offsets], axis=1)
+        if not len(chunks):  # a program for nothing, so that the counters of a group of empty tensors advance too
+            chunks = np.zeros((1, 3), dtype=np.int64)
+        return self.upload(torch.from_numpy(np.ascontiguousarray(chunks, dtype=np.int64)))
 
     def _forget_what_only_a_graph_has(self) -> None:
         """What was uploaded in a capture is in device memory when the graph is replayed, not before."""
@@ -327,6 +333,18 @@ def package_reasons() -> list[str]:
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return [f"triton {version} is too old; {'.'.join(map(str, OLDEST))} or newer is needed"]
     return []
+
+
+@functools.cache
+def blocks_of(device: torch.device) -> int:
+    """Blocks that a program takes.
+
+    Few: the loads of a new program overlap with the stores of others. But each program, in all of its threads, computes
+    the scalars of a step in float64.
+    """
+    if device.type == "cpu" or torch.version.hip or torch.cuda.get_device_capability(device) in STRONG:
+        return 4
+    return 32
 
 
 @functools.cache

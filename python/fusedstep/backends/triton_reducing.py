@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 SMALL_MATRIX = 1024  # elements; up to here a program takes several whole matrices
 ITEM_ELEMENTS = 16_384
+ITEM_ROWS, ROW_BLOCKS = 64, 128  # of a matrix in tiles: rows of an item, or more where these would be too many items
+MANY_COLUMNS = 1 << 27  # from here on a program takes one row: offsets within a tile have 32 bits
 
 
 def dtypes_of(states: dict[str, int], rule: str, factored: bool) -> tuple[int, ...]:
@@ -34,7 +36,8 @@ class ReducingTable:
         from ..triton_kernels.numeric import FP64
 
         self.size = 8 if dtypes[0] == FP64.value else 4
-        self.tile_columns = reducing.tile()[1]
+        sub, _, width = reducing.tile(dtypes[1])
+        self.tile_columns = sub * width
         self.bytes = self.counters = 0
         rows = [self._row(plan, index) for index in indices]
         self.work = torch.empty(self.bytes, dtype=torch.uint8, device=plan.device)
@@ -78,7 +81,8 @@ class ReducingTable:
             items = [(at, 0, 0, min(several, batch - at)) for at in range(0, batch, several)]
         else:
             cut = reducing_lines.TILES
-            item_rows = min(max(64, 1 << (-(-rows // 128) - 1).bit_length()), rows)
+            wanted = max(ITEM_ROWS, 1 << (-(-rows // ROW_BLOCKS) - 1).bit_length())
+            item_rows = min(wanted, rows) if columns < MANY_COLUMNS else 1
             n_row_blocks, n_strips = -(-rows // item_rows), -(-columns // self.tile_columns)
             items = [
                 (matrix, row, column, min(item_rows, rows - row))
@@ -91,7 +95,9 @@ class ReducingTable:
         factors = 2 if names.row2 or names.column2 else 1
         of_rows = batch * rows if factored and names.row else 0
         of_columns = batch * columns if factored and names.column else 0
-        counters, self.counters = self.counters, self.counters + 2 + (batch if cut == reducing_lines.TILES else 0)
+        # Of the sums over all items; of each matrix: its blocks of rows, its strips, and itself.
+        of_matrix = n_row_blocks + n_strips + 1 if cut == reducing_lines.TILES else 0
+        counters, self.counters = self.counters, self.counters + 2 + batch * of_matrix
         return {
             "param": param,
             "step": step,
@@ -113,6 +119,7 @@ class ReducingTable:
             "column_sums": self._take(of_columns * n_row_blocks if cut == reducing_lines.TILES else 0, self.size),
             "param_sums": self._take(len(items), 8),
             "update_sums": self._take(len(items), 8),
+            "matrix_sums": self._take(batch * n_row_blocks if cut == reducing_lines.TILES else 0, 8),
             "totals": self._take(2, 8),
             "counters": counters,
             "n_items": len(items),
