@@ -1,7 +1,7 @@
 // fp32 numbers that are divided and whose roots are taken without a branch. By themselves, division and square_root()
 // look at each number and jump to slow code for very small and very large ones; that keeps the compiler from taking
-// several numbers side by side, and costs as much as the arithmetic. Here it is only noted whether one of them would have
-// had to jump, for whoever computes them to look once, and to compute them all again as plain float if need be.
+// several numbers side by side, and costs as much as the arithmetic. Here it is only noted whether one of them would
+// have had to jump, for whoever computes them to look once, and to compute them all again as plain float if need be.
 #pragma once
 
 #include "parts.cuh"
@@ -9,7 +9,7 @@
 namespace fusedstep::cuda {
 
 // Of the bits of all that was divided or had its root taken, and of all divisors: how far above the smallest that are
-// known to come out right. What is smaller is far above it, as unsigned numbers are.
+// known to come out right. What is smaller wraps round to far above.
 struct Doubts {
   static constexpr uint32_t kSmallest = 0x0d800000u, kSmallestDivisor = 0x1f800000u;  // 2^-100, 2^-64
   static constexpr uint32_t kRange = 160u << 23, kRangeOfDivisors = 88u << 23;        // to 2^60, to 2^24
@@ -63,8 +63,8 @@ __device__ __forceinline__ Quick operator*(float a, Quick b) {
   return {a * b.value, b.doubts};
 }
 
-// Within the ranges no step of these two overflows or underflows, and their results are IEEE's: they are what nvcc makes
-// of a division and a root where it need not jump.
+// Within the ranges no step of these two overflows or underflows, and their results are IEEE's: they are what nvcc
+// makes of a division and a root where it need not jump.
 __device__ __forceinline__ Quick operator/(Quick a, Quick b) {
   Doubts* const doubts = a.doubts_with(b);
   doubts->note(bit_cast<uint32_t>(a.value) & 0x7fffffffu);

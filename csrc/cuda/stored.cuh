@@ -1,5 +1,5 @@
-// How numbers are stored, one struct for each way: the arrays that a thread reads and writes raw, and how fp32 numbers are
-// joined from them and split into them. No rule and no loop belongs here.
+// How numbers are stored, one struct for each way: the arrays that a thread reads and writes raw, and how fp32 numbers
+// are joined from them and split into them. No rule and no loop belongs here.
 #pragma once
 
 #include <type_traits>
@@ -113,8 +113,8 @@ struct Numbers : Array<S, kN> {
 };
 
 // Weights. for_arrays() visits each array and its tensor, with false those that are only written; join() gives fp32
-// numbers, and split() takes new ones, of step `step` and from element i on, and leaves in their place what averages and
-// copies follow. No address stays in a register.
+// numbers, and split() takes new ones, of step `step` and from element i on, and leaves in their place what averages
+// and copies follow. No address stays in a register.
 
 template <class S, int kN>
 struct PlainWeight {
@@ -231,7 +231,8 @@ template <int kN>
 struct StochasticWeight : PlainWeight<BF16, kN> {
   __device__ __forceinline__ void split(float* from, const Record& record, int64_t i, uint32_t step) {
     static_assert(kN == kPhiloxElements, "a thread's numbers share a counter");
-    const Philox random(record.precision.seed, record.precision.index, step, static_cast<uint64_t>(i) / kPhiloxElements);
+    const Philox random(record.precision.seed, record.precision.index, step,
+                        static_cast<uint64_t>(i) / kPhiloxElements);
 #pragma unroll
     for (int j = 0; j < kN; j += 2) {
       const uint32_t low = stochastic_upper_half<uint32_t>(from[j], random.bits(j));
@@ -269,7 +270,8 @@ __device__ __forceinline__ uint32_t place_in_block(int64_t i) {
   return static_cast<uint32_t>(i) % kBlock;
 }
 
-// Codes of 8 bits: a warp holds a block. A byte becomes a float as the lowest of 2^23 + byte, which takes no conversion.
+// Codes of 8 bits: a warp holds a block. A byte becomes a float as the lowest of 2^23 + byte, which takes no
+// conversion.
 template <class S, int kN>
 struct CodedState {
   static constexpr bool kSigned = std::is_signed_v<S>;
@@ -330,8 +332,7 @@ struct CodedState {
       const uint32_t four = __byte_perm(__byte_perm(c[0], c[1], 0x0040), __byte_perm(c[2], c[3], 0x0040), 0x5410);
       codes.words[i / 4] = block.keep != 0 ? four : 0u;
     }
-    if (place_in_block(at) == 0 && n > 0)
-      global(record.precision.scales[k])[block_of(at)] = Block::scale(largest);
+    if (place_in_block(at) == 0 && n > 0) global(record.precision.scales[k])[block_of(at)] = Block::scale(largest);
   }
 
  private:

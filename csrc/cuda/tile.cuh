@@ -92,7 +92,8 @@ struct Tile {
     uint32_t step;
     GradChange<float> change;
 
-    __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number, const GradsBecome& become) {
+    __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number,
+                                         const GradsBecome& become) {
       scalars = Rule::template prepare<float>(hyper, number);
       change = become.change<float>();
       stores_grad = change.zero || change.write;
@@ -108,8 +109,11 @@ struct Tile {
   bool aligned;
   static constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
 
-  // Blocks for each multiprocessor: four that have 64 bytes in flight for each thread, or three that have more.
-  static constexpr int kBlocks = sizeof(weight) + sizeof(grad) + sizeof(states) + sizeof(followers) > 76 ? 3 : 4;
+  // Blocks for each multiprocessor: four that have 64 bytes in flight for each thread, three that have more, and fewer
+  // where many scalars take the registers.
+  static constexpr bool kManyScalars = kN == 8 && sizeof(typename Rule::template Scalars<float>) > 36;
+  static constexpr bool kManyBytes = sizeof(weight) + sizeof(grad) + sizeof(states) + sizeof(followers) > 76;
+  static constexpr int kBlocks = kManyScalars && kFollowed ? 2 : kManyScalars || kManyBytes ? 3 : 4;
 
   __device__ __forceinline__ void begin(const Record& record, const void* gradient) {
     // Chunks begin at multiples of 16 elements, so that the tensors' own addresses decide.
@@ -179,7 +183,8 @@ struct Tile {
     followers.for_arrays(record, visit);
   }
   template <class Store>
-  __device__ __forceinline__ void store(const Record& record, const float* param, double average_weight, Store&& store) {
+  __device__ __forceinline__ void store(const Record& record, const float* param, double average_weight,
+                                        Store&& store) {
     weight.for_arrays(record, store);
     states.for_each([&](int k, auto& state) { state.for_arrays(record, k, store); });
     followers.update(record, param, static_cast<float>(average_weight), store);
