@@ -130,8 +130,8 @@ struct Block {
   }
 };
 
-// The code is the lowest byte of the result. F and W are float and uint32_t, or vectors of them. relative: the magnitude
-// as a multiple of the scale; bits: the number's, for the sign.
+// The code is the lowest byte of the result. F and W are float and uint32_t, or vectors of them. relative: the
+// magnitude as a multiple of the scale; bits: the number's, for the sign.
 template <class W, class F>
 FUSEDSTEP_FN W encode_relative_signed(F relative, W bits) {
   const W root = ((bit_cast<W>(relative) >> 1) + 0x1fc00000u) | (bits & 0x80000000u);

@@ -53,6 +53,21 @@ def assert_same(optimizers):
 
 
 @by_case
+def test_gradients_of_every_magnitude_have_the_references_bits(kernel, case):
+    # In order, so that neighbours are alike: kernels treat very small and very large ones in another way.
+    n = 1 << 18
+    generator = torch.Generator().manual_seed(3)
+    exponents = torch.linspace(-145, 40, n).to(torch.int32)
+    optimizers = [make(case, random([n], generator), kernel)]
+    optimizers.append(make(case, optimizers[0].param_groups[0]["params"], "reference"))
+    for _ in range(3):
+        mantissas = 1 + torch.rand(n, generator=generator)
+        signs = torch.randint(0, 2, (n,), generator=generator) * 2 - 1
+        step(optimizers, [torch.ldexp(mantissas * signs, exponents).to(DEVICE)])
+        assert_same(optimizers)
+
+
+@by_case
 def test_sizes_around_every_boundary_have_the_references_bits(kernel, case):
     generator = torch.Generator().manual_seed(1)
     sizes = [0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 255, 257, 1023, 1024, 1025, 2047, 2049, 70_001]

@@ -376,7 +376,7 @@ def test_many_tensors_take_few_launches(library, n):
 
 
 @pytest.mark.parametrize("in_reverse", [False, True])
-@pytest.mark.parametrize("threads", [32, 96, 256])
+@pytest.mark.parametrize("threads", [32, 96, 128])
 @pytest.mark.parametrize("general", [False, True])
 def test_any_order_and_number_of_threads_has_the_references_bits(library, general, threads, in_reverse):
     library.set_reverse(in_reverse)

@@ -110,7 +110,7 @@ def test_fp32_weights_with_narrow_states_have_the_references_bits(library, state
 
 
 @pytest.mark.parametrize("in_reverse", [False, True])
-@pytest.mark.parametrize("threads", [32, 96, 256])
+@pytest.mark.parametrize("threads", [32, 96, 128])
 @pytest.mark.parametrize("mode", ["split-8bit", "stochastic-8bit", "kahan-own"])
 @pytest.mark.parametrize("case", [ADAMW, next(c for c in CASES if c.options.get("amsgrad"))], ids=str)
 def test_any_order_and_number_of_threads_has_the_references_bits(library, case, mode, threads, in_reverse):  # noqa: F811

@@ -9,6 +9,9 @@
 
 namespace fusedstep::cuda {
 
+// Threads of a block of a step. Small blocks wait less for their slowest warp, and for the scalars.
+constexpr int kStepThreads = 128;
+
 // A slice of one tensor: the work of one block, or of one warp where the whole tensor is small.
 struct Chunk {
   int32_t record;  // among those of its launch

@@ -77,7 +77,7 @@ constexpr int kGeneralNumbers = 8;
 // Tiles (what all threads of a block hold at a time) of one block at most: enough to hide what comes before the first,
 // few enough that fresh blocks' loads overlap with the stores of old ones.
 constexpr int most_tiles(int format) {
-  return format != kGeneral && kFormats[format].states == StateFormat::k8Bit ? 2 : 4;
+  return format != kGeneral && kFormats[format].states == StateFormat::k8Bit ? 8 : 4;
 }
 
 // The dtype of state k in this format.

@@ -99,7 +99,7 @@ __device__ __forceinline__ void store_coded(const Record& record, int k, int64_t
 template <class R>
 struct General {
   using Rule = R;
-  static constexpr int kN = kGeneralNumbers, kBlocks = 3;
+  static constexpr int kN = kGeneralNumbers, kBlocks = 6;
   static_assert(kN * kWarp == kBlock && kN == kPhiloxElements, "a warp holds a block");
 
   union Prepared {

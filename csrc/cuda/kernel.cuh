@@ -54,9 +54,9 @@ struct TeamShared {
 };
 
 template <class Way, int kCapacity>
-__global__ void __launch_bounds__(kThreads, Way::kBlocks)
+__global__ void __launch_bounds__(kStepThreads, Way::kBlocks)
     step_kernel(const __grid_constant__ Arguments<kCapacity> arguments) {
-  __shared__ TeamShared<Way> shared[kThreads / kWarp];
+  __shared__ TeamShared<Way> shared[kStepThreads / kWarp];
   __shared__ bool is_last;
   const auto& a = arguments;
   const int thread = threadIdx.x, warp = thread / kWarp, warps = blockDim.x / kWarp, block = blockIdx.x;

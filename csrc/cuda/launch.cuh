@@ -14,8 +14,8 @@ void launch(const Call& call, const Table& table, size_t segment_index) {
   // Up to 32 KB: built in place, once a step.
   static thread_local Arguments<kCapacity> a;
   set_arguments(&a, call, table, segment_index);
-  const unsigned blocks = blocks_of(table.segments[segment_index], kThreads);
-  step_kernel<Way, kCapacity><<<blocks, kThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(a);
+  const unsigned blocks = blocks_of(table.segments[segment_index], kStepThreads);
+  step_kernel<Way, kCapacity><<<blocks, kStepThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(a);
   check(cudaGetLastError(), "launching the step kernel");
 }
 

@@ -9,7 +9,7 @@
 namespace fusedstep::cuda {
 
 // Of the bits of all that was divided or had its root taken, and of all divisors: how far above the smallest that are
-// known to come out right. What is smaller is far above it, as unsigned numbers are.
+// known to come out right. What is smaller wraps round to far above.
 struct Doubts {
   static constexpr uint32_t kSmallest = 0x0d800000u, kSmallestDivisor = 0x1f800000u;  // 2^-100, 2^-64
   static constexpr uint32_t kRange = 160u << 23, kRangeOfDivisors = 88u << 23;        // to 2^60, to 2^24

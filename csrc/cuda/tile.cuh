@@ -109,8 +109,11 @@ struct Tile {
   bool aligned;
   static constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
 
-  // Blocks for each multiprocessor: four that have 64 bytes in flight for each thread, or three that have more.
-  static constexpr int kBlocks = sizeof(weight) + sizeof(grad) + sizeof(states) + sizeof(followers) > 76 ? 3 : 4;
+  // Blocks for each multiprocessor: eight that have 64 bytes in flight for each thread, six that have more, and fewer
+  // where many scalars take the registers.
+  static constexpr bool kManyScalars = kN == 8 && sizeof(typename Rule::template Scalars<float>) > 36;
+  static constexpr bool kManyBytes = sizeof(weight) + sizeof(grad) + sizeof(states) + sizeof(followers) > 76;
+  static constexpr int kBlocks = kManyScalars && kFollowed ? 4 : kManyScalars || kManyBytes ? 6 : 8;
 
   __device__ __forceinline__ void begin(const Record& record, const void* gradient) {
     // Chunks begin at multiples of 16 elements, so that the tensors' own addresses decide.
