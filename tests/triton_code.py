@@ -15,7 +15,7 @@ def updates(rule, dtypes, **others):
 
     Args:
         dtypes: names of param, grad and of each state as the kernels' constants ask for them; "" for an absent one.
-        others: in place of what an ordinary step has.
+        others: in place of what an ordinary step has; ``machine_code``: whether the cubins are asked for.
     """
     defaults = {"followers": ("", ""), "form": "plain", "maximize": False, "left": "", "optional": False}
     return "update", {"rule": rule, "dtypes": dtypes, **defaults, "capability": 90, **others}

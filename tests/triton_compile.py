@@ -5,6 +5,7 @@ Triton's driver is replaced by one that says which GPU there is. Reads kernels f
 TRITON_INTERPRET.
 """
 
+import base64
 import json
 import re
 import sys
@@ -94,7 +95,7 @@ def compiled(kernel: str, wanted: dict) -> list:
     return found
 
 
-def describe(kernel) -> dict:
+def describe(kernel, machine_code: bool) -> dict:
     """How often what matters occurs. In float64 an approximation is only where the logarithm begins."""
     patterns = {
         "wide_loads": r"\bld\.global[.\w:]*\.v(4\.b32|2\.b64)",
@@ -111,6 +112,7 @@ def describe(kernel) -> dict:
     return {
         **found,
         "name": kernel.metadata.name,
+        "cubin": base64.b64encode(kernel.asm["cubin"]).decode() if machine_code else "",
         "unordered": triton_barriers.unordered(ttgir),
         "gradient_pairs": triton_barriers.gradient_pairs(ttgir),
     }
@@ -120,7 +122,8 @@ if __name__ == "__main__":
     found = []
     for kernel, wanted in json.load(sys.stdin):
         try:
-            found.append([describe(each) for each in compiled(kernel, wanted)])
+            machine_code = wanted.get("machine_code", False)
+            found.append([describe(each, machine_code) for each in compiled(kernel, wanted)])
         except Exception as error:
             raise RuntimeError(f"{kernel} {wanted}") from error
     print(json.dumps(found))

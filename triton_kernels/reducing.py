@@ -98,35 +98,55 @@ def step_number(row_ptr):
 
 
 @triton.jit
+def sum_tile(
+    row_ptr, grad, param, line, first_column, n_strips, strip, lanes, mask, left, of_columns, of_params, scale,
+    coefficient, s, SQUARE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr,
+    TILE_ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The sums of the rows of a tile, of which ``left`` exist; returns those of columns and parameters with it."""
+    begin = line * tl.load(row_ptr + N_COLUMNS) + first_column
+    g = load(grad, begin, lanes, mask, DTYPES[1], ARITHMETIC, WIDE)
+    if PARAM_SUM:
+        p = load(param, begin, lanes, mask, DTYPES[0], ARITHMETIC, WIDE)
+        of_params += p * p
+    square = tl.where(mask, SQUARE(changed(g, scale, coefficient), s), 0.0)
+    if DTYPES[3] != NONE:
+        of_columns += square
+    if DTYPES[2] != NONE:
+        of_rows = tl.sum(tl.sum(square, axis=0), axis=1)
+        row_lanes = tl.arange(0, TILE_ROWS)
+        row_sums_ptr = work(row_ptr, ROW_SUMS, ARITHMETIC) + (line + row_lanes) * n_strips + strip
+        tl.store(row_sums_ptr, of_rows, mask=row_lanes < left)
+    return of_columns, of_params
+
+
+@triton.jit
 def sum_tiles(
     row_ptr, grad, param, matrix, strip, row_block, first_row, first_column, n, scale, coefficient, s,
     SQUARE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, SUB: tl.constexpr,
     TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The sums of ``n`` rows of a strip, by rows and columns; returns that of the parameters' squares."""
-    rows = tl.load(row_ptr + ROWS)
     columns = tl.load(row_ptr + N_COLUMNS)
     n_strips = tl.load(row_ptr + N_STRIPS)
-    row_sums_ptr = work(row_ptr, ROW_SUMS, ARITHMETIC)
-    row, _column, lanes, columns_there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, WIDE)
-    row_lanes = tl.arange(0, TILE_ROWS)
+    row, _column, lanes, there = tile_lanes(columns, first_column, SUB, TILE_ROWS, WIDTH, WIDE)
     of_columns = tl.zeros([SUB, TILE_ROWS, WIDTH], ARITHMETIC)
     of_params = tl.zeros([SUB, TILE_ROWS, WIDTH], ARITHMETIC)
+    line = matrix * tl.load(row_ptr + ROWS) + first_row
     at = 0 * n
+    if WIDE:  # whole tiles, without a mask for rows: with one for each access, loads would wait for each other
+        while at < n // TILE_ROWS * TILE_ROWS:
+            of_columns, of_params = sum_tile(
+                row_ptr, grad, param, line + at, first_column, n_strips, strip, lanes, there, n - at, of_columns,
+                of_params, scale, coefficient, s, SQUARE, PARAM_SUM, DTYPES, ARITHMETIC, TILE_ROWS, WIDE,
+            )  # fmt: skip
+            at += TILE_ROWS
     while at < n:
-        line = matrix * rows + first_row + at
-        begin = line * columns + first_column
-        mask = (row < n - at) & columns_there
-        g = load(grad, begin, lanes, mask, DTYPES[1], ARITHMETIC, WIDE)
-        if PARAM_SUM:
-            p = load(param, begin, lanes, mask, DTYPES[0], ARITHMETIC, WIDE)
-            of_params += p * p
-        square = tl.where(mask, SQUARE(changed(g, scale, coefficient), s), 0.0)
-        if DTYPES[3] != NONE:
-            of_columns += square
-        if DTYPES[2] != NONE:
-            of_rows = tl.sum(tl.sum(square, axis=0), axis=1)
-            tl.store(row_sums_ptr + (line + row_lanes) * n_strips + strip, of_rows, mask=row_lanes < n - at)
+        mask = (row < n - at) & there
+        of_columns, of_params = sum_tile(
+            row_ptr, grad, param, line + at, first_column, n_strips, strip, lanes, mask, n - at, of_columns, of_params,
+            scale, coefficient, s, SQUARE, PARAM_SUM, DTYPES, ARITHMETIC, TILE_ROWS, WIDE,
+        )  # fmt: skip
         at += TILE_ROWS
     if DTYPES[3] != NONE:
         column_sums_ptr = work(row_ptr, COLUMN_SUMS, ARITHMETIC)
@@ -211,6 +231,21 @@ def sums_kernel(
 
 
 @triton.jit
+def update_tile(
+    grad, begin, lanes, row, mask, left, of_rows_ptr, of_matrix, of_columns, scale, coefficient, s,
+    DIRECTION: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The squares of the update of a tile."""
+    g = load(grad, begin, lanes, mask, DTYPES[1], ARITHMETIC, WIDE)
+    factor = tile_factors(of_rows_ptr, row, row < left, of_matrix, of_columns, DTYPES)
+    g = changed(g, scale, coefficient)
+    if MAXIMIZE:
+        g = -g
+    direction = tl.where(mask, DIRECTION(g, factor, s), 0.0)
+    return direction * direction
+
+
+@triton.jit
 def update_tiles(
     row_ptr, grad, matrix, first_row, first_column, n, scale, coefficient, s,
     DIRECTION: tl.constexpr, MATRIX: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr,
@@ -223,19 +258,23 @@ def update_tiles(
     of_columns = tile_column_factors(row_ptr, matrix, columns, first_column, column, there, False, DTYPES, ARITHMETIC)
     of_matrix = None if MATRIX is None else matrix_factor(row_ptr, matrix, ARITHMETIC)
     of_rows_ptr = tile_row_factors(row_ptr, matrix, rows, False, ARITHMETIC) + first_row
+    line = matrix * rows + first_row
     sums = tl.zeros([SUB, TILE_ROWS, WIDTH], ARITHMETIC)
     at = 0 * n
+    if WIDE:  # as in sum_tiles
+        while at < n // TILE_ROWS * TILE_ROWS:
+            begin = (line + at) * columns + first_column
+            sums += update_tile(
+                grad, begin, lanes, row, there, n - at, of_rows_ptr + at, of_matrix, of_columns, scale, coefficient, s,
+                DIRECTION, DTYPES, ARITHMETIC, MAXIMIZE, WIDE,
+            )  # fmt: skip
+            at += TILE_ROWS
     while at < n:
-        begin = (matrix * rows + first_row + at) * columns + first_column
-        row_mask = row < n - at
-        mask = row_mask & there
-        g = load(grad, begin, lanes, mask, DTYPES[1], ARITHMETIC, WIDE)
-        factor = tile_factors(of_rows_ptr + at, row, row_mask, of_matrix, of_columns, DTYPES)
-        g = changed(g, scale, coefficient)
-        if MAXIMIZE:
-            g = -g
-        direction = tl.where(mask, DIRECTION(g, factor, s), 0.0)
-        sums += direction * direction
+        begin = (line + at) * columns + first_column
+        sums += update_tile(
+            grad, begin, lanes, row, (row < n - at) & there, n - at, of_rows_ptr + at, of_matrix, of_columns, scale,
+            coefficient, s, DIRECTION, DTYPES, ARITHMETIC, MAXIMIZE, WIDE,
+        )  # fmt: skip
         at += TILE_ROWS
     return total_of(sums)
 
