@@ -10,11 +10,12 @@ namespace fusedstep::cuda {
 namespace {
 
 constexpr int64_t kSmallTensor = 1024;  // elements; below it a warp takes the whole tensor
-constexpr int64_t kBlocksToFill = 16;  // for each multiprocessor, before a block takes more than one tile
+constexpr int64_t kBlocksToFill = 16;   // for each multiprocessor, before a block takes more than one tile
 
 // The elements of a chunk: of as many tiles as leave every multiprocessor enough blocks.
 int64_t chunk_size(int format, int64_t numel, int multiprocessors) {
-  const int64_t tile = int64_t{kStepThreads} * (format == kGeneral ? kGeneralNumbers : numbers_per_thread(kFormats[format]));
+  const int64_t tile =
+      int64_t{kStepThreads} * (format == kGeneral ? kGeneralNumbers : numbers_per_thread(kFormats[format]));
   int64_t tiles = most_tiles(format);
   while (tiles > 1 && numel < tiles * tile * kBlocksToFill * std::max(multiprocessors, 1)) tiles /= 2;
   return tiles * tile;

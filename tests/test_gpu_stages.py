@@ -60,7 +60,7 @@ def test_nothing_that_a_stopped_stage_started_goes_on(stages, run, tmp_path):
 
 def test_a_stage_that_is_stopped_may_write_its_results_first(stages, run, tmp_path):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written')"
-    assert stages.execute(stage(stages, [sys.executable, "-c", code], seconds=2), run)["outcome"] == "stopped"
+    assert stages.execute(stage(stages, [sys.executable, "-c", code], seconds=5), run)["outcome"] == "stopped"
     assert run.result("first.log").read_text().endswith("written\n")
 
 

@@ -212,7 +212,7 @@ def test_fsdp_without_sharding_has_whole_parameters(use_orig_params, backend):
 
 
 def test_to_look_for_who_makes_an_optimizer_keeps_no_local_variable_alive():
-    import torch.distributed.optim.zero_redundancy_optimizer  # noqa: F401
+    import torch.distributed.optim.zero_redundancy_optimizer
 
     local = torch.ones(3)
     optimizer = fusedstep.SGD([torch.nn.Parameter(torch.ones(1))])
