@@ -367,8 +367,8 @@ template __global__ void adamw_8bit<Split, BF16>(Arrays, int64_t, Scalars);
 template __global__ void adamw_8bit<float, float>(Arrays, int64_t, Scalars);
 template __global__ void adamw_average<false>(Arrays, int64_t, float, Scalars);
 template __global__ void adamw_average<true>(Arrays, int64_t, float, Scalars);
+template __global__ void norm<float>(const float*, double*, float, int64_t);
 #define REDUCING(S)                                                                                               \
-  template __global__ void norm<S>(const S*, double*, float, int64_t);                                            \
   template __global__ void sums<S>(const S*, const S*, float*, float*, double*, int, int);                        \
   template __global__ void squares<S>(const S*, const float*, const float*, const float*, double*, int, int, int, \
                                       Reducing::Scalars<float>);                                                  \

@@ -73,7 +73,7 @@ class TestMeasure:
         /*0010*/ LDG.E.128 R8, desc[UR4][R20.64] ;
         /*0020*/ @P0 BRA `(.L_x_1) ;
         /*0030*/ FADD R4, R4, R8 ;
-        /*0040*/ CALL.REL.NOINC `($slow) ;
+        /*0040*/ FADD R6, R6, R10 ;
         /*0050*/ FADD R5, R5, R9 ;
 .L_x_1:
         /*0060*/ STL [R1], R4 ;
@@ -81,6 +81,24 @@ class TestMeasure:
         /*0080*/ EXIT ;
 .L_x_2:
         /*0090*/ BRA `(.L_x_2) ;
+"""
+    # The slow way has fewer instructions here, and more where it calls.
+    CALL = """
+        /*0000*/ S2R R0, SR_TID.X ;
+        /*0010*/ LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/ @!P0 BRA `(.L_x_1) ;
+        /*0030*/ CALL.REL.NOINC `($slow) ;
+        /*0040*/ BRA `(.L_x_2) ;
+.L_x_1:
+        /*0050*/ FMUL R8, R4, R4 ;
+        /*0060*/ FFMA R8, R8, R4, R4 ;
+        /*0070*/ FFMA R4, R8, R4, R4 ;
+.L_x_2:
+        /*0080*/ STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0090*/ FADD R12, R4, R5 ;
+        /*00a0*/ STG.E.64 desc[UR4][R20.64], R12 ;
+        /*00b0*/ STG.E desc[UR4][R22.64], R12 ;
+        /*00c0*/ EXIT ;
 """
     LOOP = """
         /*0000*/ S2R R0, SR_TID.X ;
@@ -113,6 +131,16 @@ class TestMeasure:
         assert (found.instructions, found.read, found.written, found.ahead) == (5, 32, 16, 32)
         assert found.local_accesses == 1
         assert found.in_flight == 32 * 256 * 6
+
+    def test_the_main_path_calls_nothing_and_ends_at_the_last_store_of_eight_bytes(self, kernel):
+        found = kernel(self.CALL)
+        assert (found.instructions, found.before) == (8, 1)
+
+    def test_a_loop_may_take_all_that_a_thread_of_the_lab_executes(self, machine_code, kernel):
+        row = machine_code.Row("product", "", "", 4, 4)
+        straight, loop = kernel(self.CALL), kernel(self.LOOP)
+        assert straight.allows(loop, row) == pytest.approx((8 + 1) / 4 * machine_code.SLACK)
+        assert straight.allows(straight, row) == pytest.approx(8 / 4 * machine_code.SLACK)
 
     def test_a_loop_is_counted_once_round(self, kernel):
         found = kernel(self.LOOP)

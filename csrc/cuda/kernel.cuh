@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kStepThreads, Way::kBlocks)
 
   Way tile;
   int left = 0;    // of the chunk, from this thread's numbers on
-  int more = 0;    // the same of the team's first thread; 0: nothing to do
+  int end = 0;     // where left is when the team's first thread has none left
   int64_t at = 0;  // where this thread's numbers begin in the tensor
   const int stride = team.size * Way::kN;
   if (index < a.n_block_chunks + a.n_small_chunks) {
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kStepThreads, Way::kBlocks)
     const void* const grad = a.grads[chunk.record];
     if (grad != nullptr) {
       const Record& record = a.records[chunk.record];
-      more = chunk.n;
-      left = chunk.n - team.index * Way::kN;
+      end = -team.index * Way::kN;
+      left = chunk.n + end;
       at = chunk.offset + team.index * Way::kN;
       tile.begin(record, grad);
       if (skipped) {
@@ -101,12 +101,11 @@ __global__ void __launch_bounds__(kStepThreads, Way::kBlocks)
   if (thread == 0) last = atomicInc(a.done, gridDim.x - 1) == gridDim.x - 1;
 
   const TeamShared<Way>& mine = shared[owner];
-  while (more > 0) {
+  while (left > end) {
     tile.update(mine.record, mine.grad, mine.prepared, at, left, a.average_weight);
     at += stride;
     left -= stride;
-    more -= stride;
-    if (more > 0) tile.ask(mine.record, mine.grad, at, left);
+    if (left > end) tile.ask(mine.record, mine.grad, at, left);
   }
 
   if (thread == 0) is_last = last;

@@ -56,6 +56,13 @@ struct Array {
 #pragma unroll
     for (int k = 0; k < kWords; ++k) words[k] = 0;
   }
+  // What is in it need not be kept.
+  __device__ __forceinline__ void forget() {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) asm("" : "=r"(words[k]));
+#endif
+  }
 
  private:
   using Bits = std::conditional_t<sizeof(S) == 1, uint8_t, std::conditional_t<sizeof(S) == 2, uint16_t, uint32_t>>;
@@ -171,8 +178,9 @@ struct SplitWeight {
     for (int k = 0; k < kN / 2; ++k) zeros |= ((upper.words[k] & 0x7fff7fffu) - 0x00010001u) & 0x80008000u;
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      const uint32_t both = both_halves(i);
-      to[i] = bit_cast<float>(both - ((both & 0x8000u) << 1));
+      const uint32_t high = upper.words[i / 2], low = lower.words[i / 2];
+      to[i] = bit_cast<float>(i % 2 == 0 ? (high << 16) + static_cast<int16_t>(low)
+                                         : (high & 0xffff0000u) + (static_cast<int32_t>(low) >> 16));
     }
     if (zeros == 0) return;
     // No number is split into zero and a negative rest: what is borrowed is no more than there is.

@@ -2,6 +2,8 @@
 // that a step does with it in registers.
 #pragma once
 
+#include <climits>
+
 #include "formats.h"
 #include "kernel.cuh"
 #include "quick.cuh"
@@ -88,15 +90,16 @@ struct Tile {
   static constexpr int kN = numbers_per_thread(kF);
   struct alignas(16) Prepared {
     typename Rule::template Scalars<float> scalars;
-    bool stores_grad;
     uint32_t step;
     GradChange<float> change;
+    bool changes, stores;  // the gradient, for the update and in memory
 
     __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number,
                                          const GradsBecome& become) {
       scalars = Rule::template prepare<float>(hyper, number);
       change = become.change<float>();
-      stores_grad = change.zero || change.write;
+      changes = change.any;
+      stores = change.zero || change.write;
       step = static_cast<uint32_t>(number);
     }
   };
@@ -106,7 +109,7 @@ struct Tile {
   Numbers<GradNumber, kN> grad;
   States<Rule, kF.states, kN> states;
   Followers<kN, kFollowed> followers;
-  bool aligned;
+  int whole_from;  // as many numbers as make a whole vector, or more than there are if not all addresses are aligned
   static constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
 
   // Blocks for each multiprocessor: eight that have 64 bytes in flight for each thread, six that have more, and fewer
@@ -125,7 +128,7 @@ struct Tile {
     uint64_t beside = reinterpret_cast<uint64_t>(record.step);
     states.for_each([&](int k, auto& state) { beside |= state.address_of_scales(record, k); });
     bits |= beside % sizeof(float);
-    aligned = (bits & 15) == 0;
+    whole_from = (bits & 15) == 0 ? kN : INT_MAX;
   }
 
   // Asks for everything, before anything is used. n: how many numbers there are from element i on, 0 or less included.
@@ -144,6 +147,7 @@ struct Tile {
   __device__ __forceinline__ void update(const Record& record, void* const& gradient, const Prepared& prepared,
                                          int64_t i, int n, double average_weight) {
     float param[kN], values[kPlaces][kN];
+    const bool stores_grad = prepared.stores;
     if (!whole(n) || !compute<Quick>(prepared, param, values)) {
       forget_addresses();
       for_loaded(record, gradient, [&](auto& array, auto* data) {
@@ -154,12 +158,13 @@ struct Tile {
       });
       compute<float>(prepared, param, values);
     }
+    grad.forget();
     weight.split(param, record, i, prepared.step);
     states.for_each([&](int k, auto& state) { state.split(values[k], record, k, i, n); });
     forget_addresses();
-    if (whole(n) && !prepared.stores_grad)
+    if (whole(n) && !stores_grad)
       return store(record, param, average_weight, [&](auto& array, auto* data, bool = true) { array.store(data + i); });
-    if (prepared.stores_grad) store_changed(gradient, prepared.change, i, n);
+    if (stores_grad) store_changed(gradient, prepared.change, i, n);
     store(record, param, average_weight, [&](auto& array, auto* data, bool = true) {
       if (whole(n))
         array.store(data + i);
@@ -171,7 +176,7 @@ struct Tile {
  private:
   // Those of the loads are read again for the stores, rather than kept in registers meanwhile.
   __device__ __forceinline__ static void forget_addresses() { asm volatile("" ::: "memory"); }
-  __device__ __forceinline__ bool whole(int n) const { return aligned && n >= kN; }
+  __device__ __forceinline__ bool whole(int n) const { return n >= whole_from; }
   template <class Visitor>
   __device__ __forceinline__ void for_loaded(const Record& record, const void* gradient, Visitor&& visitor) {
     const auto visit = [&](auto& array, auto* data, bool loaded = true) {
@@ -205,7 +210,7 @@ struct Tile {
 #pragma unroll
     for (int j = 0; j < kN; ++j) g[j] = grad[j];
     states.for_each([&](int k, auto& state) { state.join(values[k]); });
-    if (prepared.change.any) {
+    if (prepared.changes) {
 #pragma unroll
       for (int j = 0; j < kN; ++j) g[j] = prepared.change(g[j]);
     }
@@ -237,6 +242,11 @@ struct Tile {
     if (change.zero) {
       grad.clear();
     } else {
+      // Asked for again, rather than kept in registers through all that a step computes.
+      if (whole(n))
+        grad.load(static_cast<const GradNumber*>(gradient) + i);
+      else
+        grad.load_some(static_cast<const GradNumber*>(gradient) + i, n);
       float written[kN];
 #pragma unroll
       for (int j = 0; j < kN; ++j) written[j] = change(grad[j]) * change.sign;
