@@ -55,6 +55,13 @@ def test_no_main_loop_uses_local_memory(machine_code, kernels):
     assert using == []
 
 
+def test_what_a_step_has_in_registers_is_never_reached_by_an_address(kernels):
+    """An access that may go to any memory is one to a number whose place was chosen while the kernel runs."""
+    steps = [k for k in kernels if "step_kernel<" in k.name and "Tile<" in k.name]
+    assert len(steps) > 100
+    assert [(k.name, k.arch) for k in steps if any(w.split(".")[0] in ("LD", "ST") for w in k.widths)] == []
+
+
 def test_every_lab_kernel_sets_a_budget(machine_code, labs):
     assert {machine_code.row_of(lab.name) for lab in labs} == set(machine_code.ROWS)
     for lab in labs:

@@ -8,67 +8,67 @@
 
 namespace fusedstep::cuda {
 
-// Of the bits of all that was divided or had its root taken, and of all divisors: how far above the smallest that are
-// known to come out right. What is smaller wraps round to far above.
+// Of the bits of some numbers: how far the largest of them is above the smallest that is known to come out right. What
+// is smaller wraps round to far above. Whether there are any is known when compiled, and costs nothing.
+template <uint32_t kSmallest, uint32_t kRange>
+struct Farthest {
+  uint32_t distance = 0;
+  bool any = false;
+
+  __device__ __forceinline__ Farthest with(const Farthest& other) const {
+    if (!any) return other;
+    if (!other.any) return *this;
+    return {distance > other.distance ? distance : other.distance, true};
+  }
+  __device__ __forceinline__ Farthest with(uint32_t bits) const { return with(Farthest{bits - kSmallest, true}); }
+  __device__ __forceinline__ bool is_within() const { return !any || distance < kRange; }
+};
+
+// All that was divided or had its root taken on the way to a number, and all divisors. They travel with the number: an
+// address of one place for all of them is more than nvcc can see through.
 struct Doubts {
-  static constexpr uint32_t kSmallest = 0x0d800000u, kSmallestDivisor = 0x1f800000u;  // 2^-100, 2^-64
-  static constexpr uint32_t kRange = 160u << 23, kRangeOfDivisors = 88u << 23;        // to 2^60, to 2^24
-  uint32_t numbers = 0, divisors = 0;
+  Farthest<0x0d800000u, 160u << 23> numbers;  // 2^-100 to 2^60
+  Farthest<0x1f800000u, 88u << 23> divisors;  // 2^-64 to 2^24
 
-  __device__ __forceinline__ void note(uint32_t bits) { numbers = larger(numbers, bits - kSmallest); }
-  __device__ __forceinline__ void note_divisor(uint32_t bits) { divisors = larger(divisors, bits - kSmallestDivisor); }
-  __device__ __forceinline__ bool none() const { return numbers < kRange && divisors < kRangeOfDivisors; }
-
- private:
-  __device__ __forceinline__ static uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+  __device__ __forceinline__ Doubts with(const Doubts& other) const {
+    return {numbers.with(other.numbers), divisors.with(other.divisors)};
+  }
+  __device__ __forceinline__ bool none() const { return numbers.is_within() && divisors.is_within(); }
 };
 
 struct Quick {
   float value = 0.0f;
-  Doubts* doubts = nullptr;  // null: a constant; known when compiled
+  Doubts doubts;
 
   Quick() = default;
   __device__ __forceinline__ Quick(float x) : value(x) {}
-  __device__ __forceinline__ Quick(float x, Doubts* noted) : value(x), doubts(noted) {}
-  __device__ __forceinline__ Doubts* doubts_with(const Quick& other) const {
-    return doubts != nullptr ? doubts : other.doubts;
+  __device__ __forceinline__ Quick(float x, const Doubts& noted) : value(x), doubts(noted) {}
+
+  // The one that is not taken may not have been taken because it came out wrong.
+  friend __device__ __forceinline__ Quick maximum(const Quick& a, const Quick& b) {
+    return {fusedstep::maximum(a.value, b.value), a.doubts.with(b.doubts)};
+  }
+  friend __device__ __forceinline__ Quick minimum(const Quick& a, const Quick& b) {
+    return {fusedstep::minimum(a.value, b.value), a.doubts.with(b.doubts)};
   }
 };
 
-__device__ __forceinline__ Quick operator+(Quick a, Quick b) {
-  return {a.value + b.value, a.doubts_with(b)};
+__device__ __forceinline__ Quick operator+(const Quick& a, const Quick& b) {
+  return {a.value + b.value, a.doubts.with(b.doubts)};
 }
-__device__ __forceinline__ Quick operator+(Quick a, float b) {
-  return {a.value + b, a.doubts};
+__device__ __forceinline__ Quick operator-(const Quick& a, const Quick& b) {
+  return {a.value - b.value, a.doubts.with(b.doubts)};
 }
-__device__ __forceinline__ Quick operator+(float a, Quick b) {
-  return {a + b.value, b.doubts};
-}
-__device__ __forceinline__ Quick operator-(Quick a, Quick b) {
-  return {a.value - b.value, a.doubts_with(b)};
-}
-__device__ __forceinline__ Quick operator-(Quick a, float b) {
-  return {a.value - b, a.doubts};
-}
-__device__ __forceinline__ Quick operator-(float a, Quick b) {
-  return {a - b.value, b.doubts};
-}
-__device__ __forceinline__ Quick operator*(Quick a, Quick b) {
-  return {a.value * b.value, a.doubts_with(b)};
-}
-__device__ __forceinline__ Quick operator*(Quick a, float b) {
-  return {a.value * b, a.doubts};
-}
-__device__ __forceinline__ Quick operator*(float a, Quick b) {
-  return {a * b.value, b.doubts};
+__device__ __forceinline__ Quick operator*(const Quick& a, const Quick& b) {
+  return {a.value * b.value, a.doubts.with(b.doubts)};
 }
 
 // Within the ranges no step of these two overflows or underflows, and their results are IEEE's: they are what nvcc
 // makes of a division and a root where it need not jump.
-__device__ __forceinline__ Quick operator/(Quick a, Quick b) {
-  Doubts* const doubts = a.doubts_with(b);
-  doubts->note(bit_cast<uint32_t>(a.value) & 0x7fffffffu);
-  doubts->note_divisor(bit_cast<uint32_t>(b.value));
+__device__ __forceinline__ Quick operator/(const Quick& a, const Quick& b) {
+  Doubts doubts = a.doubts.with(b.doubts);
+  doubts.numbers = doubts.numbers.with(bit_cast<uint32_t>(a.value) & 0x7fffffffu);
+  doubts.divisors = doubts.divisors.with(bit_cast<uint32_t>(b.value));
 #if defined(__CUDA_ARCH__)
   float reciprocal;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b.value));
@@ -79,25 +79,26 @@ __device__ __forceinline__ Quick operator/(Quick a, Quick b) {
   return {a.value / b.value, doubts};
 #endif
 }
-__device__ __forceinline__ Quick square_root(Quick x) {
-  x.doubts->note(bit_cast<uint32_t>(x.value));
+__device__ __forceinline__ Quick square_root(const Quick& x) {
+  Doubts doubts = x.doubts;
+  doubts.numbers = doubts.numbers.with(bit_cast<uint32_t>(x.value));
 #if defined(__CUDA_ARCH__)
   float inverse;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x.value));
   const float root = x.value * inverse, half = inverse * 0.5f;
-  return {__fmaf_rn(__fmaf_rn(-root, root, x.value), half, root), x.doubts};
+  return {__fmaf_rn(__fmaf_rn(-root, root, x.value), half, root), doubts};
 #else
-  return {fusedstep::square_root(x.value), x.doubts};
+  return {fusedstep::square_root(x.value), doubts};
 #endif
 }
 
-__device__ __forceinline__ bool operator>(Quick a, Quick b) {
+__device__ __forceinline__ bool operator>(const Quick& a, const Quick& b) {
   return a.value > b.value;
 }
-__device__ __forceinline__ bool operator<(Quick a, Quick b) {
+__device__ __forceinline__ bool operator<(const Quick& a, const Quick& b) {
   return a.value < b.value;
 }
-__device__ __forceinline__ bool operator!=(Quick a, Quick b) {
+__device__ __forceinline__ bool operator!=(const Quick& a, const Quick& b) {
   return a.value != b.value;
 }
 

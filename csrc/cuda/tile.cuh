@@ -215,28 +215,25 @@ struct Tile {
       for (int j = 0; j < kN; ++j) g[j] = prepared.change(g[j]);
     }
     Doubts doubts;
-    const auto number = [noted = &doubts](float x) {
-      if constexpr (std::is_same_v<T, Quick>)
-        return Quick(x, noted);
-      else
-        return x;
-    };
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      T p = number(param[j]), of_one[kMaxStates] = {};
+      T p = param[j], of_one[kMaxStates] = {};
 #pragma unroll
       for (int k = 0; k < kNamed<Rule>; ++k) {
-        if (has_state<Rule>(k)) of_one[k] = number(values[k][j]);
+        if (has_state<Rule>(k)) of_one[k] = values[k][j];
       }
-      update_with<Rule>(p, number(g[j]), of_one, s);
-      param[j] = value_of(p);
+      update_with<Rule>(p, T(g[j]), of_one, s);
+      param[j] = taken(p, &doubts);
 #pragma unroll
-      for (int k = 0; k < kNamed<Rule>; ++k) values[k][j] = value_of(of_one[k]);
+      for (int k = 0; k < kNamed<Rule>; ++k) values[k][j] = taken(of_one[k], &doubts);
     }
     return doubts.none();
   }
-  __device__ __forceinline__ static float value_of(float x) { return x; }
-  __device__ __forceinline__ static float value_of(Quick x) { return x.value; }
+  __device__ __forceinline__ static float taken(float x, Doubts*) { return x; }
+  __device__ __forceinline__ static float taken(const Quick& x, Doubts* all) {
+    *all = all->with(x.doubts);
+    return x.value;
+  }
 
   __device__ __forceinline__ void store_changed(void* gradient, const GradChange<float>& change, int64_t i, int n) {
     if (change.zero) {
