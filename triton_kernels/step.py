@@ -253,15 +253,14 @@ def prepare(*args: Any) -> Prepared:
     n_tensors: the table's.
     """
     fixed = constants(*args)
-    return Prepared(step_kernel, fixed, **register_limit(3 if is_light(fixed) else 2))
+    _, dtypes, followers, *_ = args
+    return Prepared(step_kernel, fixed, **register_limit(3 if is_light(dtypes, followers, fixed["FORM"]) else 2))
 
 
-def is_light(fixed: dict[str, Any]) -> bool:
+def is_light(dtypes: tuple[int, ...], followers: tuple[int, int], form: str) -> bool:
     """Whether a thread can keep all that an element has in few registers."""
-    arrays = [fixed[name] for name in ("PARAM", "GRAD", "STATE0", "STATE1", "STATE2")]
-    followers = any(dtype != NONE.value for dtype in fixed["FOLLOWERS"])
-    fits = all(dtype <= FP16.value for dtype in arrays) and arrays.count(NONE.value) > 0
-    return fits and fixed["FORM"] == "plain" and not followers
+    fits = all(dtype <= FP16.value for dtype in dtypes) and sum(dtype != NONE.value for dtype in dtypes) < 5
+    return fits and form == "plain" and all(dtype == NONE.value for dtype in followers)
 
 
 def register_limit(programs: int) -> dict[str, int]:

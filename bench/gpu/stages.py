@@ -242,9 +242,10 @@ def execute(stage: Stage, run: Run) -> dict[str, object]:
 def call(command: Command, log, deadline: float, run: Run) -> int | None:
     """The exit status of a command; None if it had to be stopped."""
     environ = {**os.environ, "PYTHONUNBUFFERED": "1", **command.environ}
+    # In the background of a shell SIGINT is ignored, which a process would hand down to what it starts.
     process = subprocess.Popen(
         command.words, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         renew = time.monotonic() + ARCHIVE_SECONDS

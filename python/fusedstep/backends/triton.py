@@ -1,4 +1,4 @@
-"""The Triton backend: run under Triton's interpreter and compiled for sm_90; it has never run on a GPU yet."""
+"""The Triton backend."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Launch:
 
     def build(self, indices: list[int], plan: TritonPlan) -> None:
         """Upload what does not change from step to step."""
-        from ..triton_kernels.step import ROW, chunk_size
+        from ..triton_kernels.step import ROW, chunk_size, is_light
         from ..triton_kernels.stored import AVERAGE, COPY
 
         rows = np.zeros((len(indices), ROW), dtype=np.int64)
@@ -76,7 +76,8 @@ class Launch:
             rows[row, : len(addresses)] = addresses
             rows[row, [AVERAGE.value, COPY.value]] = followers[index]
         self.table = plan.upload(torch.from_numpy(rows))
-        self.chunks = plan.chunks(indices, chunk_size(blocks_of(plan.device)))
+        light = is_light(self.dtypes, self.followers, self.form)
+        self.chunks = plan.chunks(indices, chunk_size(blocks_of(plan.device, light)))
 
     def set_grads(self, raw: bytes, plan: TritonPlan) -> bool:
         """Upload the gradients' addresses if they are new; False if no tensor takes part."""
@@ -336,15 +337,15 @@ def package_reasons() -> list[str]:
 
 
 @functools.cache
-def blocks_of(device: torch.device) -> int:
+def blocks_of(device: torch.device, light: bool) -> int:
     """Blocks that a program takes.
 
     Few: the loads of a new program overlap with the stores of others. But each program, in all of its threads, computes
-    the scalars of a step in float64.
+    the scalars of a step in float64, which an H200 hides only behind ``light`` kernels, many of which run at a time.
     """
-    if device.type == "cpu" or torch.version.hip or torch.cuda.get_device_capability(device) in STRONG:
+    if device.type == "cpu" or torch.version.hip:
         return 4
-    return 32
+    return 4 if light and torch.cuda.get_device_capability(device) in STRONG else 32
 
 
 @functools.cache
