@@ -1,6 +1,4 @@
 // The kernel that moves learning rates on after a step: one thread for each parameter group with a schedule.
-//
-// It has never run on a GPU.
 #pragma once
 
 #include "../schedule.h"
