@@ -35,7 +35,7 @@ def counter_value(count: int) -> float:
 
 def new_counter(count: float, device: torch.device) -> Tensor:
     """A counter of its own."""
-    return torch.tensor(counter_value(int(count)), dtype=torch.float32, device=device)
+    return torch.full((), counter_value(int(count)), dtype=torch.float32, device=device)
 
 
 def as_counts(counters: Sequence[Tensor]) -> list[Tensor]:

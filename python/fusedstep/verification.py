@@ -57,20 +57,20 @@ class Report:
         return bool(self.rows) and all(row.ok for row in self.rows)
 
 
-def ulp_distance(value: Tensor, exact: Tensor, scale: Tensor) -> float:
-    """The largest distance of ``value`` to the float64 ``exact``, in units in the last place.
+def ulp_distance(value: Tensor, exact: Tensor, scale: Tensor) -> Tensor:
+    """The largest distance of ``value`` to the float64 ``exact``, in units in the last place: one float64 number.
 
     The unit is the spacing of ``value``'s dtype at the larger of ``exact`` and ``scale``: a parameter that a step takes
     from 1 to nearly 0 cannot be known better than its old value was. Not a number at the same place counts as equal.
     """
     if value.numel() == 0:
-        return 0.0
+        return torch.zeros((), dtype=torch.float64, device=value.device)
     info = torch.finfo(value.dtype)
     magnitude = torch.maximum(exact.abs(), scale.abs().double()).clamp(min=info.tiny, max=info.max)
     unit = torch.exp2(torch.floor(torch.log2(magnitude))) * info.eps
     error = (value.double() - exact).abs() / unit
     same = (value.double() == exact) | (value.isnan() & exact.isnan())
-    return torch.where(same, torch.zeros_like(error), error).max().item()
+    return torch.where(same, torch.zeros_like(error), error).max()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -111,16 +111,18 @@ def _check(case: Case, dtype_name: str, backend: str, device: torch.device, step
     # Below fp32 each step's rounding moves the next step's start: only the first can be compared with float64.
     narrow = dtype in (torch.bfloat16, torch.float16) or case.options.get("state_dtype") in (torch.bfloat16, "8bit")
     scale = [param.detach().clone() for param in reference.params]
-    max_ulp = 0.0
+    # A device is not waited for until everything has been queued.
+    worst = torch.zeros((), dtype=torch.float64, device=device)
     for number in range(1, steps + 1):
         for run in (tested, reference, exact):
             run.step(number)
         if not narrow or number == 1:
             for i, (param, true) in enumerate(zip(reference.params, exact.params, strict=True)):
                 scale[i] = torch.maximum(scale[i].abs(), param.detach().abs())
-                max_ulp = max(max_ulp, ulp_distance(param.detach(), true.detach(), scale[i]) / number)
+                worst = torch.maximum(worst, ulp_distance(param.detach(), true.detach(), scale[i]) / number)
             if sums:
-                max_ulp = max(max_ulp, _reduced_ulp(tested, exact, scale) / number)
+                worst = torch.maximum(worst, _reduced_ulp(tested, exact, scale) / number)
+    max_ulp = worst.item()
     pairs = list(zip(tested.tensors(), reference.tensors(), strict=True))
     different = sum(not same_bits(a, b) for a, b in pairs)
     # In fp64 what it is compared with has as many roundings of its own.
@@ -129,13 +131,13 @@ def _check(case: Case, dtype_name: str, backend: str, device: torch.device, step
     return Row(str(case), dtype_name, backend, str(device), len(pairs), different, max_ulp, ok)
 
 
-def _reduced_ulp(tested: _Run, exact: _Run, scale: list[Tensor]) -> float:
+def _reduced_ulp(tested: _Run, exact: _Run, scale: list[Tensor]) -> Tensor:
     """The largest distance to float64 of a parameter, or of a state in units at the state's largest number."""
-    worst = 0.0
+    worst = torch.zeros((), dtype=torch.float64, device=scale[0].device)
     for i, (value, true) in enumerate(zip(tested.tensors(), exact.tensors(), strict=True)):
         if value.numel() != 0:
             unit_at = scale[i] if i < len(scale) else torch.full_like(value, value.abs().max())
-            worst = max(worst, ulp_distance(value, true, unit_at))
+            worst = torch.maximum(worst, ulp_distance(value, true, unit_at).to(worst.device))
     return worst
 
 
