@@ -48,7 +48,8 @@ namespace {
 // The table of a plan as it was uploaded, for either kind of rule.
 class DeviceTable {
  public:
-  DeviceTable(const Plan& plan, int multiprocessors) : reduces_(plan.reduces()) {
+  DeviceTable(const Plan& plan, int multiprocessors)
+      : reduces_(plan.reduces()), fitting_version_(plan.grad_dtypes_version()) {
     if (!reduces_) {
       elementwise_ = cuda::build_table(plan.records(), plan.rule(), multiprocessors);
       return;
@@ -62,11 +63,16 @@ class DeviceTable {
   int64_t work_bytes() const { return reducing_.work_bytes; }
   // It no longer fits when a gradient has changed its dtype.
   bool fits(const Plan& plan) const {
+    if (plan.grad_dtypes_version() == fitting_version_) return true;
     const std::vector<Record>& records = reduces_ ? reducing_.records : elementwise_.records;
+    bool all = true;
     for (size_t k = 0; k < plan.size(); ++k) {
       const size_t i = reduces_ ? k : elementwise_.order[k];
-      if (plan.active(i) && plan.records()[i].grad_dtype != records[k].grad_dtype) return false;
+      if (plan.records()[i].grad_dtype == records[k].grad_dtype) continue;
+      if (plan.active(i)) return false;
+      all = false;
     }
+    if (all) fitting_version_ = plan.grad_dtypes_version();
     return true;
   }
   int step(const cuda::Call& call, const Plan& plan, char* work) const {
@@ -78,6 +84,7 @@ class DeviceTable {
   bool reduces_;
   cuda::Table elementwise_;
   cuda::ReducingTable reducing_;
+  mutable uint64_t fitting_version_;  // of the plan's dtypes, at which all of them are the table's
 };
 
 cuda::Scalar to_scalar(PyObject* value, const Plan& plan) {

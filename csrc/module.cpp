@@ -14,6 +14,16 @@
 namespace fusedstep {
 namespace {
 
+// What a step of a plan is called with.
+struct Given {
+  double hyper[kMaxHyper];
+  bool maximize;
+  double grad_scale, coefficient;
+  bool zero_grads, write_grads;
+  double average_weight;
+};
+
+// This may run code of the interpreter.
 void read_hyper(const Plan& plan, const py::tuple& hyper, double* numbers) {
   if (plan.device() != Device::kCpu && plan.has_memory()) throw std::invalid_argument("the plan is not on the CPU");
   if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
@@ -21,27 +31,39 @@ void read_hyper(const Plan& plan, const py::tuple& hyper, double* numbers) {
 }
 
 // What the CPU engine needs to know of a plan's step; `work` is the memory behind it.
-cpu::Call cpu_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, double coefficient,
-                   bool zero_grads, bool write_grads, double average_weight, std::vector<cpu::Work>* work) {
-  cpu::Call call{plan.rule(),    {},      maximize, grad_scale, coefficient, zero_grads, write_grads,
-                 average_weight, nullptr, 0,        0};
-  read_hyper(plan, hyper, call.hyper);
-  work->reserve(plan.size());
+cpu::Call cpu_call(const Plan& plan, const Given& given, std::vector<cpu::Work>* work) {
+  cpu::Call call{plan.rule(),
+                 {},
+                 given.maximize,
+                 given.grad_scale,
+                 given.coefficient,
+                 given.zero_grads,
+                 given.write_grads,
+                 given.average_weight,
+                 nullptr,
+                 0,
+                 0};
+  std::copy(std::begin(given.hyper), std::end(given.hyper), call.hyper);
+  work->resize(plan.size());
+  cpu::Work* next = work->data();
+  const Record* const records = plan.records().data();
   for (size_t i = 0; i < plan.size(); ++i) {
     if (!plan.active(i)) continue;
-    work->push_back(cpu::Work{&plan.records()[i], plan.grad(i), call.numel});
-    call.numel += plan.records()[i].numel;
+    *next++ = cpu::Work{&records[i], plan.grad(i), call.numel};
+    call.numel += records[i].numel;
   }
   call.work = work->data();
-  call.work_size = static_cast<int64_t>(work->size());
+  call.work_size = next - work->data();
   return call;
 }
 
-cpu::ReducingCall cpu_reducing_call(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale,
-                                    double coefficient, bool zero_grads, bool write_grads, double average_weight) {
-  cpu::ReducingCall call{plan.reducing_rule(), {},          maximize,       grad_scale, coefficient,
-                         zero_grads,           write_grads, average_weight, {},         0};
-  read_hyper(plan, hyper, call.hyper);
+cpu::ReducingCall cpu_reducing_call(const Plan& plan, const Given& given) {
+  cpu::ReducingCall call{plan.reducing_rule(), {},
+                         given.maximize,       given.grad_scale,
+                         given.coefficient,    given.zero_grads,
+                         given.write_grads,    given.average_weight,
+                         {},                   0};
+  std::copy(std::begin(given.hyper), std::end(given.hyper), call.hyper);
   for (size_t i = 0; i < plan.size(); ++i) {
     if (!plan.active(i)) continue;
     call.work.push_back(cpu::ReducingWork{&plan.records()[i], &plan.matrices()[i], plan.grad(i)});
@@ -50,36 +72,79 @@ cpu::ReducingCall cpu_reducing_call(const Plan& plan, const py::tuple& hyper, bo
   return call;
 }
 
-template <class Step>
-void take_step(Plan& plan, bool writes_grads, const Step& step) {
-  plan.check_borrowed();
-  if (plan.borrowed()) {
-    step();
-  } else {
+// Updates what a plan has gathered. undisturbed: all plans of this step are so, and since they have gathered, this has
+// neither returned to the interpreter nor let its lock go.
+void update(Plan& plan, const Given& given, bool undisturbed, int threads) {
+  if (!undisturbed) plan.check_borrowed();
+  const auto step = [&](const auto& run) {
+    if (plan.borrowed()) return run();
     const py::gil_scoped_release release;
-    step();
+    run();
+  };
+  if (plan.reduces()) {
+    const cpu::ReducingCall call = cpu_reducing_call(plan, given);
+    step([&] { cpu::reducing_step(call, threads); });
+  } else {
+    std::vector<cpu::Work> work;
+    const cpu::Call call = cpu_call(plan, given, &work);
+    step([&] { cpu::step(call, threads); });
   }
-  plan.increment_written(writes_grads);
+  if (undisturbed)
+    plan.increment_seen();
+  else
+    plan.increment_written(given.zero_grads || given.write_grads);
   plan.release_grads();
 }
 
 void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, double coefficient, bool zero_grads,
               bool write_grads, double average_weight, int threads) {
-  if (plan.reduces()) {
-    const cpu::ReducingCall call =
-        cpu_reducing_call(plan, hyper, maximize, grad_scale, coefficient, zero_grads, write_grads, average_weight);
-    return take_step(plan, zero_grads || write_grads, [&] { cpu::reducing_step(call, threads); });
+  Given given{{}, maximize, grad_scale, coefficient, zero_grads, write_grads, average_weight};
+  read_hyper(plan, hyper, given.hyper);
+  update(plan, given, false, threads);
+}
+
+// Gathers the gradients of all plans and updates their parameters: what Plan::gather() and cpu_step() do for one plan
+// after the other, without a way back to the interpreter between them. parts: (plan, hyper, maximize, average_weight) of
+// each. Returns the number of calls of the engine; or -1, and nothing has changed, if a plan does not fit or has
+// gradients that cannot be used as they are.
+int cpu_gather_and_step(const py::list& parts, int threads) {
+  std::vector<std::pair<Plan*, Given>> steps;
+  for (const py::handle part : parts) {
+    const auto [plan, hyper, maximize, average_weight] = part.cast<std::tuple<Plan*, py::tuple, bool, double>>();
+    steps.emplace_back(plan, Given{{}, maximize, 1.0, 1.0, false, false, average_weight});
+    read_hyper(*plan, hyper, steps.back().second.hyper);
   }
-  std::vector<cpu::Work> work;
-  const cpu::Call call =
-      cpu_call(plan, hyper, maximize, grad_scale, coefficient, zero_grads, write_grads, average_weight, &work);
-  take_step(plan, zero_grads || write_grads, [&] { cpu::step(call, threads); });
+  const auto release_all = [&] {
+    for (const auto& [plan, given] : steps) plan->release_grads();
+  };
+  bool undisturbed = true;
+  int calls = 0;
+  try {
+    for (const auto& [plan, given] : steps) {
+      if (plan->gather(true, py::none()) == Gathered::kStale || !plan->odd_grads().empty()) {
+        release_all();
+        return -1;
+      }
+      undisturbed = undisturbed && plan->undisturbed();
+    }
+    for (const auto& [plan, given] : steps) {
+      if (!plan->any_active()) continue;
+      update(*plan, given, undisturbed, threads);
+      ++calls;
+    }
+  } catch (...) {
+    release_all();
+    throw;
+  }
+  return calls;
 }
 
 void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int64_t first,
                    int64_t last) {
+  Given given{{}, maximize, grad_scale, 1.0, false, false, 0.0};
+  read_hyper(plan, hyper, given.hyper);
   std::vector<cpu::Work> work;
-  const cpu::Call call = cpu_call(plan, hyper, maximize, grad_scale, 1.0, false, false, 0.0, &work);
+  const cpu::Call call = cpu_call(plan, given, &work);
   if (first < 0 || first > last || last > call.numel || cpu::whole_blocks(call, first) != first ||
       cpu::whole_blocks(call, last) != last)
     throw std::invalid_argument("the range is not one of the plan");
@@ -197,6 +262,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_step", &cpu_step, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
         py::arg("coefficient"), py::arg("zero_grads"), py::arg("write_grads"), py::arg("average_weight"),
         py::arg("threads"));
+  m.def("cpu_gather_and_step", &cpu_gather_and_step, py::arg("parts"), py::arg("threads"));
   bind_norm(m);
   m.def("cpu_run_range", &cpu_run_range, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
         py::arg("first"), py::arg("last"),

@@ -104,10 +104,11 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
       steps_(steps),
       states_(states),
       precision_(precision),
-      grad_watches_(owners.size()),
+      grad_kinds_(owners.size(), kUnknown),
+      counters_(owners.size(), nullptr),
       records_(owners.size()),
       matrices_(variant_.reduces ? owners.size() : 0),
-      layouts_(owners.size()),
+      layouts_(owners.size(), Layout{0, 0, -1, kUnknown}),
       grads_(owners.size(), Grad{nullptr, nullptr, false}) {
   if (tensors.size() != owners.size() || steps.size() != owners.size() || states.size() != owners.size())
     throw std::invalid_argument("a plan needs one tensor, step and tuple of states for each parameter");
@@ -140,8 +141,10 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
     record.grad_dtype = param.dtype;  // until a gradient says otherwise
     record.numel = param.numel();
     numel += record.numel;
-    param_memory_.emplace_back(tensor.ptr(), param, true);
-    layouts_[i] = Layout{param.ndim, dims_.size()};
+    const KindIndex kind = kind_of(tensor.ptr(), param);
+    layouts_[i] = Layout{dims_.size(), param.ndim, static_cast<int32_t>(param_memory_.size()), kind};
+    param_memory_.emplace_back(tensor.ptr(), param, kind != kUnknown);
+    in_place_ = in_place_ && param_memory_.back().impl() != nullptr;
     dims_.insert(dims_.end(), param.shape, param.shape + param.ndim);
     dims_.insert(dims_.end(), param.strides, param.strides + param.ndim);
     const int64_t* shape = dims_.data() + layouts_[i].begin;
@@ -152,7 +155,7 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
     if (!on_device(step) || !step.dtype_known || step.dtype != Dtype::kF32 || step.numel() != 1)
       reject(i, "step", "is not one fp32 number on the parameter's device");
     record.step = static_cast<float*>(step.data);
-    state_memory_.emplace_back(step_tensor.ptr(), step, false);
+    watch_state(step_tensor.ptr(), step);
 
     if (variant_.reduces) {
       Matrices& seen = matrices_[i];
@@ -171,6 +174,23 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
     all_written_.append(tensor);
   }
   brief_ = device_ == Device::kCuda || numel <= kBriefElements;
+}
+
+Plan::KindIndex Plan::kind_of(PyObject* tensor, const TensorView& view) {
+  const Words& at = words();
+  if (!at.layout_known() || !describes(at.impl_of(tensor), view)) return kUnknown;
+  const Impl impl = at.impl_of(tensor);
+  const auto same = [&](const SeenKind& seen) { return seen.kind.is_of(at, impl); };
+  const auto found = std::find_if(kinds_.begin(), kinds_.end(), same);
+  const size_t index = static_cast<size_t>(found - kinds_.begin());
+  if (index == kUnknown) return kUnknown;  // so many are not told apart
+  if (found == kinds_.end()) kinds_.push_back(SeenKind{Kind::of(at, impl), view.dtype});
+  return static_cast<KindIndex>(index);
+}
+
+void Plan::watch_state(PyObject* tensor, const TensorView& view) {
+  state_memory_.emplace_back(tensor, view, true);
+  in_place_ = in_place_ && state_memory_.back().impl() != nullptr;
 }
 
 void Plan::add_states(size_t i, const py::tuple& states) {
@@ -193,12 +213,65 @@ void Plan::add_states(size_t i, const py::tuple& states) {
     if (!fits) reject(i, "state", "is laid out differently");
     record.states[k] = state.data;
     record.state_dtypes[k] = state.dtype;
-    state_memory_.emplace_back(tensor.ptr(), state, false);
+    watch_state(tensor.ptr(), state);
   }
 }
 
 Plan::~Plan() {
   release_grads();
+}
+
+// How many tensors are looked at together. Torch's objects lie all over the memory and each tells where the next one is:
+// parameter, what autograd knows of it, gradient, storage. Of this many the processor asks for the same one at once.
+constexpr size_t kTogether = 16;
+
+void Plan::look(const Words& at, size_t first, size_t end, Sight* sights) const {
+  PyObject* const* const owners = reinterpret_cast<PyListObject*>(owners_.ptr())->ob_item;
+  const size_t n = end - first, after = std::min(end + kTogether, size());
+  for (size_t i = end; i < after; ++i) __builtin_prefetch(reinterpret_cast<Impl>(owners[i]) + at.object);
+  Impl known[kTogether];
+  for (size_t k = 0; k < n; ++k) {
+    const Impl impl = at.impl_of(owners[first + k]);
+    __builtin_prefetch(impl + at.kind);
+    known[k] = static_cast<Impl>(impl[at.autograd]);
+    if (const int32_t watch = layouts_[first + k].watch; watch >= 0) param_memory_[watch].prefetch(at);
+  }
+  for (size_t k = 0; k < n; ++k) {
+    const void* const grad = known[k] == nullptr ? nullptr : known[k][at.grad];
+    sights[k].grad = grad == at.no_grad ? nullptr : static_cast<Impl>(grad);
+    if (sights[k].grad != nullptr) __builtin_prefetch(sights[k].grad + at.kind);
+  }
+  for (size_t k = 0; k < n; ++k)
+    sights[k].storage = sights[k].grad == nullptr ? nullptr : static_cast<Impl>(sights[k].grad[at.storage]);
+  for (size_t k = 0; k < n; ++k)
+    if (sights[k].storage != nullptr) __builtin_prefetch(sights[k].storage + at.data);
+}
+
+bool Plan::looks_like_before(const Words& at, size_t i, const Sight& sight, const void** data) const {
+  if (grad_kinds_[i] == kUnknown || sight.storage == nullptr) return false;
+  const SeenKind& seen = kinds_[grad_kinds_[i]];
+  const Layout& layout = layouts_[i];
+  if (!seen.kind.is_of(at, sight.grad) || !at.has_dims(sight.grad, layout.ndim, dims_.data() + layout.begin))
+    return false;
+  const auto* const base = static_cast<const char*>(sight.storage[at.data]);
+  if (base == nullptr && records_[i].numel != 0) return false;
+  *data = base + static_cast<int64_t>(reinterpret_cast<uintptr_t>(sight.grad[at.offset])) * size_of(seen.dtype);
+  return true;
+}
+
+bool Plan::param_unchanged(const Words& at, size_t i) const {
+  const Layout& layout = layouts_[i];
+  if (layout.watch < 0) return false;
+  const MemoryWatch& memory = param_memory_[layout.watch];
+  const Kind kind = layout.kind == kUnknown ? Kind{} : kinds_[layout.kind].kind;
+  return memory.unchanged(at, layout.ndim, dims_.data() + layout.begin, kind);
+}
+
+void Plan::set_grad_dtype(size_t i, Dtype dtype) {
+  if (records_[i].grad_dtype == dtype) return;
+  records_[i].grad_dtype = dtype;
+  grad_kinds_[i] = kUnknown;
+  ++grad_dtypes_version_;
 }
 
 Gathered Plan::gather(bool borrow, const py::object& grads) {
@@ -207,33 +280,35 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
     throw std::invalid_argument("gather() takes a list with one gradient or None for each parameter, to be held");
   odd_grads_.clear();
   any_active_ = borrowed_ = false;
+  const Words& at = words();
   for (const MemoryWatch& memory : state_memory_) {
-    if (!memory.unchanged()) return Gathered::kStale;
+    if (!memory.unchanged(at)) return Gathered::kStale;
   }
-  size_t next = 0;  // of param_memory_
+  const bool borrows = borrow && brief_, looks = borrows && at.grad_known();
+  Sight sights[kTogether];
   for (size_t i = 0; i < records_.size(); ++i) {
-    PyObject* const owner = PyList_GET_ITEM(owners_.ptr(), i);
-    const bool started = PyList_GET_ITEM(tensors_.ptr(), i) != Py_None;
-    const MemoryWatch* const memory = started ? &param_memory_[next++] : nullptr;
+    if (looks && i % kTogether == 0) look(at, i, std::min(i + kTogether, size()), sights);
     Grad& grad = grads_[i];
-    if (borrow && brief_) {
-      const GradWatch::Seen seen = grad_watches_[i].look(owner, &grad.data);
-      if (seen == GradWatch::Seen::kNone) continue;
-      if (seen == GradWatch::Seen::kLikeBefore) {
-        if (memory == nullptr || !memory->unchanged()) return Gathered::kStale;
+    if (looks) {
+      const Sight& sight = sights[i % kTogether];
+      if (sight.grad == nullptr) continue;
+      if (looks_like_before(at, i, sight, &grad.data)) {
+        if (!param_unchanged(at, i)) return Gathered::kStale;
+        if (in_place_ && at.version_known()) counters_[i] = param_memory_[layouts_[i].watch].impl()[at.version];
         grad.active = any_active_ = borrowed_ = true;
-        records_[i].grad_dtype = grad_watches_[i].dtype();
         continue;
       }
     }
+    PyObject* const owner = PyList_GET_ITEM(owners_.ptr(), i);
     grad.tensor = grads.is_none() ? grad_of(owner) : Py_NewRef(PyList_GET_ITEM(grads.ptr(), i));
     if (grad.tensor == nullptr) throw py::error_already_set();
+    holds_grads_ = true;
     if (grad.tensor == Py_None) {
       Py_CLEAR(grad.tensor);
       continue;
     }
     grad.active = any_active_ = true;
-    if (memory == nullptr || !memory->unchanged()) return Gathered::kStale;
+    if (!param_unchanged(at, i)) return Gathered::kStale;
     TensorView view;
     const int64_t* shape = dims_.data() + layouts_[i].begin;
     if (!view_tensor(grad.tensor, &view) || !view.dtype_known || view.device != device_ ||
@@ -242,8 +317,8 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
       continue;
     }
     grad.data = view.data;
-    records_[i].grad_dtype = view.dtype;
-    if (borrow && brief_) grad_watches_[i].remember(grad.tensor, view);
+    set_grad_dtype(i, view.dtype);
+    if (borrows) grad_kinds_[i] = kind_of(grad.tensor, view);
   }
   return !borrow && grads_moved() ? Gathered::kMoved : Gathered::kReady;
 }
@@ -260,12 +335,16 @@ bool Plan::grads_moved() {
 }
 
 void Plan::check_borrowed() const {
-  for (size_t i = 0; borrowed_ && i < grads_.size(); ++i) {
+  if (!borrowed_) return;
+  const Words& at = words();
+  Sight sights[kTogether];
+  for (size_t i = 0; i < grads_.size(); ++i) {
+    if (i % kTogether == 0) look(at, i, std::min(i + kTogether, size()), sights);
     if (!grads_[i].active || grads_[i].tensor != nullptr) continue;
+    const Sight& sight = sights[i % kTogether];
     const void* data = nullptr;
-    const bool same = grad_watches_[i].look(PyList_GET_ITEM(owners_.ptr(), i), &data) == GradWatch::Seen::kLikeBefore &&
-                      data == grads_[i].data;
-    if (!same) throw std::runtime_error("a gradient was replaced in another thread during step()");
+    if (sight.grad == nullptr || !looks_like_before(at, i, sight, &data) || data != grads_[i].data)
+      throw std::runtime_error("a gradient was replaced in another thread during step()");
   }
 }
 
@@ -283,16 +362,16 @@ void Plan::set_grad(int64_t i, const py::object& grad) {
     reject(i, "gradient", "is not laid out as the parameter");
   Py_INCREF(grad.ptr());
   Py_XSETREF(grads_[i].tensor, grad.ptr());
+  holds_grads_ = true;
   grads_[i].data = view.data;
   grads_[i].active = any_active_ = true;
-  records_[i].grad_dtype = view.dtype;
+  set_grad_dtype(i, view.dtype);
 }
 
 void Plan::release_grads() {
-  for (Grad& grad : grads_) {
-    Py_CLEAR(grad.tensor);
-    grad = Grad{nullptr, nullptr, false};
-  }
+  for (size_t i = 0; holds_grads_ && i < grads_.size(); ++i) Py_CLEAR(grads_[i].tensor);
+  holds_grads_ = false;
+  std::fill(grads_.begin(), grads_.end(), Grad{nullptr, nullptr, false});
 }
 
 void Plan::increment_written(bool grads_too) const {
@@ -311,6 +390,21 @@ void Plan::increment_written(bool grads_too) const {
     if (grad.tensor != nullptr) grads.append(py::handle(grad.tensor));
   }
   increment_versions(grads);
+}
+
+void Plan::increment_seen() const {
+  if (!words().version_known()) return increment_written(false);
+  const size_t n = grads_.size();
+  const int counter = words().counter;
+  const auto prefetch = [&](size_t first) {
+    for (size_t i = first; i < std::min(first + kTogether, n); ++i)
+      __builtin_prefetch(static_cast<const uint32_t*>(counters_[i]) + counter, 1);
+  };
+  prefetch(0);
+  for (size_t i = 0; i < n; ++i) {
+    if (i % kTogether == 0) prefetch(i + kTogether);
+    if (grads_[i].active) increment_counter(counters_[i]);
+  }
 }
 
 }  // namespace fusedstep

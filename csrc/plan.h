@@ -52,6 +52,9 @@ class Plan {
   bool borrowed() const { return borrowed_; }
   // Throws if a borrowed gradient was replaced since gather().
   void check_borrowed() const;
+  // Whether gather() found everything in torch's own words and ran no code but ours: as long as the caller has not
+  // returned to the interpreter nor let its lock go, all is still as it was seen.
+  bool undisturbed() const { return in_place_ && !holds_grads_; }
   const std::vector<int64_t>& odd_grads() const { return odd_grads_; }
   // Leaves tensor i out of this step.
   void drop_grad(int64_t i);
@@ -62,6 +65,8 @@ class Plan {
   void release_grads();
   // Bumps the version counters of what a step wrote; of gradients, those that are held.
   void increment_written(bool grads_too) const;
+  // The same for parameters alone, where gather() has seen the counters; only while undisturbed() holds.
+  void increment_seen() const;
 
   bool reduces() const { return variant_.reduces; }
   // Throw std::invalid_argument if the plan is for a rule of the other kind.
@@ -75,13 +80,28 @@ class Plan {
   bool any_active() const { return any_active_; }
   bool active(size_t i) const { return grads_[i].active; }
   const void* grad(size_t i) const { return grads_[i].data; }
+  // Another one after each change of a gradient's dtype.
+  uint64_t grad_dtypes_version() const { return grad_dtypes_version_; }
   Device device() const { return device_; }
   int32_t device_index() const { return device_index_; }
 
  private:
+  // Which of kinds_ a tensor is of.
+  using KindIndex = uint8_t;
+  static constexpr KindIndex kUnknown = 255;
+  struct SeenKind {
+    Kind kind;
+    Dtype dtype;
+  };
   struct Layout {
+    size_t begin;         // of shape and then strides in dims_
     int32_t ndim;
-    size_t begin;  // of shape and then strides in dims_
+    int32_t watch = -1;   // in param_memory_; -1: the parameter has no state yet
+    KindIndex kind = kUnknown;
+  };
+  // What a parameter's gradient is now; null: there is none.
+  struct Sight {
+    Impl grad, storage;
   };
   struct Grad {
     PyObject* tensor;  // a reference of ours; null: none, or borrowed
@@ -90,6 +110,12 @@ class Plan {
   };
 
   bool grads_moved();
+  KindIndex kind_of(PyObject* tensor, const TensorView& view);
+  void watch_state(PyObject* tensor, const TensorView& view);
+  void set_grad_dtype(size_t i, Dtype dtype);
+  void look(const Words& at, size_t first, size_t end, Sight* sights) const;
+  bool looks_like_before(const Words& at, size_t i, const Sight& sight, const void** data) const;
+  bool param_unchanged(const Words& at, size_t i) const;
   void add_states(size_t i, const py::tuple& states);
   void add_precision(size_t i, const py::object& precision);
 
@@ -100,7 +126,12 @@ class Plan {
   py::tuple followers_;
   std::vector<MemoryWatch> state_memory_;  // of the steps and states of all tensors
   std::vector<MemoryWatch> param_memory_;  // of the tensors that have states, in their order
-  std::vector<GradWatch> grad_watches_;
+  // The kinds of parameters, and of gradients that can be used as they are: hardly ever more than two.
+  std::vector<SeenKind> kinds_;
+  // Of each gradient, how it looked when torch was asked for it last: with the parameter's sizes and strides, and of
+  // this kind. If so, its record has its dtype.
+  std::vector<KindIndex> grad_kinds_;
+  std::vector<const void*> counters_;  // of each tensor's version, as gather() saw it
   std::vector<Record> records_;
   std::vector<Matrices> matrices_;
   std::vector<Layout> layouts_;
@@ -108,7 +139,9 @@ class Plan {
   std::vector<Grad> grads_;
   std::vector<std::pair<const void*, Dtype>> last_grads_;  // where each was when that was asked for last
   std::vector<int64_t> odd_grads_;
-  bool any_active_ = false, borrowed_ = false, brief_ = true;
+  uint64_t grad_dtypes_version_ = 0;
+  bool any_active_ = false, borrowed_ = false, holds_grads_ = false, brief_ = true;
+  bool in_place_ = true;  // the memory of no tensor is asked for through torch
   py::list all_written_;
 };
 

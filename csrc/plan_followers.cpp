@@ -19,7 +19,7 @@ void Plan::follow(const py::list& averages, const py::list& copies) {
           view->device_index != device_index_ || !same_layout(*view, layouts_[i].ndim, shape, shape + layouts_[i].ndim))
         throw std::invalid_argument("tensor " + std::to_string(i) + " of the plan: its " + what +
                                     " is not laid out as the parameter");
-      state_memory_.emplace_back(tensor.ptr(), *view, false);
+      watch_state(tensor.ptr(), *view);
       return true;
     };
     TensorView view;

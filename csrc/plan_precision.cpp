@@ -29,7 +29,7 @@ void Plan::add_precision(size_t i, const py::object& precision) {
     TensorView seen;
     if (!view_tensor(tensor.ptr(), &seen) || seen.device != device_ || seen.device_index != device_index_)
       reject(i, why);
-    state_memory_.emplace_back(tensor.ptr(), seen, false);
+    watch_state(tensor.ptr(), seen);
     return seen;
   };
   using Given = std::tuple<int, py::object, py::tuple, uint64_t, uint32_t>;

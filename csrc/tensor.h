@@ -5,10 +5,10 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "numeric.h"
+#include "words.h"
 
 namespace fusedstep {
 
@@ -51,66 +51,57 @@ inline bool same_layout(const TensorView& a, int32_t ndim, const int64_t* shape,
   return true;
 }
 
-// The three classes below read torch's own words - a tensor's pointer to its storage, its offset in it, its sizes,
-// dtype and so on, and the storage's pointer to its data - because asking torch costs 20 to 100 ns a tensor. Where
-// these words lie is found by their values when the package is imported, and proved by changing tensors; where that
-// fails, torch is asked. So is where a tensor's version is counted: torch would take a reference to each tensor for
-// that, which it hands to and fro between Python and C++.
-
-// Tells at the cost of some loads whether a tensor still has the memory, and if asked the layout and dtype, that it had
-// when this was made, as parameters and states nearly always do. The Python object must be kept alive, and no more: a
-// reference to its C++ object would be counted by torch.utils.swap_tensors, which exchanges these between two Python
-// objects. Nothing behind a C++ object is read before it is known to be still this Python object's.
+// Tells at the cost of some loads whether a tensor still has the memory that it had when this was made, as parameters
+// and states nearly always do. The Python object must be kept alive, and no more: a reference to its C++ object would be
+// counted by torch.utils.swap_tensors, which exchanges these between two Python objects. Nothing behind a C++ object is
+// read before it is known to be still this Python object's.
 class MemoryWatch {
  public:
-  MemoryWatch(PyObject* tensor, const TensorView& view, bool with_layout);
-  bool unchanged() const {
-    if (impl_slot_ == nullptr) return unchanged_by_view();
-    return *impl_slot_ == impl_ && *storage_slot_ == storage_ && *offset_slot_ == offset_ &&
-           *data_slot_ == storage_data_ && std::equal(layout_.begin(), layout_.end(), layout_slots_);
+  // in_place: torch's words may be read, else torch is asked.
+  MemoryWatch(PyObject* tensor, const TensorView& view, bool in_place);
+  bool unchanged(const Words& at) const {
+    if (impl_ == nullptr) return unchanged_by_view(0, nullptr);
+    return at.impl_of(tensor_) == impl_ && impl_[at.storage] == storage_ && impl_[at.offset] == offset_ &&
+           storage_[at.data] == data_;
   }
+  // The same, and whether it still has this layout and is of this kind.
+  bool unchanged(const Words& at, int32_t ndim, const int64_t* dims, const Kind& kind) const {
+    if (impl_ == nullptr) return unchanged_by_view(ndim, dims);
+    return unchanged(at) && kind.is_of(at, impl_) && at.has_dims(impl_, ndim, dims);
+  }
+  // Asks for what unchanged() will read.
+  void prefetch(const Words& at) const {
+    if (impl_ == nullptr) return;
+    __builtin_prefetch(static_cast<Impl>(static_cast<const void*>(tensor_)) + at.object);
+    __builtin_prefetch(impl_ + at.storage);
+    __builtin_prefetch(impl_ + at.offset);
+    __builtin_prefetch(storage_ + at.data);
+  }
+  Impl impl() const { return impl_; }  // null: not known
 
  private:
-  bool unchanged_by_view() const;
+  bool unchanged_by_view(int32_t ndim, const int64_t* dims) const;
 
   PyObject* tensor_;
-  const void* data_;
-  const void* const* impl_slot_ = nullptr;
-  const void* const* storage_slot_ = nullptr;
-  const void* const* offset_slot_ = nullptr;
-  const void* const* data_slot_ = nullptr;
-  const void* const* layout_slots_ = nullptr;
-  const void* impl_ = nullptr;
-  const void* storage_ = nullptr;
+  Impl impl_ = nullptr;
+  Impl storage_ = nullptr;
   const void* offset_ = nullptr;
-  const void* storage_data_ = nullptr;
-  std::vector<const void*> layout_;  // torch's words for it
+  const void* data_;  // the storage's; of a tensor that torch is asked about, its own
   Dtype dtype_;
-  std::vector<int64_t> dims_;  // shape and strides, where torch's words are not known
 };
 
-// Finds the gradient of a parameter without making the Python object for it that `.grad` makes, if it has the layout
-// and dtype of one seen before.
-class GradWatch {
- public:
-  enum class Seen { kNone, kLikeBefore, kUnknown };
-
-  // Remembers how a gradient looks, if torch's words for that are known.
-  void remember(PyObject* grad, const TensorView& view);
-  // What `.grad` is now; `data` is set if it looks as the remembered one. The gradient is not held: whoever keeps the
-  // address must keep the interpreter lock too.
-  Seen look(PyObject* param, const void** data) const;
-  Dtype dtype() const { return dtype_; }
-
- private:
-  std::vector<const void*> layout_;
-  int64_t offset_ = 0;  // of the first number from the storage's data, in bytes
-  bool empty_ = false;
-  Dtype dtype_ = Dtype::kF32;
-};
+// Whether torch's words for a tensor hold its sizes and strides themselves, and these are the view's.
+bool describes(Impl impl, const TensorView& view);
 
 // `.grad` as a new reference: None, or a tensor. Null with a Python error set if reading it failed.
 PyObject* grad_of(PyObject* param);
+
+// Adds one to the version that Words::version points to; an inference tensor has none.
+inline void increment_counter(const void* version) {
+  if (version == nullptr) return;
+  auto* number = const_cast<uint32_t*>(static_cast<const uint32_t*>(version) + words().counter);
+  __atomic_fetch_add(number, 1, __ATOMIC_SEQ_CST);
+}
 
 // Adds one to the version counter of each tensor of a list, as an in-place operation would.
 void increment_versions(const py::list& tensors);

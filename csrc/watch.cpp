@@ -1,5 +1,7 @@
 #include "watch.h"
 
+#include <algorithm>
+
 namespace fusedstep {
 namespace {
 
@@ -20,17 +22,16 @@ bool walk_state(const py::dict& state, const Visit& visit) {
   return true;
 }
 
+// Calls visit(objects, n) for the groups, their lists and what these hold, in a fixed order, until it returns false.
 template <class Visit>
 bool walk_params(const py::list& param_groups, const Visit& visit) {
   const Py_ssize_t n_groups = PyList_GET_SIZE(param_groups.ptr());
   for (Py_ssize_t i = 0; i < n_groups; ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups.ptr(), i);
     PyObject* params = PyDict_Check(group) ? PyDict_GetItemString(group, "params") : nullptr;
-    if (params == nullptr || !PyList_Check(params) || !visit(group) || !visit(params)) return false;
-    const Py_ssize_t n_params = PyList_GET_SIZE(params);
-    for (Py_ssize_t j = 0; j < n_params; ++j) {
-      if (!visit(PyList_GET_ITEM(params, j))) return false;
-    }
+    if (params == nullptr || !PyList_Check(params) || !visit(&group, 1) || !visit(&params, 1)) return false;
+    if (!visit(reinterpret_cast<PyListObject*>(params)->ob_item, static_cast<size_t>(PyList_GET_SIZE(params))))
+      return false;
   }
   return true;
 }
@@ -58,9 +59,9 @@ Watch::Watch(const py::dict& state, const py::list& param_groups) {
     return true;
   };
   walk_state(state, keep);
-  walk_params(param_groups, [&](PyObject* object) {
-    params_.push_back(object);
-    return keep(object);
+  walk_params(param_groups, [&](PyObject* const* objects, size_t n) {
+    params_.insert(params_.end(), objects, objects + n);
+    return std::all_of(objects, objects + n, keep);
   });
   remember_versions(state);
 }
@@ -84,8 +85,11 @@ bool Watch::same_versions(const py::dict& state) const {
 
 bool Watch::unchanged(const py::dict& state, const py::list& param_groups) {
   size_t next = 0;
-  const bool same_params =
-      walk_params(param_groups, [&](PyObject* object) { return next < params_.size() && params_[next++] == object; });
+  const bool same_params = walk_params(param_groups, [&](PyObject* const* objects, size_t n) {
+    const bool same = n <= params_.size() - next && std::equal(objects, objects + n, params_.data() + next);
+    next += n;
+    return same;
+  });
   if (!same_params || next != params_.size()) return false;
   if (same_versions(state)) return true;
   next = 0;

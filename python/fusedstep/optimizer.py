@@ -16,6 +16,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from . import averages, backends, checkpoint, checks, dcp, layout, planning, precision, sharding
+from .backends import cpu
 from .backends.lifetime import CHANGED, Graphs, refuse_capture
 from .backends.plan import Call, Plan
 from .counts import count_of
@@ -69,6 +70,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
     _ran_on: frozenset[str] = frozenset()  # names of that step's backends
     _precision: precision.Precision = precision.PLAIN
+    _at_once: bool = False  # whether all plans of the last step can be gathered and stepped in one native call
     _norms_checked: bool = False  # whether it was checked that the plans' gradients are all that a norm is of
     _shared_out: bool = False  # whether other processes have the other parameters
     _warned_of_pieces: bool = False
@@ -321,20 +323,48 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step.
 
-    def _plans_that_fit(self, needs_norm: bool = False) -> list[Plan] | None:
-        """The plans of the last step with this step's gradients, every pointer checked; None: new ones are needed."""
+    def _plans_fit(self, needs_norm: bool) -> bool:
+        """Whether the plans of the last step are for the same tensors and options; their memory is not looked at."""
         plans = self._plans
-        if (
+        return (
             plans is not None
             and (self._norms_checked or not needs_norm)
             and self._watch.unchanged(self.state, self.param_groups)
             and all(plan.states == self.states_of(self.param_groups[plan.group]) for plan in plans)
             and (not self.variant_options or self._seen_options == self._options_of_variants())
-            and all(plan.gather() for plan in plans)
-        ):
+        )
+
+    def _plans_that_fit(self, needs_norm: bool = False) -> list[Plan] | None:
+        """The plans of the last step with this step's gradients, every pointer checked; None: new ones are needed."""
+        plans = self._plans
+        if self._plans_fit(needs_norm) and all(plan.gather() for plan in plans):
             return plans
         self._plans = None
         return None
+
+    def _step_at_once(self) -> bool:
+        """Make a step whose gradients are taken as they are, in one native call; False: nothing was done."""
+        if not self._plans_fit(needs_norm=False):
+            return False
+        calls = cpu.gather_and_step(self._parts(self._plans))
+        if calls is None:
+            return False
+        self.kernel_calls = calls
+        return True
+
+    def _parts(self, plans: list[Plan]) -> list[tuple[Plan, tuple[float | Tensor, ...], bool]]:
+        """Each plan with its group's hyperparameters, and whether it maximizes."""
+        parts = []
+        for plan in plans:
+            group = self.param_groups[plan.group]
+            maximize = group["maximize"]
+            if maximize is not True and maximize is not False:
+                checks.check_flag("maximize", maximize)
+                maximize = bool(maximize)
+            hyper = self._hyper_of(group, plan.variant)
+            plan.foresee(hyper)
+            parts.append((plan, hyper, maximize))
+        return parts
 
     def _options_of_variants(self) -> list[list[Any]]:
         return [[group.get(option) for option in self.variant_options] for group in self.param_groups]
@@ -348,6 +378,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for plan in plans:
             if not plan.gather():
                 raise RuntimeError("a parameter, gradient or state changed in another thread during step()")
+        self._at_once = all(plan.steps_at_once for plan in plans)
         self._plans = plans or None  # without one, nothing would notice the first gradient
         self._ran_on = frozenset(plan.backend.name for plan in plans)
         return plans
@@ -419,6 +450,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             clips = self.clips()
             needs_norm = limits is not None or (clips and any(map(self.clips_by_norm, groups)))
+            as_they_are = limits is None and not clips and grad_scale is None and found_inf is None
+            if as_they_are and self._at_once and self._step_at_once():
+                self.kernel_calls += self._learning_rates.end_step(None)
+                return
             plans = self._plans_that_fit(needs_norm)
             if plans is None:
                 for device in {param.device for group in groups for param in group["params"]}:
@@ -433,16 +468,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         return
                     undo = planning.undo_of(self)
                     plans = self._new_plans(chosen)
-            steps = []
-            for plan in plans:
-                group = groups[plan.group]
-                maximize = group["maximize"]
-                if maximize is not True and maximize is not False:
-                    checks.check_flag("maximize", maximize)
-                    maximize = bool(maximize)
-                hyper = self._hyper_of(group, plan.variant)
-                plan.foresee(hyper)
-                steps.append((plan, hyper, maximize))
+            steps = self._parts(plans)
             self.kernel_calls = 0
             if clips:
                 if limits is not None:  # what is not finite may be finite once it is clipped

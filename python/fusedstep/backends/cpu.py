@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 class CpuPlan(KernelPlan):
     borrows_grads = True
 
+    @property
+    def steps_at_once(self) -> bool:
+        return not (self.places or self.grads_change)
+
     def launch(self, call: Call) -> int:
         from .. import _C
 
@@ -40,6 +44,23 @@ class CpuPlan(KernelPlan):
             *(self.zero_grads, self.write_grads, self.average_weight, torch.get_num_threads()),
         )
         return 1
+
+
+def gather_and_step(parts: Sequence[tuple[CpuPlan, tuple[float | Tensor, ...], bool]]) -> int | None:
+    """Gather this step's gradients of all plans and update their parameters; returns the number of kernel calls.
+
+    None, and nothing has changed: a plan does not fit, or has gradients that cannot be used as they are.
+
+    Args:
+        parts: plans that say ``steps_at_once``, each with its hyperparameters and whether gradients are negated.
+    """
+    from .. import _C
+
+    calls = _C.cpu_gather_and_step(
+        [(plan.native, hyper, maximize, plan.average_weight) for plan, hyper, maximize in parts],
+        torch.get_num_threads(),
+    )
+    return None if calls < 0 else calls
 
 
 class CpuBackend(KernelBackend):

@@ -61,6 +61,7 @@ class Plan(ABC):
     zero_grads = False  # whether a step sets each gradient to zero as it reads it
     write_grads = False  # or to what it was changed to before the rule took it
     grads_change = False  # whether this plan or another one of the same step does either
+    steps_at_once = False  # whether `cpu.gather_and_step` may take the place of `gather` and `step`
     grads_moved = True  # whether a gradient may not be where it was in the last step
     average_weight = 0.0  # of the new parameter in its average
 
