@@ -58,11 +58,16 @@ cpu::Call cpu_call(const Plan& plan, const Given& given, std::vector<cpu::Work>*
 }
 
 cpu::ReducingCall cpu_reducing_call(const Plan& plan, const Given& given) {
-  cpu::ReducingCall call{plan.reducing_rule(), {},
-                         given.maximize,       given.grad_scale,
-                         given.coefficient,    given.zero_grads,
-                         given.write_grads,    given.average_weight,
-                         {},                   0};
+  cpu::ReducingCall call{plan.reducing_rule(),
+                         {},
+                         given.maximize,
+                         given.grad_scale,
+                         given.coefficient,
+                         given.zero_grads,
+                         given.write_grads,
+                         given.average_weight,
+                         {},
+                         0};
   std::copy(std::begin(given.hyper), std::end(given.hyper), call.hyper);
   for (size_t i = 0; i < plan.size(); ++i) {
     if (!plan.active(i)) continue;
@@ -104,8 +109,8 @@ void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_sca
 }
 
 // Gathers the gradients of all plans and updates their parameters: what Plan::gather() and cpu_step() do for one plan
-// after the other, without a way back to the interpreter between them. parts: (plan, hyper, maximize, average_weight) of
-// each. Returns the number of calls of the engine; or -1, and nothing has changed, if a plan does not fit or has
+// after the other, without a way back to the interpreter between them. parts: (plan, hyper, maximize, average_weight)
+// of each. Returns the number of calls of the engine; or -1, and nothing has changed, if a plan does not fit or has
 // gradients that cannot be used as they are.
 int cpu_gather_and_step(const py::list& parts, int threads) {
   std::vector<std::pair<Plan*, Given>> steps;

@@ -221,30 +221,26 @@ Plan::~Plan() {
   release_grads();
 }
 
-// How many tensors are looked at together. Torch's objects lie all over the memory and each tells where the next one is:
-// parameter, what autograd knows of it, gradient, storage. Of this many the processor asks for the same one at once.
+// How many tensors are looked at together. Torch's objects lie all over the memory and each tells where the next one
+// is: parameter, what autograd knows of it, gradient, storage. Of this many the processor asks for the same one at
+// once, as long as the loop that reads them does nothing else; to ask ahead in so many words brings nothing beyond
+// that.
 constexpr size_t kTogether = 16;
 
 void Plan::look(const Words& at, size_t first, size_t end, Sight* sights) const {
   PyObject* const* const owners = reinterpret_cast<PyListObject*>(owners_.ptr())->ob_item;
-  const size_t n = end - first, after = std::min(end + kTogether, size());
-  for (size_t i = end; i < after; ++i) __builtin_prefetch(reinterpret_cast<Impl>(owners[i]) + at.object);
+  const size_t n = end - first;
   Impl known[kTogether];
   for (size_t k = 0; k < n; ++k) {
     const Impl impl = at.impl_of(owners[first + k]);
-    __builtin_prefetch(impl + at.kind);
     known[k] = static_cast<Impl>(impl[at.autograd]);
-    if (const int32_t watch = layouts_[first + k].watch; watch >= 0) param_memory_[watch].prefetch(at);
   }
   for (size_t k = 0; k < n; ++k) {
     const void* const grad = known[k] == nullptr ? nullptr : known[k][at.grad];
     sights[k].grad = grad == at.no_grad ? nullptr : static_cast<Impl>(grad);
-    if (sights[k].grad != nullptr) __builtin_prefetch(sights[k].grad + at.kind);
   }
   for (size_t k = 0; k < n; ++k)
     sights[k].storage = sights[k].grad == nullptr ? nullptr : static_cast<Impl>(sights[k].grad[at.storage]);
-  for (size_t k = 0; k < n; ++k)
-    if (sights[k].storage != nullptr) __builtin_prefetch(sights[k].storage + at.data);
 }
 
 bool Plan::looks_like_before(const Words& at, size_t i, const Sight& sight, const void** data) const {
@@ -284,7 +280,7 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
   for (const MemoryWatch& memory : state_memory_) {
     if (!memory.unchanged(at)) return Gathered::kStale;
   }
-  const bool borrows = borrow && brief_, looks = borrows && at.grad_known();
+  const bool borrows = borrow && brief_, looks = borrows && at.grad_known(), counts = in_place_ && at.version_known();
   Sight sights[kTogether];
   for (size_t i = 0; i < records_.size(); ++i) {
     if (looks && i % kTogether == 0) look(at, i, std::min(i + kTogether, size()), sights);
@@ -294,7 +290,7 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
       if (sight.grad == nullptr) continue;
       if (looks_like_before(at, i, sight, &grad.data)) {
         if (!param_unchanged(at, i)) return Gathered::kStale;
-        if (in_place_ && at.version_known()) counters_[i] = param_memory_[layouts_[i].watch].impl()[at.version];
+        if (counts) counters_[i] = param_memory_[layouts_[i].watch].impl()[at.version];
         grad.active = any_active_ = borrowed_ = true;
         continue;
       }
@@ -393,17 +389,17 @@ void Plan::increment_written(bool grads_too) const {
 }
 
 void Plan::increment_seen() const {
-  if (!words().version_known()) return increment_written(false);
+  const Words& at = words();
+  if (!at.version_known()) return increment_written(false);
   const size_t n = grads_.size();
-  const int counter = words().counter;
   const auto prefetch = [&](size_t first) {
     for (size_t i = first; i < std::min(first + kTogether, n); ++i)
-      __builtin_prefetch(static_cast<const uint32_t*>(counters_[i]) + counter, 1);
+      __builtin_prefetch(static_cast<const uint32_t*>(counters_[i]) + at.counter, 1);
   };
   prefetch(0);
   for (size_t i = 0; i < n; ++i) {
     if (i % kTogether == 0) prefetch(i + kTogether);
-    if (grads_[i].active) increment_counter(counters_[i]);
+    if (grads_[i].active) increment_counter(at, counters_[i]);
   }
 }
 

@@ -94,9 +94,9 @@ class Plan {
     Dtype dtype;
   };
   struct Layout {
-    size_t begin;         // of shape and then strides in dims_
+    size_t begin;  // of shape and then strides in dims_
     int32_t ndim;
-    int32_t watch = -1;   // in param_memory_; -1: the parameter has no state yet
+    int32_t watch = -1;  // in param_memory_; -1: the parameter has no state yet
     KindIndex kind = kUnknown;
   };
   // What a parameter's gradient is now; null: there is none.

@@ -215,7 +215,7 @@ PyObject* grad_of(PyObject* param) {
 void increment_versions(const py::list& tensors) {
   if (tensors.empty()) return;
   if (const Words& at = words(); at.version_known()) {
-    for (const py::handle tensor : tensors) increment_counter(at.impl_of(tensor.ptr())[at.version]);
+    for (const py::handle tensor : tensors) increment_counter(at, at.impl_of(tensor.ptr())[at.version]);
     return;
   }
   const py::object result =

@@ -52,9 +52,9 @@ inline bool same_layout(const TensorView& a, int32_t ndim, const int64_t* shape,
 }
 
 // Tells at the cost of some loads whether a tensor still has the memory that it had when this was made, as parameters
-// and states nearly always do. The Python object must be kept alive, and no more: a reference to its C++ object would be
-// counted by torch.utils.swap_tensors, which exchanges these between two Python objects. Nothing behind a C++ object is
-// read before it is known to be still this Python object's.
+// and states nearly always do. The Python object must be kept alive, and no more: a reference to its C++ object would
+// be counted by torch.utils.swap_tensors, which exchanges these between two Python objects. Nothing behind a C++ object
+// is read before it is known to be still this Python object's.
 class MemoryWatch {
  public:
   // in_place: torch's words may be read, else torch is asked.
@@ -68,14 +68,6 @@ class MemoryWatch {
   bool unchanged(const Words& at, int32_t ndim, const int64_t* dims, const Kind& kind) const {
     if (impl_ == nullptr) return unchanged_by_view(ndim, dims);
     return unchanged(at) && kind.is_of(at, impl_) && at.has_dims(impl_, ndim, dims);
-  }
-  // Asks for what unchanged() will read.
-  void prefetch(const Words& at) const {
-    if (impl_ == nullptr) return;
-    __builtin_prefetch(static_cast<Impl>(static_cast<const void*>(tensor_)) + at.object);
-    __builtin_prefetch(impl_ + at.storage);
-    __builtin_prefetch(impl_ + at.offset);
-    __builtin_prefetch(storage_ + at.data);
   }
   Impl impl() const { return impl_; }  // null: not known
 
@@ -97,9 +89,9 @@ bool describes(Impl impl, const TensorView& view);
 PyObject* grad_of(PyObject* param);
 
 // Adds one to the version that Words::version points to; an inference tensor has none.
-inline void increment_counter(const void* version) {
+inline void increment_counter(const Words& at, const void* version) {
   if (version == nullptr) return;
-  auto* number = const_cast<uint32_t*>(static_cast<const uint32_t*>(version) + words().counter);
+  auto* number = const_cast<uint32_t*>(static_cast<const uint32_t*>(version) + at.counter);
   __atomic_fetch_add(number, 1, __ATOMIC_SEQ_CST);
 }
 

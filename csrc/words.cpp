@@ -27,8 +27,8 @@ struct Addresses {
 constexpr int kSearchedWords = 6, kTensorWords = 24, kObjectWords = 4, kAutogradWords = 8;
 constexpr int kCounterNumbers = 6;  // of 32 bits
 
-int find_word(Impl object, int words, const void* value) {
-  for (int i = 0; i < words; ++i) {
+int64_t find_word(Impl object, int words, const void* value) {
+  for (int64_t i = 0; i < words; ++i) {
     if (object[i] == value) return i;
   }
   return -1;
@@ -54,8 +54,8 @@ void find_object(Words* found) {
   };
   const auto object = [](const py::object& tensor) { return reinterpret_cast<Impl>(tensor.ptr()); };
   const Addresses a(plain), b(negated);
-  const int slot = find_word(object(plain), kObjectWords, a.impl);
-  const int keys_slot = find_word(a.impl, kTensorWords, as_word(keys(plain)));
+  const int64_t slot = find_word(object(plain), kObjectWords, a.impl);
+  const int64_t keys_slot = find_word(a.impl, kTensorWords, as_word(keys(plain)));
   const uint64_t bit = keys(plain) ^ keys(negated);
   const bool proved = slot >= 0 && keys_slot >= 0 && (bit & keys(negated)) != 0 && (bit & (bit - 1)) == 0 &&
                       object(negated)[slot] == b.impl && b.impl[keys_slot] == as_word(keys(negated));
@@ -69,8 +69,8 @@ void find_memory(Words* found) {
   const py::object empty = torch_module().attr("empty");
   py::object tensor = empty(3);
   const Addresses before(tensor);
-  const int storage = find_word(before.impl, kSearchedWords, before.storage);
-  const int data = find_word(before.storage, kSearchedWords, before.data);
+  const int64_t storage = find_word(before.impl, kSearchedWords, before.storage);
+  const int64_t data = find_word(before.storage, kSearchedWords, before.data);
   const py::object untyped = tensor.attr("untyped_storage")();
   untyped.attr("resize_")(1 << 16);
   const Addresses resized(tensor);
@@ -78,7 +78,7 @@ void find_memory(Words* found) {
   const Addresses moved(tensor);
   const py::object part = tensor.attr("new_empty")(90001).attr("narrow")(0, 60013, 3);
   const Addresses first(part);
-  const int offset = find_word(first.impl, kTensorWords, as_word(60013));
+  const int64_t offset = find_word(first.impl, kTensorWords, as_word(60013));
   part.attr("data") = part.attr("new_empty")(90001).attr("narrow")(0, 50021, 3);
   const Addresses second(part);
   const bool proved = storage >= 0 && data >= 0 && offset >= 0 && first.impl == second.impl &&
@@ -107,7 +107,7 @@ uintptr_t bytes_to_last(uintptr_t bits) {
 void find_layout(Words* found) {
   if (!found->memory_known()) return;
   const py::object torch = torch_module(), empty = torch.attr("empty");
-  const int end = found->keys + 1;
+  const int64_t end = found->keys + 1;
   py::object tensor = empty(50021, 3);
   Impl impl = impl_of(tensor);
   Words at = *found;
@@ -119,9 +119,9 @@ void find_layout(Words* found) {
   if (at.max_dims < 2 || at.strides + at.max_dims > end) return;
   py::list shape;
   std::vector<int64_t> dims(2 * at.max_dims, 1);
-  for (int d = 0; d < at.max_dims; ++d) shape.append(dims[d] = d + 2);
-  for (int d = at.max_dims - 1; d > 0; --d) dims[at.max_dims + d - 1] = dims[at.max_dims + d] * dims[d];
-  if (!at.has_dims(impl_of(empty(shape)), at.max_dims, dims.data())) return;
+  for (int64_t d = 0; d < at.max_dims; ++d) shape.append(dims[d] = d + 2);
+  for (int64_t d = at.max_dims - 1; d > 0; --d) dims[at.max_dims + d - 1] = dims[at.max_dims + d] * dims[d];
+  if (!at.has_dims(impl_of(empty(shape)), static_cast<int32_t>(at.max_dims), dims.data())) return;
   shape.append(7);
   if (impl_of(empty(shape))[at.sizes - 1] != as_word(at.max_dims + 1)) return;
 
@@ -164,7 +164,7 @@ void find_grad(Words* found) {
   const auto known_of = [&](const py::object& t) { return static_cast<Impl>(impl_of(t)[autograd]); };
   const py::object first = empty(3), second = empty(3);
   tensor.attr("grad") = first;
-  const int grad = find_word(known_of(tensor), kAutogradWords, impl_of(first));
+  const int64_t grad = find_word(known_of(tensor), kAutogradWords, impl_of(first));
   if (grad < 0) return;
   tensor.attr("grad") = second;
   bool proved = known_of(tensor)[grad] == impl_of(second);

@@ -5,27 +5,27 @@
 
 namespace fusedstep {
 
-// Torch's own words: a tensor's pointer to its storage, its offset in it, its sizes and so on, and the storage's pointer
-// to its data. They are read in place because asking torch costs 20 to 100 ns a tensor. Where they lie is found by
-// their values when the package is imported, and proved by changing tensors; where that fails, torch is asked. So is
+// Torch's own words: a tensor's pointer to its storage, its offset in it, its sizes and so on, and the storage's
+// pointer to its data. They are read in place because asking torch costs 20 to 100 ns a tensor. Where they lie is found
+// by their values when the package is imported, and proved by changing tensors; where that fails, torch is asked. So is
 // where a tensor's version is counted: torch would take a reference to each tensor for that, which it hands to and fro
 // between Python and C++.
 using Impl = const void* const*;  // a C++ object of torch's, word by word
 
 // In words; -1: not known.
 struct Words {
-  int object = -1;                         // in a Python tensor, the pointer to its C++ object (its `_cdata`)
-  int keys = -1;                           // in that, the dispatch keys
-  uint64_t negation = 0;                   // the key of a tensor that is negated when it is read, which DLPack keeps quiet
-  int storage = -1, data = -1;             // the pointer to the storage, and in that the pointer to the memory
-  int offset = -1;                         // of the first number in the storage
-  int sizes = -1, strides = -1;            // of tensors with up to max_dims; the number of dimensions is before the sizes
-  int max_dims = 0;                        // the others keep theirs elsewhere
-  int kind = -1;                           // the word with dtype, device and flags
-  uintptr_t kind_mask = 0;                 // what lies behind them is padding, never written
-  int autograd = -1, grad = -1;            // the pointer to what autograd knows, and in that the one to the gradient
-  const void* no_grad = nullptr;           // what stands for "no gradient"
-  int version = -1, counter = -1;          // the pointer to the version counter, and the 32-bit number in that
+  int64_t object = -1;                 // in a Python tensor, the pointer to its C++ object (its `_cdata`)
+  int64_t keys = -1;                   // in that, the dispatch keys
+  uint64_t negation = 0;               // the key of a tensor that is negated when it is read, which DLPack keeps quiet
+  int64_t storage = -1, data = -1;     // the pointer to the storage, and in that the pointer to the memory
+  int64_t offset = -1;                 // of the first number in the storage
+  int64_t sizes = -1, strides = -1;    // of tensors with up to max_dims; the number of dimensions is before the sizes
+  int64_t max_dims = 0;                // the others keep theirs elsewhere
+  int64_t kind = -1;                   // the word with dtype, device and flags
+  uintptr_t kind_mask = 0;             // what lies behind them is padding, never written
+  int64_t autograd = -1, grad = -1;    // the pointer to what autograd knows, and in that the one to the gradient
+  const void* no_grad = nullptr;       // what stands for "no gradient"
+  int64_t version = -1, counter = -1;  // the pointer to the version counter, and the 32-bit number in that
 
   bool objects_known() const { return object >= 0; }
   bool memory_known() const { return storage >= 0 && objects_known(); }
@@ -41,9 +41,9 @@ struct Words {
   bool has_dims(Impl impl, int32_t ndim, const int64_t* dims) const {
     const auto* const words = reinterpret_cast<const int64_t*>(impl);
     if (words[sizes - 1] != ndim) return false;
-    int64_t differs = 0;
-    for (int32_t d = 0; d < ndim; ++d) differs |= (words[sizes + d] ^ dims[d]) | (words[strides + d] ^ dims[ndim + d]);
-    return differs == 0;
+    for (int32_t d = 0; d < ndim; ++d)  // one or two: vectors would take longer to begin than this does to end
+      if (words[sizes + d] != dims[d] || words[strides + d] != dims[ndim + d]) return false;
+    return true;
   }
 };
 
