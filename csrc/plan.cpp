@@ -144,7 +144,10 @@ Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names,
     const KindIndex kind = kind_of(tensor.ptr(), param);
     layouts_[i] = Layout{dims_.size(), param.ndim, static_cast<int32_t>(param_memory_.size()), kind};
     param_memory_.emplace_back(tensor.ptr(), param, kind != kUnknown);
-    in_place_ = in_place_ && param_memory_.back().impl() != nullptr;
+    if (param_memory_.back().impl() == nullptr) {
+      in_place_ = false;
+      layouts_[i].kind = kUnknown;
+    }
     dims_.insert(dims_.end(), param.shape, param.shape + param.ndim);
     dims_.insert(dims_.end(), param.strides, param.strides + param.ndim);
     const int64_t* shape = dims_.data() + layouts_[i].begin;
@@ -184,7 +187,7 @@ Plan::KindIndex Plan::kind_of(PyObject* tensor, const TensorView& view) {
   const auto found = std::find_if(kinds_.begin(), kinds_.end(), same);
   const size_t index = static_cast<size_t>(found - kinds_.begin());
   if (index == kUnknown) return kUnknown;  // so many are not told apart
-  if (found == kinds_.end()) kinds_.push_back(SeenKind{Kind::of(at, impl), view.dtype});
+  if (found == kinds_.end()) kinds_.push_back(SeenKind{Kind::of(at, impl), size_of(view.dtype)});
   return static_cast<KindIndex>(index);
 }
 
@@ -243,24 +246,25 @@ void Plan::look(const Words& at, size_t first, size_t end, Sight* sights) const 
     sights[k].storage = sights[k].grad == nullptr ? nullptr : static_cast<Impl>(sights[k].grad[at.storage]);
 }
 
-bool Plan::looks_like_before(const Words& at, size_t i, const Sight& sight, const void** data) const {
-  if (grad_kinds_[i] == kUnknown || sight.storage == nullptr) return false;
-  const SeenKind& seen = kinds_[grad_kinds_[i]];
+inline bool Plan::looks_like_before(const Words& at, size_t i, const Sight& sight, const void** data) const {
+  const KindIndex kind = grad_kinds_[i];
+  if (kind == kUnknown || sight.storage == nullptr) return false;
+  const SeenKind& seen = kinds_[kind];
   const Layout& layout = layouts_[i];
   if (!seen.kind.is_of(at, sight.grad) || !at.has_dims(sight.grad, layout.ndim, dims_.data() + layout.begin))
     return false;
   const auto* const base = static_cast<const char*>(sight.storage[at.data]);
   if (base == nullptr && records_[i].numel != 0) return false;
-  *data = base + static_cast<int64_t>(reinterpret_cast<uintptr_t>(sight.grad[at.offset])) * size_of(seen.dtype);
+  *data = base + static_cast<int64_t>(reinterpret_cast<uintptr_t>(sight.grad[at.offset])) * seen.size;
   return true;
 }
 
-bool Plan::param_unchanged(const Words& at, size_t i) const {
+inline bool Plan::param_unchanged(const Words& at, size_t i) const {
   const Layout& layout = layouts_[i];
   if (layout.watch < 0) return false;
   const MemoryWatch& memory = param_memory_[layout.watch];
-  const Kind kind = layout.kind == kUnknown ? Kind{} : kinds_[layout.kind].kind;
-  return memory.unchanged(at, layout.ndim, dims_.data() + layout.begin, kind);
+  if (layout.kind == kUnknown) return memory.unchanged_by_view(layout.ndim, dims_.data() + layout.begin);
+  return memory.unchanged(at, layout.ndim, dims_.data() + layout.begin, kinds_[layout.kind].kind);
 }
 
 void Plan::set_grad_dtype(size_t i, Dtype dtype) {

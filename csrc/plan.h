@@ -91,7 +91,7 @@ class Plan {
   static constexpr KindIndex kUnknown = 255;
   struct SeenKind {
     Kind kind;
-    Dtype dtype;
+    int64_t size;  // of a number
   };
   struct Layout {
     size_t begin;  // of shape and then strides in dims_

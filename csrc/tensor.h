@@ -64,16 +64,15 @@ class MemoryWatch {
     return at.impl_of(tensor_) == impl_ && impl_[at.storage] == storage_ && impl_[at.offset] == offset_ &&
            storage_[at.data] == data_;
   }
-  // The same, and whether it still has this layout and is of this kind.
+  // The same, and whether it still has this layout and is of this kind; only where impl() is known.
   bool unchanged(const Words& at, int32_t ndim, const int64_t* dims, const Kind& kind) const {
-    if (impl_ == nullptr) return unchanged_by_view(ndim, dims);
     return unchanged(at) && kind.is_of(at, impl_) && at.has_dims(impl_, ndim, dims);
   }
+  // What torch itself says; dims: null, or the layout that it must have.
+  bool unchanged_by_view(int32_t ndim, const int64_t* dims) const;
   Impl impl() const { return impl_; }  // null: not known
 
  private:
-  bool unchanged_by_view(int32_t ndim, const int64_t* dims) const;
-
   PyObject* tensor_;
   Impl impl_ = nullptr;
   Impl storage_ = nullptr;
