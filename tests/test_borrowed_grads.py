@@ -96,6 +96,21 @@ def test_a_gradient_that_looks_otherwise_is_noticed(kind):
         both_step(mine, theirs, plain)
 
 
+def test_a_gradient_permuted_otherwise_than_the_weight_is_noticed():
+    """Both of the same sizes and in no plain order: strides alone tell them apart."""
+
+    def laid_out(shape, *order):
+        back = [order.index(dim) for dim in range(len(shape))]
+        return torch.randn([shape[dim] for dim in order]).permute(back)
+
+    pair = [torch.nn.Parameter(laid_out((4, 4, 4), 0, 2, 1)) for _ in range(2)]
+    pair[1].data.copy_(pair[0].data)
+    mine = fusedstep.SGD(pair[:1], lr=0.1, momentum=0.9, backend="cpu")
+    theirs = torch.optim.SGD(pair[1:], lr=0.1, momentum=0.9, foreach=False)
+    for order in [(0, 2, 1), (0, 2, 1), (2, 1, 0), (0, 2, 1), (1, 0, 2)]:
+        both_step(mine, theirs, lambda p, order=order: laid_out(p.shape, *order))
+
+
 def test_a_gradient_changed_in_place_is_noticed():
     mine, theirs = twins((5, 5))
     for _ in range(3):
