@@ -72,6 +72,18 @@ def is_x86(machine: str | None = None) -> bool:
     return (machine or platform.machine()).lower() in ("x86_64", "amd64")
 
 
+def from_memory(cxx: list[str]) -> list[str]:
+    """GCC's option to read a vector of equal integers from memory.
+
+    It would rather build one in three instructions, and where a loop needs more of them than there are registers, in
+    each turn anew.
+    """
+    option = "-mtune-ctrl=^inter_unit_moves_to_vec"
+    command = [*cxx, option, "-x", "c++", "-fsyntax-only", os.devnull]
+    known = is_x86() and subprocess.run(command, capture_output=True).returncode == 0
+    return [option] if known else []
+
+
 def switch(environ, name: str) -> str:
     """The value of an environment variable that is "0", "1" or "" for unset."""
     value = environ.get(name, "").strip()
@@ -165,8 +177,9 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
     units += [(csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.o", compiler) for name in generic]
     # The oldest instruction set comes first: of an inline function that several objects carry, the linker keeps the
     # first copy, and that one must run everywhere.
+    tuning = from_memory(cxx)
     for isa, flags in (X86_ISAS if is_x86() else {"base": []}).items():
-        command = [*compiler, *flags, f"-DFUSEDSTEP_ISA={isa}"]
+        command = [*compiler, *flags, *tuning, f"-DFUSEDSTEP_ISA={isa}"]
         units += [
             (csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.{isa}.o", command)
             for name in ("engine", "tiles", "reducing", "norm")

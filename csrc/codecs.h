@@ -61,16 +61,21 @@ template <>
 FUSEDSTEP_FN BF16 narrow_stochastic<BF16>(float x, uint32_t random) {
   return BF16{static_cast<uint16_t>(stochastic_upper_half<uint32_t>(x, random) >> 16)};
 }
+// In fp16, as the lower half of the result.
+template <class W, class F>
+FUSEDSTEP_FN W stochastic_f16(F x, W random) {
+  const W bits = bit_cast<W>(x), magnitude = bits & 0x7fffffffu, zero{};
+  const W normal = (magnitude + (random & 0x1fffu) - 0x38000000u) >> 13;
+  // Below 2^-14 numbers are multiples of 2^-24; the sum is in units of 2^-40.
+  const F small = bit_cast<F>(magnitude < 0x38800000u ? magnitude : zero);
+  const W tiny = (whole_number<W>(small * 0x1p40f) + random) >> 16;
+  const W infinite = zero + 0x7c00u, nan = zero + 0x7e00u;
+  const W finite = magnitude < 0x38800000u ? tiny : magnitude < 0x47800000u ? normal : infinite;
+  return (magnitude > 0x7f800000u ? nan : finite) | (bits >> 16 & 0x8000u);
+}
 template <>
 FUSEDSTEP_FN F16 narrow_stochastic<F16>(float x, uint32_t random) {
-  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude + (random & 0x1fffu) - 0x38000000u) >> 13;
-  // Below 2^-14 numbers are multiples of 2^-24; the sum is in units of 2^-40.
-  const float small = bit_cast<float>(magnitude < 0x38800000u ? magnitude : 0u);
-  const uint32_t tiny = (static_cast<uint32_t>(static_cast<int32_t>(small * 0x1p40f)) + random) >> 16;
-  const uint32_t finite = magnitude < 0x38800000u ? tiny : magnitude < 0x47800000u ? normal : 0x7c00u;
-  const uint32_t narrowed = magnitude > 0x7f800000u ? 0x7e00u : finite;
-  return F16{static_cast<uint16_t>(narrowed | (bits >> 16 & 0x8000u))};
+  return F16{static_cast<uint16_t>(stochastic_f16<uint32_t>(x, random))};
 }
 
 // An fp32 number as bf16, rounded to nearest with ties away from zero, and the lower 16 bits, which together are exact:

@@ -88,6 +88,12 @@ FUSEDSTEP_FN float widen(F16 x) {
   return bit_cast<float>(wide | sign);
 }
 
+// A whole number below 2^31, which is not negative.
+template <class W>
+FUSEDSTEP_FN W whole_number(float x) {
+  return static_cast<W>(static_cast<int32_t>(x));
+}
+
 // narrow<S>(x): x rounded to nearest even in the stored format S.
 template <class S>
 FUSEDSTEP_FN S narrow(float x);

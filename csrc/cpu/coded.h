@@ -6,78 +6,15 @@
 #include <cstring>
 #include <type_traits>
 
-#include "stored.h"
+#include "codes.h"
+#include "weights.h"
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
 
-// Bytes as a pack of numbers, those without a sign plus 1; and the lowest bytes of a pack of words.
-template <class Code>
-FUSEDSTEP_FN FloatPack widen_bytes(const Code* from) {
-  typedef int32_t IntPack __attribute__((vector_size(kPackBytes)));
-  IntPack words;
-  constexpr bool is_signed = std::is_signed_v<Code>;
-#if defined(__AVX512F__)
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  words = (IntPack)(is_signed ? _mm512_maskz_cvtepi8_epi32(0xffff, bytes) : _mm512_maskz_cvtepu8_epi32(0xffff, bytes));
-#elif defined(__AVX2__)
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  words = (IntPack)(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
-#elif defined(__SSE4_1__)
-  int32_t four;
-  __builtin_memcpy(&four, from, sizeof(four));
-  const __m128i bytes = _mm_cvtsi32_si128(four);
-  words = (IntPack)(is_signed ? _mm_cvtepi8_epi32(bytes) : _mm_cvtepu8_epi32(bytes));
-#else
-  for (int i = 0; i < kLanes<float>; ++i) words[i] = from[i];
-#endif
-  return __builtin_convertvector(words + (is_signed ? 0 : 1), FloatPack);
-}
-FUSEDSTEP_FN void store_lowest_bytes(void* to, WordPack words) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)words));
-#elif defined(__AVX2__)
-  const __m256i lowest = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                                          0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-  const __m256i fours = _mm256_shuffle_epi8((__m256i)words, lowest);
-  const __m128i eight = _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-  _mm_storel_epi64(static_cast<__m128i*>(to), eight);
-#elif defined(__SSE4_1__)
-  const __m128i lowest = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-  const int32_t four = _mm_cvtsi128_si32(_mm_shuffle_epi8((__m128i)words, lowest));
-  __builtin_memcpy(to, &four, sizeof(four));
-#else
-  for (int i = 0; i < kLanes<float>; ++i) static_cast<uint8_t*>(to)[i] = static_cast<uint8_t>(words[i]);
-#endif
-}
-
-template <class Code>
-FUSEDSTEP_FN FloatPack decode_pack(const Code* from, float scale) {
-  const FloatPack code = widen_bytes(from);
-  return std::is_signed_v<Code> ? decode_signed<WordPack>(code, scale) : decode_unsigned<WordPack>(code, scale);
-}
-template <class Code>
-FUSEDSTEP_FN void encode_pack(Code* to, FloatPack wide, const Block& block) {
-  store_lowest_bytes(
-      to, std::is_signed_v<Code> ? encode_signed<WordPack>(wide, block) : encode_unsigned<WordPack>(wide, block));
-}
-
-FUSEDSTEP_FN WordPack larger_magnitude(WordPack most, FloatPack wide) {
-  const WordPack magnitude = (WordPack)wide & 0x7fffffffu;
-  return magnitude > most ? magnitude : most;
-}
-FUSEDSTEP_FN uint32_t largest_of(WordPack most) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_epu32((__m512i)most);
-#else
-  uint32_t largest = 0;
-  for (int i = 0; i < kLanes<float>; ++i) largest = std::max(largest, most[i]);
-  return largest;
-#endif
-}
-
-// The states of one rule in 8 bits, and the blocks of fp32 numbers on their way into them.
-template <class Rule>
+// The states of one rule in 8 bits, and the blocks of fp32 numbers on their way into them. kOrder: of whatever is
+// loaded and stored with them.
+template <class Rule, Order kOrder>
 class CodedStates {
  public:
   using Scalars = typename Rule::template Scalars<float>;
@@ -86,21 +23,49 @@ class CodedStates {
   CodedStates(const Record& record, int64_t begin, const GradChange<float>& change, const Scalars& scalars)
       : record_(record), change_(change), scalars_(scalars), block_(begin / kBlock) {}
 
-  // The next n elements: whole blocks, but for the last.
-  void update(float* param, float* grad, int64_t n) {
-    for (; n >= kBlock; n -= kBlock, param += kBlock, grad += kBlock) {
-      if (waiting_ < kDelay) {
-        pass<false>(param, grad);
-        ++waiting_;
-      } else {
-        pass<true>(param, grad);
-      }
+  // The next block, whose elements begin at `at` in weight and gradient.
+  template <class Weight, class Grad>
+  FUSEDSTEP_FN void update(Weight& weight, const Grad& grad, int64_t at) {
+    if constexpr (Weight::kByBlocks) weight.begin_block(at);
+    if (waiting_ < kDelay) {
+      pass<false>(weight, grad, at);
+      ++waiting_;
+    } else {
+      pass<true>(weight, grad, at);
     }
-    if (n > 0) update_part(param, grad, n);
+  }
+  // The last n elements, fewer than a block: in copies that are a whole one.
+  void update_part(float* param, float* grad, int64_t n) {
+    alignas(64) float params[kBlock] = {}, grads[kBlock] = {};
+    alignas(64) char states[kPlaces][kBlock * sizeof(float)] = {};
+    const size_t count = static_cast<size_t>(n), bytes = count * sizeof(float);
+    std::memcpy(params, param, bytes);
+    std::memcpy(grads, grad, bytes);
+    Record copy = record_;
+    copy.param = params;
+    visit_states(block_, [&](int k, auto* numbers) {
+      copy.states[k] = std::memcpy(states[k], numbers, count * sizeof(*numbers));
+      copy.precision.scales[k] += block_;
+    });
+    CodedStates part(copy, 0, change_, scalars_);
+    const PlainWeight<float, kOrder> weight(copy, 0);
+    part.template pass<false>(weight, WideStored<float, kOrder>{grads}, 0);
+    part.block_ = 0;
+    visit_states(0, [&](int k, auto* numbers) {
+      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
+        float* const fresh = part.fresh_[0].numbers[k];
+        std::fill(fresh + n, fresh + kBlock, 0.0f);  // what is behind the last number does not count
+        part.close(k, largest_magnitude(fresh));
+      }
+    });
+    part.encode_block(0);
+    visit_states(block_, [&](int k, auto* to) { std::memcpy(to, states[k], count * sizeof(*to)); });
+    std::memcpy(param, params, bytes);
+    if (change_.zero || change_.write) std::memcpy(grad, grads, bytes);
   }
   // Encodes what waits for it.
   void finish() {
-    for (; waiting_ > 0; --waiting_) encode(block_ - waiting_);
+    for (; waiting_ > 0; --waiting_) encode_block(block_ - waiting_);
   }
 
  private:
@@ -110,7 +75,7 @@ class CodedStates {
 
   struct Fresh {
     alignas(64) float numbers[kPlaces][kBlock];
-    Block blocks[kPlaces];
+    float inverses[kPlaces];
   };
 
   // Whether a state's numbers are codes; what 8 bits cannot hold is in fp32.
@@ -119,122 +84,157 @@ class CodedStates {
 
   // Calls visit(k, the numbers of block b) for each state, so that their type is known.
   template <class Visit>
-  FUSEDSTEP_FN void visit_states(int64_t b, const Visit& visit) const {
+  FUSEDSTEP_FN static void visit_states(const Record& record, int64_t b, const Visit& visit) {
     static_assert(kNamed<Rule> <= 3, "add a line");
     static_assert(std::size(Rule::kCodes) == kNamed<Rule>, "every state has a code");
-    visit_state<0>(b, visit);
-    visit_state<1>(b, visit);
-    visit_state<2>(b, visit);
+    visit_state<0>(record, b, visit);
+    visit_state<1>(record, b, visit);
+    visit_state<2>(record, b, visit);
   }
   template <int k, class Visit>
-  FUSEDSTEP_FN void visit_state(int64_t b, const Visit& visit) const {
+  FUSEDSTEP_FN static void visit_state(const Record& record, int64_t b, const Visit& visit) {
     if constexpr (k < kNamed<Rule>) {
       if constexpr (has_state<Rule>(k)) {
         using Byte = std::conditional_t<Rule::kCodes[k] == Code::kSigned, int8_t, uint8_t>;
         using Number = std::conditional_t<Rule::kCodes[k] == Code::kNone, float, Byte>;
-        visit(k, static_cast<Number*>(record_.states[k]) + b * kBlock);
+        visit(k, static_cast<Number*>(record.states[k]) + b * kBlock);
       }
     }
   }
+  template <class Visit>
+  FUSEDSTEP_FN void visit_states(int64_t b, const Visit& visit) const {
+    visit_states(record_, b, visit);
+  }
+
+  // What a pass over a block needs, in variables that stores into tensors do not change.
+  struct Pass {
+    void* places[kPlaces];  // of the block's numbers
+    float* fresh[kPlaces];
+    float scales[kPlaces];
+    const float* old[kPlaces];  // numbers that are to be encoded
+    float inverses[kPlaces];
+    Scalars scalars;
+    GradChange<float> change;
+  };
+
+  struct Most {
+    WordPack of[kPlaces] = {};
+  };
 
   // Updates the next block; with kEncodes, encodes the one that has waited longest.
-  template <bool kEncodes>
-  FUSEDSTEP_FN void pass(float* param, float* grad) {
-    const auto s = scalars_;
-    const GradChange<float> change = change_;
-    const Stored<float, float> params{param}, grads{grad};
+  template <bool kEncodes, class Weight, class Grad>
+  FUSEDSTEP_FN void pass(const Weight& weight, const Grad grad, int64_t at) {
     Fresh& now = fresh_[block_ % kGenerations];
     const Fresh& old = fresh_[(block_ + 1) % kGenerations];
-    void* places[kPlaces];  // in variables, which stores into tensors do not change
-    float scales[kPlaces];
-    Block blocks[kPlaces];
-    WordPack most[kPlaces] = {};
+    Pass pass;
+    pass.scalars = scalars_;
+    pass.change = change_;
+    Most most;
     visit_states(block_, [&](int k, auto* numbers) FUSEDSTEP_INLINE {
-      places[k] = numbers;
+      pass.places[k] = numbers;
       if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
-        scales[k] = record_.precision.scales[k][block_];
-        if (kEncodes) blocks[k] = old.blocks[k];
+        pass.scales[k] = record_.precision.scales[k][block_];
+        pass.fresh[k] = now.numbers[k];
+        pass.old[k] = old.numbers[k];
+        pass.inverses[k] = old.inverses[k];
       }
     });
-    for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
-      FloatPack p = params.load(i), g = change(grads.load(i)), pack[kMaxStates] = {};
-      if (change.zero) grads.store(i, FloatPack{});
-      if (change.write) grads.store(i, g * change.sign);
-      visit_states(0, [&](int k, auto* type) FUSEDSTEP_INLINE {
-        const auto* const numbers = static_cast<decltype(type)>(places[k]);
+    for (int64_t i = 0; i < kBlock; i += kWide) {
+      if (!step<false>(weight, grad, at + i, i, pass, most)) most = step_exactly(weight, grad, at + i, i, pass, most);
+      if (!kEncodes) continue;
+      visit_states(Record{}, 0, [&](int k, auto* type) FUSEDSTEP_INLINE {
         if constexpr (kCoded<std::remove_pointer_t<decltype(type)>>)
-          pack[k] = decode_pack(numbers + i, scales[k]);
-        else
-          pack[k] = load_pack<float, float>(numbers + i);
-      });
-      update_with<Rule>(p, g, pack, s);
-      params.store(i, p);
-      visit_states(0, [&](int k, auto* type) FUSEDSTEP_INLINE {
-        auto* const numbers = static_cast<decltype(type)>(places[k]);
-        if constexpr (kCoded<std::remove_pointer_t<decltype(type)>>) {
-          most[k] = larger_magnitude(most[k], pack[k]);
-          store_pack<float, float>(now.numbers[k] + i, pack[k]);
-          if (kEncodes) {
-            FloatPack wide;  // in one load, which load_pack's are not
-            __builtin_memcpy(&wide, old.numbers[k] + i, sizeof(wide));
-            encode_pack(numbers - kDelay * kBlock + i, wide, blocks[k]);
-          }
-        } else {
-          store_pack<float, float>(numbers + i, pack[k]);
-        }
+          encode<kOrder>(static_cast<decltype(type)>(pass.places[k]) - kDelay * kBlock + i, load_fresh(pass.old[k] + i),
+                         pass.inverses[k]);
       });
     }
     visit_states(block_, [&](int k, auto* numbers) FUSEDSTEP_INLINE {
-      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) close(k, most[k]);
+      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) close(k, largest_of(most.of[k]));
     });
     ++block_;
   }
 
-  FUSEDSTEP_FN void close(int k, WordPack most) {
-    const uint32_t largest = largest_of(most);
-    record_.precision.scales[k][block_] = Block::scale(largest);
-    fresh_[block_ % kGenerations].blocks[k] = Block(largest);
+  // Updates two packs, unless the short way is wrong for them.
+  template <bool kExact, class Weight, class Grad>
+  FUSEDSTEP_FN static bool step(const Weight& weight, const Grad& grad, int64_t at, int64_t i, const Pass& pass,
+                                Most& most) {
+    Wide p = weight.template load<kExact>(at);
+    const Wide stored = grad.template load<kExact>(at), g{pass.change(stored.a), pass.change(stored.b)};
+    FloatPack a[kMaxStates] = {}, b[kMaxStates] = {};
+    visit_states(Record{}, 0, [&](int k, auto* type) FUSEDSTEP_INLINE {
+      const auto* const numbers = static_cast<decltype(type)>(pass.places[k]) + i;
+      Wide state;
+      if constexpr (kCoded<std::remove_pointer_t<decltype(type)>>)
+        state = decode<kOrder>(numbers, pass.scales[k]);
+      else
+        state = WideStored<float, kOrder>{const_cast<float*>(numbers)}.template load<kExact>(0);
+      a[k] = state.a;
+      b[k] = state.b;
+    });
+    update_with<Rule>(p.a, g.a, a, pass.scalars);
+    update_with<Rule>(p.b, g.b, b, pass.scalars);
+    Doubt doubt;
+    const auto narrowed = weight.template narrow<kExact>(at, p, doubt);
+    if (!kExact && __builtin_expect(doubt.any(), 0)) return false;
+    if (pass.change.zero || pass.change.write) store_grads(grad, at, g, pass.change);
+    weight.store(at, narrowed);
+    visit_states(Record{}, 0, [&](int k, auto* type) FUSEDSTEP_INLINE {
+      if constexpr (kCoded<std::remove_pointer_t<decltype(type)>>) {
+        constexpr uint32_t mask = std::is_signed_v<std::remove_pointer_t<decltype(type)>> ? 0x7fffffffu : 0xffffffffu;
+        most.of[k] = larger(most.of[k], larger((WordPack)a[k] & mask, (WordPack)b[k] & mask));
+        store_pack<float, float>(pass.fresh[k] + i, a[k]);
+        store_pack<float, float>(pass.fresh[k] + i + kLanes<float>, b[k]);
+      } else {
+        WideStored<float, kOrder>{static_cast<float*>(pass.places[k])}.store(i, {a[k], b[k]});
+      }
+    });
+    return true;
+  }
+  template <class Weight, class Grad>
+  FUSEDSTEP_OUT_OF_LINE static Most step_exactly(Weight weight, Grad grad, int64_t at, int64_t i, Pass pass,
+                                                 Most most) {
+    step<true>(weight, grad, at, i, pass, most);
+    return most;
   }
 
-  void encode(int64_t b) const {
+  // In one load each, which load_pack's are not.
+  FUSEDSTEP_FN static Wide load_fresh(const float* numbers) {
+    Wide wide;
+    __builtin_memcpy(&wide, numbers, sizeof(wide));
+    return wide;
+  }
+
+  FUSEDSTEP_FN static uint32_t largest_magnitude(const float* numbers) {
+    WordPack most{};
+    for (int64_t i = 0; i < kBlock; i += kLanes<float>)
+      most = larger(most, (WordPack)load_pack<float, float>(numbers + i) & 0x7fffffffu);
+    return largest_of(most);
+  }
+
+  // largest: the bits of the block's largest number, taken as if numbers without a sign had none.
+  FUSEDSTEP_FN void close(int k, uint32_t largest) {
+    Fresh& fresh = fresh_[block_ % kGenerations];
+    if (__builtin_expect(largest - 0x00800000u >= 0x7f800000u - 0x00800000u, 0)) largest = close_odd(k, fresh.numbers[k]);
+    record_.precision.scales[k][block_] = Block::scale(largest);
+    fresh.inverses[k] = Block(largest).inverse;
+  }
+  // A block without a scale is encoded as zeros. A number may be negative only because somebody has set it.
+  FUSEDSTEP_OUT_OF_LINE uint32_t close_odd(int k, float* numbers) const {
+    if (Rule::kCodes[k] == Code::kNonNegative)
+      for (int64_t i = 0; i < kBlock; ++i) numbers[i] = bit_cast<float>(bit_cast<uint32_t>(numbers[i]) & 0x7fffffffu);
+    const uint32_t largest = largest_magnitude(numbers);
+    if (Block(largest).keep == 0) std::fill(numbers, numbers + kBlock, 0.0f);
+    return largest;
+  }
+
+  void encode_block(int64_t b) const {
     const Fresh& old = fresh_[b % kGenerations];
     visit_states(b, [&](int k, auto* numbers) FUSEDSTEP_INLINE {
       if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
-        for (int64_t i = 0; i < kBlock; i += kLanes<float>)
-          encode_pack(numbers + i, load_pack<float, float>(old.numbers[k] + i), old.blocks[k]);
+        for (int64_t i = 0; i < kBlock; i += kWide)
+          encode<kOrder>(numbers + i, load_fresh(old.numbers[k] + i), old.inverses[k]);
       }
     });
-  }
-
-  // The last n numbers, fewer than a block: in copies that are a whole one.
-  void update_part(float* param, float* grad, int64_t n) {
-    alignas(64) float params[kBlock] = {}, grads[kBlock] = {};
-    alignas(64) char states[kPlaces][kBlock * sizeof(float)] = {};
-    const size_t count = static_cast<size_t>(n), bytes = count * sizeof(float);
-    std::memcpy(params, param, bytes);
-    std::memcpy(grads, grad, bytes);
-    Record copy = record_;
-    visit_states(block_, [&](int k, auto* numbers) {
-      copy.states[k] = std::memcpy(states[k], numbers, count * sizeof(*numbers));
-      copy.precision.scales[k] += block_;
-    });
-    CodedStates part(copy, 0, change_, scalars_);
-    part.template pass<false>(params, grads);
-    part.block_ = 0;
-    visit_states(0, [&](int k, auto* numbers) {
-      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
-        float* const fresh = part.fresh_[0].numbers[k];
-        std::fill(fresh + n, fresh + kBlock, 0.0f);  // what is behind the last number does not count
-        WordPack most{};
-        for (int64_t i = 0; i < kBlock; i += kLanes<float>)
-          most = larger_magnitude(most, load_pack<float, float>(fresh + i));
-        part.close(k, most);
-      }
-    });
-    part.encode(0);
-    visit_states(block_, [&](int k, auto* to) { std::memcpy(to, states[k], count * sizeof(*to)); });
-    std::memcpy(param, params, bytes);
-    if (change_.zero || change_.write) std::memcpy(grad, grads, bytes);
   }
 
   const Record& record_;

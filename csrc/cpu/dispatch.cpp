@@ -172,7 +172,9 @@ int64_t whole_blocks(const Call& call, int64_t i) {
   const Work* const next = std::upper_bound(call.work, end, i, [](int64_t at, const Work& w) { return at < w.begin; });
   if (next == call.work || i >= call.numel) return i;
   const Work& work = next[-1];
-  return work.record->precision.in_blocks ? work.begin + (i - work.begin) / kBlock * kBlock : i;
+  const Precision& precision = work.record->precision;
+  const bool by_blocks = precision.in_blocks || precision.form == Form::kStochastic;
+  return by_blocks ? work.begin + (i - work.begin) / kBlock * kBlock : i;
 }
 
 namespace {

@@ -3,10 +3,12 @@
 // clang-format off
 #include "stored.h"  // first: the rules that engine.h brings in then find packs' square root
 #include "engine.h"
-#include "coded.h"
 #include "followers.h"
+#include "formats.h"
 #include "tiles.h"
 // clang-format on
+
+#include <array>
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
@@ -57,6 +59,74 @@ void update_uniform(const Record& record, const void* grad, int64_t begin, int64
                        Stored<T, S>{const_cast<S*>(static_cast<const S*>(grad))}, states, begin, end, change, scalars);
 }
 
+// Updates two packs, unless the short way to their stored formats is wrong for them.
+template <class Rule, bool kExact, class Weight, class Grad, class States>
+FUSEDSTEP_FN bool update_wide(const Weight& weight, const Grad& grad, const States& states, int64_t i,
+                              const GradChange<float>& change, const typename Rule::template Scalars<float>& s) {
+  using State = typename States::value_type;
+  Wide p = weight.template load<kExact>(i);
+  const Wide stored = grad.template load<kExact>(i), g{change(stored.a), change(stored.b)};
+  FloatPack a[kMaxStates] = {}, b[kMaxStates] = {};
+  FUSEDSTEP_UNROLL
+  for (int k = 0; k < kNamed<Rule>; ++k) {
+    if (!has_state<Rule>(k)) continue;
+    const Wide state = states[static_cast<size_t>(k)].template load<kExact>(i);
+    a[k] = state.a;
+    b[k] = state.b;
+  }
+  update_with<Rule>(p.a, g.a, a, s);
+  update_with<Rule>(p.b, g.b, b, s);
+  Doubt doubt;
+  const auto narrowed = weight.template narrow<kExact>(i, p, doubt);
+  typename State::Narrowed narrowed_states[kMaxStates];
+  FUSEDSTEP_UNROLL
+  for (int k = 0; k < kNamed<Rule>; ++k)
+    if (has_state<Rule>(k))
+      narrowed_states[k] = states[static_cast<size_t>(k)].template narrow<kExact>(i, {a[k], b[k]}, doubt);
+  if (!kExact && __builtin_expect(doubt.any(), 0)) return false;
+  if (change.zero || change.write) store_grads(grad, i, g, change);
+  weight.store(i, narrowed);
+  FUSEDSTEP_UNROLL
+  for (int k = 0; k < kNamed<Rule>; ++k)
+    if (has_state<Rule>(k)) states[static_cast<size_t>(k)].store(i, narrowed_states[k]);
+  return true;
+}
+// In copies of everything: a loop that gave away the addresses of its own would read them again in each turn.
+template <class Rule, class Weight, class Grad, class States>
+FUSEDSTEP_OUT_OF_LINE void update_wide_exactly(Weight weight, Grad grad, States states, int64_t i,
+                                               GradChange<float> change,
+                                               typename Rule::template Scalars<float> scalars) {
+  update_wide<Rule, true>(weight, grad, states, i, change, scalars);
+}
+
+// Updates elements from `begin` on and returns where it has stopped: less than two packs, or than a block, are left.
+template <class Rule, class Format>
+int64_t update_as(Format, const Record& record, const void* grad_data, int64_t begin, int64_t end, int64_t step,
+                  const GradChange<float>& given_change, const typename Rule::template Scalars<float>& scalars) {
+  typename Format::Weight weight(record, step);
+  const typename Format::Grad grad{static_cast<decltype(Format::Grad::data)>(const_cast<void*>(grad_data))};
+  int64_t i = begin;
+  if constexpr (std::is_same_v<typename Format::State, Coded>) {
+    CodedStates<Rule, Format::kOrder> coded(record, begin, given_change, scalars);
+    for (; i + kBlock <= end; i += kBlock) coded.update(weight, grad, i);
+    coded.finish();
+  } else {
+    using Stored = WideStored<typename Format::State, Format::kOrder>;
+    const auto s = scalars;
+    const GradChange<float> change = given_change;
+    std::array<Stored, kMaxStates> states;
+    for (int k = 0; k < kNamed<Rule>; ++k)
+      states[static_cast<size_t>(k)].data = static_cast<decltype(Stored::data)>(record.states[k]);
+    for (; i + kWide <= end; i += kWide) {
+      if constexpr (Format::Weight::kByBlocks)
+        if (i % kBlock == 0 || i == begin) weight.begin_block(i);
+      if (!update_wide<Rule, false>(weight, grad, states, i, change, s))
+        update_wide_exactly<Rule>(weight, grad, states, i, change, s);
+    }
+  }
+  return i;
+}
+
 // With param and grad in fp32, the states stored as S.
 template <class Rule, class S>
 void update_fp32(const Record& record, float* grad, int64_t n, const GradChange<float>& change,
@@ -65,13 +135,6 @@ void update_fp32(const Record& record, float* grad, int64_t n, const GradChange<
   for (int k = 0; k < kNamed<Rule>; ++k) states[k].data = static_cast<S*>(record.states[k]);
   update_loop<Rule, float>(Stored<float, float>{static_cast<float*>(record.param)}, Stored<float, float>{grad}, states,
                            0, n, change, scalars);
-}
-
-template <class Rule>
-bool states_are(const Record& record, Dtype dtype) {
-  for (int k = 0; k < kNamed<Rule>; ++k)
-    if (has_state<Rule>(k) && record.state_dtypes[k] != dtype) return false;
-  return true;
 }
 
 // prepare() costs more than a small tensor's update, and most tensors of a group are at the same step.
@@ -92,6 +155,12 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
   const Record& record = *work.record;
   const auto& scalars = prepared.scalars;
   const GradChange<T> change = grad_change<T>(call);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    visit_format<Rule>(record, [&](auto format) {
+      begin = update_as<Rule>(format, record, work.grad, begin, end, prepared.step, change, scalars);
+    });
+    if (begin == end) return;
+  }
   if (is_plain(record) && record.grad_dtype == record.param_dtype && states_are<Rule>(record, record.param_dtype)) {
     if constexpr (sizeof(T) == sizeof(double))
       return update_uniform<Rule, T, double>(record, work.grad, begin, end, change, scalars);
@@ -118,19 +187,18 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
       update_tiles(record, work.grad, begin, end, kPresentBits<Rule>, prepared.step, writes_grad, widens_states, call,
                    &update);
     };
-    // States all in fp32, in bf16 or in 8 bits are updated as they are.
     if constexpr (kHeld<Rule> > 0) {
       if (record.precision.in_blocks) {
-        CodedStates<Rule> coded(record, begin, change, scalars);
+        CodedStates<Rule, Order::kInOrder> coded(record, begin, change, scalars);
         tiles(false, [&](const Record& tile, float* grad, int64_t n) {
-          coded.update(static_cast<float*>(tile.param), grad, n);
+          PlainWeight<float, Order::kInOrder> weight(tile, prepared.step);
+          const WideStored<float, Order::kInOrder> grads{grad};
+          int64_t i = 0;
+          for (; i + kBlock <= n; i += kBlock) coded.update(weight, grads, i);
+          if (i < n) coded.update_part(weight.data + i, grad + i, n - i);
         });
         return coded.finish();
       }
-      if (states_are<Rule>(record, Dtype::kBF16))
-        return tiles(false, [&](const Record& tile, float* grad, int64_t n) {
-          update_fp32<Rule, BF16>(tile, grad, n, change, scalars);
-        });
     }
     tiles(!states_are<Rule>(record, Dtype::kF32), [&](const Record& tile, float* grad, int64_t n) {
       update_fp32<Rule, float>(tile, grad, n, change, scalars);

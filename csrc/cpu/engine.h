@@ -35,7 +35,7 @@ using RunFunction = void (*)(const Call& call, int64_t first, int64_t last);
 // Updates everything on up to `threads` threads and then advances the step counters.
 void step(const Call& call, int threads);
 
-// The last element up to `i` that another thread may start at: 8-bit blocks are not shared.
+// The last element up to `i` that another thread may start at: 8-bit blocks and those of random numbers are not shared.
 int64_t whole_blocks(const Call& call, int64_t i);
 
 // Updates elements [first, last) on this thread and leaves the step counters alone.

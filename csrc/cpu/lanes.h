@@ -20,8 +20,6 @@ struct Part {     // of a pack
 
 // Parts of packs, and formats known only now, stay out of line: with a copy in every loop this file would take minutes
 // to compile.
-#define FUSEDSTEP_OUT_OF_LINE __attribute__((noinline))
-
 template <class Numbers>
 FUSEDSTEP_FN auto load_at(Numbers numbers, int64_t i, Whole) {
   return numbers.load(i);

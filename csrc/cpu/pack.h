@@ -65,6 +65,12 @@ FUSEDSTEP_FN DoublePack square_root(DoublePack x) {
   return x;
 }
 
+template <class W>
+FUSEDSTEP_FN W whole_number(FloatPack x) {
+  typedef int32_t IntPack __attribute__((vector_size(cpu::kPackBytes)));
+  return (W)__builtin_convertvector(x, IntPack);
+}
+
 template <class T, class S>
 FUSEDSTEP_FN Pack<T> load_pack(const S* stored) {
   Pack<T> pack;
@@ -129,44 +135,66 @@ FUSEDSTEP_FN FloatPack load_pack<float, BF16>(const BF16* stored) {
 #endif
 }
 
+// x in bf16, as the upper half of each word. Exact: for NaN too.
+template <bool kExact>
+FUSEDSTEP_FN WordPack round_to_bf16(FloatPack x) {
+#if defined(__AVX512F__)
+  const __m512i bits = (__m512i)x, most = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i rounded = _mm512_mask_add_epi32(most, odd, most, _mm512_set1_epi32(1));
+  if (!kExact) return (WordPack)rounded;
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  return (WordPack)_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+#else
+  const WordPack bits = (WordPack)x, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  if (!kExact) return rounded;
+  const WordPack quiet_nan = WordPack{} + 0x7fc00000u;
+  return x != x ? quiet_nan : rounded;
+#endif
+}
+
 template <>
 FUSEDSTEP_FN void store_pack<float, BF16>(BF16* stored, FloatPack pack) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-  const __m512i bits = (__m512i)pack, most = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)pack, (__m512)pack, _CMP_UNORD_Q);
-  const HalfWordPack halves = upper_halves((WordPack)_mm512_mask_add_epi32(most, odd, most, _mm512_set1_epi32(1)));
-  const __m256i narrowed = _mm256_mask_mov_epi16((__m256i)halves, nan, _mm256_set1_epi16(0x7fc0));
-#else
-  const WordPack bits = (WordPack)pack;
-  const WordPack rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const WordPack quiet_nan = WordPack{} + 0x7fc00000u;
-  const HalfWordPack narrowed = upper_halves(pack != pack ? quiet_nan : rounded);
-#endif
+  const HalfWordPack narrowed = upper_halves(round_to_bf16<true>(pack));
   __builtin_memcpy(stored, &narrowed, sizeof(narrowed));
 }
 
-#if defined(__F16C__)
-// The processor's own conversion, to the same bits as numeric.h (a NaN stays one, with another payload).
-template <>
-FUSEDSTEP_FN FloatPack load_pack<float, F16>(const F16* stored) {
+// fp16: where the processor converts, to the same bits as numeric.h (a NaN stays one, with another payload).
+FUSEDSTEP_FN FloatPack widen_f16(HalfWordPack halves) {
 #if defined(__AVX512F__)
-  return (FloatPack)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored)));
+  return (FloatPack)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves);
+#elif defined(__F16C__)
+  return (FloatPack)_mm256_cvtph_ps((__m128i)halves);
 #else
-  return (FloatPack)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(stored)));
+  FloatPack wide;
+  for (int i = 0; i < kLanes<float>; ++i) wide[i] = widen(F16{halves[i]});
+  return wide;
+#endif
+}
+FUSEDSTEP_FN HalfWordPack round_to_f16(FloatPack pack) {
+  [[maybe_unused]] constexpr int kNearestEven = 8;  // _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC
+#if defined(__AVX512F__)
+  return (HalfWordPack)_mm512_maskz_cvtps_ph(0xffff, (__m512)pack, kNearestEven);
+#elif defined(__F16C__)
+  return (HalfWordPack)_mm256_cvtps_ph((__m256)pack, kNearestEven);
+#else
+  HalfWordPack halves;
+  for (int i = 0; i < kLanes<float>; ++i) halves[i] = narrow<F16>(pack[i]).bits;
+  return halves;
 #endif
 }
 
 template <>
-FUSEDSTEP_FN void store_pack<float, F16>(F16* stored, FloatPack pack) {
-  constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(stored), _mm512_maskz_cvtps_ph(0xffff, (__m512)pack, kNearestEven));
-#else
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(stored), _mm256_cvtps_ph((__m256)pack, kNearestEven));
-#endif
+FUSEDSTEP_FN FloatPack load_pack<float, F16>(const F16* stored) {
+  HalfWordPack halves;
+  __builtin_memcpy(&halves, stored, sizeof(halves));
+  return widen_f16(halves);
 }
-#endif
+template <>
+FUSEDSTEP_FN void store_pack<float, F16>(F16* stored, FloatPack pack) {
+  const HalfWordPack halves = round_to_f16(pack);
+  __builtin_memcpy(stored, &halves, sizeof(halves));
+}
 
 // The last n numbers of a tensor, fewer than a pack: into a whole pack with zeros behind them, and back. With many
 // small tensors this is most of the work, so it is worth a masked instruction where there is one.

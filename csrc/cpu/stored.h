@@ -6,6 +6,8 @@
 // For lambdas that must be a part of the loop that calls them.
 #define FUSEDSTEP_INLINE __attribute__((always_inline))
 
+#define FUSEDSTEP_OUT_OF_LINE __attribute__((noinline))
+
 // The states of one element must live in registers, not in an array in memory.
 #define FUSEDSTEP_UNROLL _Pragma("GCC unroll 8")
 

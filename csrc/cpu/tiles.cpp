@@ -3,6 +3,7 @@
 // clang-format off
 #include "stored.h"  // first, as in engine.cpp
 #include "tiles.h"
+#include "weights.h"
 // clang-format on
 
 #include <algorithm>
@@ -48,62 +49,6 @@ void narrow_plain(void* data, Dtype dtype, int64_t at, int64_t n, const float* f
     if (i < count) stored.store_part(i, count - i, wide.load_part(i, count - i));
   });
 }
-
-// 16 random bits for each element of a whole tile, in order: codecs.h's Philox, for all counters at once. Each word of
-// a counter has the lower half of a 64-bit lane, whose upper half does not matter: products ignore it.
-struct alignas(64) RandomTile {
-  static constexpr int kCounters = kTile / kPhiloxElements;
-  static constexpr int kLanes64 = kPackBytes / 8, kPacks = kCounters / kLanes64;
-  typedef uint64_t LongPack __attribute__((vector_size(kPackBytes)));
-  uint16_t bits[kTile];
-
-  RandomTile(uint64_t seed, uint32_t index, uint32_t step, int64_t tile) {
-    const uint64_t first = static_cast<uint64_t>(tile) * kCounters;  // a multiple of 32: its lower word does not wrap
-    LongPack lanes;
-    for (int i = 0; i < kLanes64; ++i) lanes[i] = static_cast<uint64_t>(i);
-    for (int n = 0; n < kPacks; ++n) {
-      LongPack c0 = lanes + (first + static_cast<uint64_t>(n * kLanes64)), c1 = LongPack{} + (first >> 32);
-      LongPack c2 = LongPack{} + index, c3 = LongPack{} + step;
-      uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-      for (int round = 0; round < kPhiloxRounds; ++round) {
-        const LongPack p0 = product(c0, kPhiloxMultipliers[0]), p1 = product(c2, kPhiloxMultipliers[1]);
-        c0 = (p1 >> 32) ^ c1 ^ k0;
-        c2 = (p0 >> 32) ^ c3 ^ k1;
-        c1 = p1;
-        c3 = p0;
-        k0 += kPhiloxKeySteps[0];
-        k1 += kPhiloxKeySteps[1];
-      }
-      const LongPack low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
-      const LongPack words[2] = {interleaved<0>(low, high, AllLanes{}),
-                                 interleaved<kLanes64 / 2>(low, high, AllLanes{})};
-      static_assert(kPacks * sizeof(words) == sizeof(bits), "a counter has 16 bits for each of its elements");
-      std::memcpy(reinterpret_cast<char*>(bits) + static_cast<size_t>(n) * sizeof(words), words, sizeof(words));
-    }
-  }
-
- private:
-  using AllLanes = std::make_index_sequence<kLanes64>;
-
-  // From the same lane on, one number of each in turn.
-  template <size_t kFrom, size_t... i>
-  FUSEDSTEP_FN static LongPack interleaved(LongPack a, LongPack b, std::index_sequence<i...>) {
-    return __builtin_shufflevector(a, b, (kFrom + i / 2 + i % 2 * kLanes64)...);
-  }
-
-  // Of the lower halves.
-  FUSEDSTEP_FN static LongPack product(LongPack a, uint32_t b) {
-#if defined(__AVX512F__)
-    return (LongPack)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
-#elif defined(__AVX2__)
-    return (LongPack)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
-#elif defined(__SSE2__)
-    return (LongPack)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
-#else
-    return (a & 0xffffffffu) * b;
-#endif
-  }
-};
 
 // Calls body(i) for the packs of n numbers, and body(i, rest) for what is left of the last.
 template <class Body>
@@ -238,8 +183,9 @@ struct Weight {
         });
       case Form::kStochastic: {
         const Precision& precision = record.precision;
-        const RandomTile random(precision.seed, precision.index, static_cast<uint32_t>(step), at / kTile);
-        return visit_half([&](auto* param) { narrow_at_random(param + at, random.bits + at % kTile, n, wide); });
+        RandomBlock random;
+        random.fill(precision.seed, precision.index, static_cast<uint32_t>(step), at / kBlock);
+        return visit_half([&](auto* param) { narrow_at_random(param + at, random.bits + at % kBlock, n, wide); });
       }
       default:
         if (record.param_dtype != Dtype::kF32) narrow_plain(record.param, record.param_dtype, at, n, wide);

@@ -1,0 +1,78 @@
+// The ways to store a parameter that have a loop of their own; whatever is not in the list is updated by way of fp32
+// tiles.
+#pragma once
+
+#include "coded.h"
+#include "weights.h"
+
+namespace fusedstep::cpu {
+inline namespace FUSEDSTEP_ISA {
+
+struct Coded {};  // states in 8 bits, in place of a dtype
+
+// S: the dtype of all states, or Coded.
+template <class W, class G, class S, Order order>
+struct Format {
+  using Weight = W;
+  using Grad = WideStored<G, order>;
+  using State = S;
+  static constexpr Order kOrder = order;
+};
+
+template <class Rule>
+bool states_are(const Record& record, Dtype dtype) {
+  for (int k = 0; k < kNamed<Rule>; ++k)
+    if (has_state<Rule>(k) && record.state_dtypes[k] != dtype) return false;
+  return true;
+}
+
+// Calls visit(the format of a record), if it is one of the list.
+template <class Rule, class Visit>
+FUSEDSTEP_FN void visit_format(const Record& record, const Visit& visit) {
+  constexpr bool kHasStates = kHeld<Rule> > 0;
+  constexpr Order kEvenOdd = Order::kEvenOdd, kInOrder = Order::kInOrder;
+  if (record.grad_dtype != record.param_dtype) return;
+  const bool coded = kHasStates && record.precision.in_blocks;
+  const bool in_bf16 = !coded && states_are<Rule>(record, Dtype::kBF16);
+  const bool in_f16 = !coded && states_are<Rule>(record, Dtype::kF16);
+  const bool in_f32 = !coded && states_are<Rule>(record, Dtype::kF32);
+  const Form form = record.precision.form;
+  switch (record.param_dtype) {
+    case Dtype::kF32:
+      if constexpr (kHasStates) {
+        if (coded) return visit(Format<PlainWeight<float, kInOrder>, float, Coded, kInOrder>{});
+        if (in_bf16) return visit(Format<PlainWeight<float, kInOrder>, float, BF16, kInOrder>{});
+      }
+      return;
+    case Dtype::kF16:
+      if constexpr (kHasStates) {
+        if (coded && form == Form::kPlain) return visit(Format<PlainWeight<F16, kInOrder>, F16, Coded, kInOrder>{});
+        if (in_f32 && form == Form::kMaster) return visit(Format<MasterWeight<F16, kInOrder>, F16, float, kInOrder>{});
+      }
+      if (in_f16 && form == Form::kKahan) return visit(Format<KahanWeight<F16, kInOrder>, F16, F16, kInOrder>{});
+      if (in_f16 && form == Form::kStochastic)
+        return visit(Format<StochasticWeight<F16, kInOrder>, F16, F16, kInOrder>{});
+      return;
+    case Dtype::kBF16:
+      if constexpr (kHasStates) {
+        if (coded && form == Form::kPlain) return visit(Format<PlainWeight<BF16, kEvenOdd>, BF16, Coded, kEvenOdd>{});
+        if (coded && form == Form::kSplit) return visit(Format<SplitWeight<kEvenOdd>, BF16, Coded, kEvenOdd>{});
+        if (coded && form == Form::kStochastic)
+          return visit(Format<StochasticWeight<BF16, kEvenOdd>, BF16, Coded, kEvenOdd>{});
+        if (in_f32 && form == Form::kSplit) return visit(Format<SplitWeight<kInOrder>, BF16, float, kInOrder>{});
+        if (in_f32 && form == Form::kMaster)
+          return visit(Format<MasterWeight<BF16, kInOrder>, BF16, float, kInOrder>{});
+      }
+      if (!in_bf16) return;
+      if (form == Form::kPlain) return visit(Format<PlainWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
+      if (form == Form::kSplit) return visit(Format<SplitWeight<kEvenOdd>, BF16, BF16, kEvenOdd>{});
+      if (form == Form::kKahan) return visit(Format<KahanWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
+      if (form == Form::kStochastic) return visit(Format<StochasticWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
+      return;
+    default:
+      return;
+  }
+}
+
+}  // namespace FUSEDSTEP_ISA
+}  // namespace fusedstep::cpu

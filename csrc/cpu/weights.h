@@ -1,0 +1,208 @@
+// Weights that are more than numbers in their dtype (codecs.h: Form), read and written two packs at a time like
+// WideStored. A loop calls begin_block before it stores to elements of the block of 256 that begins there.
+#pragma once
+
+#include <utility>
+
+#include "../codecs.h"
+#include "wide.h"
+
+namespace fusedstep::cpu {
+inline namespace FUSEDSTEP_ISA {
+
+// 16 random bits for each element of a whole block, in order: codecs.h's Philox, for all counters at once. Each word of
+// a counter has the lower half of a 64-bit lane, whose upper half does not matter: products ignore it.
+class RandomBlock {
+ public:
+  alignas(64) uint16_t bits[kBlock];
+
+  FUSEDSTEP_FN void fill(uint64_t seed, uint32_t index, uint32_t step, int64_t block) {
+    const uint64_t first = static_cast<uint64_t>(block) * kCounters;  // a multiple of 32: its lower word does not wrap
+    LongPack lanes;
+    for (int i = 0; i < kLanes64; ++i) lanes[i] = static_cast<uint64_t>(i);
+    for (int n = 0; n < kPacks; ++n) {
+      LongPack c0 = lanes + (first + static_cast<uint64_t>(n * kLanes64)), c1 = LongPack{} + (first >> 32);
+      LongPack c2 = LongPack{} + index, c3 = LongPack{} + step;
+      uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+      for (int round = 0; round < kPhiloxRounds; ++round) {
+        const LongPack p0 = product(c0, kPhiloxMultipliers[0]), p1 = product(c2, kPhiloxMultipliers[1]);
+        c0 = (p1 >> 32) ^ c1 ^ k0;
+        c2 = (p0 >> 32) ^ c3 ^ k1;
+        c1 = p1;
+        c3 = p0;
+        k0 += kPhiloxKeySteps[0];
+        k1 += kPhiloxKeySteps[1];
+      }
+      const LongPack low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
+      const LongPack words[2] = {interleaved<0>(low, high, AllLanes{}),
+                                 interleaved<kLanes64 / 2>(low, high, AllLanes{})};
+      static_assert(kPacks * sizeof(words) == sizeof(bits), "a counter has 16 bits for each of its elements");
+      __builtin_memcpy(reinterpret_cast<char*>(bits) + static_cast<size_t>(n) * sizeof(words), words, sizeof(words));
+    }
+  }
+
+ private:
+  static constexpr int kCounters = kBlock / kPhiloxElements;
+  static constexpr int kLanes64 = kPackBytes / 8, kPacks = kCounters / kLanes64;
+  typedef uint64_t LongPack __attribute__((vector_size(kPackBytes)));
+  using AllLanes = std::make_index_sequence<kLanes64>;
+
+  // From the same lane on, one number of each in turn.
+  template <size_t kFrom, size_t... i>
+  FUSEDSTEP_FN static LongPack interleaved(LongPack a, LongPack b, std::index_sequence<i...>) {
+    return __builtin_shufflevector(a, b, (kFrom + i / 2 + i % 2 * kLanes64)...);
+  }
+
+  // Of the lower halves.
+  FUSEDSTEP_FN static LongPack product(LongPack a, uint32_t b) {
+#if defined(__AVX512F__)
+    return (LongPack)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+    return (LongPack)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+    return (LongPack)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+    return (a & 0xffffffffu) * b;
+#endif
+  }
+};
+
+template <class S, Order kOrder>
+struct PlainWeight : WideStored<S, kOrder> {
+  static constexpr bool kByBlocks = false;
+  PlainWeight(const Record& record, int64_t) : WideStored<S, kOrder>{static_cast<S*>(record.param)} {}
+};
+
+template <class S, Order kOrder>
+struct MasterWeight {
+  static constexpr bool kByBlocks = false;
+  WideStored<S, kOrder> rounded;
+  WideStored<float, kOrder> master;
+
+  MasterWeight(const Record& record, int64_t)
+      : rounded{static_cast<S*>(record.param)}, master{static_cast<float*>(record.precision.companion)} {}
+
+  struct Narrowed {
+    Wide master;
+    typename WideStored<S, kOrder>::Narrowed rounded;
+  };
+  template <bool kExact>
+  FUSEDSTEP_FN Wide load(int64_t i) const {
+    return master.template load<kExact>(i);
+  }
+  template <bool kExact>
+  FUSEDSTEP_FN Narrowed narrow(int64_t i, const Wide& x, Doubt& doubt) const {
+    return {x, rounded.template narrow<kExact>(i, x, doubt)};
+  }
+  FUSEDSTEP_FN void store(int64_t i, const Narrowed& x) const {
+    master.store(i, x.master);
+    rounded.store(i, x.rounded);
+  }
+};
+
+template <Order kOrder>
+struct SplitWeight {
+  static constexpr bool kByBlocks = false;
+  BF16* upper;
+  int16_t* lower;
+
+  SplitWeight(const Record& record, int64_t)
+      : upper(static_cast<BF16*>(record.param)), lower(static_cast<int16_t*>(record.precision.companion)) {}
+
+  // The short form gives NaN for a zero with a negative rest, which the caller doubts.
+  template <bool kExact>
+  FUSEDSTEP_FN Wide load(int64_t i) const {
+    const WideWords high = load_upper_halves<kOrder>(upper + i), low = load_upper_halves<kOrder>(lower + i);
+    if (kExact) return {join<FloatPack>(high.a, low.a), join<FloatPack>(high.b, low.b)};
+    return {(FloatPack)(high.a + (WordPack)((IntPack)low.a >> 16)),
+            (FloatPack)(high.b + (WordPack)((IntPack)low.b >> 16))};
+  }
+  template <bool kExact>
+  FUSEDSTEP_FN WideWords narrow(int64_t, const Wide& x, Doubt& doubt) const {
+    if (kExact) {
+      const Split<WordPack, FloatPack> a(x.a), b(x.b);
+      return {to_halves<kOrder, 16>(a.upper, b.upper), to_halves<kOrder, 16>(a.lower, b.lower)};
+    }
+    doubt.nan_in(x);
+    const WordPack a = (WordPack)x.a, b = (WordPack)x.b;
+    return {to_halves<kOrder, 16>(a + 0x8000u, b + 0x8000u), to_halves<kOrder, 0>(a, b)};
+  }
+  FUSEDSTEP_FN void store(int64_t i, const WideWords& words) const {
+    store_words(upper + i, words.a);
+    store_words(lower + i, words.b);
+  }
+};
+
+// What rounding has lost is kept in the same format, and added before the next update.
+template <class S, Order kOrder>
+struct KahanWeight {
+  static constexpr bool kByBlocks = false;
+  WideStored<S, kOrder> rounded, compensation;
+
+  KahanWeight(const Record& record, int64_t)
+      : rounded{static_cast<S*>(record.param)}, compensation{static_cast<S*>(record.precision.companion)} {}
+
+  struct Narrowed {
+    typename WideStored<S, kOrder>::Narrowed rounded, compensation;
+  };
+  template <bool kExact>
+  FUSEDSTEP_FN Wide load(int64_t i) const {
+    const Wide x = rounded.template load<kExact>(i), rest = compensation.template load<kExact>(i);
+    return {x.a + rest.a, x.b + rest.b};
+  }
+  template <bool kExact>
+  FUSEDSTEP_FN Narrowed narrow(int64_t i, const Wide& x, Doubt& doubt) const {
+    Doubt finite;  // what is left of a finite number is finite, and so is that in the stored format
+    const auto narrowed = rounded.template narrow<kExact>(i, x, finite);
+    const Wide back = rounded.widen(narrowed);
+    Wide rest{x.a - back.a, x.b - back.b};
+    if (kExact)
+      rest = {is_finite(back.a) ? rest.a : FloatPack{}, is_finite(back.b) ? rest.b : FloatPack{}};
+    else
+      doubt.nan_in({rest.a - rest.a, rest.b - rest.b});
+    return {narrowed, compensation.template narrow<kExact>(i, rest, finite)};
+  }
+  FUSEDSTEP_FN void store(int64_t i, const Narrowed& x) const {
+    rounded.store(i, x.rounded);
+    compensation.store(i, x.compensation);
+  }
+
+ private:
+  FUSEDSTEP_FN static auto is_finite(FloatPack x) { return ((WordPack)x & 0x7f800000u) != 0x7f800000u; }
+};
+
+template <class S, Order kOrder>
+struct StochasticWeight : WideStored<S, kOrder> {
+  static constexpr bool kByBlocks = true;
+  const Precision& precision;
+  const uint32_t step;
+  RandomBlock random;
+
+  StochasticWeight(const Record& record, int64_t step)
+      : WideStored<S, kOrder>{static_cast<S*>(record.param)},
+        precision(record.precision),
+        step(static_cast<uint32_t>(step)) {}
+
+  FUSEDSTEP_FN void begin_block(int64_t i) { random.fill(precision.seed, precision.index, step, i / kBlock); }
+
+  template <bool kExact>
+  FUSEDSTEP_FN WordPack narrow(int64_t i, const Wide& x, Doubt& doubt) const {
+    const uint16_t* const from = random.bits + i % kBlock;
+    if constexpr (std::is_same_v<S, F16>) {
+      HalfWordPack halves[2];
+      __builtin_memcpy(halves, from, sizeof(halves));
+      return to_halves<kOrder, 0>(stochastic_f16<WordPack>(x.a, widen_words(halves[0])),
+                                  stochastic_f16<WordPack>(x.b, widen_words(halves[1])));
+    } else {
+      static_assert(kOrder == Order::kEvenOdd, "random numbers are taken apart like weights");
+      const WordPack words = load_words(from), a = words & 0xffffu, b = words >> 16;
+      if (!kExact) doubt.nan_in(x);
+      return kExact ? to_halves<kOrder, 16>(stochastic_upper_half<WordPack>(x.a, a), stochastic_upper_half<WordPack>(x.b, b))
+                    : to_halves<kOrder, 16>((WordPack)x.a + a, (WordPack)x.b + b);
+    }
+  }
+  FUSEDSTEP_FN void store(int64_t i, WordPack halves) const { store_words(this->data + i, halves); }
+};
+
+}  // namespace FUSEDSTEP_ISA
+}  // namespace fusedstep::cpu
