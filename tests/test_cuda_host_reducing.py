@@ -43,9 +43,9 @@ class HostBackend(CpuBackend):
         return kind(self, optimizer, group, options, variant, *args)
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return built(tmp_path_factory.mktemp("cuda_host") / "reducing.so", "reducing.cpp", "cuda_reducing_table.cpp")
+@pytest.fixture
+def library():
+    return built("reducing", "reducing.cpp", "cuda_reducing_table.cpp")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import FEW_CASES, ours
+from support import ours
 
 import fusedstep
 from fusedstep.cases import CASES, REDUCING
@@ -120,7 +120,7 @@ def check(case, backend, forms, options, two_groups=False):
 
 @by_option
 def test_a_step_is_the_one_on_gradients_that_share_nothing(engine, options):
-    check(FEW_CASES[0], engine, FORMS, options)
+    check(CASES[0], engine, FORMS, options)
 
 
 @by_option

@@ -10,19 +10,23 @@ import support
 import torch
 from support import (
     ADAMW,
+    ELEMENTWISE,
     EXACT,
     MOMENTUM,
+    WITH_STATES,
     assert_same,
     assert_untouched,
-    by_case,
     by_kind,
+    by_kind_of_state,
     copies,
+    each,
     give_grads,
     normal,
     ours,
     pair,
     parameters,
     parameters_of,
+    parametrize_cases,
     snapshot,
     step,
     theirs,
@@ -34,7 +38,7 @@ from fusedstep.cases import CASES
 # Gradients that come and go.
 
 
-@by_case
+@by_kind_of_state
 def test_parameters_without_a_gradient_do_not_age(case, backend):
     pattern = [(0, 1), (1,), (), (0, 2, 3), (0, 1, 2, 3), (), (3,)]
     optimizers = pair(case, backend)
@@ -43,7 +47,7 @@ def test_parameters_without_a_gradient_do_not_age(case, backend):
         assert_same(*optimizers)
 
 
-@by_case
+@by_kind_of_state
 def test_no_gradient_at_all(case, backend):
     mine = ours(case, parameters(), backend)
     before = snapshot(mine)
@@ -261,8 +265,7 @@ def negated_data(param):
 
 
 @by_kind
-@pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
+@each(dense=[True, False], dtypes=[(torch.float64, torch.float32), (torch.float32, torch.float64)])
 def test_a_model_changes_its_dtype(case, backend, dense, dtypes):
     """State keeps its own dtype, and the parameter is not rounded on the way through anything narrower."""
     params = parameters(dtype=dtypes[0])
@@ -382,7 +385,7 @@ def test_subclass_of_parameter(case, backend):
     assert type(params[0]) is MyParameter
 
 
-@by_case
+@by_kind
 def test_empty_and_0_dimensional(case, backend):
     params = parameters([(), (0,), (1,), (3, 0, 2), (1, 1, 1)])
     optimizers = pair(case, backend, params)
@@ -391,7 +394,7 @@ def test_empty_and_0_dimensional(case, backend):
     assert_same(*optimizers)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.optimizer in torch.optim.__dict__], ids=str)
+@parametrize_cases([c for c in ELEMENTWISE if c.optimizer in vars(torch.optim)], [c for c in CASES if c.optimizer in vars(torch.optim)])
 def test_complex_parameters_take_the_reference_and_say_so(case):
     values = [torch.randn(3, 4, dtype=torch.complex128), torch.randn((), dtype=torch.complex128)]
     mine = [torch.nn.Parameter(v.clone()) for v in values]
@@ -465,7 +468,7 @@ def storage_of_state_moved(state, name):
     state[name].copy_(values)
 
 
-@pytest.mark.parametrize("case", [MOMENTUM, ADAMW, CASES[10]], ids=str)
+@pytest.mark.parametrize("case", WITH_STATES, ids=str)
 @pytest.mark.parametrize(
     "change",
     [
@@ -512,7 +515,7 @@ def test_a_state_is_edited_in_place_or_through_a_number(case, backend):
     assert_same(*optimizers)
 
 
-@by_case
+@by_kind_of_state
 def test_state_cleared(case, backend):
     optimizers = pair(case, backend)
     for _ in range(3):
@@ -524,7 +527,7 @@ def test_state_cleared(case, backend):
     assert_same(*optimizers)
 
 
-@by_case
+@by_kind_of_state
 def test_state_of_one_parameter_removed(case, backend):
     optimizers = pair(case, backend)
     for number in range(4):
@@ -622,7 +625,7 @@ def test_a_named_list_is_edited(backend):
     assert not torch.equal(before[0][0][1], parameters_of(mine)[1])
 
 
-@by_case
+@by_kind_of_state
 def test_several_groups_and_one_that_joins_later(case, backend):
     def groups(params):
         return [{"params": params[:2], "lr": 0.3}, {"params": params[2:], "weight_decay": 0.4}]
