@@ -20,7 +20,9 @@ ALL = os.environ.get("FUSEDSTEP_TEST_ALL") == "1"
 
 def case_of(optimizer: str, *options: str) -> Case:
     """The first case of an optimizer that has these options."""
-    return next(case for case in (*CASES, *REDUCING) if case.optimizer == optimizer and case.options.keys() >= {*options})
+    return next(
+        case for case in (*CASES, *REDUCING) if case.optimizer == optimizer and case.options.keys() >= {*options}
+    )
 
 
 def kind_of(case: Case) -> str:
@@ -60,7 +62,6 @@ def parametrize_cases(few, every):
 by_case = pytest.mark.parametrize("case", CASES, ids=str)  # for what each rule does by itself
 by_kind = parametrize_cases(IN_ENGINES, CASES)
 by_kind_of_state = parametrize_cases(ELEMENTWISE, CASES)
-by_any_kind = parametrize_cases(list(KINDS.values()), [*CASES, *REDUCING])
 
 
 def each(**values):
@@ -68,13 +69,14 @@ def each(**values):
     names = list(values)
     lists = [list(some.values()) if isinstance(some, dict) else list(some) for some in values.values()]
     ids = [[*some] if isinstance(some, dict) else [None] * len(some) for some in values.values()]
+    longest = max(map(len, lists))
     if ALL:
-        rows = list(itertools.product(*map(range, map(len, lists))))
+        rows = list(itertools.product(*(range(len(some)) for some in lists)))
     else:
-        # Lists of the same length are shifted against each other.
+        # With each round of a list it is shifted against those before it, so that values do not stay together.
         rows = [
-            tuple((n + k * (len(some) == max(map(len, lists)))) % len(some) for k, some in enumerate(lists))
-            for n in range(max(map(len, lists)))
+            [(n + k * (n // len(some) + (len(some) == longest))) % len(some) for k, some in enumerate(lists)]
+            for n in range(longest)
         ]
     made = []
     for row in rows:
@@ -90,3 +92,10 @@ def _short(value):
 def examples(number: int):
     """How many examples hypothesis tries; a fifth of them unless all is asked for."""
     return hypothesis.settings(max_examples=number if ALL else max(number // 5, 20), deadline=None)
+
+
+def cases_of(mode, modes: dict) -> list[Case]:
+    """For one of several ways to store weights and states: one of each kind, and every case in one of these ways."""
+    rest = [case for case in CASES if case not in IN_ENGINES]
+    place = list(modes.values()).index(mode)
+    return CASES if ALL else [*IN_ENGINES, *rest[place :: len(modes)]]

@@ -5,7 +5,6 @@ from kinds import (  # noqa: F401 - for the test modules
     ELEMENTWISE,
     IN_ENGINES,
     KINDS,
-    by_any_kind,
     by_case,
     by_kind,
     by_kind_of_state,

@@ -7,13 +7,12 @@ import pickle
 
 import pytest
 import torch
-from support import ours, theirs
+from support import each, ours, theirs
 
 import fusedstep
 from fusedstep.cases import CASES
 
 CLASSES = {case.optimizer: case for case in CASES}
-by_class = pytest.mark.parametrize("case", CLASSES.values(), ids=CLASSES)
 COPIERS = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
@@ -66,9 +65,7 @@ OPTIONS = {
 }
 
 
-@by_class
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("copier", COPIERS.values(), ids=COPIERS)
+@each(case=CLASSES, options=OPTIONS, copier=COPIERS)
 def test_a_copy_has_all_public_attributes(case, options, copier, backend):
     optimizer = ours(case, [new(), new(3)], backend, **options)
     for times in (0, 2):
@@ -83,8 +80,7 @@ def test_a_copy_has_all_public_attributes(case, options, copier, backend):
     assert (attributes["kernel_calls"] > 0) == (backend != "reference")
 
 
-@by_class
-@pytest.mark.parametrize("way", [*COPIERS, "load", "load the parent's"])
+@each(case=CLASSES, way=[*COPIERS, "load", "load the parent's"])
 def test_groups_have_the_keys_from_before(case, way, backend):
     """So that save, load, save gives the same; a group that joins later has those keys too."""
     optimizer = ours(case, [new()], backend)

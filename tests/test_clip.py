@@ -60,8 +60,10 @@ def test_a_clipped_step_is_torchs_clipping_and_step(case, backend, norm_type, li
     assert_same(mine, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@each(count=[1, 7, 1023, 1024, 1025, 65537, 200_001])
+@each(
+    count=[1, 7, 1023, 1024, 1025, 65537, 200_001],
+    dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+)
 def test_the_norm_of_every_dtype_and_size(dtype, count, backend):
     params = parameters(((count,), (3, 1), (0,)), dtype)
     mine = ours(ADAMW, params, backend, max_grad_norm=1.0)

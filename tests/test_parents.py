@@ -5,17 +5,17 @@ import copy
 import pytest
 import torch
 from parents import parent
+from support import by_case, by_kind_of_state
 
 import fusedstep
-from fusedstep.cases import CASES, gradient, layouts
+from fusedstep.cases import gradient, layouts
 
 # Relative to the size of the numbers. Below fp32 the comparison is with torch's fp32 step, rounded: its own loop in
 # bf16 and fp16 rounds after each operation, and in fp16 it divides by an eps that has become zero. Two results that
 # differ in fp32's last place may round to neighbours.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-by_case = pytest.mark.parametrize("case", CASES, ids=str)
 by_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
 
@@ -41,8 +41,12 @@ def ours(case, params, backend):
 
 @by_case
 @by_backend
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_training_matches_the_parent(case, backend, dtype):
+def test_training_matches_the_parent(case, backend):
+    for dtype in DTYPES:
+        check_training(case, backend, dtype)
+
+
+def check_training(case, backend, dtype):
     low = dtype not in (torch.float32, torch.float64)
     steps = 1 if low else 12
     a = train(ours(case, parameters(dtype), backend), steps)
@@ -72,7 +76,7 @@ def test_every_option_changes_the_result(case):
         assert len(other) != len(base) or any(not torch.equal(x, y) for x, y in zip(base, other, strict=True)), option
 
 
-@by_case
+@by_kind_of_state
 @by_backend
 def test_state_dict_goes_to_the_parent_and_back_in_mid_training(case, backend):
     straight = train(parent(case, parameters(torch.float64)), 9)

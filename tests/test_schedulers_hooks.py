@@ -96,8 +96,7 @@ SCHEDULERS = {
 }
 
 
-@each(name=SCHEDULERS.keys(), case=[MOMENTUM, ADAMW])
-@pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
+@each(name=SCHEDULERS.keys(), case=[MOMENTUM, ADAMW], tensor_lr=[False, True])
 def test_schedulers(name, case, backend, tensor_lr):
     optimizers = pair(case, backend)
     if tensor_lr:

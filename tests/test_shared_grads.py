@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from kinds import each
 from support import ours
 
 import fusedstep
@@ -11,7 +12,6 @@ from fusedstep.cases import CASES, REDUCING
 from fusedstep.verification import same_bits
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
 ]
 
@@ -123,8 +123,7 @@ def test_a_step_is_the_one_on_gradients_that_share_nothing(engine, options):
     check(CASES[0], engine, FORMS, options)
 
 
-@by_option
-@pytest.mark.parametrize("case", LAST, ids=str)
+@each(case=LAST, options=OPTIONS)
 def test_every_class_and_two_groups(backend, case, options):
     if case.optimizer == "AdamWeightDecay":
         case = type(case)(case.optimizer, {})  # its own clipping excludes these options

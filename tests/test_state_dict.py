@@ -10,6 +10,7 @@ from support import (
     ADAMW,
     ELEMENTWISE,
     EXACT,
+    IN_ENGINES,
     MOMENTUM,
     WITH_STATES,
     assert_same,
@@ -127,8 +128,7 @@ def test_sgd_buffers_that_are_none(backend):
     step(plain)
 
 
-@by_kind
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64], ids=str)
+@each(case=IN_ENGINES, state_dtype=[torch.float32, torch.float64])
 def test_the_dtype_of_a_state_is_kept_and_used(case, backend, state_dtype):
     """fp32 states of bf16 parameters: torch would cast them to bf16."""
     wide = ours(case, parameters(dtype=state_dtype), backend)

@@ -12,6 +12,7 @@ from support import (
     ADAMW,
     ELEMENTWISE,
     EXACT,
+    IN_ENGINES,
     MOMENTUM,
     WITH_STATES,
     assert_same,
@@ -75,8 +76,7 @@ def test_freezing_and_unfreezing(case, backend):
         assert_same(*optimizers)
 
 
-@by_kind
-@pytest.mark.parametrize("set_to_none", [True, False])
+@each(case=IN_ENGINES, set_to_none=[True, False])
 def test_zero_grad(case, backend, set_to_none):
     optimizers = pair(case, backend)
     for _ in range(4):
@@ -127,9 +127,9 @@ def with_history(grad):
     return (grad.requires_grad_() * 2.0).clone()
 
 
-@by_kind
-@pytest.mark.parametrize(
-    "change", [expanded, reversed_dimensions, every_second, negated, zeros_without_memory, with_history]
+@each(
+    change=[expanded, reversed_dimensions, every_second, negated, zeros_without_memory, with_history],
+    case=IN_ENGINES,
 )
 def test_gradients_of_every_kind_from_one_step_to_the_next(case, backend, change):
     optimizers = pair(case, backend)
@@ -229,9 +229,9 @@ def swapped(param):
     spare.fill_(float("nan"))
 
 
-@by_kind
-@pytest.mark.parametrize(
-    "change", [new_data, same_memory_again, into_a_flat_buffer, not_dense, other_order, storage_moved, swapped]
+@each(
+    change=[new_data, same_memory_again, into_a_flat_buffer, not_dense, other_order, storage_moved, swapped],
+    case=IN_ENGINES,
 )
 def test_parameters_move(case, backend, change):
     """Twice each, so that what a step prepared for the changed tensor is changed once more."""
@@ -394,7 +394,9 @@ def test_empty_and_0_dimensional(case, backend):
     assert_same(*optimizers)
 
 
-@parametrize_cases([c for c in ELEMENTWISE if c.optimizer in vars(torch.optim)], [c for c in CASES if c.optimizer in vars(torch.optim)])
+@parametrize_cases(
+    [c for c in ELEMENTWISE if c.optimizer in vars(torch.optim)], [c for c in CASES if c.optimizer in vars(torch.optim)]
+)
 def test_complex_parameters_take_the_reference_and_say_so(case):
     values = [torch.randn(3, 4, dtype=torch.complex128), torch.randn((), dtype=torch.complex128)]
     mine = [torch.nn.Parameter(v.clone()) for v in values]
@@ -468,10 +470,8 @@ def storage_of_state_moved(state, name):
     state[name].copy_(values)
 
 
-@pytest.mark.parametrize("case", WITH_STATES, ids=str)
-@pytest.mark.parametrize(
-    "change",
-    [
+@each(
+    change=[
         replaced,
         data_replaced,
         data_elsewhere_in_its_own_storage,
@@ -480,6 +480,7 @@ def storage_of_state_moved(state, name):
         negated_state,
         storage_of_state_moved,
     ],
+    case=WITH_STATES,
 )
 def test_states_are_exchanged(case, backend, change):
     optimizers = pair(case, backend)
