@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -39,8 +40,8 @@ def another(make, case, of, *backend):
 
 
 @by_case
-def test_it_is_the_one_torch_would_write(case, backend):
-    for steps in (0, 1, 3):
+def test_it_is_the_one_torch_would_write(case):
+    for steps, backend in itertools.product((0, 1, 3), ("cpu", "reference")):
         optimizers = pair(case, backend)
         for number in range(steps):
             step(*optimizers, skip=(1,) if number == 0 else ())
