@@ -53,6 +53,23 @@ KINDS = {
 ELEMENTWISE = [case for kind, case in KINDS.items() if kind != "reducing"]
 # Those that differ in what an engine does; the others differ in what is kept, and how.
 IN_ENGINES = [KINDS[kind] for kind in ("no state", "no step", "two states", "three states")]
+# Elements of one tensor take different sides: eps or the average of the squares, a limit or the gradient, zero or a
+# variance that rounding has made negative.
+CHOOSING = (
+    Case("Amos", {"lr": 0.02, "eps": 1e-4}),
+    Case("Amos", {"lr": 0.02, "momentum": 0.7, "clip_value": 0.01, "eps": 1e-6}),
+    Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "centered": True}),
+    Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "centered": True, "momentum": 0.8, "eps": 1e-3}),
+)
+
+
+def choosing_grads(sizes, generator):
+    """Gradients of many magnitudes, some of which stay as they are."""
+    grads = [torch.randn(n, generator=generator) for n in sizes]
+    for grad in grads:
+        grad.mul_(10.0 ** torch.empty_like(grad).uniform_(-8, 1, generator=generator))
+        grad[::4] = 0.3
+    return grads
 
 
 def parametrize_cases(few, every):

@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from kinds import CHOOSING, choosing_grads
 from support import WITH_STATES, by_case, by_kind, examples, parametrize_cases
 
 import fusedstep
@@ -79,6 +80,15 @@ def test_every_size_dtype_and_layout_has_the_references_bits_by_any_instruction_
     for name, optimizer in optimizers.items():
         assert_same(optimizer, optimizers["reference"])
         assert optimizer.kernel_calls == (name != "reference")
+
+
+@pytest.mark.parametrize("case", CHOOSING, ids=str)
+def test_elements_for_which_a_rule_chooses_another_number_have_the_references_bits(case):
+    generator = torch.Generator().manual_seed(12)
+    optimizers = pair(case, [torch.randn(5000, generator=generator)], torch.float32)
+    for _ in range(12):
+        step(optimizers, choosing_grads([5000], generator))
+    assert_same(*optimizers)
 
 
 @by_kind

@@ -10,13 +10,13 @@ import math
 import pytest
 import torch
 from host_plan import FLOATS, MAX_HYPER, MAX_STATES, TAG, Precision, Record, Scalar, step_library
-from kinds import ALL
+from kinds import ALL, CHOOSING, choosing_grads
 from support import WITH_STATES, by_case, by_kind, each, parametrize_cases
 
 import fusedstep
 from fusedstep import _C, schedules
 from fusedstep.backends import BACKENDS
-from fusedstep.cases import CASES, Case
+from fusedstep.cases import CASES
 from fusedstep.counts import count_of
 from fusedstep.precision import COMPANIONS, scale_name
 from fusedstep.schedules import on_device
@@ -172,16 +172,6 @@ def test_every_size_and_offset_has_the_references_bits(library, case):
         pair.assert_same()
 
 
-# Elements of one tensor take different sides: eps or the average of the squares, a limit or the gradient, zero or a
-# variance that rounding has made negative.
-CHOOSING = (
-    Case("Amos", {"lr": 0.02, "eps": 1e-4}),
-    Case("Amos", {"lr": 0.02, "momentum": 0.7, "clip_value": 0.01, "eps": 1e-6}),
-    Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "centered": True}),
-    Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "centered": True, "momentum": 0.8, "eps": 1e-3}),
-)
-
-
 @pytest.mark.parametrize("case", CHOOSING, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("general", [False, True])
@@ -190,11 +180,7 @@ def test_elements_for_which_a_rule_chooses_another_number_have_the_references_bi
     sizes = [1024, 5000]
     pair = Pair(case, sizes, dtype)
     for _ in range(12):
-        grads = random_grads(sizes, generator)
-        for grad in grads:
-            grad.mul_(10.0 ** torch.empty_like(grad).uniform_(-8, 1, generator=generator))
-            grad[::4] = 0.3
-        pair.step(library, [grad.to(dtype) for grad in grads], general=general)
+        pair.step(library, [grad.to(dtype) for grad in choosing_grads(sizes, generator)], general=general)
     pair.assert_same()
 
 

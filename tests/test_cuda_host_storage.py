@@ -133,10 +133,12 @@ def test_numbers_that_are_not_finite_have_the_references_bits(library, mode):  #
     pair.assert_same()
 
 
-def test_zeros_that_were_written_beside_remainders_have_the_references_bits(library):  # noqa: F811
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_zeros_that_were_written_beside_remainders_have_the_references_bits(library, dtype):  # noqa: F811
+    """With gradients for which there is no kernel of whole vectors, and with those for which there is one."""
     pair = Pair(CASES[0], [5000], torch.bfloat16, MODES["split-own"])
     for optimizer in (pair.kernel, pair.reference):
         optimizer.param_groups[0]["params"][0].data.mul_(torch.arange(5000) % 2)
-    pair.step(library, random_grads([5000], torch.Generator().manual_seed(8)))
+    pair.step(library, random_grads([5000], torch.Generator().manual_seed(8), dtype))
     pair.assert_same()
     assert pair.kernel.param_groups[0]["params"][0].isfinite().all()

@@ -106,7 +106,10 @@ def judge(clean: Path, fault: Fault) -> tuple[bool, str]:
             return False, f"the tests took more than {SECONDS} s"
         if done.returncode == 0:
             return False, "SURVIVED"
-        found = re.search(r"^FAILED (\S+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+        if done.returncode < 0:  # the undefined-behaviour checks of the CUDA source trap
+            found = re.search(r'File "[^"]*/(tests/test_\w+\.py)", line \d+ in (test_\w+)', done.stdout)
+            return found is not None, f"{found[1]}::{found[2]} (a trap)" if found else done.stdout[-1000:]
+        found = re.search(r"^FAILED (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
         if done.returncode != 1 or found is None:
             return False, f"pytest ends with {done.returncode}: {done.stdout[-1000:]}"
         return True, found[1]
