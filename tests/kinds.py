@@ -50,7 +50,7 @@ KINDS = {
     "a step that is a number": case_of("AdaBelief", "amsgrad"),
     "reducing": case_of("Adafactor", "beta1", "weight_decay"),
 }
-ELEMENTWISE = [case for kind, case in KINDS.items() if kind != "reducing"]
+ELEMENTWISE = list(CASES) if ALL else [case for kind, case in KINDS.items() if kind != "reducing"]
 # Those that differ in what an engine does; the others differ in what is kept, and how.
 IN_ENGINES = [KINDS[kind] for kind in ("no state", "no step", "two states", "three states")]
 # Elements of one tensor take different sides: eps or the average of the squares, a limit or the gradient, zero or a
@@ -58,7 +58,7 @@ IN_ENGINES = [KINDS[kind] for kind in ("no state", "no step", "two states", "thr
 CHOOSING = (
     Case("Amos", {"lr": 0.02, "eps": 1e-4}),
     Case("Amos", {"lr": 0.02, "momentum": 0.7, "clip_value": 0.01, "eps": 1e-6}),
-    Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "centered": True}),
+    Case("RMSprop", {"lr": 0.01, "alpha": 0.1, "centered": True}),
     Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "centered": True, "momentum": 0.8, "eps": 1e-3}),
 )
 
@@ -77,7 +77,8 @@ def parametrize_cases(few, every):
 
 
 by_case = pytest.mark.parametrize("case", CASES, ids=str)  # for what each rule does by itself
-by_kind = parametrize_cases(IN_ENGINES, CASES)
+by_kind = pytest.mark.parametrize("case", IN_ENGINES, ids=str)  # for what a kind shows as well as every case
+by_kind_in_engines = parametrize_cases(IN_ENGINES, CASES)
 by_kind_of_state = parametrize_cases(ELEMENTWISE, CASES)
 
 

@@ -7,6 +7,7 @@ from kinds import (  # noqa: F401 - for the test modules
     KINDS,
     by_case,
     by_kind,
+    by_kind_in_engines,
     by_kind_of_state,
     each,
     examples,

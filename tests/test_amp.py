@@ -11,6 +11,7 @@ from support import (
     assert_same,
     assert_untouched,
     by_kind,
+    by_kind_in_engines,
     by_kind_of_state,
     copies,
     each,
@@ -99,7 +100,7 @@ def test_only_skipped_steps_leave_no_trace_in_the_state_dict(case, backend):
     assert_same(other, expected)
 
 
-@by_kind
+@by_kind_in_engines
 def test_unscale_and_clip(case, backend):
     mine, expected = pair(case, backend)
     scale = scaler(3.0)

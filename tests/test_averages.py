@@ -12,7 +12,7 @@ from support import (
     WITH_STATES,
     assert_same,
     assert_untouched,
-    by_kind,
+    by_kind_in_engines,
     by_kind_of_state,
     copies,
     each,
@@ -59,7 +59,7 @@ def test_averages_are_torchs(case, backend, decay):
         torch.testing.assert_close(average, theirs.detach(), rtol=1e-13, atol=1e-14)
 
 
-@by_kind
+@by_kind_in_engines
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_dtype_and_size_has_the_references_bits_and_the_same_step(case, dtype):
     shapes = [(), (1,), (15,), (33,), (3, 5), (70, 61), (9001,), (0,)]

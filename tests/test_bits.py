@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from kinds import CHOOSING, choosing_grads
-from support import WITH_STATES, by_case, by_kind, examples, parametrize_cases
+from support import WITH_STATES, by_case, by_kind_in_engines, examples, parametrize_cases
 
 import fusedstep
 from fusedstep import _C
@@ -91,7 +91,7 @@ def test_elements_for_which_a_rule_chooses_another_number_have_the_references_bi
     assert_same(*optimizers)
 
 
-@by_kind
+@by_kind_in_engines
 def test_many_steps_have_the_references_bits(case):
     generator = torch.Generator().manual_seed(6)
     optimizers = pair(case, [torch.randn(97, generator=generator)], torch.float32)
@@ -130,7 +130,7 @@ def check_mixture(case, param, grad, state):
         )
 
 
-@by_kind
+@by_kind_in_engines
 def test_threads_do_not_change_the_bits(case):
     before = torch.get_num_threads()
     results = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from host_plan import FLOATS, MAX_HYPER, MAX_STATES, TAG, Precision, Record, Scalar, step_library
 from kinds import ALL, CHOOSING, choosing_grads
-from support import WITH_STATES, by_case, by_kind, each, parametrize_cases
+from support import WITH_STATES, by_case, by_kind_in_engines, each, parametrize_cases
 
 import fusedstep
 from fusedstep import _C, schedules
@@ -227,7 +227,7 @@ def test_scaled_gradients_missing_ones_and_skips_have_the_references_bits(librar
     pair.assert_same()
 
 
-@by_kind
+@by_kind_in_engines
 @pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 0)], ids=str)
 @pytest.mark.parametrize("kept", ["as they are", "zero", "write"])
 def test_clipped_gradients_and_what_is_left_of_them_have_the_references_bits(library, case, dtype, offset, kept):
@@ -260,7 +260,7 @@ def test_clipped_gradients_and_what_is_left_of_them_have_the_references_bits(lib
     pair.assert_same()
 
 
-@by_kind
+@by_kind_in_engines
 @pytest.mark.parametrize(
     ("dtype", "copy_dtype", "offset"),
     [

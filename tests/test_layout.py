@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from kinds import IN_ENGINES, each
-from support import by_kind, ours
+from support import by_kind, by_kind_in_engines, ours
 
 from fusedstep import _C
 from fusedstep.verification import same_bits
@@ -91,7 +91,7 @@ def test_nothing_outside_is_written(case, dtype, offset):
     fenced_training(case, dtype, offset, dtype, dtype)
 
 
-@by_kind
+@by_kind_in_engines
 def test_nothing_outside_is_written_by_any_instruction_set(case, isa):
     fenced_training(case, torch.float32, 3, torch.float32, torch.float32)
 

@@ -18,6 +18,7 @@ from support import (
     assert_same,
     assert_untouched,
     by_kind,
+    by_kind_in_engines,
     by_kind_of_state,
     copies,
     each,
@@ -385,7 +386,7 @@ def test_subclass_of_parameter(case, backend):
     assert type(params[0]) is MyParameter
 
 
-@by_kind
+@by_kind_in_engines
 def test_empty_and_0_dimensional(case, backend):
     params = parameters([(), (0,), (1,), (3, 0, 2), (1, 1, 1)])
     optimizers = pair(case, backend, params)

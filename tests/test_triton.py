@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from kinds import ALL, ELEMENTWISE, IN_ENGINES, by_case, by_kind, each
+from kinds import ALL, ELEMENTWISE, IN_ENGINES, by_case, by_kind_in_engines, each
 
 import fusedstep
 from fusedstep.backends import BACKENDS
@@ -65,7 +65,7 @@ def test_every_layout_and_dtype_has_the_references_bits(interpreted, optimizer):
     assert report.ok, [row for row in report.rows if not row.ok]
 
 
-@by_kind
+@by_kind_in_engines
 def test_sizes_around_a_block_have_the_references_bits(interpreted, case):
     generator = torch.Generator().manual_seed(1)
     sizes = [0, 1, 15, 16, 17, 16_383, 16_384, 16_385, 70_001]
@@ -89,7 +89,7 @@ def test_mixed_dtypes_have_the_references_bits_and_one_launch_for_each_mixture(i
     assert_same(optimizers)
 
 
-@by_kind
+@by_kind_in_engines
 def test_missing_gradients_scales_and_skips_have_the_references_bits(interpreted, case):
     generator = torch.Generator().manual_seed(3)
     sizes = [5, 0, 40, 3000]
