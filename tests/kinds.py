@@ -68,7 +68,7 @@ def choosing_grads(sizes, generator):
     grads = [torch.randn(n, generator=generator) for n in sizes]
     for grad in grads:
         grad.mul_(10.0 ** torch.empty_like(grad).uniform_(-8, 1, generator=generator))
-        grad[::4] = 0.3
+        grad[::4] = torch.linspace(0.1, 0.9, len(grad[::4]))
     return grads
 
 
