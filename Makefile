@@ -18,12 +18,14 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lenet test test-triton-versions gpu gpu-dry build lint clean FORCE
+.PHONY: help demo lenet test test-all mutants test-triton-versions gpu gpu-dry build lint clean FORCE
 
 help:
 	@echo "make demo    train a small GPT with torch.optim.AdamW and with fusedstep.AdamW (OPTIMIZER=$(OPTIMIZER))"
 	@echo "make lenet   train LeNet under six learning-rate schedules (ARGS=\"--data FOLDER\" for Fashion-MNIST)"
 	@echo "make test    run the tests that need no GPU"
+	@echo "make test-all   the same with every optimizer and option in every test of a feature: the whole product"
+	@echo "make mutants    put seeded faults into a copy of the tree, and see that the tests notice each"
 	@echo "make test-triton-versions   compile the Triton kernels with each of TRITONS=\"$(TRITONS)\""
 	@echo "make gpu     on a GPU machine, without network: all stages of make gpu-build, gpu-first, gpu-cuda, gpu-triton,"
 	@echo "             gpu-memcheck, gpu-bench, gpu-profile; results in OUT=$(OUT)"
@@ -44,7 +46,13 @@ lenet: $(DEPS) $(BUILT)
 	$(PY) -m fusedstep.bench.lenet $(ARGS)
 
 test: $(DEPS) $(BUILT)
-	$(PY) -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
+
+test-all: export FUSEDSTEP_TEST_ALL := 1
+test-all: test
+
+mutants: $(DEPS)
+	$(PY) tests/mutants/run.py --workers $(WORKERS) $(ARGS)
 
 # Each Triton lies in a folder of its own that comes before all else; everything but Triton is borrowed from the
 # environment.

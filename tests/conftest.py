@@ -21,13 +21,13 @@ def _same_numbers_and_no_lucky_zeros():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def one_thread():
-    """For little work a second one only adds waiting, above all where tests run side by side."""
-    before = torch.get_num_threads()
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """For little work a second one only adds waiting, above all where tests run side by side.
+
+    What several threads do is the subject of tests that ask for them.
+    """
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,12 @@ the plan that a GPU would have. It proves nothing of a GPU.
 """
 
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
 import subprocess
-import tempfile
 from abc import abstractmethod
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -57,31 +56,49 @@ class Scalar(ctypes.Structure):
     _fields_ = [("value", ctypes.c_double), ("tensor", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
 
 
-def built(target, *sources):
-    """A library of the kernels' source for the host, from files of ``tests/cuda_host`` and ``csrc``."""
+# The undefined-behaviour checks trap, which needs no runtime library inside this Python.
+FLAGS = [
+    *("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"),
+    *("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"),
+]
+
+
+@functools.cache
+def built(name, *sources):
+    """A library of the kernels' source for the host, from files of ``tests/cuda_host`` and ``csrc``.
+
+    It lies in ``build``, where all processes of a run, and the next run, find what one of them has compiled.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    # The undefined-behaviour checks trap, which needs no runtime library inside this Python.
-    flags = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    flags += ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFUSEDSTEP_ISA=host"]
+    ninja = pytest.importorskip("ninja")
+    folder = ROOT / "build" / "cuda_host" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    compile_one = f"{compiler} {' '.join(FLAGS)} -MMD -MF $out.d -c $in -o $out"
+    lines = ["rule compile", f"  command = {compile_one}", "  deps = gcc", "  depfile = $out.d"]
+    # Another run may have loaded the old file.
+    lines += ["rule link", f"  command = {compiler} -shared -o $out.new $in && mv $out.new $out"]
     paths = [next(p for p in (ROOT / "tests/cuda_host" / s, ROOT / "csrc" / s) if p.exists()) for s in sources]
-    objects = [target.with_suffix(f".{path.stem}.o") for path in paths]
-    commands = [[compiler, *flags, "-c", path, "-o", made] for path, made in zip(paths, objects, strict=True)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
-    subprocess.run([compiler, "-shared", "-o", target, *objects], check=True)
-    loaded = ctypes.CDLL(str(target))
+    objects = [f"{path.stem}.o" for path in paths]
+    for path, made in zip(paths, objects, strict=True):
+        lines.append(f"build {made}: compile {os.path.relpath(path, folder)}")
+    lines.append(f"build library.so: link {' '.join(objects)}")
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+        loaded = ctypes.CDLL(str(folder / "library.so"))
     assert loaded.record_size() == ctypes.sizeof(Record)
     return loaded
 
 
-@functools.cache
 def step_library():
-    """The kernels of elementwise rules, of norms and of schedules, built once for all modules."""
+    """The kernels of elementwise rules, of norms and of schedules."""
     steps = sorted(path.name for path in (ROOT / "tests/cuda_host").glob("step_*.cpp"))
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = built(Path(folder) / "library.so", "library.cpp", "cuda_table.cpp", "cuda_norm_table.cpp", *steps)
+    loaded = built("steps", "library.cpp", "cuda_table.cpp", "cuda_norm_table.cpp", *steps)
     loaded.check_chunks.restype = ctypes.c_int64
     return loaded
 

@@ -1,20 +1,24 @@
 """What several test modules share: the table of cases as parameters, and an optimizer beside torch's own."""
 
-import pytest
 import torch
+from kinds import (  # noqa: F401 - for the test modules
+    ELEMENTWISE,
+    IN_ENGINES,
+    KINDS,
+    by_case,
+    by_kind,
+    by_kind_in_engines,
+    by_kind_of_state,
+    each,
+    examples,
+    parametrize_cases,
+)
 from parents import parent
 
 import fusedstep
-from fusedstep.cases import CASES
 
-by_case = pytest.mark.parametrize("case", CASES, ids=str)
-# One row of each kind, where the options do not matter: no state, state without "step", two states, three states.
-FEW_CASES = [CASES[0], CASES[2], CASES[4], CASES[10]]
-by_kind = pytest.mark.parametrize("case", FEW_CASES, ids=str)
-
-CHECKPOINT_CASES = [CASES[2], CASES[4], CASES[10]]  # with states
-ADAMW = next(case for case in CASES if case.optimizer == "AdamW")
-MOMENTUM = next(case for case in CASES if "dampening" in case.options)
+ADAMW, MOMENTUM = KINDS["two states"], KINDS["no step"]
+WITH_STATES = [KINDS[kind] for kind in ("no step", "two states", "three states")]
 
 # The precision options by themselves: how weights are stored, and how states are.
 WEIGHTS = {

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from kinds import each
 from on_gpu import DEVICE, captured, needs_cuda
 from support import SHAPES, parameters, parameters_of
 
@@ -58,8 +59,7 @@ def assert_equal(actual, expected):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@by_clearing
-@by_dtype
+@each(dtype=FLOATS, set_to_none=[True, False])
 def test_every_backend_adds_up_in_fp32_to_the_bit(every_backend, dtype, set_to_none):
     params = parameters([(3, 5), (1000,), (), (0, 3), (17,)], dtype)
     accumulator = GradientAccumulator(params, set_to_none=set_to_none, backend=every_backend)
@@ -105,9 +105,7 @@ def test_the_mean_is_weighted(every_backend):
     assert_equal([p.grad for p in params], total(rounds))
 
 
-@pytest.mark.parametrize("other_layout", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@by_clearing
+@each(other_layout=[False, True], dtype=[torch.float32, torch.bfloat16], set_to_none=[True, False])
 def test_every_layout(backend, dtype, other_layout, set_to_none):
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(v) for v in layouts(dtype, "cpu", generator).values()]
@@ -327,9 +325,7 @@ def test_gradients_are_16_bit_again_after_a_round(backend, set_to_none):
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.eq(3).all() for p in params)
 
 
-@by_clearing
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("source", [list, fusedstep.SGD, torch.optim.SGD], ids=lambda source: source.__name__)
+@each(source=[list, fusedstep.SGD, torch.optim.SGD], dtype=[torch.float16, torch.bfloat16], set_to_none=[True, False])
 @pytest.mark.parametrize("end", ["reset", "load", "during"])
 def test_a_parameter_that_is_converted_after_a_round_gets_gradients_of_its_new_dtype(dtype, set_to_none, source, end):
     (param,) = params = parameters([(2,)], dtype=dtype)
@@ -422,9 +418,7 @@ def test_copies_go_on_by_themselves(backend, copied):
 # Whole steps.
 
 
-@by_clearing
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD], ids=lambda c: c.__name__)
+@each(dtype=[torch.bfloat16, torch.float16], make=[torch.optim.AdamW, torch.optim.SGD], set_to_none=[True, False])
 def test_an_optimizer_of_torch_takes_a_16_bit_sum_rounded_once(make, dtype, set_to_none, backend):
     params = parameters(dtype=dtype)
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
@@ -555,8 +549,7 @@ def saved(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("at", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each(at=[0, 1, 2], dtype=[torch.float32, torch.bfloat16])
 def test_a_checkpoint_in_mid_accumulation_goes_on_to_the_same_bits(backend, at, dtype):
     params, others = parameters(dtype=dtype), parameters(dtype=dtype)
     accumulator = GradientAccumulator(params, mean=True, backend=backend)

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from support import ADAMW, FEW_CASES, ours, parameters_of
+from kinds import each
+from support import ADAMW, MOMENTUM, ours, parameters_of
 
 import fusedstep
 from fusedstep.cases import CASES, REDUCING
 from fusedstep.verification import same_bits
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled", "ignore:fusedstep updates"),
 ]
 
@@ -109,16 +109,15 @@ def assert_every_form_steps_alike(case, backend, left, dtype=torch.float32):
 
 @by_what_is_left
 def test_every_form_of_a_gradient(engine, left):
-    assert_every_form_steps_alike(FEW_CASES[1], engine, left)
+    assert_every_form_steps_alike(MOMENTUM, engine, left)
 
 
 @by_what_is_left
 def test_every_form_of_a_narrow_gradient(backend, left):
-    assert_every_form_steps_alike(FEW_CASES[1], backend, left, torch.bfloat16)
+    assert_every_form_steps_alike(MOMENTUM, backend, left, torch.bfloat16)
 
 
-@by_what_is_left
-@by_class
+@each(case=LAST, left=LEFT)
 def test_every_form_of_a_gradient_in_every_class(backend, case, left):
     assert_every_form_steps_alike(without_own_clipping(case), backend, left)
 
@@ -419,8 +418,7 @@ BESIDES = {
 }
 
 
-@pytest.mark.parametrize("change", BESIDES.values(), ids=BESIDES)
-@by_class
+@each(case=LAST, change=BESIDES)
 def test_a_parameter_without_a_gradient_takes_no_part(backend, case, change):
     check_besides(case, backend, change)
 

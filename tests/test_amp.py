@@ -6,12 +6,15 @@ import pytest
 import torch
 from support import (
     ADAMW,
+    ELEMENTWISE,
     MOMENTUM,
     assert_same,
     assert_untouched,
-    by_case,
     by_kind,
+    by_kind_in_engines,
+    by_kind_of_state,
     copies,
+    each,
     give_grads,
     ours,
     pair,
@@ -39,8 +42,7 @@ def backward(scaler, *optimizers, bad=()):
                 param.grad.reshape(-1)[0] = float("inf") if index % 2 else float("nan")
 
 
-@by_case
-@pytest.mark.parametrize("scale", [1.0, 1024.0, 3.7, 1e-3])
+@each(case=ELEMENTWISE, scale=[1.0, 1024.0, 3.7, 1e-3])
 def test_scaled_training_is_torchs_and_leaves_unscaled_gradients(case, backend, scale):
     mine, expected = pair(case, backend)
     scale = scaler(scale, growth_interval=2, growth_factor=1.5)
@@ -60,8 +62,7 @@ def test_scaled_training_is_torchs_and_leaves_unscaled_gradients(case, backend, 
     assert not hasattr(mine, "found_inf")
 
 
-@by_case
-@pytest.mark.parametrize("when", [(0,), (0, 1, 4), (2,), (1, 3, 5)], ids=str)
+@each(case=ELEMENTWISE, when=[(0,), (0, 1, 4), (2,), (1, 3, 5)])
 def test_a_skipped_step_changes_nothing(case, backend, when):
     """Judged by torch.optim, whose step the scaler does not even call then."""
     mine, expected = pair(case, backend)
@@ -83,7 +84,7 @@ def test_a_skipped_step_changes_nothing(case, backend, when):
     assert scale.get_scale() == 1024.0 * 0.5 ** len(when)
 
 
-@by_case
+@by_kind_of_state
 def test_only_skipped_steps_leave_no_trace_in_the_state_dict(case, backend):
     mine, expected = pair(case, backend)
     fresh = copy.deepcopy(mine.state_dict()["state"])  # only some have states from the start
@@ -99,7 +100,7 @@ def test_only_skipped_steps_leave_no_trace_in_the_state_dict(case, backend):
     assert_same(other, expected)
 
 
-@by_case
+@by_kind_in_engines
 def test_unscale_and_clip(case, backend):
     mine, expected = pair(case, backend)
     scale = scaler(3.0)
@@ -217,8 +218,7 @@ def test_a_disabled_scaler(backend):
     assert_same(mine, expected)
 
 
-@by_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@each(case=ELEMENTWISE, dtype=[torch.float32, torch.float16, torch.bfloat16])
 def test_both_backends_unscale_to_the_same_bits(case, dtype):
     params = parameters(dtype=dtype)
     optimizers = ours(case, params, "cpu"), ours(case, copies(params), "reference")

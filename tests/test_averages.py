@@ -7,12 +7,15 @@ import pytest
 import torch
 from support import (
     ADAMW,
-    CHECKPOINT_CASES,
+    ELEMENTWISE,
     MOMENTUM,
+    WITH_STATES,
     assert_same,
     assert_untouched,
-    by_case,
+    by_kind_in_engines,
+    by_kind_of_state,
     copies,
+    each,
     give_grads,
     normal,
     ours,
@@ -45,8 +48,7 @@ def averages(optimizer):
     return [optimizer.state[param]["ema"] for param in parameters_of(optimizer)]
 
 
-@by_case
-@pytest.mark.parametrize("decay", [0.0, 0.9, 0.999])
+@each(case=ELEMENTWISE, decay=[0.0, 0.9, 0.999])
 def test_averages_are_torchs(case, backend, decay):
     mine = ours(case, parameters(), backend, ema_decay=decay)
     expected = averaged(parameters_of(mine), decay)
@@ -57,7 +59,7 @@ def test_averages_are_torchs(case, backend, decay):
         torch.testing.assert_close(average, theirs.detach(), rtol=1e-13, atol=1e-14)
 
 
-@by_case
+@by_kind_in_engines
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_dtype_and_size_has_the_references_bits_and_the_same_step(case, dtype):
     shapes = [(), (1,), (15,), (33,), (3, 5), (70, 61), (9001,), (0,)]
@@ -174,7 +176,7 @@ def test_a_skipped_step_with_a_sparse_gradient_leaves_every_byte(momentum, dtype
     assert torch.equal(param.grad._values().nan_to_num(), values.nan_to_num())
 
 
-@by_case
+@by_kind_of_state
 def test_a_skipped_step_leaves_the_averages(case, backend):
     mine = ours(case, parameters(), backend, ema_decay=0.8, weights_copy=torch.bfloat16, skip_nonfinite=True)
     step(mine)
@@ -288,7 +290,7 @@ def test_without_averages_there_is_nothing_to_exchange(backend):
         pass
 
 
-@pytest.mark.parametrize("case", CHECKPOINT_CASES, ids=str)
+@pytest.mark.parametrize("case", WITH_STATES, ids=str)
 def test_averages_are_checkpointed(case, backend):
     mine = ours(case, parameters(), backend, ema_decay=0.9)
     for _ in range(2):
@@ -304,7 +306,7 @@ def test_averages_are_checkpointed(case, backend):
     assert_same(mine, third, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", CHECKPOINT_CASES, ids=str)
+@pytest.mark.parametrize("case", WITH_STATES, ids=str)
 def test_checkpoints_with_and_without_averages_load_into_each_other(case, backend):
     plain = ours(case, parameters(), backend)
     mine = ours(case, copies(parameters_of(plain)), backend, ema_decay=0.9)

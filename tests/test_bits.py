@@ -6,6 +6,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from kinds import CHOOSING, choosing_grads
+from support import WITH_STATES, by_case, by_kind_in_engines, examples, parametrize_cases
 
 import fusedstep
 from fusedstep import _C
@@ -15,16 +17,6 @@ from fusedstep.verification import same_bits
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Every length below twice the widest pack, around powers of two, and enough for several threads.
 SIZES = [*range(34), 255, 256, 257, 1023, 1024, 1025, 70_001]
-
-by_case = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request):
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
 
 
 def tensors_of(optimizer):
@@ -57,17 +49,49 @@ def step(optimizers, grads):
 
 
 @by_case
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_every_size_has_the_references_bits(case, dtype, isa):
-    generator = torch.Generator().manual_seed(5)
-    values = [torch.randn(n, generator=generator) for n in SIZES]
-    optimizers = pair(case, values, dtype)
-    for _ in range(4):
-        step(optimizers, [torch.randn(n, generator=generator).to(dtype) for n in SIZES])
+def test_every_size_dtype_and_layout_has_the_references_bits_by_any_instruction_set(case):
+    """All in one group, at different steps, with gradients of other layouts: the reference once, and each engine."""
+
+    def values():
+        generator = torch.Generator().manual_seed(5)
+        sizes = [torch.randn(n, generator=generator).to(dtype) for dtype in FLOATS for n in SIZES]
+        return sizes + [v for dtype in FLOATS for v in layouts(dtype, "cpu", generator).values()]
+
+    optimizers = {}
+    for name in ("reference", *_C.cpu_isas()):
+        params = [torch.nn.Parameter(value.detach()) for value in values()]
+        backend = "reference" if name == "reference" else "cpu"
+        optimizers[name] = getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options)
+    generator = torch.Generator().manual_seed(6)
+    before = _C.cpu_isa()
+    try:
+        for number in range(3):
+            params = optimizers["reference"].param_groups[0]["params"]
+            grads = [gradient(p, p.dtype, generator, (i + number) % 3 == 0) for i, p in enumerate(params)]
+            grads = [None if (i + number) % 7 == 0 else grad for i, grad in enumerate(grads)]
+            for name, optimizer in optimizers.items():
+                if name != "reference":
+                    _C.set_cpu_isa(name)
+                for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+                    param.grad = None if grad is None else grad.clone(memory_format=torch.preserve_format)
+                optimizer.step()
+    finally:
+        _C.set_cpu_isa(before)
+    for name, optimizer in optimizers.items():
+        assert_same(optimizer, optimizers["reference"])
+        assert optimizer.kernel_calls == (name != "reference")
+
+
+@pytest.mark.parametrize("case", CHOOSING, ids=str)
+def test_elements_for_which_a_rule_chooses_another_number_have_the_references_bits(case):
+    generator = torch.Generator().manual_seed(12)
+    optimizers = pair(case, [torch.randn(5000, generator=generator)], torch.float32)
+    for _ in range(12):
+        step(optimizers, choosing_grads([5000], generator))
     assert_same(*optimizers)
 
 
-@by_case
+@by_kind_in_engines
 def test_many_steps_have_the_references_bits(case):
     generator = torch.Generator().manual_seed(6)
     optimizers = pair(case, [torch.randn(97, generator=generator)], torch.float32)
@@ -76,28 +100,14 @@ def test_many_steps_have_the_references_bits(case):
     assert_same(*optimizers)
 
 
-@by_case
-@pytest.mark.parametrize("other_layout", [False, True], ids=["same", "other"])
-def test_every_layout_has_the_references_bits(case, other_layout):
-    generator = torch.Generator().manual_seed(7)
-    optimizers = []
-    for backend in ("cpu", "reference"):
-        values = layouts(torch.float32, "cpu", torch.Generator().manual_seed(8))
-        params = [torch.nn.Parameter(v.detach()) for v in values.values()]
-        optimizers.append(getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options))
-    for _ in range(3):
-        params = optimizers[0].param_groups[0]["params"]
-        grads = [gradient(p, torch.float32, generator, other_layout) for p in params]
-        for optimizer in optimizers:
-            for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
-                param.grad = grad.detach()
-            optimizer.step()
-    assert_same(*optimizers)
+@parametrize_cases(WITH_STATES, [c for c in CASES if c.optimizer == "AdamW" or "momentum" in c.options])
+@pytest.mark.parametrize("param", FLOATS, ids=str)
+def test_every_mixture_of_dtypes_has_the_references_bits(case, param):
+    for grad, state in itertools.product(FLOATS, repeat=2):
+        check_mixture(case, param, grad, state)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.optimizer == "AdamW" or "momentum" in c.options], ids=str)
-@pytest.mark.parametrize(("param", "grad", "state"), list(itertools.product(FLOATS, repeat=3)), ids=str)
-def test_every_mixture_of_dtypes_has_the_references_bits(case, param, grad, state):
+def check_mixture(case, param, grad, state):
     generator = torch.Generator().manual_seed(9)
     sizes = [1, 15, 16, 33, 700]
     optimizers = pair(case, [torch.randn(n, generator=generator) for n in sizes], param)
@@ -120,31 +130,7 @@ def test_every_mixture_of_dtypes_has_the_references_bits(case, param, grad, stat
         )
 
 
-@by_case
-def test_a_group_of_mixed_dtypes_is_one_call(case):
-    generator = torch.Generator().manual_seed(10)
-    optimizers = []
-    values = [torch.randn(50 + i, generator=generator).to(dtype) for i, dtype in enumerate(FLOATS * 2)]
-    for backend in ("cpu", "reference"):
-        params = [torch.nn.Parameter(v.clone()) for v in values]
-        optimizers.append(getattr(fusedstep, case.optimizer)(params, backend=backend, **case.options))
-    for _ in range(3):
-        step(optimizers, [torch.randn(v.shape, generator=generator).to(v.dtype) for v in values])
-    assert_same(*optimizers)
-    assert optimizers[0].kernel_calls == 1
-
-
-@by_case
-def test_tensors_at_different_steps_have_the_references_bits(case):
-    generator = torch.Generator().manual_seed(11)
-    values = [torch.randn(40, generator=generator) for _ in range(4)]
-    optimizers = pair(case, values, torch.float32)
-    for number in range(6):
-        step(optimizers, [torch.randn(40, generator=generator) if number >= i else None for i in range(4)])
-    assert_same(*optimizers)
-
-
-@by_case
+@by_kind_in_engines
 def test_threads_do_not_change_the_bits(case):
     before = torch.get_num_threads()
     results = []
@@ -181,7 +167,7 @@ def test_extreme_numbers_have_the_references_bits(case):
     case=st.sampled_from(CASES),
     dtype=st.sampled_from(FLOATS),
 )
-@hypothesis.settings(max_examples=150, deadline=None)
+@examples(150)
 def test_any_numbers_have_the_references_bits(numbers, case, dtype):
     param, grad = torch.tensor(numbers, dtype=torch.float32).unbind(1)
     optimizers = pair(case, [param], dtype)

@@ -7,16 +7,19 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import (
     ADAMW,
-    CHECKPOINT_CASES,
+    ELEMENTWISE,
     MOMENTUM,
+    WITH_STATES,
     assert_same,
     assert_untouched,
-    by_case,
+    by_kind_of_state,
     copies,
+    each,
+    examples,
     give_grads,
     normal,
     ours,
@@ -40,9 +43,8 @@ def norm_of(optimizer, norm_type=2.0):
     return torch.nn.utils.get_total_norm(grads, norm_type)
 
 
-@by_case
-@pytest.mark.parametrize("norm_type", [2.0, math.inf, "inf", 2])
-@pytest.mark.parametrize("limit", [0.1, 5.0, 1e6, 0])
+@by_kind_of_state
+@each(limit=[0.1, 5.0, 1e6, 0], norm_type=[2.0, math.inf, "inf", 2])
 def test_a_clipped_step_is_torchs_clipping_and_step(case, backend, norm_type, limit):
     mine = ours(case, parameters(), backend, max_grad_norm=limit, norm_type=norm_type)
     expected = theirs(case, copies(parameters_of(mine)))
@@ -58,8 +60,10 @@ def test_a_clipped_step_is_torchs_clipping_and_step(case, backend, norm_type, li
     assert_same(mine, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("count", [1, 7, 1023, 1024, 1025, 65537, 200_001])
+@each(
+    count=[1, 7, 1023, 1024, 1025, 65537, 200_001],
+    dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+)
 def test_the_norm_of_every_dtype_and_size(dtype, count, backend):
     params = parameters(((count,), (3, 1), (0,)), dtype)
     mine = ours(ADAMW, params, backend, max_grad_norm=1.0)
@@ -281,8 +285,7 @@ def test_there_is_no_norm_until_a_step_needs_one(backend):
     assert mine.grad_norm == 0
 
 
-@by_case
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@each(case=ELEMENTWISE, bad=[math.inf, -math.inf, math.nan])
 def test_a_non_finite_norm_raises_before_anything_is_written(case, backend, bad):
     mine = ours(case, parameters(), backend, max_grad_norm=1.0, error_if_nonfinite=True)
     for number in range(3):
@@ -297,7 +300,7 @@ def test_a_non_finite_norm_raises_before_anything_is_written(case, backend, bad)
             mine.step()
 
 
-@by_case
+@by_kind_of_state
 @pytest.mark.parametrize("option", ["error_if_nonfinite", "skip_nonfinite"])
 def test_a_non_finite_norm_creates_no_state(case, option, backend):
     """Neither in the first step nor in the first one of a parameter."""
@@ -315,9 +318,8 @@ def test_a_non_finite_norm_creates_no_state(case, option, backend):
         step(mine, skip=skip)
 
 
-@by_case
-@pytest.mark.parametrize("bad", [math.inf, math.nan])
-@pytest.mark.parametrize("when", [0, 1])
+@by_kind_of_state
+@each(bad=[math.inf, math.nan], when=[0, 1])
 def test_a_step_with_a_non_finite_norm_can_be_skipped(case, backend, bad, when):
     mine = ours(case, parameters(), backend, skip_nonfinite=True)
     expected = theirs(case, copies(parameters_of(mine)))
@@ -470,7 +472,7 @@ def test_a_skipped_step_zeroes_gradients_too(backend):
 
 
 def test_the_options_survive_copies_and_stay_out_of_the_state_dict(backend):
-    for case in CHECKPOINT_CASES:
+    for case in WITH_STATES:
         mine = ours(case, parameters(), backend, max_grad_norm=0.1, zero_grads=True)
         plain = ours(case, copies(parameters_of(mine)), backend)
         assert mine.state_dict()["param_groups"] == plain.state_dict()["param_groups"]
@@ -558,7 +560,7 @@ def test_gradients_that_clipping_makes_finite_are_seen_before(option, also, back
     assert_same(mine, plain, rtol=0, atol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=6),
     dtypes=st.lists(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]), min_size=6),
@@ -589,9 +591,7 @@ def test_any_gradients_are_clipped_as_torch_clips_them(shapes, dtypes, limit, in
         assert (error <= 2 * max(unit, 1e-6) * (grad * factor).abs() + smallest).all()
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3, math.inf, "inf"])
-@pytest.mark.parametrize("limit", [0.5, 1e9])
-@pytest.mark.parametrize("foreach", [None, True, False])
+@each(norm_type=[1.0, 2.0, 3, math.inf, "inf"], limit=[0.5, 1e9], foreach=[None, True, False])
 def test_clip_grad_norm_is_torchs(norm_type, limit, foreach):
     params = parameters(dtype=torch.float32)
     params[1].grad = None

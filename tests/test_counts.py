@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from support import ADAMW, MOMENTUM, copies, ours, parameters, parameters_of, precision_modes, step
+from support import ADAMW, MOMENTUM, copies, each, ours, parameters, parameters_of, precision_modes, step
 
 import fusedstep
 from fusedstep.cases import CASES, REDUCING
 from fusedstep.schedules import CosineScheduler
 
 ROWS = [*{case.optimizer: case for case in (*CASES, *REDUCING)}.values(), CASES[0], MOMENTUM]
-by_row = pytest.mark.parametrize("case", ROWS, ids=str)
 COSINE = CosineScheduler(max_update=100, base_lr=0.1)
 
 
@@ -43,8 +42,7 @@ def wake(optimizer):
     parameters_of(optimizer)[0].grad = None
 
 
-@by_row
-@pytest.mark.parametrize("rebuild", [move, join, edit, change_dtype, wake, copy.deepcopy], ids=lambda f: f.__name__)
+@each(case=ROWS, rebuild=[move, join, edit, change_dtype, wake, copy.deepcopy])
 def test_a_count_outlives_what_rebuilds_plans(case, rebuild, backend):
     optimizer = ours(case, [(f"p{i}", p) for i, p in enumerate(parameters())], backend)
     for _ in range(3):
@@ -105,8 +103,7 @@ def test_stochastic_rounding_draws_anew(backend):
     assert (saved.dtype, saved.item()) == (torch.float32, MANY + 40)
 
 
-@backends
-@pytest.mark.parametrize("case", ROWS, ids=str)
+@each(case=ROWS, backend=["cpu", "reference", "triton"])
 def test_counts_go_on(case, backend):
     optimizer = ours(case, parameters([(3, 4), (5,)], torch.float32), backend)
     step(optimizer)

@@ -10,11 +10,13 @@ import math
 import pytest
 import torch
 from host_plan import FLOATS, MAX_HYPER, MAX_STATES, TAG, Precision, Record, Scalar, step_library
+from kinds import ALL, CHOOSING, choosing_grads
+from support import WITH_STATES, by_case, by_kind_in_engines, each, parametrize_cases
 
 import fusedstep
 from fusedstep import _C, schedules
 from fusedstep.backends import BACKENDS
-from fusedstep.cases import CASES, Case
+from fusedstep.cases import CASES
 from fusedstep.counts import count_of
 from fusedstep.precision import COMPANIONS, scale_name
 from fusedstep.schedules import on_device
@@ -160,24 +162,14 @@ def random_grads(sizes, generator, dtype=torch.float32):
     return [torch.randn(n, generator=generator).to(dtype) for n in sizes]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("offset", "general"), [(0, False), (1, False), (3, False), (1, True)])
-def test_every_size_and_offset_has_the_references_bits(library, case, offset, general):
-    generator = torch.Generator().manual_seed(2)
-    pair = Pair(case, SIZES, offset=offset)
-    for _ in range(3):
-        assert pair.step(library, random_grads(SIZES, generator), offset, general=general) == 1
-    pair.assert_same()
-
-
-# Elements of one tensor take different sides: eps or the average of the squares, a limit or the gradient, zero or a
-# variance that rounding has made negative.
-CHOOSING = (
-    Case("Amos", {"lr": 0.02, "eps": 1e-4}),
-    Case("Amos", {"lr": 0.02, "momentum": 0.7, "clip_value": 0.01, "eps": 1e-6}),
-    Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "centered": True}),
-    Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "centered": True, "momentum": 0.8, "eps": 1e-3}),
-)
+@by_case
+def test_every_size_and_offset_has_the_references_bits(library, case):
+    for offset, general in [(0, False), (1, False), (3, False), (1, True)]:
+        generator = torch.Generator().manual_seed(2)
+        pair = Pair(case, SIZES, offset=offset)
+        for _ in range(2):
+            assert pair.step(library, random_grads(SIZES, generator), offset, general=general) == 1
+        pair.assert_same()
 
 
 @pytest.mark.parametrize("case", CHOOSING, ids=str)
@@ -188,11 +180,7 @@ def test_elements_for_which_a_rule_chooses_another_number_have_the_references_bi
     sizes = [1024, 5000]
     pair = Pair(case, sizes, dtype)
     for _ in range(12):
-        grads = random_grads(sizes, generator)
-        for grad in grads:
-            grad.mul_(10.0 ** torch.empty_like(grad).uniform_(-8, 1, generator=generator))
-            grad[::4] = 0.3
-        pair.step(library, [grad.to(dtype) for grad in grads], general=general)
+        pair.step(library, [grad.to(dtype) for grad in choosing_grads(sizes, generator)], general=general)
     pair.assert_same()
 
 
@@ -209,9 +197,14 @@ def test_steps_are_counted_beyond_what_fp32_holds(library, case):
     assert [count_of(counter) for counter in counters] == [2**24 + 3] * 4
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.options.get("amsgrad") or "dampening" in c.options], ids=str)
-@pytest.mark.parametrize(("param", "grad", "state"), list(itertools.product(FLOATS, repeat=3)), ids=str)
-def test_every_mixture_of_dtypes_has_the_references_bits(library, case, param, grad, state):
+@parametrize_cases(WITH_STATES, [c for c in CASES if c.options.get("amsgrad") or "dampening" in c.options])
+@pytest.mark.parametrize("param", FLOATS, ids=str)
+def test_every_mixture_of_dtypes_has_the_references_bits(library, case, param):
+    for grad, state in itertools.product(FLOATS, repeat=2):
+        check_mixture(library, case, param, grad, state)
+
+
+def check_mixture(library, case, param, grad, state):
     generator = torch.Generator().manual_seed(3)
     sizes = [1, 15, 16, 33, 1500]
     pair = Pair(case, sizes, param, state)
@@ -220,8 +213,8 @@ def test_every_mixture_of_dtypes_has_the_references_bits(library, case, param, g
     pair.assert_same()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("tensor_hyper", [False, True])
+@by_case
+@pytest.mark.parametrize("tensor_hyper", [False, True] if ALL else [True])
 def test_scaled_gradients_missing_ones_and_skips_have_the_references_bits(library, case, tensor_hyper):
     generator = torch.Generator().manual_seed(4)
     sizes = [5, 0, 1200, 40, 3000]
@@ -234,7 +227,7 @@ def test_scaled_gradients_missing_ones_and_skips_have_the_references_bits(librar
     pair.assert_same()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@by_kind_in_engines
 @pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 0)], ids=str)
 @pytest.mark.parametrize("kept", ["as they are", "zero", "write"])
 def test_clipped_gradients_and_what_is_left_of_them_have_the_references_bits(library, case, dtype, offset, kept):
@@ -267,7 +260,7 @@ def test_clipped_gradients_and_what_is_left_of_them_have_the_references_bits(lib
     pair.assert_same()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@by_kind_in_engines
 @pytest.mark.parametrize(
     ("dtype", "copy_dtype", "offset"),
     [
@@ -366,9 +359,7 @@ def test_the_norm_of_many_tensors_takes_few_launches(library, n):
     assert seen[:4] == (12.0 * n, 2.0, math.sqrt(12.0 * n), 1.0)
 
 
-@pytest.mark.parametrize("place", [0, 1, 2000])
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each(dtype=FLOATS, place=[0, 1, 2000], bad=[math.inf, -math.inf, math.nan])
 def test_any_gradient_that_is_not_finite_skips_the_step(library, dtype, bad, place):
     grads = [torch.ones(7, dtype=dtype), torch.ones(2001, dtype=dtype)]
     grads[place > 0][place] = bad
@@ -401,8 +392,7 @@ def test_many_tensors_take_few_launches(library, n):
     pair.assert_same()
 
 
-@pytest.mark.parametrize("in_reverse", [False, True])
-@pytest.mark.parametrize("threads", [32, 96, 128])
+@each(in_reverse=[False, True], threads=[32, 96, 128])
 @pytest.mark.parametrize("general", [False, True])
 def test_any_order_and_number_of_threads_has_the_references_bits(library, general, threads, in_reverse):
     library.set_reverse(in_reverse)
@@ -456,8 +446,7 @@ def test_schedules_have_the_bits_of_the_python_functions(library, n, blocks, thr
         assert part.values.tolist() == [[count] * n, [schedule(count) for schedule in made]]
 
 
-@pytest.mark.parametrize("offset", [0, 3])
-@pytest.mark.parametrize("zero", [False, True])
+@each(offset=[0, 3], zero=[False, True])
 @pytest.mark.parametrize(
     ("dtype", "grad"),
     [*((torch.float32, g) for g in FLOATS), (torch.float64, torch.float64), (torch.float64, torch.bfloat16)],

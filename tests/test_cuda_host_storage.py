@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from kinds import cases_of, each
 from support import ADAMW, STATES, precision_modes
 from test_cuda_host import inside, library, random_grads, run_on_host  # noqa: F401
 
@@ -17,9 +18,6 @@ MODES.pop("plain-own")
 SIZES = [0, 1, 7, 8, 9, 255, 256, 257, 1024, 4095, 4096, 4097, 5000]
 CODES = (torch.int8, torch.uint8, torch.int16)
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Pair:
@@ -90,7 +88,7 @@ def ways(pair, grads):
 @pytest.mark.parametrize(("offset", "general"), [(0, False), (3, False), (0, True)])
 def test_every_form_has_the_references_bits(library, mode, offset, general):  # noqa: F811
     dtypes = (torch.bfloat16,) if mode.get("master_weights") == "split" else (torch.bfloat16, torch.float16)
-    for case, dtype in itertools.product(CASES, dtypes):
+    for case, dtype in itertools.product(cases_of(mode, MODES), dtypes):
         generator = torch.Generator().manual_seed(2)
         pair = Pair(case, SIZES, dtype, mode, offset)
         for grad in (dtype, torch.float32):
@@ -109,9 +107,7 @@ def test_fp32_weights_with_narrow_states_have_the_references_bits(library, state
         pair.assert_same()
 
 
-@pytest.mark.parametrize("in_reverse", [False, True])
-@pytest.mark.parametrize("threads", [32, 96, 128])
-@pytest.mark.parametrize("mode", ["split-8bit", "stochastic-8bit", "kahan-own"])
+@each(in_reverse=[False, True], threads=[32, 96, 128], mode=["split-8bit", "stochastic-8bit", "kahan-own"])
 @pytest.mark.parametrize("case", [ADAMW, next(c for c in CASES if c.options.get("amsgrad"))], ids=str)
 def test_any_order_and_number_of_threads_has_the_references_bits(library, case, mode, threads, in_reverse):  # noqa: F811
     library.set_reverse(in_reverse)
@@ -137,10 +133,12 @@ def test_numbers_that_are_not_finite_have_the_references_bits(library, mode):  #
     pair.assert_same()
 
 
-def test_zeros_that_were_written_beside_remainders_have_the_references_bits(library):  # noqa: F811
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_zeros_that_were_written_beside_remainders_have_the_references_bits(library, dtype):  # noqa: F811
+    """With gradients for which there is no kernel of whole vectors, and with those for which there is one."""
     pair = Pair(CASES[0], [5000], torch.bfloat16, MODES["split-own"])
     for optimizer in (pair.kernel, pair.reference):
         optimizer.param_groups[0]["params"][0].data.mul_(torch.arange(5000) % 2)
-    pair.step(library, random_grads([5000], torch.Generator().manual_seed(8)))
+    pair.step(library, random_grads([5000], torch.Generator().manual_seed(8), dtype))
     pair.assert_same()
     assert pair.kernel.param_groups[0]["params"][0].isfinite().all()

@@ -13,9 +13,6 @@ SIZE = train_gpt.Size(layers=1, width=16, heads=2, context=16, batch=4, steps=ST
 SMALL = [word for name, value in vars(SIZE).items() for word in (f"--{name}", str(value))]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def run(folder, *words):
     """The command with a tiny model, on the CPU."""
     return train_gpt.main(["--device", "cpu", "--output", str(folder), *SMALL, *words])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import ADAMW, CHECKPOINT_CASES, EXACT, by_kind, copies, ours, parameters, parameters_of, step, theirs
+from support import ADAMW, EXACT, WITH_STATES, by_kind, copies, ours, parameters, parameters_of, step, theirs
 
 import fusedstep
 
@@ -124,7 +124,7 @@ def test_a_scaler_that_joins_after_the_first_step(backend, mesh):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("case", CHECKPOINT_CASES, ids=str)
+@pytest.mark.parametrize("case", WITH_STATES, ids=str)
 @pytest.mark.parametrize("flatten", [False, True])
 def test_distributed_checkpoint_state_dicts(case, backend, flatten):
     """They name states by parameter; setting them makes a step with lr 0 to create missing states."""

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support import WEIGHTS, parameters_of
+from support import KINDS, WEIGHTS, each, parameters_of
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -28,7 +28,6 @@ WARMUP = CosineScheduler(max_update=20, base_lr=0.1, final_lr=0.01, warmup_steps
 HIDING = [case for case in CASES if case.optimizer in ("SGD", "Lion")]
 ROWS = list(dict.fromkeys(map(str, [*HIDING, *{case.optimizer: case for case in (*CASES, *REDUCING)}.values()])))
 ALL = {str(case): case for case in (*CASES, *REDUCING)}
-by_row = pytest.mark.parametrize("case", [ALL[row] for row in ROWS], ids=str)
 OWN = {
     "plain": {},
     "schedule": {"lr": WARMUP},
@@ -37,7 +36,6 @@ OWN = {
     "all": {**WEIGHTS["stochastic"], "state_dtype": "8bit", "ema_decay": 0.75, "lr": WARMUP},
 }
 FORMS = {"nested": StateDictOptions(), "flat": StateDictOptions(flatten_optimizer_state_dict=True)}
-by_options = pytest.mark.parametrize("own", OWN)
 by_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -114,8 +112,7 @@ def assert_same_bits(a, b, what=""):
 # Asking.
 
 
-@by_row
-@by_options
+@each(case=[ALL[row] for row in ROWS], own=OWN.keys())
 def test_to_ask_changes_nothing(case, own, backend):
     """Before the first step, between steps, and with a schedule: an optimizer that is never asked goes the same way."""
     models = [Model() for _ in range(2)]
@@ -268,17 +265,13 @@ def check_it_goes_on(case, own, form, way, backend, directory, steps):
     assert seen(old)["rates"] == seen(new)["rates"] or own == "plain"
 
 
-@by_row
-@by_options
-@by_form
+@each(case=KINDS, own=OWN.keys(), form=FORMS.keys())
 def test_training_goes_on_with_the_same_bits(case, own, form, backend, tmp_path):
     for steps in (0, 2):
         check_it_goes_on(case, own, form, through_memory, backend, tmp_path, steps)
 
 
-@pytest.mark.parametrize("case", [ALL[row] for row in ROWS[2:]], ids=str)
-@by_form
-@pytest.mark.parametrize("way", [through_a_file, through_dcp])
+@each(case=[ALL[row] for row in ROWS[2:]], form=FORMS.keys(), way=[through_a_file, through_dcp])
 def test_training_goes_on_through_files(case, form, way, tmp_path):
     check_it_goes_on(case, "all", form, way, "cpu", tmp_path, 2)
 

@@ -4,7 +4,8 @@ import os
 
 import pytest
 import torch
-from support import by_case, by_kind, ours
+from kinds import IN_ENGINES, each
+from support import by_kind, by_kind_in_engines, ours
 
 from fusedstep import _C
 from fusedstep.verification import same_bits
@@ -85,14 +86,12 @@ def fenced_training(case, dtype, offset, grad_dtype, state_dtype):
         assert param.data_ptr() == params.tensors[index].data_ptr()
 
 
-@by_kind
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offset", [0, 1, 3])
+@each(case=IN_ENGINES, dtype=DTYPES, offset=[0, 1, 3])
 def test_nothing_outside_is_written(case, dtype, offset):
     fenced_training(case, dtype, offset, dtype, dtype)
 
 
-@by_case
+@by_kind_in_engines
 def test_nothing_outside_is_written_by_any_instruction_set(case, isa):
     fenced_training(case, torch.float32, 3, torch.float32, torch.float32)
 

@@ -15,9 +15,6 @@ import fusedstep
 COUNTS = {"train": 40, "test": 10}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def idx(array):
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from host_plan import ElementwiseHostBackend, HostPlan, step_library
+from kinds import each
 from support import ADAMW, MOMENTUM, STATES, WEIGHTS, parameters_of, precision_modes
 
 import fusedstep
@@ -26,10 +27,6 @@ CHAINS = {
 FEW_CASES = [MOMENTUM, ADAMW, next(c for c in CASES if c.optimizer == "Amos" and "momentum" in c.options)]
 
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-by_chain = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -85,8 +82,7 @@ def assert_same(mine, reference):
             assert same_bits(mine.copies[a], reference.copies[b]), f"copy of {index}"
 
 
-@by_mode
-@by_chain
+@each(mode=MODES, chain=CHAINS)
 def test_forms_and_what_is_done_around_a_step_have_the_references_bits(tested, mode, chain):
     """bf16, fp16 and fp32 weights of every layout in one group, with gradients of any dtype."""
     halves = (torch.bfloat16,) if mode.get("master_weights") == "split" else (torch.bfloat16, torch.float16)

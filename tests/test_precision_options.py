@@ -9,6 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from kinds import by_case, each, examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedstep
@@ -21,9 +22,6 @@ RULES = [CASES[2], CASES[3], ADAMW, next(c for c in CASES if c.optimizer == "Lio
 by_rule = pytest.mark.parametrize("case", RULES, ids=str)
 by_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(case, values, backend="cpu", **options):
@@ -68,8 +66,7 @@ def test_philox_gives_the_published_numbers(counter, key, expected):
 
 
 @by_backend
-@HALVES
-@pytest.mark.parametrize("value", [1.0003, -3.3, 1e-3, 3.1e-5, 3.3e-8], ids=str)
+@each(value=[1.0003, -3.3, 1e-3, 3.1e-5, 3.3e-8], dtype=[torch.bfloat16, torch.float16])
 def test_stochastic_rounding_is_unbiased(backend, dtype, value):
     n = 200_000
     param = torch.nn.Parameter(torch.zeros(n, dtype=dtype))
@@ -122,13 +119,11 @@ def test_stochastic_rounding_trains_where_rounding_to_nearest_stands_still():
 # Weights of more than 16 bits.
 
 
-@by_rule
+@each(case=RULES, weights=[(True, torch.bfloat16), (True, torch.float16), ("split", torch.bfloat16)])
 @by_backend
-@pytest.mark.parametrize(
-    ("mode", "dtype"), [(True, torch.bfloat16), (True, torch.float16), ("split", torch.bfloat16)], ids=str
-)
-def test_master_weights_train_as_fp32_does(case, backend, mode, dtype):
+def test_master_weights_train_as_fp32_does(case, backend, weights):
     """Bit for bit: fp32 weights, whose forward pass and gradients are in 16 bits."""
+    mode, dtype = weights
     starts = [normal(70, 80, dtype=dtype), normal(33, dtype=dtype)]
     narrow = make(case, starts, backend, master_weights=mode)
     wide = make(case, [s.float() for s in starts], backend)
@@ -150,7 +145,7 @@ def test_master_weights_train_as_fp32_does(case, backend, mode, dtype):
 
 
 @hypothesis.given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
-@hypothesis.settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_split_number_is_exact(words):
     bits = torch.tensor(words, dtype=torch.int64)
     x = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
@@ -266,7 +261,7 @@ def test_master_weights_have_fp32_states_unless_told_otherwise():
 @hypothesis.given(
     values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=600), seed=st.integers(0, 99)
 )
-@hypothesis.settings(max_examples=150, deadline=None)
+@examples(150)
 def test_8_bits_are_within_their_bound(signed, values, seed):
     """Half a step of the root, times its largest slope: 2 sqrt(2) sqrt(y), or 2^2.75 y^(3/4), relative to the scale."""
     x = torch.tensor(values) * torch.randn(len(values), generator=torch.Generator().manual_seed(seed))
@@ -413,7 +408,7 @@ def test_states_that_are_never_negative_have_names_of_the_rule(optimizer):
     assert set(cls.non_negative) <= set(cls.state_names)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@by_case
 def test_states_said_to_be_never_negative_are_not(case):
     optimizer = make(case, [normal(500)])
     for _ in range(10):
@@ -448,8 +443,7 @@ def saved(optimizer):
     return torch.load(buffer, weights_only=True)
 
 
-@by_rule
-@by_mode
+@each(mode=MODES, case=RULES)
 @by_backend
 def test_a_resumed_run_has_the_same_bits(case, mode, backend):
     starts = [normal(70, 80, dtype=torch.bfloat16), normal(33, dtype=torch.bfloat16)]
@@ -483,8 +477,12 @@ def test_without_options_the_state_dict_is_the_parents(case, backend):
 
 
 @pytest.mark.parametrize("old", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("new", MODES.values(), ids=MODES)
-def test_a_state_loads_into_an_optimizer_with_other_options(old, new):
+def test_a_state_loads_into_an_optimizer_with_other_options(old):
+    for new in MODES.values():
+        check_loading(old, new)
+
+
+def check_loading(old, new):
     start = normal(70, 80, dtype=torch.bfloat16)
     first = make(ADAMW, [start], **old)
     for _ in range(5):
@@ -635,8 +633,10 @@ def test_fp16_cannot_be_split():
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("options", [m for name, m in MODES.items() if name != "plain"], ids=str)
-@pytest.mark.parametrize("optimizer", [fusedstep.Adafactor, fusedstep.TorchAdafactor])
+@each(
+    options=[m for name, m in MODES.items() if name != "plain"],
+    optimizer=[fusedstep.Adafactor, fusedstep.TorchAdafactor],
+)
 def test_rules_that_reduce_refuse(optimizer, options):
     with pytest.raises(ValueError, match=f"{optimizer.__name__} takes no state_dtype, master_weights"):
         optimizer([torch.nn.Parameter(torch.zeros(3))], **options)

@@ -4,6 +4,7 @@ import multiprocessing
 
 import pytest
 import torch
+from kinds import each
 
 import fusedstep
 from fusedstep import _C
@@ -62,8 +63,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@by_case
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each(case=REDUCING, dtype=FLOATS)
 def test_bits_depend_neither_on_threads_nor_on_the_instruction_set(case, dtype, threads):
     before = _C.cpu_isa()
     threads(1)
@@ -102,8 +102,7 @@ def test_float32_stays_within_the_stated_distance_of_float64(case):
         assert distance <= REDUCING_ULP_PER_STEP * steps, tuple(param.shape)
 
 
-@by_case
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each(case=REDUCING, dtype=[torch.bfloat16, torch.float16])
 def test_a_low_precision_step_is_the_float32_step_rounded(case, dtype):
     generator = torch.Generator().manual_seed(4)
     for shape in SHAPES:
@@ -116,9 +115,7 @@ def test_a_low_precision_step_is_the_float32_step_rounded(case, dtype):
         assert same_bits(low.detach(), wide.detach().to(dtype))
 
 
-@by_case
-@pytest.mark.parametrize("param_dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("grad_dtype", FLOATS, ids=str)
+@each(case=REDUCING, param_dtype=FLOATS, grad_dtype=FLOATS)
 def test_gradients_of_any_dtype_count_with_their_values(case, param_dtype, grad_dtype):
     generator = torch.Generator().manual_seed(4)
     params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(param_dtype)) for s in ((7,), (5, 3), (40, 33))]
@@ -135,8 +132,7 @@ def test_gradients_of_any_dtype_count_with_their_values(case, param_dtype, grad_
         assert same_bits(a.detach(), b.detach())
 
 
-@by_case
-@pytest.mark.parametrize("other_layout", [False, True], ids=["same", "other"])
+@each(case=REDUCING, other_layout=[False, True])
 def test_every_layout_gives_the_numbers_of_contiguous_memory(case, other_layout):
     starts = layouts(torch.float32, "cpu", torch.Generator().manual_seed(0))
     params = {name: torch.nn.Parameter(value) for name, value in starts.items()}

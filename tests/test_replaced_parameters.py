@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from kinds import each
 from support import ours
 
 import fusedstep
@@ -50,8 +51,7 @@ def assert_freed(references):
     assert not any(reference() is not None for reference in references)
 
 
-@pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each(name=CLASSES.keys(), options=OPTIONS)
 def test_an_optimizer_keeps_nothing_of_a_replaced_parameter(name, options, backend):
     optimizer = ours(CLASSES[name], [new(), new()], backend, **options)
     step(optimizer)
@@ -62,8 +62,7 @@ def test_an_optimizer_keeps_nothing_of_a_replaced_parameter(name, options, backe
     assert set(optimizer.state) | set(optimizer._counters) == set(optimizer.param_groups[0]["params"])
 
 
-@pytest.mark.parametrize("make", [fusedstep.SGD, fusedstep.AdamW, torch.optim.AdamW], ids=["SGD", "AdamW", "torch"])
-@pytest.mark.parametrize("set_to_none", [True, False])
+@each(make=[fusedstep.SGD, fusedstep.AdamW, torch.optim.AdamW], set_to_none=[True, False])
 @pytest.mark.parametrize("again", [True, False])
 def test_an_accumulator_keeps_nothing_of_a_replaced_parameter(make, set_to_none, again, backend):
     """A step of ours tells it; of an optimizer of torch's it sees the change in its next call."""

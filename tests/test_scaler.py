@@ -6,12 +6,13 @@ import pytest
 import torch
 from support import (
     ADAMW,
+    ELEMENTWISE,
     MOMENTUM,
     SHAPES,
     assert_same,
     assert_untouched,
-    by_case,
     copies,
+    each,
     give_grads,
     normal,
     ours,
@@ -42,8 +43,7 @@ def give_scaled_grads(number, when, *pairs):
                 param.grad.reshape(-1)[0] = (math.inf, -math.inf, math.nan)[number % 3]
 
 
-@by_case
-@pytest.mark.parametrize("when", [(), (0,), (0, 1, 4), (2,), (1, 3, 5)], ids=str)
+@each(case=ELEMENTWISE, when=[(), (0,), (0, 1, 4), (2,), (1, 3, 5)])
 @pytest.mark.parametrize("limit", [None, 0.5])
 def test_unscale_check_clip_and_step_are_torchs_four_calls(case, backend, when, limit):
     mine = ours(case, parameters(), backend, max_grad_norm=limit)

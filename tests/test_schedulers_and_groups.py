@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kinds import each
 from torch.optim import lr_scheduler
 
 import fusedstep
@@ -48,9 +49,7 @@ def step(scheduler, times=1):
 
 
 @ignore_order
-@by_maker
-@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("when", [0, 4])
+@each(make=MAKERS, tensor=[False, True], when=[0, 4])
 def test_a_group_that_joins_is_scheduled_and_the_others_as_without_it(make, tensor, when):
     """One that joins at the beginning with the learning rate of the first has that of the first ever after."""
     mine, alone = optimizer(0.1, tensor=tensor), optimizer(0.1, tensor=tensor)
@@ -170,8 +169,8 @@ def test_learning_rates_on_the_device_follow_for_groups_that_join_and_go(backend
             mine.add_param_group(group(curve))
         if number == 4:
             del mine.param_groups[0]
-        for each in mine.param_groups:
-            each["params"][0].grad = torch.ones(2)
+        for own in mine.param_groups:
+            own["params"][0].grad = torch.ones(2)
         mine.step()
         seen.append(mine.get_last_lr())
     expected = [[curve(n + 1), 0.2, *([curve(n + 1)] if n >= 2 else [])][n >= 4 :] for n in range(6)]

@@ -6,12 +6,13 @@ import pytest
 import torch
 from support import (
     ADAMW,
+    ELEMENTWISE,
     EXACT,
     MOMENTUM,
     assert_same,
-    by_case,
     by_kind,
     copies,
+    each,
     give_grads,
     ours,
     pair,
@@ -28,11 +29,13 @@ import fusedstep
 # Options as tensors.
 
 
-@by_case
-@pytest.mark.parametrize(
-    "make",
-    [lambda: torch.tensor(0.05), lambda: torch.tensor([0.05]), lambda: torch.tensor(0.05, dtype=torch.float64)],
-    ids=["0-d", "one element", "fp64"],
+@each(
+    case=ELEMENTWISE,
+    make={
+        "0-d": lambda: torch.tensor(0.05),
+        "one element": lambda: torch.tensor([0.05]),
+        "fp64": lambda: torch.tensor(0.05, dtype=torch.float64),
+    },
 )
 def test_lr_as_a_tensor_that_changes(case, backend, make):
     """The user writes into it; several groups share it. Judged by torch with numbers."""
@@ -93,9 +96,7 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("case", [MOMENTUM, ADAMW], ids=str)
-@pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
+@each(name=SCHEDULERS.keys(), case=[MOMENTUM, ADAMW], tensor_lr=[False, True])
 def test_schedulers(name, case, backend, tensor_lr):
     optimizers = pair(case, backend)
     if tensor_lr:

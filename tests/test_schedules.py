@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from kinds import each
 from torch.optim import lr_scheduler
 
 import fusedstep
@@ -146,9 +147,7 @@ def test_the_cosine_is_right_to_two_units_in_the_last_place():
 # Warm-up around any schedule.
 
 
-@pytest.mark.parametrize("power", [1.0, 2, 0.5, 1.7])
-@pytest.mark.parametrize("warmup_steps", [0, 1, 7])
-@by_schedule
+@each(schedule=SCHEDULES, warmup_steps=[0, 1, 7], power=[1.0, 2, 0.5, 1.7])
 def test_warm_up_is_hugging_faces(schedule, warmup_steps, power):
     """lr (t / w)^power, then the schedule from its own beginning."""
     warm = WarmUp(schedule, warmup_steps, power)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kinds import IN_ENGINES, each
 from support import by_kind, copies, give_grads, ours, parameters, parameters_of, snapshot, step, theirs
 
 import fusedstep
@@ -100,8 +101,7 @@ def anywhere(request):
     return request.param
 
 
-@pytest.mark.parametrize("schedule", FAMILY, ids=str)
-@by_kind
+@each(schedule=FAMILY, case=IN_ENGINES)
 def test_training_is_that_of_torch_with_a_scheduler(schedule, case, backend):
     mine = ours(case, parameters(), backend, lr=schedule)
     expected = theirs(case, copies(parameters_of(mine)), lr=0.1)

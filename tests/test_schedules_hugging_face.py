@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from kinds import each
 from torch.optim import lr_scheduler
 
 import fusedstep
@@ -87,10 +88,14 @@ def walk(scheduler, count):
     return seen
 
 
-@pytest.mark.parametrize(("warmup", "total"), STEPS, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, ids=ident)
-def test_every_number_is_that_of_transformers(variant, warmup, total):
+def test_every_number_is_that_of_transformers(variant):
     """Twice as far as the last step; several groups with learning rates of their own."""
+    for warmup, total in STEPS:
+        check_numbers(variant, warmup, total)
+
+
+def check_numbers(variant, warmup, total):
     name, options = variant
     results = []
     for module, name_type in ((schedules, schedules.SchedulerType), (theirs, theirs.SchedulerType)):
@@ -203,10 +208,14 @@ def test_clamp_by_name():
 # The same curves from pieces.
 
 
-@pytest.mark.parametrize(("warmup", "total"), [*STEPS, (10, 3)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, ids=ident)
-def test_curves_are_those_of_the_schedulers(variant, warmup, total):
+def test_curves_are_those_of_the_schedulers(variant):
     """Judged beside the largest number; the original's cosine sees pi times many turns, rounded."""
+    for warmup, total in (*STEPS, (10, 3)):
+        check_curve(variant, warmup, total)
+
+
+def check_curve(variant, warmup, total):
     name, options = variant
     try:
         expected = walk(theirs.get_scheduler(name, optimizer(), warmup, total, options), 2 * total + 5)
@@ -268,8 +277,7 @@ def test_errors_of_curves(args, error, match):
 FACTORS = [(name, options) for name, options in VARIANTS if options.get("decay_type", "1-sqrt") == "1-sqrt"]
 
 
-@pytest.mark.parametrize("variant", FACTORS, ids=ident)
-@pytest.mark.parametrize("make", [torch.optim.SGD, fusedstep.SGD, fusedstep.AdamW], ids=lambda c: c.__module__)
+@each(variant={ident(v): v for v in FACTORS}, make=[torch.optim.SGD, fusedstep.SGD, fusedstep.AdamW])
 def test_resuming_goes_on_with_the_same_numbers(variant, make, tmp_path):
     name, options = variant
 
@@ -324,8 +332,7 @@ def test_pickling_and_copying(variant):
 # Tensors.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("variant", FACTORS, ids=ident)
+@each(variant={ident(v): v for v in FACTORS}, dtype=[torch.float32, torch.float64])
 def test_a_tensor_lr_is_written_in_place(variant, dtype):
     name, options = variant
     expected = walk(schedules.get_scheduler(name, optimizer(), 3, 10, options), 20)
@@ -458,10 +465,10 @@ def test_driven_schedules_have_the_numbers_of_transformers(name, options):
         assert len({lr for (lr, _), _ in numbers}) > 5
 
 
-@by_driven
-@pytest.mark.parametrize("at", [1, 25, 61])
-def test_driven_schedules_resume_from_their_state_alone(name, options, at, tmp_path):
+@each(driven_by=DRIVEN, at=[1, 25, 61])
+def test_driven_schedules_resume_from_their_state_alone(driven_by, at, tmp_path):
     """On an optimizer whose learning rates are those of the beginning."""
+    name, options = driven_by
     _, whole = driven(schedules, name, options, METRICS)
     first, _ = driven(schedules, name, options, METRICS[:at])
     torch.save(first.state_dict(), tmp_path / "saved")

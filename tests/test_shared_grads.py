@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from support import FEW_CASES, ours
+from kinds import each
+from support import ours
 
 import fusedstep
 from fusedstep.cases import CASES, REDUCING
 from fusedstep.verification import same_bits
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
 ]
 
@@ -120,11 +120,10 @@ def check(case, backend, forms, options, two_groups=False):
 
 @by_option
 def test_a_step_is_the_one_on_gradients_that_share_nothing(engine, options):
-    check(FEW_CASES[0], engine, FORMS, options)
+    check(CASES[0], engine, FORMS, options)
 
 
-@by_option
-@pytest.mark.parametrize("case", LAST, ids=str)
+@each(case=LAST, options=OPTIONS)
 def test_every_class_and_two_groups(backend, case, options):
     if case.optimizer == "AdamWeightDecay":
         case = type(case)(case.optimizer, {})  # its own clipping excludes these options

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from kinds import each
 
 import fusedstep
 from fusedstep.backends import BACKENDS
@@ -65,9 +66,9 @@ def assert_same(optimizers, **tolerance):
 
 
 @by_backend
-@pytest.mark.parametrize(("name", "options"), TAKES_ROWS + TAKES_ALL)
-@pytest.mark.parametrize("layout", ["plain", "transposed", "strided"])
-def test_training_matches_torch(name, options, backend, layout):
+@each(row=TAKES_ROWS + TAKES_ALL, layout=["plain", "transposed", "strided"])
+def test_training_matches_torch(row, backend, layout):
+    name, options = row
     table = {
         "plain": torch.randn(9, 4, dtype=torch.float64),
         "transposed": torch.randn(4, 9, dtype=torch.float64).t(),
@@ -82,9 +83,9 @@ def test_training_matches_torch(name, options, backend, layout):
 
 
 @by_backend
-@pytest.mark.parametrize(("name", "options"), TAKES_ROWS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_other_rows_stay_as_they_are(name, options, backend, dtype):
+@each(row=TAKES_ROWS, dtype=[torch.float32, torch.bfloat16])
+def test_other_rows_stay_as_they_are(row, backend, dtype):
+    name, options = row
     table = torch.randn(50, 3, dtype=dtype)
     table[7] = float("nan")
     optimizer, _ = pair(name, options, backend, [table.clone()])

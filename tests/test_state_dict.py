@@ -2,20 +2,25 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
 import torch
 from support import (
     ADAMW,
+    ELEMENTWISE,
     EXACT,
-    FEW_CASES,
+    IN_ENGINES,
     MOMENTUM,
+    WITH_STATES,
     assert_same,
     assert_untouched,
     by_case,
     by_kind,
+    by_kind_of_state,
     copies,
+    each,
     ours,
     pair,
     parameters,
@@ -35,12 +40,15 @@ def another(make, case, of, *backend):
 
 
 @by_case
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_it_is_the_one_torch_would_write(case, backend, steps):
-    optimizers = pair(case, backend)
-    for number in range(steps):
-        step(*optimizers, skip=(1,) if number == 0 else ())
-    mine, expected = (o.state_dict() for o in optimizers)
+def test_it_is_the_one_torch_would_write(case):
+    for steps, backend in itertools.product((0, 1, 3), ("cpu", "reference")):
+        optimizers = pair(case, backend)
+        for number in range(steps):
+            step(*optimizers, skip=(1,) if number == 0 else ())
+        assert_written_alike(case, *(o.state_dict() for o in optimizers))
+
+
+def assert_written_alike(case, mine, expected):
     assert list(mine) == list(expected)
     for group, right in zip(mine["param_groups"], expected["param_groups"], strict=True):
         shared = [option for option in right if option != "buffer"]  # in which AdaBelief keeps what it computed
@@ -65,7 +73,7 @@ def test_it_is_the_one_torch_would_write(case, backend, steps):
             )
 
 
-@by_case
+@by_kind_of_state
 @pytest.mark.parametrize("first", ["ours", "torch"])
 def test_there_and_back_with_parameters_that_sleep(case, backend, first):
     """Every two steps the other class takes over through a file; step counts differ between parameters."""
@@ -84,8 +92,7 @@ def test_there_and_back_with_parameters_that_sleep(case, backend, first):
     assert_same(current, expected)
 
 
-@by_case
-@pytest.mark.parametrize("number", [int, float, torch.tensor, lambda n: torch.tensor([n], dtype=torch.int64)])
+@each(case=ELEMENTWISE, number=[int, float, torch.tensor, lambda n: torch.tensor([n], dtype=torch.int64)])
 def test_step_counts_of_old_checkpoints(case, backend, number):
     """torch has written the count as a Python number, and as integer tensors."""
     optimizers = pair(case, backend)
@@ -122,8 +129,7 @@ def test_sgd_buffers_that_are_none(backend):
     step(plain)
 
 
-@by_kind
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64], ids=str)
+@each(case=IN_ENGINES, state_dtype=[torch.float32, torch.float64])
 def test_the_dtype_of_a_state_is_kept_and_used(case, backend, state_dtype):
     """fp32 states of bf16 parameters: torch would cast them to bf16."""
     wide = ours(case, parameters(dtype=state_dtype), backend)
@@ -145,7 +151,7 @@ def test_the_dtype_of_a_state_is_kept_and_used(case, backend, state_dtype):
         assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
-@by_case
+@by_kind_of_state
 def test_states_take_the_strides_of_the_parameter(case, backend):
     model = torch.nn.Conv2d(3, 4, 3, dtype=torch.float64)
     mine = ours(case, model.parameters(), backend)
@@ -163,7 +169,7 @@ def test_states_take_the_strides_of_the_parameter(case, backend):
     assert_same(mine, other)
 
 
-@by_case
+@by_kind_of_state
 def test_loaded_tensors_are_copies(case, backend):
     mine = ours(case, parameters(), backend)
     step(mine)
@@ -208,7 +214,7 @@ def test_adam_and_adamw_checkpoints_are_exchanged_as_in_torch(backend):
 # Errors.
 
 
-@pytest.mark.parametrize("case", FEW_CASES[1:], ids=str)
+@pytest.mark.parametrize("case", WITH_STATES, ids=str)
 def test_a_state_of_another_shape(case, backend):
     mine = ours(case, parameters([(3,), (4,)]), backend)
     other = ours(case, parameters([(3,), (5,)]), backend)
@@ -323,9 +329,8 @@ def through_torch_save(optimizer):
     return torch.load(file, weights_only=False)
 
 
-@by_case
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
-@pytest.mark.parametrize("steps", [0, 1, 3])
+@by_kind_of_state
+@each(duplicate=[copy.deepcopy, through_pickle, through_torch_save], steps=[0, 1, 3])
 def test_a_copy_goes_on_alone(case, backend, duplicate, steps):
     mine = ours(case, parameters(), backend)
     for number in range(steps):

@@ -10,19 +10,25 @@ import support
 import torch
 from support import (
     ADAMW,
+    ELEMENTWISE,
     EXACT,
+    IN_ENGINES,
     MOMENTUM,
+    WITH_STATES,
     assert_same,
     assert_untouched,
-    by_case,
     by_kind,
+    by_kind_in_engines,
+    by_kind_of_state,
     copies,
+    each,
     give_grads,
     normal,
     ours,
     pair,
     parameters,
     parameters_of,
+    parametrize_cases,
     snapshot,
     step,
     theirs,
@@ -34,7 +40,7 @@ from fusedstep.cases import CASES
 # Gradients that come and go.
 
 
-@by_case
+@by_kind_of_state
 def test_parameters_without_a_gradient_do_not_age(case, backend):
     pattern = [(0, 1), (1,), (), (0, 2, 3), (0, 1, 2, 3), (), (3,)]
     optimizers = pair(case, backend)
@@ -43,7 +49,7 @@ def test_parameters_without_a_gradient_do_not_age(case, backend):
         assert_same(*optimizers)
 
 
-@by_case
+@by_kind_of_state
 def test_no_gradient_at_all(case, backend):
     mine = ours(case, parameters(), backend)
     before = snapshot(mine)
@@ -71,8 +77,7 @@ def test_freezing_and_unfreezing(case, backend):
         assert_same(*optimizers)
 
 
-@by_kind
-@pytest.mark.parametrize("set_to_none", [True, False])
+@each(case=IN_ENGINES, set_to_none=[True, False])
 def test_zero_grad(case, backend, set_to_none):
     optimizers = pair(case, backend)
     for _ in range(4):
@@ -123,9 +128,9 @@ def with_history(grad):
     return (grad.requires_grad_() * 2.0).clone()
 
 
-@by_kind
-@pytest.mark.parametrize(
-    "change", [expanded, reversed_dimensions, every_second, negated, zeros_without_memory, with_history]
+@each(
+    change=[expanded, reversed_dimensions, every_second, negated, zeros_without_memory, with_history],
+    case=IN_ENGINES,
 )
 def test_gradients_of_every_kind_from_one_step_to_the_next(case, backend, change):
     optimizers = pair(case, backend)
@@ -225,9 +230,9 @@ def swapped(param):
     spare.fill_(float("nan"))
 
 
-@by_kind
-@pytest.mark.parametrize(
-    "change", [new_data, same_memory_again, into_a_flat_buffer, not_dense, other_order, storage_moved, swapped]
+@each(
+    change=[new_data, same_memory_again, into_a_flat_buffer, not_dense, other_order, storage_moved, swapped],
+    case=IN_ENGINES,
 )
 def test_parameters_move(case, backend, change):
     """Twice each, so that what a step prepared for the changed tensor is changed once more."""
@@ -261,8 +266,7 @@ def negated_data(param):
 
 
 @by_kind
-@pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
+@each(dense=[True, False], dtypes=[(torch.float64, torch.float32), (torch.float32, torch.float64)])
 def test_a_model_changes_its_dtype(case, backend, dense, dtypes):
     """State keeps its own dtype, and the parameter is not rounded on the way through anything narrower."""
     params = parameters(dtype=dtypes[0])
@@ -382,7 +386,7 @@ def test_subclass_of_parameter(case, backend):
     assert type(params[0]) is MyParameter
 
 
-@by_case
+@by_kind_in_engines
 def test_empty_and_0_dimensional(case, backend):
     params = parameters([(), (0,), (1,), (3, 0, 2), (1, 1, 1)])
     optimizers = pair(case, backend, params)
@@ -391,7 +395,9 @@ def test_empty_and_0_dimensional(case, backend):
     assert_same(*optimizers)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.optimizer in torch.optim.__dict__], ids=str)
+@parametrize_cases(
+    [c for c in ELEMENTWISE if c.optimizer in vars(torch.optim)], [c for c in CASES if c.optimizer in vars(torch.optim)]
+)
 def test_complex_parameters_take_the_reference_and_say_so(case):
     values = [torch.randn(3, 4, dtype=torch.complex128), torch.randn((), dtype=torch.complex128)]
     mine = [torch.nn.Parameter(v.clone()) for v in values]
@@ -465,10 +471,8 @@ def storage_of_state_moved(state, name):
     state[name].copy_(values)
 
 
-@pytest.mark.parametrize("case", [MOMENTUM, ADAMW, CASES[10]], ids=str)
-@pytest.mark.parametrize(
-    "change",
-    [
+@each(
+    change=[
         replaced,
         data_replaced,
         data_elsewhere_in_its_own_storage,
@@ -477,6 +481,7 @@ def storage_of_state_moved(state, name):
         negated_state,
         storage_of_state_moved,
     ],
+    case=WITH_STATES,
 )
 def test_states_are_exchanged(case, backend, change):
     optimizers = pair(case, backend)
@@ -512,7 +517,7 @@ def test_a_state_is_edited_in_place_or_through_a_number(case, backend):
     assert_same(*optimizers)
 
 
-@by_case
+@by_kind_of_state
 def test_state_cleared(case, backend):
     optimizers = pair(case, backend)
     for _ in range(3):
@@ -524,7 +529,7 @@ def test_state_cleared(case, backend):
     assert_same(*optimizers)
 
 
-@by_case
+@by_kind_of_state
 def test_state_of_one_parameter_removed(case, backend):
     optimizers = pair(case, backend)
     for number in range(4):
@@ -622,7 +627,7 @@ def test_a_named_list_is_edited(backend):
     assert not torch.equal(before[0][0][1], parameters_of(mine)[1])
 
 
-@by_case
+@by_kind_of_state
 def test_several_groups_and_one_that_joins_later(case, backend):
     def groups(params):
         return [{"params": params[:2], "lr": 0.3}, {"params": params[2:], "weight_decay": 0.4}]

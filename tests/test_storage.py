@@ -6,7 +6,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from support import by_kind, precision_modes
+from kinds import ALL, IN_ENGINES, cases_of, each, examples
+from support import precision_modes
 
 import fusedstep
 from fusedstep import _C, planning
@@ -17,10 +18,9 @@ HALVES = (torch.bfloat16, torch.float16)
 MODES = precision_modes("own", "fp32", "bf16", "8bit")
 SIZES = [0, 1, 7, 8, 9, 255, 256, 257, 4095, 4096, 4097, 4352, 9001]
 
+FEW_MODES = ["plain-8bit", "split-8bit", "kahan-bf16", "stochastic-own", "stochastic-8bit", "master-own"]
+
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=_C.cpu_isas())
@@ -68,7 +68,7 @@ def assert_same(a, b):
 
 @by_mode
 def test_every_form_has_the_references_bits(mode):
-    for case, dtype in itertools.product(CASES, dtypes_for(mode)):
+    for case, dtype in itertools.product(cases_of(mode, MODES), dtypes_for(mode)):
         generator = torch.Generator().manual_seed(5)
         optimizers = pair(case, [torch.randn(n, generator=generator).to(dtype) for n in SIZES], mode)
         for number in range(3):
@@ -78,7 +78,7 @@ def test_every_form_has_the_references_bits(mode):
         assert_same(*optimizers)
 
 
-@by_mode
+@each(mode=MODES)
 def test_every_instruction_set_has_the_references_bits(mode, isa):
     for case, dtype in itertools.product((CASES[3], CASES[10]), dtypes_for(mode)):
         generator = torch.Generator().manual_seed(6)
@@ -88,9 +88,7 @@ def test_every_instruction_set_has_the_references_bits(mode, isa):
         assert_same(*optimizers)
 
 
-@by_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@by_mode
+@each(dtype=[torch.float32, torch.float64], case=IN_ENGINES, mode=MODES)
 def test_wide_parameters_have_the_references_bits(case, dtype, mode):
     generator = torch.Generator().manual_seed(7)
     optimizers = pair(case, [torch.randn(n, generator=generator).to(dtype) for n in SIZES], mode)
@@ -103,9 +101,7 @@ def test_wide_parameters_have_the_references_bits(case, dtype, mode):
             assert dtype == torch.float32 or value.dtype in (torch.float64, torch.float32)
 
 
-@by_kind
-@by_mode
-@pytest.mark.parametrize("other_layout", [False, True], ids=["same", "other"])
+@each(other_layout={"same": False, "other": True}, case=IN_ENGINES, mode=MODES)
 def test_every_layout_has_the_references_bits(case, mode, other_layout):
     generator = torch.Generator().manual_seed(8)
     optimizers = []
@@ -134,7 +130,7 @@ def test_a_parameter_that_is_laid_out_anew_has_the_references_bits():
         assert_same(*optimizers)
 
 
-@by_mode
+@pytest.mark.parametrize("mode", [MODES[m] for m in (MODES if ALL else FEW_MODES)], ids=MODES if ALL else FEW_MODES)
 def test_threads_and_ranges_do_not_change_the_bits(mode):
     before = torch.get_num_threads()
     results = []
@@ -153,8 +149,7 @@ def test_threads_and_ranges_do_not_change_the_bits(mode):
         assert_same(results[0], other)
 
 
-@pytest.mark.parametrize("mode", [m for m in MODES if "8bit" not in m])
-@pytest.mark.parametrize("cuts", [[1, 100, 255, 256, 257, 1000], [3, 511, 513]], ids=str)
+@each(mode=[m for m in MODES if "8bit" not in m], cuts=[[1, 100, 255, 256, 257, 1000], [3, 511, 513]])
 def test_any_chunking_has_the_same_bits(mode, cuts):
     """Also of a chunk that begins in the middle of a counter's eight elements."""
     results = []
@@ -208,7 +203,7 @@ def test_extreme_numbers_have_the_references_bits(mode):
     mode=st.sampled_from(sorted(MODES)),
     seed=st.integers(0, 2**63 - 1),
 )
-@hypothesis.settings(max_examples=150, deadline=None)
+@examples(150)
 def test_any_numbers_have_the_references_bits(numbers, case, mode, seed):
     param, grad = torch.tensor(numbers, dtype=torch.float32).unbind(1)
     optimizers = pair(case, [param.repeat(5000 // len(numbers) + 1).bfloat16()], {**MODES[mode], "rounding_seed": seed})

@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from kinds import ALL, ELEMENTWISE, IN_ENGINES, by_case, by_kind_in_engines, each
 
 import fusedstep
 from fusedstep.backends import BACKENDS
@@ -15,9 +16,6 @@ from fusedstep.verification import same_bits, verify
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @pytest.fixture
@@ -59,14 +57,15 @@ def random(sizes, generator, dtypes=(torch.float32,)):
     return [torch.randn(n, generator=generator).to(dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("optimizer", sorted({case.optimizer for case in CASES}))
+@pytest.mark.parametrize("optimizer", sorted({case.optimizer for case in CASES}) if ALL else ["SGD"])
 def test_every_layout_and_dtype_has_the_references_bits(interpreted, optimizer):
+    """Every case in every dtype is below; here is what `fusedstep verify` has besides: layouts and the options."""
     report = verify([optimizer], backend="triton", steps=1)
     assert {str(case) for case in CASES if case.optimizer == optimizer} <= {row.case for row in report.rows}
     assert report.ok, [row for row in report.rows if not row.ok]
 
 
-@by_case
+@by_kind_in_engines
 def test_sizes_around_a_block_have_the_references_bits(interpreted, case):
     generator = torch.Generator().manual_seed(1)
     sizes = [0, 1, 15, 16, 17, 16_383, 16_384, 16_385, 70_001]
@@ -80,7 +79,7 @@ def test_sizes_around_a_block_have_the_references_bits(interpreted, case):
 @by_case
 def test_mixed_dtypes_have_the_references_bits_and_one_launch_for_each_mixture(interpreted, case):
     generator = torch.Generator().manual_seed(2)
-    sizes = list(range(20, 28))
+    sizes = [*range(20, 27), 16_385]
     optimizers = pair(case, random(sizes, generator, FLOATS))
     for _ in range(2):
         step(optimizers, random(sizes, generator, FLOATS))
@@ -90,7 +89,7 @@ def test_mixed_dtypes_have_the_references_bits_and_one_launch_for_each_mixture(i
     assert_same(optimizers)
 
 
-@by_case
+@by_kind_in_engines
 def test_missing_gradients_scales_and_skips_have_the_references_bits(interpreted, case):
     generator = torch.Generator().manual_seed(3)
     sizes = [5, 0, 40, 3000]
@@ -134,7 +133,7 @@ def test_a_tensor_lr_is_read_in_every_step(interpreted):
 
 def test_infinite_and_missing_numbers_have_the_references_bits(interpreted):
     edges = torch.tensor([0.0, -0.0, 1e-45, -1e-39, 3e38, float("inf"), -float("inf"), float("nan"), 1.0])
-    for case in CASES:
+    for case in CASES if ALL else ELEMENTWISE:
         optimizers = pair(case, [edges])
         with np.errstate(all="ignore"):  # the interpreter computes with numpy, which warns
             for grad in (edges.flip(0), edges):
@@ -147,8 +146,7 @@ def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
     assert "TRITON_INTERPRET=1" in BACKENDS["triton"].reasons(torch.device("cpu"))[0]
 
 
-@pytest.mark.parametrize("case", CASES[4:6], ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each(case=CASES[4:6], dtype=FLOATS)
 @pytest.mark.parametrize("kept", [{}, {"zero_grads": True}, {"write_grads": True}], ids=str)
 def test_clipped_gradients_and_what_is_left_of_them(interpreted, case, dtype, kept):
     """The norm is a power of two, so that the coefficient is the same whatever the order of its sum."""
@@ -210,8 +208,7 @@ def test_a_scaler_that_leaves_the_finite_check_to_the_step(interpreted):
     assert all(state["step"] == 2 for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("case", CASES[2:6], ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each(case=IN_ENGINES, dtype=FLOATS)
 def test_averages_and_copies_have_the_references_bits(interpreted, case, dtype):
     generator = torch.Generator().manual_seed(13)
     sizes = [5, 17_000, 0, 40]

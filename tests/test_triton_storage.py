@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from kinds import each
 from support import precision_modes
 
 import fusedstep
@@ -55,8 +56,7 @@ def assert_same(optimizers):
             assert same_bits(states[0][name], states[1][name]), (name, a.numel())
 
 
-@pytest.mark.parametrize("case", FEW_CASES, ids=str)
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@each(mode=MODES, case=FEW_CASES)
 def test_every_form_has_the_references_bits(case, mode):
     for dtype in (torch.bfloat16,) if mode.get("master_weights") == "split" else (torch.bfloat16, torch.float16):
         generator = torch.Generator().manual_seed(1)

@@ -1,0 +1,546 @@
+"""The seeded faults: each replaces a text that occurs exactly once in a file, and names the tests that must notice.
+
+A fault is what a tired hand writes: a forgotten decay, a tail that is not stored, two numbers exchanged, a feature that
+one engine lacks. They go through all engines and all that the host does around a step. ``make mutants`` shows that each
+is noticed, so that nothing is lost where tests are removed.
+"""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """``old`` becomes ``new`` in ``file``; ``tests`` are arguments of pytest, the quickest first."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+PARENTS = "tests/test_parents.py"
+BITS = "tests/test_bits.py"
+STORAGE = "tests/test_storage.py"
+PRECISION = "tests/test_precision_options.py"
+CHAIN = "tests/test_precision_chain.py"
+REDUCING = "tests/test_reducing.py tests/test_adafactor.py"
+CUDA = "tests/test_cuda_host.py"
+CUDA_STORAGE = "tests/test_cuda_host_storage.py"
+CUDA_REDUCING = "tests/test_cuda_host_reducing.py"
+TRITON = "tests/test_triton.py"
+
+# Rules in Python: the reference, which the parent classes judge.
+REFERENCE = [
+    Fault(
+        "Adam: no decoupled decay",
+        "python/fusedstep/adam.py",
+        "        param = param * s.decay\n",
+        "",
+        PARENTS,
+    ),
+    Fault(
+        "Adagrad: the rate decays a step too early",
+        "python/fusedstep/adagrad.py",
+        "lr / (1.0 + (step - 1) * lr_decay)",
+        "lr / (1.0 + step * lr_decay)",
+        PARENTS,
+    ),
+    Fault(
+        "SGD: the first gradient is dampened",
+        "python/fusedstep/sgd.py",
+        "take = 1.0 if first else 1.0 - dampening",
+        "take = 1.0 - dampening",
+        PARENTS,
+    ),
+    Fault(
+        "AdaBelief: the rectified step takes the maximum",
+        "python/fusedstep/adabelief.py",
+        "variance = exp_avg_var if s.rectify else max_exp_avg_var",
+        "variance = max_exp_avg_var",
+        PARENTS,
+    ),
+    Fault(
+        "Adafactor: the relative step ignores warmup_init",
+        "python/fusedstep/adafactor.py",
+        "min_step = 1e-6 * step if warmup else 1e-2",
+        "min_step = 1e-2",
+        "tests/test_adafactor.py",
+    ),
+    Fault(
+        "AdamWeightDecay: excluded parameters decay",
+        "python/fusedstep/adam_weight_decay.py",
+        'return not any(re.search(pattern, name) for pattern in group["exclude_from_weight_decay"] or ())',
+        "return True",
+        "tests/test_own_options.py tests/test_recipe.py",
+    ),
+    Fault(
+        "8 bits: codes are rounded down",
+        "python/fusedstep/codecs.py",
+        "(127.0 if signed else 256.0) + 2.0**23",
+        "(127.0 if signed else 256.0) - 0.5 + 2.0**23",
+        PRECISION,
+    ),
+    Fault(
+        "the reference does not maximize",
+        "python/fusedstep/backends/reference.py",
+        "        if call.maximize:\n            grad = -grad\n",
+        "",
+        PARENTS,
+    ),
+]
+
+# Rules in C++, for the CPU and CUDA engines.
+RULES = [
+    Fault(
+        "Adam: the step size lacks the correction of the first bias",
+        "csrc/rules.h",
+        "s.step_size = static_cast<T>(lr / bias_correction1);",
+        "s.step_size = static_cast<T>(lr);",
+        BITS,
+    ),
+    Fault(
+        "Lion: beta1 and beta2 are exchanged",
+        "csrc/rules.h",
+        "exp_avg = s.beta2 * exp_avg + s.one_minus_beta2 * grad;\n  }\n};\n\n// AdaBelief",
+        "exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * grad;\n  }\n};\n\n// AdaBelief",
+        BITS,
+    ),
+    Fault(
+        "AMSGrad: the maximum is not kept",
+        "csrc/rules.h",
+        "if constexpr (kAmsgrad) max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq);",
+        "if constexpr (kAmsgrad) max_exp_avg_sq = exp_avg_sq;",
+        BITS,
+    ),
+    Fault(
+        "RMSprop: a negative variance is not zero",
+        "csrc/rules.h",
+        "variance = maximum(square_avg - grad_avg * grad_avg, T{});",
+        "variance = square_avg - grad_avg * grad_avg;",
+        BITS,
+    ),
+    Fault(
+        "Amos: the gradient is clipped above only",
+        "csrc/rules.h",
+        "maximum(minimum(grad, zero + s.clip_value), zero - s.clip_value) : grad",
+        "minimum(grad, zero + s.clip_value) : grad",
+        BITS,
+    ),
+    Fault(
+        "a maximum that loses a NaN",
+        "csrc/rules.h",
+        "return ((b > a) | (b != b)) ? b : a;",
+        "return b > a ? b : a;",
+        BITS,
+    ),
+    Fault(
+        "Adafactor: the update is not limited",
+        "csrc/reducing_rules.h",
+        "f.step_size = static_cast<T>(excess < 1.0 ? lr : lr / excess);",
+        "f.step_size = static_cast<T>(lr);",
+        REDUCING,
+    ),
+]
+
+# The CPU engine.
+CPU = [
+    Fault(
+        "the last few weights are not stored",
+        "csrc/cpu/engine.cpp",
+        "    param.store_part(i, n, p);\n",
+        "",
+        BITS,
+    ),
+    Fault(
+        "all tensors take the scalars of the first one's step",
+        "csrc/cpu/engine.cpp",
+        "if (next != step) scalars",
+        "if (step < 0) scalars",
+        BITS,
+    ),
+    Fault(
+        "written gradients are negated with maximize",
+        "csrc/cpu/engine.cpp",
+        "    if (change.write) grad.store_part(i, n, g * change.sign);",
+        "    if (change.write) grad.store_part(i, n, g);",
+        "tests/test_clip.py tests/test_reducing.py",
+    ),
+    Fault(
+        "averages of fp64 weights stand still",
+        "csrc/cpu/engine.cpp",
+        "if (work.record->has_followers()) follow<double>(*work.record, at, to, call.average_weight);",
+        "",
+        "tests/test_averages.py",
+    ),
+    Fault(
+        "gradients that are not fp32 are not written",
+        "csrc/cpu/tiles.cpp",
+        "if (writes_grad && record.grad_dtype != Dtype::kF32)",
+        "if (false)",
+        f"{CHAIN} tests/test_all_or_nothing.py",
+    ),
+    Fault(
+        "stochastic rounding draws the same numbers in each tile",
+        "csrc/cpu/tiles.cpp",
+        "static_cast<uint32_t>(step), at / kTile);",
+        "static_cast<uint32_t>(step), 0);",
+        STORAGE,
+    ),
+    Fault(
+        "Kahan: an infinite weight leaves a rest",
+        "csrc/cpu/tiles.cpp",
+        "exponent != 0x7f800000u ? wide - back : FloatPack{}",
+        "wide - back",
+        STORAGE,
+    ),
+    Fault(
+        "bf16 is rounded half up",
+        "csrc/numeric.h",
+        "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16",
+        "(bits + 0x8000u) >> 16",
+        "tests/test_precision.py tests/test_averages.py tests/test_cuda_host.py",
+    ),
+    Fault(
+        "8 bits: the last block takes the scale of the first",
+        "csrc/cpu/coded.h",
+        "      copy.precision.scales[k] += block_;\n",
+        "",
+        STORAGE,
+    ),
+    Fault(
+        "8 bits: the blocks that wait at the end are not encoded",
+        "csrc/cpu/coded.h",
+        "for (; waiting_ > 0; --waiting_) encode(block_ - waiting_);",
+        "waiting_ = 0;",
+        STORAGE,
+    ),
+    Fault(
+        "averages follow the upper half of a split weight",
+        "csrc/cpu/followers.h",
+        "wide[k] = join(upper[i + k], lower[i + k]);",
+        "wide[k] = widen(upper[i + k]);",
+        CHAIN,
+    ),
+    Fault(
+        "small matrices: means of columns are divided by their number",
+        "csrc/cpu/reducing.cpp",
+        "divide(means, n * columns, rows);",
+        "divide(means, n * columns, columns);",
+        REDUCING,
+    ),
+    Fault(
+        "large matrices: sums of columns go on from another row block",
+        "csrc/cpu/reducing.cpp",
+        "if (kColumns<Rule> && row % kRowBlock == 0) {",
+        "if (kColumns<Rule> && row == 0) {",
+        REDUCING,
+    ),
+    Fault(
+        "the norm forgets all but the last thousand numbers",
+        "csrc/cpu/norm.cpp",
+        "    sum += lanes.total();\n  }\n  Word most",
+        "    sum = lanes.total();\n  }\n  Word most",
+        "tests/test_clip.py",
+    ),
+    Fault(
+        "threads share blocks of 8-bit states",
+        "csrc/cpu/dispatch.cpp",
+        "return work.record->precision.in_blocks ? work.begin + (i - work.begin) / kBlock * kBlock : i;",
+        "return i;",
+        STORAGE,
+    ),
+]
+
+# The CUDA source, run on the host.
+CUDA_ENGINE = [
+    Fault(
+        "parameters without a gradient age",
+        "csrc/cuda/kernel.cuh",
+        "if (a.grads[i] != nullptr) *global(a.records[i].step)",
+        "*global(a.records[i].step)",
+        CUDA,
+    ),
+    Fault(
+        "a skipped step leaves gradients that it should zero",
+        "csrc/cuda/kernel.cuh",
+        "if (a.grads_become.zero) {",
+        "if (false) {",
+        f"{CHAIN} {CUDA}",
+    ),
+    Fault(
+        "a thread's next numbers are those of its neighbour",
+        "csrc/cuda/kernel.cuh",
+        "const int stride = team.size * Way::kN;",
+        "const int stride = team.size * Way::kN - Way::kN;",
+        CUDA,
+    ),
+    Fault(
+        "master weights: the fp32 copy is not stored in the general way",
+        "csrc/cuda/general.cuh",
+        "      global(static_cast<float*>(p.companion))[i] = param;\n",
+        "",
+        CUDA_STORAGE,
+    ),
+    Fault(
+        "the general way has no averages",
+        "csrc/cuda/general.cuh",
+        "if (record.has_followers()) follow_one<T>(record, i, average_weight);",
+        "",
+        CUDA,
+    ),
+    Fault(
+        "written gradients are negated with maximize, in tiles",
+        "csrc/cuda/tile.cuh",
+        "written[j] = change(grad[j]) * change.sign;",
+        "written[j] = change(grad[j]);",
+        CUDA,
+    ),
+    Fault(
+        "unaligned tensors are read by whole vectors",
+        "csrc/cuda/tile.cuh",
+        "whole_from = (bits & 15) == 0 ? kN : INT_MAX;",
+        "whole_from = kN;",
+        CUDA,
+    ),
+    Fault(
+        "split weights: nothing is borrowed from a zero",
+        "csrc/cuda/stored.cuh",
+        "    if (zeros == 0) return;\n",
+        "    return;\n",
+        f"{CUDA_STORAGE}",
+    ),
+    Fault(
+        "the norm of a plan replaces those before it",
+        "csrc/cuda/norm.cuh",
+        "  if (!a.first) add(&sums, {norm.sum_of_squares, norm.largest});\n",
+        "",
+        CUDA,
+    ),
+    Fault(
+        "the chunks of a tensor overlap",
+        "csrc/cuda_table.cpp",
+        "offset < elements; offset += size)",
+        "offset < elements; offset += size - kBlock)",
+        CUDA,
+    ),
+    Fault(
+        "Adafactor: rows of flat tensors count twice in the second sum",
+        "csrc/cuda/reducing_update.cuh",
+        "  if (flat) {  // its states are for the last pass to write\n",
+        "  if (false && flat) {\n",
+        CUDA_REDUCING,
+    ),
+    Fault(
+        "means of columns are divided by their number",
+        "csrc/cuda/reducing_sums.cuh",
+        "static_cast<T>(sum / p.rows), factors, s);",
+        "static_cast<T>(sum / p.columns), factors, s);",
+        CUDA_REDUCING,
+    ),
+]
+
+# Triton's kernels, interpreted.
+TRITON_ENGINE = [
+    Fault(
+        "SGD: the buffer is not there where nesterov looks ahead",
+        "triton_kernels/rules.py",
+        "tl.where(s.nesterov, grad + s.momentum * momentum_buffer, momentum_buffer)",
+        "tl.where(s.nesterov, grad, momentum_buffer)",
+        TRITON,
+    ),
+    Fault(
+        "Adagrad: eps is under the root",
+        "triton_kernels/rules.py",
+        "square_root(sum) + s.eps), sum",
+        "square_root(sum + s.eps)), sum",
+        TRITON,
+    ),
+    Fault(
+        "maximize is forgotten",
+        "triton_kernels/step.py",
+        "    if MAXIMIZE:\n        g = -g\n",
+        "",
+        TRITON,
+    ),
+    Fault(
+        "the third state is not stored",
+        "triton_kernels/step.py",
+        "    if STATE2 != NONE:\n        store_state(",
+        "    if False:\n        store_state(",
+        TRITON,
+    ),
+    Fault(
+        "the norm of a launch replaces those before it",
+        "triton_kernels/norm.py",
+        "        if not FIRST:\n",
+        "        if False:\n",
+        TRITON,
+    ),
+    Fault(
+        "stochastic rounding to fp16 takes too many bits",
+        "triton_kernels/codecs.py",
+        "(magnitude + (random & 0x1FFF) - 0x38000000) >> 13",
+        "(magnitude + (random & 0x3FFF) - 0x38000000) >> 13",
+        "tests/test_triton_storage.py",
+    ),
+    Fault(
+        "Kahan: the rest is not read",
+        "triton_kernels/stored.py",
+        "return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE) + rest",
+        "return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)",
+        "tests/test_triton_storage.py",
+    ),
+    Fault(
+        "Adafactor: the weight does not decay",
+        "triton_kernels/reducing_rules.py",
+        "    return param * f.decay - update, exp_avg\n\n\nclass TorchAdafactorScalars",
+        "    return param - update, exp_avg\n\n\nclass TorchAdafactorScalars",
+        "tests/test_triton_reducing.py",
+    ),
+    Fault(
+        "large matrices: only the first rows of a tile are finished",
+        "triton_kernels/reducing_lines.py",
+        "total += finish_lines(row_ptr, begin, n - first, mean",
+        "total += finish_lines(row_ptr, begin, n - first - 1, mean",
+        "tests/test_triton_reducing.py",
+    ),
+]
+
+# What the host does around a step.
+HOST = [
+    Fault(
+        "a skipped step is counted by a schedule",
+        "python/fusedstep/optimizer.py",
+        "self._learning_rates.end_step(found_inf)",
+        "self._learning_rates.end_step(None)",
+        "tests/test_schedules_device.py",
+    ),
+    Fault(
+        "a clipped step ignores the scale of its gradients",
+        "python/fusedstep/gradients.py",
+        "return backend.norm(places[backend, device], self.last, limits, grad_scale, found_inf)",
+        "return backend.norm(places[backend, device], self.last, limits, None, found_inf)",
+        "tests/test_clip.py tests/test_scaler.py",
+    ),
+    Fault(
+        "a step that is skipped leaves gradients that it should zero",
+        "python/fusedstep/gradients.py",
+        "                layout.zero(grad)\n",
+        "                pass\n",
+        "tests/test_clip.py tests/test_all_or_nothing.py",
+    ),
+    Fault(
+        "GradScaler forgets the user's own scale",
+        "python/fusedstep/amp.py",
+        'optimizer.grad_scale = scale * getattr(optimizer, "grad_scale", 1)',
+        "optimizer.grad_scale = scale",
+        "tests/test_scaler.py",
+    ),
+    Fault(
+        "loaded states are not copies",
+        "python/fusedstep/checkpoint.py",
+        "value = layout.dense_like(param, value.dtype).copy_(value)",
+        "value = layout.laid_out_as(value, layout.dense_like(param)) if value.stride() != param.stride() else value",
+        "tests/test_state_dict.py",
+    ),
+    Fault(
+        "buffers of a parameter that has done no step are saved",
+        "python/fusedstep/checkpoint.py",
+        "counter is not None and counter.item() == 0:",
+        "counter is None:",
+        "tests/test_amp.py tests/test_state_dict.py",
+    ),
+    Fault(
+        "a state that was cleared is counted on",
+        "python/fusedstep/planning.py",
+        "            count = 0.0\n    if not (",
+        "            pass\n    if not (",
+        "tests/test_step.py tests/test_counts.py",
+    ),
+    Fault(
+        "averages of loaded checkpoints are dropped",
+        "python/fusedstep/checkpoint.py",
+        "adopted[name] = optimizer._followers.adopt(param, value)",
+        "pass",
+        "tests/test_averages.py",
+    ),
+    Fault(
+        "the weight of an average is its decay",
+        "python/fusedstep/averages.py",
+        "return 0.0 if self.ema_decay is None else 1.0 - self.ema_decay",
+        "return 0.0 if self.ema_decay is None else self.ema_decay",
+        "tests/test_averages.py",
+    ),
+    Fault(
+        "states that must be exact are narrowed",
+        "python/fusedstep/precision.py",
+        "        if exact:\n            return torch.float32\n",
+        "",
+        PRECISION,
+    ),
+    Fault(
+        "training goes on with another seed",
+        "python/fusedstep/precision.py",
+        "return replace(self, rounding_seed=found)",
+        "return self",
+        f"{PRECISION} tests/test_distributed_checkpoint.py",
+    ),
+    Fault(
+        "the mean of micro-batches is their sum",
+        "python/fusedstep/accumulate.py",
+        "        if self.mean:\n            self._scale(1.0 / self._weight)\n",
+        "",
+        "tests/test_accumulate.py",
+    ),
+    Fault(
+        "a second round of accumulation adds to the first",
+        "python/fusedstep/accumulate.py",
+        "        self._seen.clear()\n        for _, counters in self._plans or ():\n            counters.zero_()\n",
+        "        self._seen.clear()\n",
+        "tests/test_accumulate.py",
+    ),
+    Fault(
+        "a schedule ends its warm-up a step late",
+        "python/fusedstep/schedules/schedule.py",
+        "if num_update < self.warmup_steps:",
+        "if num_update <= self.warmup_steps:",
+        "tests/test_schedules.py",
+    ),
+    Fault(
+        "clip_grad_norm_ scales what is within the limit",
+        "python/fusedstep/clipping.py",
+        "if not coefficient >= 1.0:  # NaN too",
+        "if True:",
+        "tests/test_clip.py",
+    ),
+    Fault(
+        "autograd does not notice a step",
+        "csrc/plan.cpp",
+        "  increment_versions(all ? all_written_ : written);\n",
+        "",
+        "tests/test_step.py",
+    ),
+    Fault(
+        "a state that moved is not noticed",
+        "csrc/plan.cpp",
+        "if (!memory.unchanged()) return Gathered::kStale;\n  }\n  size_t next",
+        "(void)memory;\n  }\n  size_t next",
+        "tests/test_step.py",
+    ),
+    Fault(
+        "a parameter listed twice keeps the state of its second place",
+        "python/fusedstep/planning.py",
+        "bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)",
+        "bucket = (backend, variant, param.device, backend.bucket(param))",
+        "tests/test_step.py tests/test_clip.py",
+    ),
+]
+
+GROUPS = {
+    "Rules in Python": REFERENCE,
+    "Rules in C++": RULES,
+    "CPU engine": CPU,
+    "CUDA source, run on the host": CUDA_ENGINE,
+    "Triton's kernels, interpreted": TRITON_ENGINE,
+    "Around the step": HOST,
+}
