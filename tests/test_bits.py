@@ -11,7 +11,7 @@ from support import WITH_STATES, by_case, by_kind_in_engines, examples, parametr
 
 import fusedstep
 from fusedstep import _C
-from fusedstep.cases import CASES, gradient, layouts
+from fusedstep.cases import CASES, PRECISION, gradient, layouts
 from fusedstep.verification import same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -160,6 +160,47 @@ def test_extreme_numbers_have_the_references_bits(case):
     for grad in (right, right.flip(0), left):
         step(optimizers, [grad])
     assert_same(*optimizers)
+
+
+def dtypes_of(options):
+    """Of the weights that can be stored so."""
+    yield torch.bfloat16
+    if options.get("master_weights") != "split":
+        yield torch.float16
+    if options.keys() == {"state_dtype"}:
+        yield torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name, options in PRECISION.items() for dtype in dtypes_of(options)], ids=str
+)
+def test_extreme_numbers_have_the_references_bits_in_every_format(name, dtype):
+    """In whole vectors and blocks as in the rest of them; and weights that somebody has set to zero or NaN."""
+    options = PRECISION[name]
+    info = torch.finfo(torch.float32)
+    edges = [0.0, -0.0, info.tiny, -info.tiny / 8, info.max, -info.max, float("inf"), float("nan"), 1e-20, 1e20, 1.0]
+    values, grads = torch.tensor(list(itertools.product(edges, edges))).unbind(1)
+    generator = torch.Generator().manual_seed(13)
+    ordinary = torch.randn(1000, generator=generator)
+    values, grads = torch.cat((ordinary, values, ordinary)), torch.cat((ordinary.roll(9), grads, ordinary.roll(3)))
+    before = _C.cpu_isa()
+    try:
+        for isa in _C.cpu_isas():
+            _C.set_cpu_isa(isa)
+            optimizers = [
+                fusedstep.AdamW([torch.nn.Parameter(values.to(dtype))], lr=1e-3, backend=backend, **options)
+                for backend in ("cpu", "reference")
+            ]
+            for number in range(3):
+                step(optimizers, [grads.roll(100 * number).to(dtype)])
+                for optimizer in optimizers:
+                    with torch.no_grad():
+                        optimizer.param_groups[0]["params"][0][number:900:7] = (0.0, -0.0, float("nan"))[number]
+            step(optimizers, [ordinary.repeat(3)[: values.numel()].to(dtype)])
+            assert_same(*optimizers)
+            assert optimizers[0].kernel_calls
+    finally:
+        _C.set_cpu_isa(before)
 
 
 @hypothesis.given(

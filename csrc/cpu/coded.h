@@ -214,7 +214,8 @@ class CodedStates {
   // largest: the bits of the block's largest number, taken as if numbers without a sign had none.
   FUSEDSTEP_FN void close(int k, uint32_t largest) {
     Fresh& fresh = fresh_[block_ % kGenerations];
-    if (__builtin_expect(largest - 0x00800000u >= 0x7f800000u - 0x00800000u, 0)) largest = close_odd(k, fresh.numbers[k]);
+    if (__builtin_expect(largest - 0x00800000u >= 0x7f800000u - 0x00800000u, 0))
+      largest = close_odd(k, fresh.numbers[k]);
     record_.precision.scales[k][block_] = Block::scale(largest);
     fresh.inverses[k] = Block(largest).inverse;
   }

@@ -68,7 +68,7 @@ FUSEDSTEP_FN DoublePack square_root(DoublePack x) {
 template <class W>
 FUSEDSTEP_FN W whole_number(FloatPack x) {
   typedef int32_t IntPack __attribute__((vector_size(cpu::kPackBytes)));
-  return (W)__builtin_convertvector(x, IntPack);
+  return (W) __builtin_convertvector(x, IntPack);
 }
 
 template <class T, class S>

@@ -197,7 +197,8 @@ struct StochasticWeight : WideStored<S, kOrder> {
       static_assert(kOrder == Order::kEvenOdd, "random numbers are taken apart like weights");
       const WordPack words = load_words(from), a = words & 0xffffu, b = words >> 16;
       if (!kExact) doubt.nan_in(x);
-      return kExact ? to_halves<kOrder, 16>(stochastic_upper_half<WordPack>(x.a, a), stochastic_upper_half<WordPack>(x.b, b))
+      return kExact ? to_halves<kOrder, 16>(stochastic_upper_half<WordPack>(x.a, a),
+                                            stochastic_upper_half<WordPack>(x.b, b))
                     : to_halves<kOrder, 16>((WordPack)x.a + a, (WordPack)x.b + b);
     }
   }

@@ -182,7 +182,7 @@ CPU = [
     Fault(
         "stochastic rounding draws the same numbers in each tile",
         "csrc/cpu/tiles.cpp",
-        "static_cast<uint32_t>(step), at / kTile);",
+        "static_cast<uint32_t>(step), at / kBlock);",
         "static_cast<uint32_t>(step), 0);",
         STORAGE,
     ),
@@ -210,7 +210,7 @@ CPU = [
     Fault(
         "8 bits: the blocks that wait at the end are not encoded",
         "csrc/cpu/coded.h",
-        "for (; waiting_ > 0; --waiting_) encode(block_ - waiting_);",
+        "for (; waiting_ > 0; --waiting_) encode_block(block_ - waiting_);",
         "waiting_ = 0;",
         STORAGE,
     ),
@@ -245,8 +245,57 @@ CPU = [
     Fault(
         "threads share blocks of 8-bit states",
         "csrc/cpu/dispatch.cpp",
-        "return work.record->precision.in_blocks ? work.begin + (i - work.begin) / kBlock * kBlock : i;",
+        "return by_blocks ? work.begin + (i - work.begin) / kBlock * kBlock : i;",
         "return i;",
+        STORAGE,
+    ),
+    Fault(
+        "stochastic rounding draws the same numbers in each whole block",
+        "csrc/cpu/weights.h",
+        "random.fill(precision.seed, precision.index, step, i / kBlock);",
+        "random.fill(precision.seed, precision.index, step, 0);",
+        STORAGE,
+    ),
+    Fault(
+        "random numbers are not drawn where a thread begins",
+        "csrc/cpu/engine.cpp",
+        "if (i % kBlock == 0 || i == begin) weight.begin_block(i);",
+        "if (i % kBlock == 0 && i != begin) weight.begin_block(i);",
+        STORAGE,
+    ),
+    Fault(
+        "two packs of bf16 numbers: a NaN is rounded like a number",
+        "csrc/cpu/wide.h",
+        "    if (!kExact) doubt.nan_in(x);\n    return to_halves",
+        "    return to_halves",
+        BITS,
+    ),
+    Fault(
+        "two packs of split weights: a zero with a negative rest becomes NaN",
+        "csrc/cpu/weights.h",
+        "    doubt.nan_in(x);\n    const WordPack a",
+        "    const WordPack a",
+        BITS,
+    ),
+    Fault(
+        "two packs of Kahan's weights: an infinite one leaves a rest",
+        "csrc/cpu/weights.h",
+        "    else\n      doubt.nan_in({rest.a - rest.a, rest.b - rest.b});\n",
+        "",
+        BITS,
+    ),
+    Fault(
+        "8 bits: a block with an infinity keeps its numbers",
+        "csrc/cpu/coded.h",
+        "if (Block(largest).keep == 0) std::fill(numbers, numbers + kBlock, 0.0f);",
+        "",
+        BITS,
+    ),
+    Fault(
+        "8 bits: numbers without a sign take the code of the next larger one",
+        "csrc/cpu/codes.h",
+        "subtract_to_zero(codes, WordPack{} + 0x00010001u)",
+        "codes",
         STORAGE,
     ),
 ]
@@ -523,8 +572,8 @@ HOST = [
     Fault(
         "a state that moved is not noticed",
         "csrc/plan.cpp",
-        "if (!memory.unchanged()) return Gathered::kStale;\n  }\n  size_t next",
-        "(void)memory;\n  }\n  size_t next",
+        "if (!memory.unchanged(at)) return Gathered::kStale;",
+        "(void)memory;",
         "tests/test_step.py",
     ),
     Fault(
