@@ -18,11 +18,12 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lenet test test-all mutants test-triton-versions gpu gpu-dry build lint clean FORCE
+.PHONY: help demo lenet bench-check test test-all mutants test-triton-versions gpu gpu-dry build lint clean FORCE
 
 help:
 	@echo "make demo    train a small GPT with torch.optim.AdamW and with fusedstep.AdamW (OPTIMIZER=$(OPTIMIZER))"
 	@echo "make lenet   train LeNet under six learning-rate schedules (ARGS=\"--data FOLDER\" for Fashion-MNIST)"
+	@echo "make bench-check   measure again what bench/results has of this processor; says which ratio to torch fell"
 	@echo "make test    run the tests that need no GPU"
 	@echo "make test-all   the same with every optimizer and option in every test of a feature: the whole product"
 	@echo "make mutants    put seeded faults into a copy of the tree, and see that the tests notice each"
@@ -44,6 +45,9 @@ demo: $(DEPS) $(BUILT)
 
 lenet: $(DEPS) $(BUILT)
 	$(PY) -m fusedstep.bench.lenet $(ARGS)
+
+bench-check: $(DEPS) $(BUILT)
+	$(PY) -m fusedstep.bench.compare $(ARGS)
 
 test: $(DEPS) $(BUILT)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)

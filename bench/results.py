@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import fusedstep
+from fusedstep import _C
 
 from .timing import cache_bytes
 
@@ -29,7 +30,8 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),  # torch's
+        "cpu_isa": _C.cpu_isa(),
         "cache_bytes": cache_bytes(device),
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
+
 #include "cpu/engine.h"
 #include "cpu/reducing.h"
 #include "cuda_bindings.h"
@@ -282,6 +284,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &cpu::isa);
   m.def("cpu_isas", &cpu::available_isas);
   m.def("set_cpu_isa", &cpu::set_isa);
+  if (const char* isa = std::getenv("FUSEDSTEP_ISA"); isa != nullptr && *isa != '\0') {
+    try {
+      cpu::set_isa(isa);
+    } catch (const std::exception& error) {
+      throw std::invalid_argument(std::string("FUSEDSTEP_ISA: ") + error.what());
+    }
+  }
   m.def("rules", &rules);
   m.def("rule_id", [](const std::string& name, const std::vector<std::string>& state_names) {
     return static_cast<int>(find_rule(name, state_names));

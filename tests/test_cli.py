@@ -1,6 +1,7 @@
 """The command line: what is printed, and the exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -36,6 +37,22 @@ def test_info_as_json(capsys):
     assert found["backends"]["cpu"]["cpu"] == []
     assert found["default"]["cpu"] == "cpu"
     assert found["extension"]["cpu_isa"] in found["extension"]["cpu_isas"]
+
+
+def run_info(isa):
+    command = [sys.executable, "-m", "fusedstep.cli", "info", "--json"]
+    environ = {**os.environ, "FUSEDSTEP_ISA": isa}
+    return json.loads(subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize("isa", ["", *fusedstep._C.cpu_isas()])
+def test_the_environment_names_the_instruction_set(isa):
+    assert run_info(isa)["extension"]["cpu_isa"] == (isa or fusedstep._C.cpu_isas()[-1])
+
+
+def test_an_instruction_set_that_is_none_is_an_error_that_names_it():
+    error = run_info("v9")["extension"]["error"]
+    assert "FUSEDSTEP_ISA: instruction set 'v9' is not available on this processor; available: " in error
 
 
 def test_info_works_without_rich_and_without_the_extension(capsys, monkeypatch):
