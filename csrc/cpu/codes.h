@@ -11,7 +11,7 @@ inline namespace FUSEDSTEP_ISA {
 // Bytes as 16-bit numbers, in order.
 template <class Code>
 FUSEDSTEP_FN WordPack widen_bytes(const Code* from) {
-  constexpr bool is_signed = std::is_signed_v<Code>;
+  [[maybe_unused]] constexpr bool is_signed = std::is_signed_v<Code>;
 #if defined(__AVX512BW__)
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return (WordPack)(is_signed ? _mm512_cvtepi8_epi16(bytes) : _mm512_cvtepu8_epi16(bytes));

@@ -34,8 +34,8 @@ FUSEDSTEP_FN void visit_format(const Record& record, const Visit& visit) {
   if (record.grad_dtype != record.param_dtype) return;
   const bool coded = kHasStates && record.precision.in_blocks;
   const bool in_bf16 = !coded && states_are<Rule>(record, Dtype::kBF16);
-  const bool in_f16 = !coded && states_are<Rule>(record, Dtype::kF16);
-  const bool in_f32 = !coded && states_are<Rule>(record, Dtype::kF32);
+  [[maybe_unused]] const bool in_f16 = !coded && states_are<Rule>(record, Dtype::kF16);
+  [[maybe_unused]] const bool in_f32 = !coded && states_are<Rule>(record, Dtype::kF32);
   const Form form = record.precision.form;
   switch (record.param_dtype) {
     case Dtype::kF32:
@@ -45,13 +45,16 @@ FUSEDSTEP_FN void visit_format(const Record& record, const Visit& visit) {
       }
       return;
     case Dtype::kF16:
-      if constexpr (kHasStates) {
-        if (coded && form == Form::kPlain) return visit(Format<PlainWeight<F16, kInOrder>, F16, Coded, kInOrder>{});
-        if (in_f32 && form == Form::kMaster) return visit(Format<MasterWeight<F16, kInOrder>, F16, float, kInOrder>{});
+      if constexpr (kConvertsF16) {  // number by number there would be nothing to win, and much to compile
+        if constexpr (kHasStates) {
+          if (coded && form == Form::kPlain) return visit(Format<PlainWeight<F16, kInOrder>, F16, Coded, kInOrder>{});
+          if (in_f32 && form == Form::kMaster)
+            return visit(Format<MasterWeight<F16, kInOrder>, F16, float, kInOrder>{});
+        }
+        if (in_f16 && form == Form::kKahan) return visit(Format<KahanWeight<F16, kInOrder>, F16, F16, kInOrder>{});
+        if (in_f16 && form == Form::kStochastic)
+          return visit(Format<StochasticWeight<F16, kInOrder>, F16, F16, kInOrder>{});
       }
-      if (in_f16 && form == Form::kKahan) return visit(Format<KahanWeight<F16, kInOrder>, F16, F16, kInOrder>{});
-      if (in_f16 && form == Form::kStochastic)
-        return visit(Format<StochasticWeight<F16, kInOrder>, F16, F16, kInOrder>{});
       return;
     case Dtype::kBF16:
       if constexpr (kHasStates) {

@@ -160,6 +160,11 @@ FUSEDSTEP_FN void store_pack<float, BF16>(BF16* stored, FloatPack pack) {
 }
 
 // fp16: where the processor converts, to the same bits as numeric.h (a NaN stays one, with another payload).
+#if defined(__F16C__)
+constexpr bool kConvertsF16 = true;
+#else
+constexpr bool kConvertsF16 = false;
+#endif
 FUSEDSTEP_FN FloatPack widen_f16(HalfWordPack halves) {
 #if defined(__AVX512F__)
   return (FloatPack)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves);
