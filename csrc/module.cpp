@@ -152,8 +152,8 @@ void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, doub
   read_hyper(plan, hyper, given.hyper);
   std::vector<cpu::Work> work;
   const cpu::Call call = cpu_call(plan, given, &work);
-  if (first < 0 || first > last || last > call.numel || cpu::whole_blocks(call, first) != first ||
-      cpu::whole_blocks(call, last) != last)
+  if (first < 0 || first > last || last > call.numel || !cpu::can_split_at(call, first) ||
+      !cpu::can_split_at(call, last))
     throw std::invalid_argument("the range is not one of the plan");
   cpu::run_range(call, first, last);
 }

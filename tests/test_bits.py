@@ -182,7 +182,8 @@ def test_extreme_numbers_have_the_references_bits_in_every_format(name, dtype):
     values, grads = torch.tensor(list(itertools.product(edges, edges))).unbind(1)
     generator = torch.Generator().manual_seed(13)
     ordinary = torch.randn(1000, generator=generator)
-    values, grads = torch.cat((ordinary, values, ordinary)), torch.cat((ordinary.roll(9), grads, ordinary.roll(3)))
+    values = torch.cat((ordinary, values, ordinary, values))
+    grads = torch.cat((ordinary.roll(9), grads, ordinary.roll(3), grads))
     before = _C.cpu_isa()
     try:
         for isa in _C.cpu_isas():

@@ -49,8 +49,7 @@ class CodedStates {
     });
     CodedStates part(copy, 0, change_, scalars_);
     const PlainWeight<float, kOrder> weight(copy, 0);
-    part.template pass<false>(weight, WideStored<float, kOrder>{grads}, 0);
-    part.block_ = 0;
+    part.template pass<false, false>(weight, WideStored<float, kOrder>{grads}, 0);
     visit_states(0, [&](int k, auto* numbers) {
       if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
         float* const fresh = part.fresh_[0].numbers[k];
@@ -121,8 +120,9 @@ class CodedStates {
     WordPack of[kPlaces] = {};
   };
 
-  // Updates the next block; with kEncodes, encodes the one that has waited longest.
-  template <bool kEncodes, class Weight, class Grad>
+  // Updates the next block; with kEncodes, encodes the one that has waited longest. Without kCloses, the block stays
+  // the next one.
+  template <bool kEncodes, bool kCloses = true, class Weight, class Grad>
   FUSEDSTEP_FN void pass(const Weight& weight, const Grad grad, int64_t at) {
     Fresh& now = fresh_[block_ % kGenerations];
     const Fresh& old = fresh_[(block_ + 1) % kGenerations];
@@ -148,6 +148,7 @@ class CodedStates {
                          pass.inverses[k]);
       });
     }
+    if (!kCloses) return;
     visit_states(block_, [&](int k, auto* numbers) FUSEDSTEP_INLINE {
       if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) close(k, largest_of(most.of[k]));
     });

@@ -167,14 +167,22 @@ void parallel(int threads, const Body& given) {
   }
 }
 
-int64_t whole_blocks(const Call& call, int64_t i) {
+namespace {
+
+// The last element up to `i` that begins a block of its tensor, if `by_blocks` holds of that.
+template <class Predicate>
+int64_t block_start(const Call& call, int64_t i, const Predicate& by_blocks) {
   const Work* const end = call.work + call.work_size;
   const Work* const next = std::upper_bound(call.work, end, i, [](int64_t at, const Work& w) { return at < w.begin; });
   if (next == call.work || i >= call.numel) return i;
   const Work& work = next[-1];
-  const Precision& precision = work.record->precision;
-  const bool by_blocks = precision.in_blocks || precision.form == Form::kStochastic;
-  return by_blocks ? work.begin + (i - work.begin) / kBlock * kBlock : i;
+  return by_blocks(work.record->precision) ? work.begin + (i - work.begin) / kBlock * kBlock : i;
+}
+
+}  // namespace
+
+bool can_split_at(const Call& call, int64_t i) {
+  return block_start(call, i, [](const Precision& precision) { return precision.in_blocks; }) == i;
 }
 
 namespace {
@@ -218,8 +226,10 @@ void share_out(int threads, int64_t numel, const Share& share) {
 void step(const Call& call, int threads) {
   const RunFunction run = current().run;
   share_out(threads, call.numel, [&](int index, int size) {
+    const auto by_blocks = [](const Precision& p) { return p.in_blocks || p.form == Form::kStochastic; };
     const auto boundary = [&](int64_t i) {
-      return i == size ? call.numel : whole_blocks(call, call.numel / size * i / kSplitMultiple * kSplitMultiple);
+      return i == size ? call.numel
+                       : block_start(call, call.numel / size * i / kSplitMultiple * kSplitMultiple, by_blocks);
     };
     const int64_t first = boundary(index), last = boundary(index + 1);
     if (first < last) run(call, first, last);

@@ -99,13 +99,15 @@ FUSEDSTEP_OUT_OF_LINE void update_wide_exactly(Weight weight, Grad grad, States 
   update_wide<Rule, true>(weight, grad, states, i, change, scalars);
 }
 
-// Updates elements from `begin` on and returns where it has stopped: less than two packs, or than a block, are left.
+// Updates elements from `begin` on and returns where it has stopped: less than two packs, or than a block, are left, or
+// a range that begins within a block that must not be divided.
 template <class Rule, class Format>
 int64_t update_as(Format, const Record& record, const void* grad_data, int64_t begin, int64_t end, int64_t step,
                   const GradChange<float>& given_change, const typename Rule::template Scalars<float>& scalars) {
   typename Format::Weight weight(record, step);
   const typename Format::Grad grad{static_cast<decltype(Format::Grad::data)>(const_cast<void*>(grad_data))};
   int64_t i = begin;
+  if (Format::Weight::kByBlocks && begin % kBlock != 0) return begin;
   if constexpr (std::is_same_v<typename Format::State, Coded>) {
     CodedStates<Rule, Format::kOrder> coded(record, begin, given_change, scalars);
     for (; i + kBlock <= end; i += kBlock) coded.update(weight, grad, i);
@@ -119,7 +121,7 @@ int64_t update_as(Format, const Record& record, const void* grad_data, int64_t b
       states[static_cast<size_t>(k)].data = static_cast<decltype(Stored::data)>(record.states[k]);
     for (; i + kWide <= end; i += kWide) {
       if constexpr (Format::Weight::kByBlocks)
-        if (i % kBlock == 0 || i == begin) weight.begin_block(i);
+        if (i % kBlock == 0) weight.begin_block(i);
       if (!update_wide<Rule, false>(weight, grad, states, i, change, s))
         update_wide_exactly<Rule>(weight, grad, states, i, change, s);
     }

@@ -35,8 +35,8 @@ using RunFunction = void (*)(const Call& call, int64_t first, int64_t last);
 // Updates everything on up to `threads` threads and then advances the step counters.
 void step(const Call& call, int threads);
 
-// The last element up to `i` that another thread may start at: 8-bit blocks and those of random numbers are not shared.
-int64_t whole_blocks(const Call& call, int64_t i);
+// Whether ranges may meet before element i: 8-bit blocks are not shared.
+bool can_split_at(const Call& call, int64_t i);
 
 // Updates elements [first, last) on this thread and leaves the step counters alone.
 void run_range(const Call& call, int64_t first, int64_t last);

@@ -245,7 +245,7 @@ CPU = [
     Fault(
         "threads share blocks of 8-bit states",
         "csrc/cpu/dispatch.cpp",
-        "return by_blocks ? work.begin + (i - work.begin) / kBlock * kBlock : i;",
+        "return by_blocks(work.record->precision) ? work.begin + (i - work.begin) / kBlock * kBlock : i;",
         "return i;",
         STORAGE,
     ),
@@ -254,13 +254,6 @@ CPU = [
         "csrc/cpu/weights.h",
         "random.fill(precision.seed, precision.index, step, i / kBlock);",
         "random.fill(precision.seed, precision.index, step, 0);",
-        STORAGE,
-    ),
-    Fault(
-        "random numbers are not drawn where a thread begins",
-        "csrc/cpu/engine.cpp",
-        "if (i % kBlock == 0 || i == begin) weight.begin_block(i);",
-        "if (i % kBlock == 0 && i != begin) weight.begin_block(i);",
         STORAGE,
     ),
     Fault(
