@@ -1,4 +1,4 @@
-"""Whether a row has become slower: `make bench-check` repeats the committed measurements of this processor and compares.
+"""Whether a row has become slower: `make bench-check` measures again what is committed of this processor and compares.
 
 Not times are compared but ratios to the baseline of the same run, mostly torch's fused step, which noise of the machine
 leaves alone more than times.

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 import fusedstep
-from fusedstep import _C
 
 from .timing import cache_bytes
 
@@ -25,6 +24,8 @@ DEFAULT_FOLDER = Path("bench", "results")
 
 def device_facts(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on: model, cores, caches, memory (bytes)."""
+    from fusedstep import _C  # the command line can say what is wrong with the extension only if it starts without
+
     facts: dict[str, Any] = {
         "type": device.type,
         "cpu": cpu_model(),
