@@ -157,13 +157,17 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
   const Record& record = *work.record;
   const auto& scalars = prepared.scalars;
   const GradChange<T> change = grad_change<T>(call);
+  const bool uniform =
+      is_plain(record) && record.grad_dtype == record.param_dtype && states_are<Rule>(record, record.param_dtype);
   if constexpr (sizeof(T) == sizeof(float)) {
-    visit_format<Rule>(record, [&](auto format) {
-      begin = update_as<Rule>(format, record, work.grad, begin, end, prepared.step, change, scalars);
-    });
-    if (begin == end) return;
+    if (!uniform || record.param_dtype == Dtype::kBF16) {
+      visit_format<Rule>(record, [&](auto format) {
+        begin = update_as<Rule>(format, record, work.grad, begin, end, prepared.step, change, scalars);
+      });
+      if (begin == end) return;
+    }
   }
-  if (is_plain(record) && record.grad_dtype == record.param_dtype && states_are<Rule>(record, record.param_dtype)) {
+  if (uniform) {
     if constexpr (sizeof(T) == sizeof(double))
       return update_uniform<Rule, T, double>(record, work.grad, begin, end, change, scalars);
     else if (record.param_dtype == Dtype::kF32)
