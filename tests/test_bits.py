@@ -180,7 +180,7 @@ def test_extreme_numbers_have_the_references_bits_in_every_format(name, dtype):
     info = torch.finfo(torch.float32)
     edges = [0.0, -0.0, info.tiny, -info.tiny / 8, info.max, -info.max, float("inf"), float("nan"), 1e-20, 1e20, 1.0]
     pairs = torch.tensor(list(itertools.product(edges, edges)))
-    pairs[pairs.isnan()] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # rounding carries over
+    pairs[pairs.isnan()] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounding carries over
     values, grads = pairs.unbind(1)
     generator = torch.Generator().manual_seed(13)
     ordinary = torch.randn(1000, generator=generator)
