@@ -278,10 +278,10 @@ CPU = [
         BITS,
     ),
     Fault(
-        "8 bits: a block with an infinity keeps its numbers",
+        "8 bits: the scale of a block with an infinity is infinite",
         "csrc/cpu/coded.h",
-        "if (Block(largest).keep == 0) std::fill(numbers, numbers + kBlock, 0.0f);",
-        "",
+        "record_.precision.scales[k][block_] = Block::scale(largest);",
+        "record_.precision.scales[k][block_] = bit_cast<float>(largest);",
         BITS,
     ),
     Fault(
