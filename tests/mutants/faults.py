@@ -278,13 +278,6 @@ CPU = [
         BITS,
     ),
     Fault(
-        "8 bits: the scale of a block with an infinity is infinite",
-        "csrc/cpu/coded.h",
-        "record_.precision.scales[k][block_] = Block::scale(largest);",
-        "record_.precision.scales[k][block_] = bit_cast<float>(largest);",
-        BITS,
-    ),
-    Fault(
         "8 bits: numbers without a sign take the code of the next larger one",
         "csrc/cpu/codes.h",
         "subtract_to_zero(codes, WordPack{} + 0x00010001u)",
