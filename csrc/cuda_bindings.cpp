@@ -5,6 +5,7 @@
 #include "cuda/formats.h"
 #include "cuda/norm.h"
 #include "cuda/reducing.h"
+#include "given_step.h"
 #include "norm_bindings.h"
 #include "plan.h"
 
@@ -56,7 +57,7 @@ class DeviceTable {
     }
     const cuda::ReducingTraits traits =
         visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return cuda::kReducingTraits<decltype(rule)>; });
-    reducing_ = cuda::build_reducing_table(plan.records(), plan.matrices(), traits);
+    reducing_ = cuda::build_reducing_table(plan.records(), traits);
   }
 
   std::vector<char> bytes() const { return reduces_ ? reducing_.bytes() : elementwise_.bytes(); }
@@ -161,20 +162,21 @@ class NormTable {
   cuda::NormTable table_;
 };
 
-int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uintptr_t work, const py::tuple& hyper,
-              bool maximize, const py::object& grad_scale, const py::object& found_inf, const py::object& coefficient,
-              bool zero_grads, bool write_grads, double average_weight) {
+int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uintptr_t work, const py::object& step) {
   if (plan.size() != 0 && plan.device() != Device::kCuda) throw std::invalid_argument("the plan is not on a GPU");
-  if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
+  const GivenStep given(step);
+  if (static_cast<int>(given.hyper.size()) != plan.n_hyper())
+    throw std::invalid_argument("wrong number of hyperparameters");
   cuda::Call call{};
-  for (size_t k = 0; k < hyper.size(); ++k) call.hyper[k] = to_scalar(PyTuple_GET_ITEM(hyper.ptr(), k), plan);
-  call.maximize = maximize;
-  call.grad_scale = to_flag(grad_scale, plan, "grad_scale");
-  call.found_inf = to_flag(found_inf, plan, "found_inf");
-  call.coefficient = to_coefficient(coefficient, plan);
-  call.zero_grads = zero_grads;
-  call.write_grads = write_grads;
-  call.average_weight = average_weight;
+  for (size_t k = 0; k < given.hyper.size(); ++k)
+    call.hyper[k] = to_scalar(PyTuple_GET_ITEM(given.hyper.ptr(), k), plan);
+  call.maximize = given.maximize;
+  call.grad_scale = to_flag(given.grad_scale, plan, "grad_scale");
+  call.found_inf = to_flag(given.found_inf, plan, "found_inf");
+  call.coefficient = to_coefficient(given.coefficient, plan);
+  call.zero_grads = given.zero_grads;
+  call.write_grads = given.write_grads;
+  call.average_weight = given.average_weight;
   call.device_table = reinterpret_cast<char*>(device_table);
   call.device = plan.device_index();
   call.stream = current_stream(plan.device_index());
@@ -182,7 +184,7 @@ int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uint
   const std::vector<const void*> grads = addresses_of_grads(plan);
   call.grads = grads.data();
   const int launches = table.step(call, plan, reinterpret_cast<char*>(work));
-  plan.increment_written(zero_grads || write_grads);
+  plan.increment_written(call.zero_grads || call.write_grads);
   plan.release_grads();
   return launches;
 }

@@ -53,7 +53,8 @@ void cut_tiles(Partition* p, const Record& record) {
 }
 
 // Every tensor has an item, an empty one too: it has an RMS, and perhaps lines, that are not a number.
-Partition cut(const Record& record, const Matrices& matrices) {
+Partition cut(const Record& record) {
+  const Matrices& matrices = record.matrices;
   Partition p{};
   p.batch = matrices.batch;
   p.rows = matrices.rows;
@@ -166,8 +167,7 @@ void append(std::vector<char>* bytes, const std::vector<T>& values) {
 
 }  // namespace
 
-ReducingTable build_reducing_table(const std::vector<Record>& records, const std::vector<Matrices>& matrices,
-                                   const ReducingTraits& traits) {
+ReducingTable build_reducing_table(const std::vector<Record>& records, const ReducingTraits& traits) {
   ReducingTable table;
   table.records = records;
   const int64_t n = static_cast<int64_t>(records.size());
@@ -175,7 +175,7 @@ ReducingTable build_reducing_table(const std::vector<Record>& records, const std
     ReducingSegment segment{first, std::min(kMaxTensorsPerLaunch, n - first), {}, {}, {}};
     for (int64_t i = 0; i < segment.n_records; ++i) {
       const Record& record = records[first + i];
-      Partition partition = cut(record, matrices[first + i]);
+      Partition partition = cut(record);
       place(&partition, record, traits.factors, &table.work_bytes, &table.n_counters);
       table.partitions.push_back(partition);
       table.kinds.push_back(kind_of(record, partition, traits.element_state));

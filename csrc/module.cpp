@@ -2,11 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <cstdlib>
+#include <tuple>
 
 #include "cpu/engine.h"
 #include "cpu/reducing.h"
 #include "cuda_bindings.h"
+#include "given_step.h"
 #include "norm_bindings.h"
 #include "overlaps.h"
 #include "plan.h"
@@ -16,36 +19,25 @@
 namespace fusedstep {
 namespace {
 
-// What a step of a plan is called with.
-struct Given {
-  double hyper[kMaxHyper];
-  bool maximize;
-  double grad_scale, coefficient;
-  bool zero_grads, write_grads;
-  double average_weight;
-};
-
 // This may run code of the interpreter.
-void read_hyper(const Plan& plan, const py::tuple& hyper, double* numbers) {
+cpu::Step to_step(const Plan& plan, const GivenStep& given) {
+  cpu::Step step{};
   if (plan.device() != Device::kCpu && plan.has_memory()) throw std::invalid_argument("the plan is not on the CPU");
-  if (static_cast<int>(hyper.size()) != plan.n_hyper()) throw std::invalid_argument("wrong number of hyperparameters");
-  for (size_t k = 0; k < hyper.size(); ++k) numbers[k] = to_double(PyTuple_GET_ITEM(hyper.ptr(), k));
+  if (static_cast<int>(given.hyper.size()) != plan.n_hyper())
+    throw std::invalid_argument("wrong number of hyperparameters");
+  for (size_t k = 0; k < given.hyper.size(); ++k) step.hyper[k] = to_double(PyTuple_GET_ITEM(given.hyper.ptr(), k));
+  step.maximize = given.maximize;
+  step.grad_scale = given.grad_scale.is_none() ? 1.0 : to_double(given.grad_scale.ptr());
+  step.coefficient = given.coefficient.is_none() ? 1.0 : to_double(given.coefficient.ptr());
+  step.zero_grads = given.zero_grads;
+  step.write_grads = given.write_grads;
+  step.average_weight = given.average_weight;
+  return step;
 }
 
-// What the CPU engine needs to know of a plan's step; `work` is the memory behind it.
-cpu::Call cpu_call(const Plan& plan, const Given& given, std::vector<cpu::Work>* work) {
-  cpu::Call call{plan.rule(),
-                 {},
-                 given.maximize,
-                 given.grad_scale,
-                 given.coefficient,
-                 given.zero_grads,
-                 given.write_grads,
-                 given.average_weight,
-                 nullptr,
-                 0,
-                 0};
-  std::copy(std::begin(given.hyper), std::end(given.hyper), call.hyper);
+// A call for what a plan has gathered; `work` is the memory behind it.
+cpu::Call to_call(const Plan& plan, const cpu::Step& step, std::vector<cpu::Work>* work) {
+  cpu::Call call{step, plan.rule(), nullptr, 0, 0};
   work->resize(plan.size());
   cpu::Work* next = work->data();
   const Record* const records = plan.records().data();
@@ -59,21 +51,11 @@ cpu::Call cpu_call(const Plan& plan, const Given& given, std::vector<cpu::Work>*
   return call;
 }
 
-cpu::ReducingCall cpu_reducing_call(const Plan& plan, const Given& given) {
-  cpu::ReducingCall call{plan.reducing_rule(),
-                         {},
-                         given.maximize,
-                         given.grad_scale,
-                         given.coefficient,
-                         given.zero_grads,
-                         given.write_grads,
-                         given.average_weight,
-                         {},
-                         0};
-  std::copy(std::begin(given.hyper), std::end(given.hyper), call.hyper);
+cpu::ReducingCall to_reducing_call(const Plan& plan, const cpu::Step& step) {
+  cpu::ReducingCall call{step, plan.reducing_rule(), {}, 0};
   for (size_t i = 0; i < plan.size(); ++i) {
     if (!plan.active(i)) continue;
-    call.work.push_back(cpu::ReducingWork{&plan.records()[i], &plan.matrices()[i], plan.grad(i)});
+    call.work.push_back(cpu::ReducingWork{&plan.records()[i], plan.grad(i)});
     call.numel += plan.records()[i].numel;
   }
   return call;
@@ -81,62 +63,58 @@ cpu::ReducingCall cpu_reducing_call(const Plan& plan, const Given& given) {
 
 // Updates what a plan has gathered. undisturbed: all plans of this step are so, and since they have gathered, this has
 // neither returned to the interpreter nor let its lock go.
-void update(Plan& plan, const Given& given, bool undisturbed, int threads) {
+void update(Plan& plan, const cpu::Step& step, bool undisturbed, int threads) {
   if (!undisturbed) plan.check_borrowed();
-  const auto step = [&](const auto& run) {
+  const auto call_engine = [&](const auto& run) {
     if (plan.borrowed()) return run();
     const py::gil_scoped_release release;
     run();
   };
   if (plan.reduces()) {
-    const cpu::ReducingCall call = cpu_reducing_call(plan, given);
-    step([&] { cpu::reducing_step(call, threads); });
+    const cpu::ReducingCall call = to_reducing_call(plan, step);
+    call_engine([&] { cpu::reducing_step(call, threads); });
   } else {
     std::vector<cpu::Work> work;
-    const cpu::Call call = cpu_call(plan, given, &work);
-    step([&] { cpu::step(call, threads); });
+    const cpu::Call call = to_call(plan, step, &work);
+    call_engine([&] { cpu::step(call, threads); });
   }
   if (undisturbed)
     plan.increment_seen();
   else
-    plan.increment_written(given.zero_grads || given.write_grads);
+    plan.increment_written(step.zero_grads || step.write_grads);
   plan.release_grads();
 }
 
-void cpu_step(Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, double coefficient, bool zero_grads,
-              bool write_grads, double average_weight, int threads) {
-  Given given{{}, maximize, grad_scale, coefficient, zero_grads, write_grads, average_weight};
-  read_hyper(plan, hyper, given.hyper);
-  update(plan, given, false, threads);
+void cpu_step(Plan& plan, const py::object& step, int threads) {
+  update(plan, to_step(plan, GivenStep(step)), false, threads);
 }
 
 // Gathers the gradients of all plans and updates their parameters: what Plan::gather() and cpu_step() do for one plan
-// after the other, without a way back to the interpreter between them. parts: (plan, hyper, maximize, average_weight)
-// of each. Returns the number of calls of the engine; or -1, and nothing has changed, if a plan does not fit or has
-// gradients that cannot be used as they are.
+// after the other, without a way back to the interpreter between them. parts: (plan, step) of each. Returns the number
+// of calls of the engine; or -1, and nothing has changed, if a plan does not fit or has gradients that cannot be used
+// as they are.
 int cpu_gather_and_step(const py::list& parts, int threads) {
-  std::vector<std::pair<Plan*, Given>> steps;
+  std::vector<std::pair<Plan*, cpu::Step>> steps;
   for (const py::handle part : parts) {
-    const auto [plan, hyper, maximize, average_weight] = part.cast<std::tuple<Plan*, py::tuple, bool, double>>();
-    steps.emplace_back(plan, Given{{}, maximize, 1.0, 1.0, false, false, average_weight});
-    read_hyper(*plan, hyper, steps.back().second.hyper);
+    const auto [plan, step] = part.cast<std::tuple<Plan*, py::object>>();
+    steps.emplace_back(plan, to_step(*plan, GivenStep(step)));
   }
   const auto release_all = [&] {
-    for (const auto& [plan, given] : steps) plan->release_grads();
+    for (const auto& [plan, step] : steps) plan->release_grads();
   };
   bool undisturbed = true;
   int calls = 0;
   try {
-    for (const auto& [plan, given] : steps) {
+    for (const auto& [plan, step] : steps) {
       if (plan->gather(true, py::none()) == Gathered::kStale || !plan->odd_grads().empty()) {
         release_all();
         return -1;
       }
       undisturbed = undisturbed && plan->undisturbed();
     }
-    for (const auto& [plan, given] : steps) {
+    for (const auto& [plan, step] : steps) {
       if (!plan->any_active()) continue;
-      update(*plan, given, undisturbed, threads);
+      update(*plan, step, undisturbed, threads);
       ++calls;
     }
   } catch (...) {
@@ -146,12 +124,9 @@ int cpu_gather_and_step(const py::list& parts, int threads) {
   return calls;
 }
 
-void cpu_run_range(const Plan& plan, const py::tuple& hyper, bool maximize, double grad_scale, int64_t first,
-                   int64_t last) {
-  Given given{{}, maximize, grad_scale, 1.0, false, false, 0.0};
-  read_hyper(plan, hyper, given.hyper);
+void cpu_run_range(const Plan& plan, const py::object& step, int64_t first, int64_t last) {
   std::vector<cpu::Work> work;
-  const cpu::Call call = cpu_call(plan, given, &work);
+  const cpu::Call call = to_call(plan, to_step(plan, GivenStep(step)), &work);
   if (first < 0 || first > last || last > call.numel || !cpu::can_split_at(call, first) ||
       !cpu::can_split_at(call, last))
     throw std::invalid_argument("the range is not one of the plan");
@@ -173,38 +148,47 @@ py::dict rules() {
   return result;
 }
 
-py::list pointers(const Plan& plan) {
-  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  py::list rows;
-  for (const Record& record : plan.records()) {
-    py::list row;
-    row.append(address(record.param));
-    row.append(address(record.step));
-    for (const void* state : record.states) row.append(address(state));
-    rows.append(row);
-  }
-  return rows;
+// The records themselves, laid out as record_fields() says.
+py::bytes records(const Plan& plan) {
+  return py::bytes(reinterpret_cast<const char*>(plan.records().data()), plan.size() * sizeof(Record));
 }
 
-py::list storage(const Plan& plan) {
-  py::list rows;
-  for (const Record& record : plan.records()) {
-    const Precision& precision = record.precision;
-    py::list row;
-    row.append(reinterpret_cast<uintptr_t>(precision.companion));
-    for (const void* scales : precision.scales) row.append(reinterpret_cast<uintptr_t>(scales));
-    row.append(precision.seed);
-    row.append(precision.index);
-    rows.append(row);
-  }
-  return rows;
-}
-
-py::list follower_pointers(const Plan& plan) {
-  py::list rows;
-  for (const Record& record : plan.records())
-    rows.append(py::make_tuple(reinterpret_cast<uintptr_t>(record.average), reinterpret_cast<uintptr_t>(record.copy)));
-  return rows;
+// {"names", "formats", "offsets", "itemsize"} of a Record, as numpy.dtype() takes them.
+py::dict record_fields() {
+  py::list names, formats, offsets;
+  const auto add = [&](const char* name, const char* format, size_t offset) {
+    names.append(name);
+    formats.append(format);
+    offsets.append(offset);
+  };
+  const std::string states = "(" + std::to_string(kMaxStates) + ",)";
+  add("param", "i8", offsetof(Record, param));
+  add("states", (states + "i8").c_str(), offsetof(Record, states));
+  add("step", "i8", offsetof(Record, step));
+  add("numel", "i8", offsetof(Record, numel));
+  add("average", "i8", offsetof(Record, average));
+  add("copy", "i8", offsetof(Record, copy));
+  add("param_dtype", "u1", offsetof(Record, param_dtype));
+  add("grad_dtype", "u1", offsetof(Record, grad_dtype));
+  add("state_dtypes", (states + "u1").c_str(), offsetof(Record, state_dtypes));
+  add("copy_dtype", "u1", offsetof(Record, copy_dtype));
+  constexpr size_t precision = offsetof(Record, precision), matrices = offsetof(Record, matrices);
+  add("companion", "i8", precision + offsetof(Precision, companion));
+  add("scales", (states + "i8").c_str(), precision + offsetof(Precision, scales));
+  add("seed", "u8", precision + offsetof(Precision, seed));
+  add("index", "u4", precision + offsetof(Precision, index));
+  add("form", "u1", precision + offsetof(Precision, form));
+  add("in_blocks", "?", precision + offsetof(Precision, in_blocks));
+  add("batch", "i8", matrices + offsetof(Matrices, batch));
+  add("rows", "i8", matrices + offsetof(Matrices, rows));
+  add("columns", "i8", matrices + offsetof(Matrices, columns));
+  add("factored", "?", matrices + offsetof(Matrices, factored));
+  py::dict fields;
+  fields["names"] = names;
+  fields["formats"] = formats;
+  fields["offsets"] = offsets;
+  fields["itemsize"] = sizeof(Record);
+  return fields;
 }
 
 // One int64 address per tensor, 0 for those that take no part; empty tensors that do have address 16.
@@ -225,12 +209,6 @@ std::vector<int64_t> active(const Plan& plan) {
   return indices;
 }
 
-std::vector<int> grad_dtypes(const Plan& plan) {
-  std::vector<int> dtypes;
-  for (const Record& record : plan.records()) dtypes.push_back(static_cast<int>(record.grad_dtype));
-  return dtypes;
-}
-
 }  // namespace
 }  // namespace fusedstep
 
@@ -238,26 +216,21 @@ PYBIND11_MODULE(_C, m) {
   using namespace fusedstep;
   m.doc() = "fusedstep's compiled engines";
   py::class_<Plan>(m, "Plan")
-      .def(py::init<const std::string&, const std::vector<std::string>&, const py::list&, const py::list&,
-                    const py::list&, const py::list&, const py::list&, const py::list&>(),
-           py::arg("rule"), py::arg("state_names"), py::arg("owners"), py::arg("tensors"), py::arg("steps"),
-           py::arg("states"), py::arg("matrices") = py::list(), py::arg("precision") = py::list())
+      .def(py::init<const std::string&, const std::vector<std::string>&, const py::list&>(), py::arg("rule"),
+           py::arg("state_names"), py::arg("records"))
       .def(
           "gather",
           [](Plan& plan, bool borrow, const py::object& grads) { return static_cast<int>(plan.gather(borrow, grads)); },
           py::arg("borrow"), py::arg("grads") = py::none())
-      .def("follow", &Plan::follow, py::arg("averages"), py::arg("copies"))
-      .def("follower_pointers", &follower_pointers, "[average, copy] of each tensor, as addresses")
       .def("borrowed", &Plan::borrowed, "whether gather() found gradients that it does not hold")
       .def("odd_grads", &Plan::odd_grads)
       .def("drop_grad", &Plan::drop_grad)
       .def("set_grad", &Plan::set_grad)
       .def("release_grads", &Plan::release_grads)
       .def("increment_written", &Plan::increment_written, py::arg("grads_too"))
-      .def("pointers", &pointers, "[param, step, states...] of each tensor, as addresses")
-      .def("storage", &storage, "[companion, scales..., seed, index] of each tensor")
+      .def("records", &records, "the bytes of all records, laid out as record_fields() says")
       .def("grad_pointers", &grad_pointers)
-      .def("grad_dtypes", &grad_dtypes, "of each tensor in this step: 0 fp32, 1 bf16, 2 fp16, 3 fp64")
+      .def("grad_dtypes_version", &Plan::grad_dtypes_version, "another number after each change of one's dtype")
       .def("any_active", &Plan::any_active, "whether a tensor takes part in this step")
       .def("active", &active, "indices of the tensors that take part in this step");
   py::class_<Overlaps>(m, "Overlaps")
@@ -266,13 +239,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Watch>(m, "Watch")
       .def(py::init<const py::dict&, const py::list&>(), py::arg("state"), py::arg("param_groups"))
       .def("unchanged", &Watch::unchanged, py::arg("state"), py::arg("param_groups"));
-  m.def("cpu_step", &cpu_step, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
-        py::arg("coefficient"), py::arg("zero_grads"), py::arg("write_grads"), py::arg("average_weight"),
-        py::arg("threads"));
+  m.def("record_fields", &record_fields, "how a record lies in memory, as numpy.dtype() takes it");
+  m.def("cpu_step", &cpu_step, py::arg("plan"), py::arg("step"), py::arg("threads"));
   m.def("cpu_gather_and_step", &cpu_gather_and_step, py::arg("parts"), py::arg("threads"));
   bind_norm(m);
-  m.def("cpu_run_range", &cpu_run_range, py::arg("plan"), py::arg("hyper"), py::arg("maximize"), py::arg("grad_scale"),
-        py::arg("first"), py::arg("last"),
+  m.def("cpu_run_range", &cpu_run_range, py::arg("plan"), py::arg("step"), py::arg("first"), py::arg("last"),
         "update some of the elements, counted through all tensors, without counting it as a step: for tests");
   m.def(
       "cpu_advance_schedules",

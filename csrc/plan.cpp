@@ -1,11 +1,9 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cstring>
 #include <iterator>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 namespace fusedstep {
 namespace {
@@ -46,37 +44,6 @@ Variant find_variant(const std::string& name, const std::vector<std::string>& st
 // A step over so few elements keeps the interpreter lock, for a millisecond at most.
 constexpr int64_t kBriefElements = 1 << 22;
 
-[[noreturn]] void reject(size_t i, const char* what, const char* why) {
-  throw std::invalid_argument("tensor " + std::to_string(i) + " of the plan: its " + what + " " + why);
-}
-
-// Numbers in logical order without gaps.
-bool contiguous(int32_t ndim, const int64_t* shape, const int64_t* strides) {
-  if (std::find(shape, shape + ndim, 0) != shape + ndim) return true;
-  int64_t expected = 1;
-  for (int32_t i = ndim - 1; i >= 0; --i) {
-    if (shape[i] > 1 && strides[i] != expected) return false;
-    expected *= shape[i];
-  }
-  return true;
-}
-
-// How many numbers a state has for a tensor; -1: the tensor does not have the state.
-int64_t state_numel(Span span, const Matrices& matrices, int64_t numel) {
-  switch (span) {
-    case Span::kRow:
-      return matrices.factored ? matrices.batch * matrices.rows : -1;
-    case Span::kColumn:
-      return matrices.factored ? matrices.batch * matrices.columns : -1;
-    case Span::kFlat:
-      return matrices.factored ? -1 : numel;
-    case Span::kTensor:
-      return 1;
-    default:
-      return numel;
-  }
-}
-
 }  // namespace
 
 RuleId find_rule(const std::string& name, const std::vector<std::string>& state_names) {
@@ -95,87 +62,17 @@ ReducingRuleId Plan::reducing_rule() const {
   return static_cast<ReducingRuleId>(variant_.rule);
 }
 
-Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& owners,
-           const py::list& tensors, const py::list& steps, const py::list& states, const py::list& matrices,
-           const py::list& precision)
+Plan::Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& records)
     : variant_(find_variant(rule, state_names)),
-      owners_(owners),
-      tensors_(tensors),
-      steps_(steps),
-      states_(states),
-      precision_(precision),
-      grad_kinds_(owners.size(), kUnknown),
-      counters_(owners.size(), nullptr),
-      records_(owners.size()),
-      matrices_(variant_.reduces ? owners.size() : 0),
-      layouts_(owners.size(), Layout{0, 0, -1, kUnknown}),
-      grads_(owners.size(), Grad{nullptr, nullptr, false}) {
-  if (tensors.size() != owners.size() || steps.size() != owners.size() || states.size() != owners.size())
-    throw std::invalid_argument("a plan needs one tensor, step and tuple of states for each parameter");
-  if (matrices.size() != matrices_.size())
-    throw std::invalid_argument("a plan needs the matrices of each parameter for a rule that reduces, else none");
-  if (!precision.empty() && (variant_.reduces || precision.size() != owners.size()))
-    throw std::invalid_argument("a plan takes the precision of each parameter, or none, for an elementwise rule");
-  bool device_known = false;
+      given_(records),
+      grad_kinds_(records.size(), kUnknown),
+      counters_(records.size(), nullptr),
+      records_(records.size()),
+      layouts_(records.size(), Layout{0, 0, -1, kUnknown}),
+      grads_(records.size(), Grad{nullptr, nullptr, false}) {
+  add_records();
   int64_t numel = 0;
-  for (size_t i = 0; i < owners.size(); ++i) {
-    Record& record = records_[i];
-    std::memset(&record, 0, sizeof(record));
-    const py::object tensor = tensors[i];
-    if (tensor.is_none()) continue;
-
-    TensorView param;
-    if (!view_tensor(tensor.ptr(), &param)) reject(i, "param", "has no memory");
-    if (!param.dtype_known) reject(i, "param", "has a dtype that no kernel knows");
-    if (!device_known) {
-      device_ = param.device;
-      device_index_ = param.device_index;
-      device_known = true;
-    }
-    const auto on_device = [&](const TensorView& view) {
-      return view.device == device_ && view.device_index == device_index_;
-    };
-    if (!on_device(param)) reject(i, "param", "is on another device than the first one");
-    record.param = param.data;
-    record.param_dtype = param.dtype;
-    record.grad_dtype = param.dtype;  // until a gradient says otherwise
-    record.numel = param.numel();
-    numel += record.numel;
-    const KindIndex kind = kind_of(tensor.ptr(), param);
-    layouts_[i] = Layout{dims_.size(), param.ndim, static_cast<int32_t>(param_memory_.size()), kind};
-    param_memory_.emplace_back(tensor.ptr(), param, kind != kUnknown);
-    if (param_memory_.back().impl() == nullptr) {
-      in_place_ = false;
-      layouts_[i].kind = kUnknown;
-    }
-    dims_.insert(dims_.end(), param.shape, param.shape + param.ndim);
-    dims_.insert(dims_.end(), param.strides, param.strides + param.ndim);
-    const int64_t* shape = dims_.data() + layouts_[i].begin;
-
-    TensorView step;
-    const py::object step_tensor = steps[i];
-    if (!view_tensor(step_tensor.ptr(), &step)) reject(i, "step", "has no memory");
-    if (!on_device(step) || !step.dtype_known || step.dtype != Dtype::kF32 || step.numel() != 1)
-      reject(i, "step", "is not one fp32 number on the parameter's device");
-    record.step = static_cast<float*>(step.data);
-    watch_state(step_tensor.ptr(), step);
-
-    if (variant_.reduces) {
-      Matrices& seen = matrices_[i];
-      seen = Matrices{1, 1, record.numel, false};
-      if (!matrices[i].is_none()) {
-        const auto [batch, rows, columns] = matrices[i].cast<std::tuple<int64_t, int64_t, int64_t>>();
-        seen = Matrices{batch, rows, columns, true};
-      }
-      if (seen.batch * seen.rows * seen.columns != record.numel) reject(i, "param", "is not made of these matrices");
-      if (!contiguous(layouts_[i].ndim, shape, shape + layouts_[i].ndim)) reject(i, "param", "is not contiguous");
-    }
-    add_states(i, states[i]);
-    add_precision(i, precision.empty() ? py::object(py::none()) : py::object(precision[i]));
-    // A stand-in is copied back by torch, which bumps the owner's counter itself. A wrapper's own memory is a tensor
-    // with a counter of its own.
-    all_written_.append(tensor);
-  }
+  for (const Record& record : records_) numel += record.numel;
   brief_ = device_ == Device::kCuda || numel <= kBriefElements;
 }
 
@@ -189,35 +86,6 @@ Plan::KindIndex Plan::kind_of(PyObject* tensor, const TensorView& view) {
   if (index == kUnknown) return kUnknown;  // so many are not told apart
   if (found == kinds_.end()) kinds_.push_back(SeenKind{Kind::of(at, impl), size_of(view.dtype)});
   return static_cast<KindIndex>(index);
-}
-
-void Plan::watch_state(PyObject* tensor, const TensorView& view) {
-  state_memory_.emplace_back(tensor, view, true);
-  in_place_ = in_place_ && state_memory_.back().impl() != nullptr;
-}
-
-void Plan::add_states(size_t i, const py::tuple& states) {
-  Record& record = records_[i];
-  const int32_t ndim = layouts_[i].ndim;
-  const int64_t* shape = dims_.data() + layouts_[i].begin;
-  if (states.size() != variant_.places.size()) reject(i, "states", "are not as many as the rule needs");
-  for (size_t n = 0; n < states.size(); ++n) {
-    const py::object tensor = states[n];
-    const int k = variant_.places[n];
-    const int64_t numel = variant_.reduces ? state_numel(variant_.spans[n], matrices_[i], record.numel) : record.numel;
-    if (tensor.is_none() != (numel < 0)) reject(i, "states", "are not those that the rule needs for it");
-    if (numel < 0) continue;
-    TensorView state;
-    if (!view_tensor(tensor.ptr(), &state)) reject(i, "state", "has no memory");
-    if (state.device != device_ || state.device_index != device_index_ || !(state.dtype_known || state.is_code))
-      reject(i, "state", "has another device or an unknown dtype");
-    const bool fits = variant_.reduces ? state.numel() == numel && contiguous(state.ndim, state.shape, state.strides)
-                                       : same_layout(state, ndim, shape, shape + ndim);
-    if (!fits) reject(i, "state", "is laid out differently");
-    record.states[k] = state.data;
-    record.state_dtypes[k] = state.dtype;
-    watch_state(tensor.ptr(), state);
-  }
 }
 
 Plan::~Plan() {
@@ -310,9 +178,7 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
     grad.active = any_active_ = true;
     if (!param_unchanged(at, i)) return Gathered::kStale;
     TensorView view;
-    const int64_t* shape = dims_.data() + layouts_[i].begin;
-    if (!view_tensor(grad.tensor, &view) || !view.dtype_known || view.device != device_ ||
-        view.device_index != device_index_ || !same_layout(view, layouts_[i].ndim, shape, shape + layouts_[i].ndim)) {
+    if (!view_tensor(grad.tensor, &view) || !fits_param(view, i)) {
       odd_grads_.push_back(static_cast<int64_t>(i));
       continue;
     }
@@ -356,10 +222,8 @@ void Plan::drop_grad(int64_t i) {
 
 void Plan::set_grad(int64_t i, const py::object& grad) {
   TensorView view;
-  const int64_t* shape = dims_.data() + layouts_.at(i).begin;
-  if (!view_tensor(grad.ptr(), &view) || !view.dtype_known || view.device != device_ ||
-      view.device_index != device_index_ || !same_layout(view, layouts_[i].ndim, shape, shape + layouts_[i].ndim))
-    reject(i, "gradient", "is not laid out as the parameter");
+  if (static_cast<size_t>(i) >= size() || !view_tensor(grad.ptr(), &view) || !fits_param(view, i))
+    throw std::invalid_argument("gradient " + std::to_string(i) + " is not laid out as the plan's parameter");
   Py_INCREF(grad.ptr());
   Py_XSETREF(grads_[i].tensor, grad.ptr());
   holds_grads_ = true;
@@ -380,7 +244,7 @@ void Plan::increment_written(bool grads_too) const {
   for (size_t i = 0; i < records_.size(); ++i) all = all && active(i);
   if (!all) {
     for (size_t i = 0; i < records_.size(); ++i) {
-      if (active(i)) written.append(tensors_[i]);
+      if (active(i)) written.append(params_[i]);
     }
   }
   increment_versions(all ? all_written_ : written);

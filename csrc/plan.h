@@ -26,18 +26,9 @@ struct Variant {
 
 class Plan {
  public:
-  // owners: the parameters, whose `.grad` is read. tensors: the memory to update, the owner itself or a dense stand-in
-  // for it; None where the owner has no state yet, because it had no gradient so far. steps, states: of each tensor.
-  // state_names: which of the rule's states there are, in the order of each tuple of `states`; there, None stands for a
-  // state that a reducing rule does not have for this tensor.
-  // matrices: for a reducing rule, (batch, rows, columns) of each contiguous tensor, or None for a flat one.
-  // precision: (form, companion or None, scales of each state or None, seed, index) of each tensor, or None for one
-  // that is stored in its dtypes; or an empty list, for none.
-  Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& owners,
-       const py::list& tensors, const py::list& steps, const py::list& states, const py::list& matrices,
-       const py::list& precision);
-  // Of each parameter an average over the steps and a copy in a narrower dtype, laid out like its tensor; or None.
-  void follow(const py::list& averages, const py::list& copies);
+  // records: a list of python/fusedstep/record.py's, in the order of this plan. state_names: which of the rule's states
+  // there are, in the order of each record's.
+  Plan(const std::string& rule, const std::vector<std::string>& state_names, const py::list& records);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -75,8 +66,7 @@ class Plan {
   int n_hyper() const { return variant_.n_hyper; }
   size_t size() const { return records_.size(); }
   const std::vector<Record>& records() const { return records_; }
-  const std::vector<Matrices>& matrices() const { return matrices_; }  // of each record, for a reducing rule
-  bool has_memory() const { return !state_memory_.empty(); }           // false: no parameter has had a gradient yet
+  bool has_memory() const { return !state_memory_.empty(); }  // false: no parameter has had a gradient yet
   bool any_active() const { return any_active_; }
   bool active(size_t i) const { return grads_[i].active; }
   const void* grad(size_t i) const { return grads_[i].data; }
@@ -111,19 +101,38 @@ class Plan {
 
   bool grads_moved();
   KindIndex kind_of(PyObject* tensor, const TensorView& view);
-  void watch_state(PyObject* tensor, const TensorView& view);
   void set_grad_dtype(size_t i, Dtype dtype);
   void look(const Words& at, size_t first, size_t end, Sight* sights) const;
   bool looks_like_before(const Words& at, size_t i, const Sight& sight, const void** data) const;
   bool param_unchanged(const Words& at, size_t i) const;
+  bool is_on_device(const TensorView& view) const {
+    return view.device == device_ && view.device_index == device_index_;
+  }
+  bool has_layout_of_param(const TensorView& view, size_t i) const {
+    const int64_t* const shape = dims_.data() + layouts_[i].begin;
+    return same_layout(view, layouts_[i].ndim, shape, shape + layouts_[i].ndim);
+  }
+  // Whether a kernel can take these numbers beside parameter i.
+  bool fits_param(const TensorView& view, size_t i) const {
+    return view.dtype_known && is_on_device(view) && has_layout_of_param(view, i);
+  }
+
+  // plan_records.cpp: what Python's records say, checked.
+  void add_records();
+  void add_param(size_t i, const py::object& param);
+  void add_step(size_t i, const py::object& step);
+  void add_matrices(size_t i, const py::object& matrices);
   void add_states(size_t i, const py::tuple& states);
-  void add_precision(size_t i, const py::object& precision);
+  void add_weight(size_t i, int form, const py::object& companion);
+  void add_scales(size_t i, const py::tuple& scales);
+  void* add_follower(size_t i, const py::object& tensor, const char* what, Dtype* dtype);
+  TensorView watched(size_t i, const py::object& tensor, const char* what);
 
   Variant variant_;
   Device device_ = Device::kOther;
   int32_t device_index_ = 0;
-  py::list owners_, tensors_, steps_, states_, precision_;
-  py::tuple followers_;
+  py::list given_;                         // Python's records, which hold every tensor
+  py::list owners_, params_;               // of each of them
   std::vector<MemoryWatch> state_memory_;  // of the steps and states of all tensors
   std::vector<MemoryWatch> param_memory_;  // of the tensors that have states, in their order
   // The kinds of parameters, and of gradients that can be used as they are: hardly ever more than two.
@@ -133,7 +142,6 @@ class Plan {
   std::vector<KindIndex> grad_kinds_;
   std::vector<const void*> counters_;  // of each tensor's version, as gather() saw it
   std::vector<Record> records_;
-  std::vector<Matrices> matrices_;
   std::vector<Layout> layouts_;
   std::vector<int64_t> dims_;
   std::vector<Grad> grads_;

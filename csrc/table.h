@@ -32,7 +32,15 @@ FUSEDSTEP_FN float next_counter(float counter) {
   return bits >= kExactCounter && bits < kLastCounter ? bit_cast<float>(bits + 1) : counter + 1.0f;
 }
 
-// One parameter and what belongs to it. Its memory is flat: param, grad and states share one dense layout.
+// How a reducing rule sees a record: contiguous matrices [batch, rows, columns]; or, if it is not factored, one number
+// after the other.
+struct Matrices {
+  int64_t batch, rows, columns;
+  bool factored;
+};
+
+// One parameter and what belongs to it; python/fusedstep/record.py has the same names, for tensors. Its memory is flat:
+// param, grad and states share one dense layout.
 struct Record {
   void* param;
   void* states[kMaxStates];
@@ -42,6 +50,7 @@ struct Record {
   void* copy;     // the parameter in copy_dtype, after each step; null: none
   Dtype param_dtype, grad_dtype, state_dtypes[kMaxStates], copy_dtype;
   Precision precision;
+  Matrices matrices;  // for a reducing rule; all zero for an elementwise one
 
   constexpr bool has_followers() const { return average != nullptr || copy != nullptr; }
 };
@@ -50,12 +59,5 @@ struct Record {
 FUSEDSTEP_FN bool is_plain(const Record& record) {
   return record.precision.form == Form::kPlain && !record.precision.in_blocks;
 }
-
-// How a reducing rule sees a record: contiguous matrices [batch, rows, columns]; or, if it is not factored, one number
-// after the other.
-struct Matrices {
-  int64_t batch, rows, columns;
-  bool factored;
-};
 
 }  // namespace fusedstep

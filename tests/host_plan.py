@@ -20,36 +20,12 @@ import torch
 from fusedstep import _C
 from fusedstep.backends.cpu import CpuBackend
 from fusedstep.backends.plan import KernelPlan
+from fusedstep.record import memory_layout
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TAG = {dtype: tag for tag, dtype in enumerate((*FLOATS, torch.int8, torch.uint8))}
-MAX_STATES, MAX_HYPER = 5, 10
-
-
-class Precision(ctypes.Structure):
-    _fields_ = [
-        ("companion", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p * MAX_STATES),
-        ("seed", ctypes.c_uint64),
-        ("index", ctypes.c_uint32),
-        ("form", ctypes.c_uint8),
-        ("in_blocks", ctypes.c_bool),
-    ]
-
-
-class Record(ctypes.Structure):
-    _fields_ = [
-        ("param", ctypes.c_void_p),
-        ("states", ctypes.c_void_p * MAX_STATES),
-        ("step", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("average", ctypes.c_void_p),
-        ("copy", ctypes.c_void_p),
-        ("dtypes", ctypes.c_uint8 * (2 + MAX_STATES)),
-        ("copy_dtype", ctypes.c_uint8),
-        ("precision", Precision),
-    ]
+MAX_HYPER = 10
 
 
 class Scalar(ctypes.Structure):
@@ -91,7 +67,7 @@ def built(name, *sources):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout
         loaded = ctypes.CDLL(str(folder / "library.so"))
-    assert loaded.record_size() == ctypes.sizeof(Record)
+    assert loaded.record_size() == memory_layout().itemsize
     return loaded
 
 
@@ -107,60 +83,38 @@ def flag(tensor):
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
+def at(array):
+    return ctypes.c_void_p(array.ctypes.data)
+
+
 class HostPlan(KernelPlan):
     """What the plans of all CUDA kernels have; `run` calls one."""
 
     library = None
     blocks = 3
 
-    def record(self, slot, pointers, grad_dtype, storage):
-        """The record of a slot, as csrc/plan.cpp makes it."""
-        param, step, *states = pointers
-        found = dict(zip(self.states, slot.states, strict=False))
-        dtypes = [None if slot.tensor is None else slot.tensor.dtype]
-        dtypes += [None if found.get(name) is None else found[name].dtype for name in self.optimizer.state_names]
-        param_dtype, *state_dtypes = [TAG.get(dtype, 0) for dtype in dtypes]
-        tags = (ctypes.c_uint8 * (2 + MAX_STATES))(param_dtype, grad_dtype, *state_dtypes)
-        numel = 0 if slot.tensor is None else slot.tensor.numel()
-        record = Record(param, (ctypes.c_void_p * MAX_STATES)(*states), step, numel, dtypes=tags)
-        companion, *scales, seed, index = storage
-        form = 0 if slot.storage is None else int(slot.storage.form)
-        places = (ctypes.c_void_p * MAX_STATES)(*scales)
-        record.precision = Precision(companion, places, seed, index, form, any(scales))
-        for name in ("average", "copy"):
-            follower = getattr(slot, name)
-            if follower is not None:
-                setattr(record, name, follower.data_ptr())
-                record.copy_dtype = TAG[follower.dtype]
-        return record
-
-    def launch(self, call):
-        hyper, maximize, grad_scale, found_inf, coefficient = call
-        native = self.native
-        rows = zip(self.slots, native.pointers(), native.grad_dtypes(), native.storage(), strict=True)
-        records = [self.record(*row) for row in rows]
+    def launch(self, step):
+        native, records = self.native, self.native_records()
         scalars = (Scalar * MAX_HYPER)()
-        for scalar, value in zip(scalars, hyper, strict=False):
+        for scalar, value in zip(scalars, step.hyper, strict=False):
             if isinstance(value, torch.Tensor):
                 scalar.tensor, scalar.dtype = value.data_ptr(), TAG[value.dtype]
             else:
                 scalar.value = float(value)
         gradients = (
-            *map(ctypes.c_bool, (maximize, self.zero_grads, self.write_grads)),
-            *map(flag, (grad_scale, found_inf, coefficient)),
-            ctypes.c_double(self.average_weight),
+            *map(ctypes.c_bool, (step.maximize, step.zero_grads, step.write_grads)),
+            *map(flag, (step.grad_scale, step.found_inf, step.coefficient)),
+            ctypes.c_double(step.average_weight),
         )
         addresses = np.frombuffer(native.grad_pointers(), dtype=np.int64).copy()
-        launches = self.run(
-            scalars, gradients, (Record * len(records))(*records), len(records), ctypes.c_void_p(addresses.ctypes.data)
-        )
+        launches = self.run(scalars, gradients, (at(records), ctypes.c_int64(len(records)), at(addresses)))
         assert launches > 0, "a counter is not ready for the next step"
-        native.increment_written(self.zero_grads or self.write_grads)
+        native.increment_written(step.changes_grads)
         native.release_grads()
         return launches
 
     @abstractmethod
-    def run(self, scalars, gradients, records, n, addresses):
+    def run(self, scalars, gradients, tensors):
         """Call the kernels; returns the number of launches."""
 
 
@@ -168,10 +122,10 @@ class ElementwiseHostPlan(HostPlan):
     threads = 64
     general = False  # whether every parameter goes through the kernel for those that have none of their own
 
-    def run(self, scalars, gradients, records, n, addresses):
+    def run(self, scalars, gradients, tensors):
         rule = _C.rule_id(self.rule, list(self.states))
         how = (2, ctypes.c_bool(self.general), self.threads)
-        return self.library.host_step(rule, scalars, *gradients, records, ctypes.c_int64(n), addresses, *how)
+        return self.library.host_step(rule, scalars, *gradients, *tensors, *how)
 
 
 class ElementwiseHostBackend(CpuBackend):

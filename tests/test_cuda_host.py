@@ -7,9 +7,10 @@ import ctypes
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
-from host_plan import FLOATS, MAX_HYPER, MAX_STATES, TAG, Precision, Record, Scalar, step_library
+from host_plan import FLOATS, MAX_HYPER, TAG, Scalar, at, step_library
 from kinds import ALL, CHOOSING, choosing_grads
 from support import WITH_STATES, by_case, by_kind_in_engines, each, parametrize_cases
 
@@ -19,6 +20,7 @@ from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES
 from fusedstep.counts import count_of
 from fusedstep.precision import COMPANIONS, scale_name
+from fusedstep.record import memory_layout
 from fusedstep.schedules import on_device
 from fusedstep.verification import same_bits
 
@@ -37,20 +39,24 @@ def inside(values, offset):
     return buffer, view
 
 
-def precision_of(optimizer, index, param):
+def address_of(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def fill(record, optimizer, index, param, grad):
+    """Make a record of a parameter, as a plan does."""
     options, state = optimizer._precision, optimizer.state[param]
+    states = [state.get(name) for name in optimizer.state_names]
     form = options.form_of(param)
-    scales = [state.get(scale_name(name)) for name in optimizer.state_names]
-    pointers = [None if s is None else s.data_ptr() for s in scales] + [None] * (MAX_STATES - len(scales))
-    companion = state.get(COMPANIONS.get(form))
-    return Precision(
-        None if companion is None else companion.data_ptr(),
-        (ctypes.c_void_p * MAX_STATES)(*pointers),
-        options.rounding_seed,
-        index,
-        int(form),
-        any(pointers),
-    )
+    record["param"], record["numel"], record["param_dtype"] = param.data_ptr(), param.numel(), TAG[param.dtype]
+    record["grad_dtype"] = TAG[param.dtype if grad is None else grad.dtype]
+    record["step"] = state.get("step", optimizer._counters.get(param)).data_ptr()
+    record["states"][: len(states)] = [address_of(value) for value in states]
+    record["state_dtypes"][: len(states)] = [TAG[param.dtype if v is None else v.dtype] for v in states]
+    record["companion"] = address_of(state.get(COMPANIONS.get(form)))
+    record["scales"][: len(states)] = [address_of(state.get(scale_name(name))) for name in optimizer.state_names]
+    record["seed"], record["index"], record["form"] = options.rounding_seed, index, int(form)
+    record["in_blocks"] = record["scales"].any()
 
 
 def run_on_host(
@@ -72,21 +78,12 @@ def run_on_host(
     """One step of ``optimizer`` by the kernel; ``grads`` has None where a parameter takes no part."""
     group = optimizer.param_groups[0]
     states = optimizer.states_of(group)
-    records, keep = [], []
+    records, keep = np.zeros(len(grads), memory_layout()), []
     for index, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
-        state = [optimizer.state[param].get(name) for name in optimizer.state_names]
-        step = optimizer.state[param].get("step", optimizer._counters.get(param))
-        dtypes = [param.dtype, param.dtype if grad is None else grad.dtype]
-        dtypes += [param.dtype if s is None else s.dtype for s in state]
-        tags = [TAG[dtype] for dtype in dtypes] + [0] * (2 + MAX_STATES - len(dtypes))
-        pointers = (ctypes.c_void_p * MAX_STATES)(*[None if s is None else s.data_ptr() for s in state])
-        tags = (ctypes.c_uint8 * len(tags))(*tags)
-        stored = precision_of(optimizer, index, param)
-        records.append(
-            Record(param.data_ptr(), pointers, step.data_ptr(), param.numel(), dtypes=tags, precision=stored)
-        )
+        fill(records[index], optimizer, index, param, grad)
     for record, (average, copy) in zip(records, followers or (), strict=False):
-        record.average, record.copy, record.copy_dtype = average.data_ptr(), copy.data_ptr(), TAG[copy.dtype]
+        record["average"], record["copy"] = average.data_ptr(), copy.data_ptr()
+        record["copy_dtype"] = TAG[copy.dtype]
     hyper = (Scalar * MAX_HYPER)()
     for scalar, value in zip(hyper, optimizer.hyper(group, optimizer.variant_of(group, None, None)), strict=False):
         if tensor_hyper:
@@ -104,7 +101,7 @@ def run_on_host(
         ctypes.c_bool(write),
         *flags,
         ctypes.c_double(average_weight),
-        (Record * len(records))(*records),
+        at(records),
         ctypes.c_int64(len(records)),
         (ctypes.c_void_p * len(addresses))(*addresses),
         2,
@@ -306,12 +303,12 @@ def host_norm(library, plans, limits, grad_scale=None, found_inf=None):
     norm, flag = torch.full((4,), float("nan"), dtype=torch.float64), torch.full((), 5.0)
     values = (ctypes.c_double * 6)(*limits)
     for number, grads in enumerate(plans):
-        records = [Record(None, (ctypes.c_void_p * MAX_STATES)(), None, 0 if g is None else g.numel()) for g in grads]
-        for record, grad in zip(records, grads, strict=True):
-            record.dtypes[1] = 0 if grad is None else TAG[grad.dtype]
+        records = np.zeros(len(grads), memory_layout())
+        records["numel"] = [0 if grad is None else grad.numel() for grad in grads]
+        records["grad_dtype"] = [0 if grad is None else TAG[grad.dtype] for grad in grads]
         addresses = [None if g is None else (g.data_ptr() or 64) for g in grads]
         launches = library.host_norm(
-            (Record * len(records))(*records),
+            at(records),
             ctypes.c_int64(len(records)),
             (ctypes.c_void_p * len(addresses))(*addresses),
             *[None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (grad_scale, found_inf)],
@@ -462,11 +459,10 @@ def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, d
     for number, weight in enumerate((0.7, 1.3, 2.0)):
         grads = [inside(g, offset) for g in random_grads(sizes, generator, grad)]
         values = [g.clone() for _, g in grads]
-        records = []
-        for (_, total), (_, g), step in zip(sums, grads, steps, strict=True):
-            tags = (ctypes.c_uint8 * (2 + MAX_STATES))(TAG[dtype], TAG[g.dtype])
-            pointers = (ctypes.c_void_p * MAX_STATES)()
-            records.append(Record(total.data_ptr(), pointers, step.data_ptr(), total.numel(), dtypes=tags))
+        records = np.zeros(len(grads), memory_layout())
+        records["param_dtype"], records["grad_dtype"] = TAG[dtype], TAG[grad]
+        for record, (_, total), step in zip(records, sums, steps, strict=True):
+            record["param"], record["step"], record["numel"] = total.data_ptr(), step.data_ptr(), total.numel()
         hyper = (Scalar * MAX_HYPER)()
         hyper[0].value = weight
         skipped = 5 if number == 1 else None
@@ -478,7 +474,7 @@ def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, d
             ctypes.c_bool(zero),
             ctypes.c_bool(False),
             *(None, None, None, ctypes.c_double(0.0)),
-            (Record * len(records))(*records),
+            at(records),
             ctypes.c_int64(len(records)),
             (ctypes.c_void_p * len(addresses))(*addresses),
             *(2, ctypes.c_bool(False), 64),

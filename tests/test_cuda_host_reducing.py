@@ -4,8 +4,6 @@ The optimizers are whole, only the launch is replaced: layouts, dtypes, missing 
 the plan that a GPU would have. It proves nothing of a GPU.
 """
 
-import ctypes
-
 import pytest
 import torch
 from host_plan import FLOATS, HostPlan, built
@@ -14,27 +12,14 @@ from kinds import ALL, each
 import fusedstep
 from fusedstep import backends
 from fusedstep.backends.cpu import CpuBackend, CpuPlan
-from fusedstep.backends.plan import Call
 from fusedstep.cases import REDUCING, gradient, layouts
 from fusedstep.counts import count_of
 from fusedstep.verification import same_bits
 
 
-class Matrices(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "rows", "columns")] + [("factored", ctypes.c_bool)]
-
-
 class ReducingHostPlan(HostPlan):
-    def run(self, scalars, gradients, records, n, addresses):
-        matrices = [
-            Matrices(1, 1, record.numel, False) if slot.matrices is None else Matrices(*slot.matrices, True)
-            for slot, record in zip(self.slots, records, strict=True)
-        ]
-        matrices = (Matrices * n)(*matrices)
-        rule = self.rule.encode(), len(self.states)
-        return self.library.host_reducing_step(
-            *rule, scalars, *gradients, records, matrices, ctypes.c_int64(n), addresses
-        )
+    def run(self, scalars, gradients, tensors):
+        return self.library.host_reducing_step(self.rule.encode(), len(self.states), scalars, *gradients, *tensors)
 
 
 class HostBackend(CpuBackend):
@@ -238,11 +223,11 @@ def test_the_kernels_themselves_skip_and_count_nothing(on_host):
     before = [t.clone() for t in tensors(optimizer)]
     (plan,) = optimizer._plans_that_fit()
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
-    plan.launch(Call(hyper, True, found_inf=torch.tensor(float("inf"))))
+    plan.launch(plan.step_with(hyper, True, found_inf=torch.tensor(float("inf"))))
     assert all(same_bits(a, b) for a, b in zip(before, tensors(optimizer), strict=True))
     assert plan.gather()
     lr.zero_()  # read by the kernel: only the momentum is left to move the parameter
-    plan.launch(Call(hyper, True, found_inf=torch.tensor(0.0)))
+    plan.launch(plan.step_with(hyper, True, found_inf=torch.tensor(0.0)))
     assert optimizer.state[params[0]]["step"] == 2
     torch.testing.assert_close(
         params[0].detach() - before[0], 0.5 * 0.5 * 0.05 * torch.ones(40, 30), rtol=1e-4, atol=1e-7

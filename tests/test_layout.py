@@ -8,6 +8,7 @@ from kinds import IN_ENGINES, each
 from support import by_kind, by_kind_in_engines, ours
 
 from fusedstep import _C
+from fusedstep.record import Record, Step
 from fusedstep.verification import same_bits
 
 SIZES = [*range(40), 255, 256, 257, 1023, 1024, 1025, 65_537]
@@ -122,12 +123,13 @@ def test_more_than_2_to_the_31_elements(tmp_path):
         torch.zeros(17, dtype=torch.bfloat16)
     )  # offsets within the call differ from the tensor's
     param = torch.nn.Parameter(param)
-    plan = _C.Plan("sgd", [], [ahead, param], [ahead, param], [torch.zeros(()), torch.zeros(())], [(), ()])
+    records = [Record(i, None, tensor, tensor, step=torch.zeros(())) for i, tensor in enumerate((ahead, param))]
+    plan = _C.Plan("sgd", [], records)
     ahead.grad, param.grad = torch.ones(17, dtype=torch.bfloat16), grad
     assert plan.gather(False)
-    hyper = (1.0, 0.0, 0.0, 0.0, 0.0)
+    step = Step((1.0, 0.0, 0.0, 0.0, 0.0))
     for edge in edges:
-        _C.cpu_run_range(plan, hyper, False, 1.0, 17 + edge + 10, 17 + edge + 60)
+        _C.cpu_run_range(plan, step, 17 + edge + 10, 17 + edge + 60)
     values = param.detach()
     for number, edge in enumerate(edges):
         around = values[edge : edge + 150].float()
@@ -137,5 +139,5 @@ def test_more_than_2_to_the_31_elements(tmp_path):
     assert not values[(1 << 31) + 8192 : (1 << 31) + 9000].any()
     assert not ahead.any()
     with pytest.raises(ValueError, match="range"):
-        _C.cpu_run_range(plan, hyper, False, 1.0, 0, numel + 18)
+        _C.cpu_run_range(plan, step, 0, numel + 18)
     plan.release_grads()

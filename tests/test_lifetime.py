@@ -7,8 +7,10 @@ import gc
 import shutil
 import subprocess
 import weakref
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -16,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import fusedstep
 from fusedstep import _C, schedules
 from fusedstep.backends import BACKENDS, lifetime
+from fusedstep.record import memory_layout
 
 CAPTURED = "while a CUDA graph is captured; run one step.* before capturing"
 
@@ -26,10 +29,10 @@ class Table:
     work_bytes = 48
 
     def __init__(self, native, *multiprocessors):
-        self.grad_dtypes = list(native.grad_dtypes())
+        self.version = native.grad_dtypes_version()
 
     def fits(self, native):
-        return self.grad_dtypes == list(native.grad_dtypes())
+        return self.version == native.grad_dtypes_version()
 
     def bytes(self):
         return bytearray(64)
@@ -50,10 +53,11 @@ class Gpu:
                 gpu.given += [memory, norm, found_inf, *gpu.addresses(grad_scale, found_inf_before)]
                 return 1
 
-        def step(native, table, memory, work, hyper, maximize, *flags):
-            tensors = [t for t in (*hyper, *flags) if isinstance(t, torch.Tensor)]
-            pointers = [address for row in native.pointers() for address in row]
-            gpu.given += [memory, work, *filter(None, pointers), *gpu.addresses(*tensors)]
+        def step(native, table, memory, work, step):
+            tensors = [t for t in (*step.hyper, *step) if isinstance(t, torch.Tensor)]
+            records = np.frombuffer(native.records(), memory_layout())
+            pointers = [records[name].ravel().tolist() for name in ("param", "step", "states")]
+            gpu.given += [memory, work, *filter(None, chain.from_iterable(pointers)), *gpu.addresses(*tensors)]
             native.release_grads()
             return 1
 

@@ -9,6 +9,7 @@ from kinds import each
 import fusedstep
 from fusedstep import _C
 from fusedstep.cases import REDUCING, chain_cases, gradient, layouts
+from fusedstep.record import Record
 from fusedstep.verification import REDUCING_ULP_PER_STEP, same_bits, ulp_distance, verify
 
 by_case = pytest.mark.parametrize("case", REDUCING, ids=str)
@@ -193,9 +194,10 @@ def test_a_forked_process_steps_with_threads_too(threads):
 
 
 def plan(param, matrices, row, column):
-    states = [(row, column, None) if matrices else (None, None, row)]
+    states = (row, column, None) if matrices else (None, None, row)
     step = torch.zeros(())
-    return _C.Plan("torch_adafactor", ["row_var", "col_var", "variance"], [param], [param], [step], states, [matrices])
+    record = Record(0, None, param, param, states, step, matrices=matrices)
+    return _C.Plan("torch_adafactor", ["row_var", "col_var", "variance"], [record])
 
 
 @pytest.mark.parametrize(
@@ -219,8 +221,9 @@ def test_a_plan_refuses_memory_in_another_order():
         plan(torch.zeros(3, 4).t(), (1, 4, 3), torch.zeros(4), torch.zeros(3))
     with pytest.raises(ValueError, match="is laid out differently"):
         plan(torch.zeros(4, 3), (1, 4, 3), torch.zeros(8)[::2], torch.zeros(3))
-    with pytest.raises(ValueError, match="the matrices of each parameter"):
-        _C.Plan("sgd", [], [torch.zeros(2)], [torch.zeros(2)], [torch.zeros(())], [()], [None])
+    record = Record(0, None, torch.zeros(2), torch.zeros(2), step=torch.zeros(()), matrices=(1, 1, 2))
+    with pytest.raises(ValueError, match="its matrices are for rules that reduce"):
+        _C.Plan("sgd", [], [record])
 
 
 def test_verify_covers_rules_that_reduce():

@@ -163,7 +163,7 @@ def test_any_chunking_has_the_same_bits(mode, cuts):
         (plan,) = optimizer._plans_that_fit()
         hyper = optimizer.hyper(optimizer.param_groups[0], None)
         for first, last in itertools.pairwise(pieces):
-            _C.cpu_run_range(plan.native, hyper, False, 1.0, first, last)
+            _C.cpu_run_range(plan.native, plan.step_with(hyper), first, last)
         plan.native.release_grads()
         results.append(optimizer)
     assert_same(*results)
@@ -177,7 +177,7 @@ def test_a_range_that_cuts_a_block_is_refused():
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
     for first, last in ((0, 300), (300, 5000)):
         with pytest.raises(ValueError, match="range"):
-            _C.cpu_run_range(plan.native, hyper, False, 1.0, first, last)
+            _C.cpu_run_range(plan.native, plan.step_with(hyper), first, last)
 
 
 @by_mode

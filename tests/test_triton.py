@@ -9,7 +9,6 @@ from kinds import ALL, ELEMENTWISE, IN_ENGINES, by_case, by_kind_in_engines, eac
 
 import fusedstep
 from fusedstep.backends import BACKENDS
-from fusedstep.backends.plan import Call
 from fusedstep.cases import CASES
 from fusedstep.verification import same_bits, verify
 
@@ -110,10 +109,10 @@ def test_the_kernel_itself_skips_and_counts_nothing(interpreted):
     before = [param.detach().clone(), *[t.clone() for t in optimizer.state[param].values()]]
     (plan,) = optimizer._plans_that_fit()
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
-    plan.launch(Call(hyper, found_inf=torch.tensor(1.0)))
+    plan.launch(plan.step_with(hyper, found_inf=torch.tensor(1.0)))
     assert all(torch.equal(a, b) for a, b in zip(before, [param, *optimizer.state[param].values()], strict=True))
     assert plan.gather()
-    plan.launch(Call(hyper, found_inf=torch.tensor(0.0)))
+    plan.launch(plan.step_with(hyper, found_inf=torch.tensor(0.0)))
     assert optimizer.state[param]["step"] == 2
 
 

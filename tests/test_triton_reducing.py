@@ -8,7 +8,6 @@ from kinds import ALL, each
 
 import fusedstep
 from fusedstep.backends import BACKENDS
-from fusedstep.backends.plan import Call
 from fusedstep.cases import REDUCING
 from fusedstep.verification import same_bits, verify
 
@@ -112,10 +111,10 @@ def test_the_kernels_themselves_skip_and_count_nothing(interpreted):
     before = [t.clone() for t in tensors(optimizer)]
     (plan,) = optimizer._plans_that_fit()
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
-    plan.launch(Call(hyper, found_inf=torch.tensor(1.0)))
+    plan.launch(plan.step_with(hyper, found_inf=torch.tensor(1.0)))
     assert all(same_bits(a, b) for a, b in zip(before, tensors(optimizer), strict=True))
     assert plan.gather()
-    plan.launch(Call(hyper, found_inf=torch.tensor(0.0)))
+    plan.launch(plan.step_with(hyper, found_inf=torch.tensor(0.0)))
     assert [int(optimizer.state[p]["step"]) for p in optimizer.param_groups[0]["params"]] == [2, 2]
 
 

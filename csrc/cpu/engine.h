@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../table.h"
+#include "step.h"
 
 namespace fusedstep::cpu {
 
@@ -15,15 +15,8 @@ struct Work {
   int64_t begin;
 };
 
-struct Call {
+struct Call : Step {
   RuleId rule;
-  double hyper[kMaxHyper];
-  bool maximize;
-  double grad_scale;      // gradients are divided by it; 1 leaves them alone
-  double coefficient;     // and then multiplied by it
-  bool zero_grads;        // each gradient is set to zero when it has been read
-  bool write_grads;       // or to what it was changed to, but not negated
-  double average_weight;  // of the new parameter in its average
   const Work* work;
   int64_t work_size;
   int64_t numel;  // of all tensors together

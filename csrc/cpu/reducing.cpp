@@ -40,7 +40,7 @@ struct Context {
   typename Rule::template Finish<T> finish{};
 
   const Record& record() const { return *tensor->work->record; }
-  const Matrices& matrices() const { return *tensor->work->matrices; }
+  const Matrices& matrices() const { return tensor->work->record->matrices; }
   GradChange<T> change() const { return grad_change<T>(*wave.call); }
   AnyStored<T> state(int k) const { return {record().states[k], record().state_dtypes[k]}; }
 

@@ -5,26 +5,18 @@
 
 #include <vector>
 
-#include "../table.h"
+#include "step.h"
 
 namespace fusedstep::cpu {
 
 // A tensor that takes part in this step.
 struct ReducingWork {
   const Record* record;
-  const Matrices* matrices;
   const void* grad;
 };
 
-struct ReducingCall {
+struct ReducingCall : Step {
   ReducingRuleId rule;
-  double hyper[kMaxHyper];
-  bool maximize;
-  double grad_scale;      // gradients are divided by it; 1 leaves them alone
-  double coefficient;     // and then multiplied by it
-  bool zero_grads;        // each gradient is set to zero when it was read for the last time
-  bool write_grads;       // or to what it was changed to, but not negated
-  double average_weight;  // of the new parameter in its average
   std::vector<ReducingWork> work;
   int64_t numel;  // of all tensors together
 };
@@ -52,7 +44,7 @@ struct ReducingTensor {
   double* row_totals;                  // [batch][blocks of kLineBlock rows]: of the rows' first state
   double *param_sums, *update_sums;    // [tiles]: of squares
 
-  int64_t line_blocks() const { return (work->matrices->rows + kLineBlock - 1) / kLineBlock; }
+  int64_t line_blocks() const { return (work->record->matrices.rows + kLineBlock - 1) / kLineBlock; }
 };
 
 // What one thread takes at a time.

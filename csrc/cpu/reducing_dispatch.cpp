@@ -32,7 +32,7 @@ struct Memory {
 };
 
 void place(ReducingTensor& tensor, LineFactors factors, Memory& memory) {
-  const Matrices& m = *tensor.work->matrices;
+  const Matrices& m = tensor.work->record->matrices;
   const int64_t number = tensor.work->record->param_dtype == Dtype::kF64 ? sizeof(double) : sizeof(float);
   if (tensor.blocks) {
     const int64_t rows = m.batch * m.rows * number, columns = m.batch * m.columns * number;
@@ -47,7 +47,7 @@ void place(ReducingTensor& tensor, LineFactors factors, Memory& memory) {
 }
 
 void cut_runs(Wave& wave, ReducingTensor& tensor, int64_t at) {
-  const Matrices& m = *tensor.work->matrices;
+  const Matrices& m = tensor.work->record->matrices;
   const int64_t size = m.factored ? m.rows * m.columns : 1, n = m.factored ? m.batch : m.columns;
   const int64_t step = std::max<int64_t>(kTileElements / size, 1);
   for (int64_t first = 0; first < n; first += step) {
@@ -57,7 +57,7 @@ void cut_runs(Wave& wave, ReducingTensor& tensor, int64_t at) {
 }
 
 void cut_blocks(Wave& wave, ReducingTensor& tensor, int64_t at) {
-  const Matrices& m = *tensor.work->matrices;
+  const Matrices& m = tensor.work->record->matrices;
   const int64_t some_rows = std::max<int64_t>(m.rows, 1), some_columns = std::max<int64_t>(m.columns, 1);
   const int64_t block_rows = std::min(kRowBlock, some_rows),
                 target = std::max(kTileElements / block_rows, kBlockColumns);
@@ -90,7 +90,7 @@ std::vector<Wave> cut(const ReducingCall& call, int64_t wave_elements) {
     if (waves.empty() || waves.back().numel + work.record->numel > wave_elements)
       waves.push_back(Wave{&call, {}, {}, {}, 0});
     Wave& wave = waves.back();
-    const Matrices& m = *work.matrices;
+    const Matrices& m = work.record->matrices;
     ReducingTensor tensor{};
     tensor.work = &work;
     tensor.blocks = m.factored && (m.rows * m.columns > kRun || work.record->numel == 0);

@@ -85,8 +85,7 @@ struct ReducingTable {
 
   std::vector<char> bytes() const;  // records, partitions, items, zeroed counters
 };
-ReducingTable build_reducing_table(const std::vector<Record>& records, const std::vector<Matrices>& matrices,
-                                   const ReducingTraits& traits);
+ReducingTable build_reducing_table(const std::vector<Record>& records, const ReducingTraits& traits);
 
 // Queues the update; returns the number of launches. `work` is table.work_bytes of device memory. Throws
 // std::runtime_error with CUDA's own words.

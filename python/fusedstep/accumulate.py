@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import backends, checks, layout
 from .backends.lifetime import Graphs, refuse_capture
-from .backends.plan import Call, Plan, SharedGrads, Slot
+from .backends.plan import Plan, SharedGrads
 from .optimizer import FusedOptimizer, _keep_from_compiler
+from .record import Record
 
 STATE_KEYS = ("step", "weight", "gradients")
 BUCKET = 1 << 23  # elements that `all_reduce` sends at a time
@@ -256,15 +257,15 @@ class GradientAccumulator:
             if anew:
                 counters.zero_()
             if len(self._seen) < len(self._params):
-                self._seen.update(plan.slots[i].param for i, _ in plan.grads_in_use())
-            calls += plan.step(Call((weight,)))
+                self._seen.update(plan.records[i].owner for i, _ in plan.grads_in_use())
+            calls += plan.step(plan.step_with((weight,)))
         return calls
 
     def _gather(self, gradients: list[Tensor | None] | None, zero: bool) -> bool:
         try:
             for plan, _ in self._plans:
                 plan.zero_grads = plan.grads_change = zero
-                if not plan.gather(None if gradients is None else [gradients[slot.index] for slot in plan.slots]):
+                if not plan.gather(None if gradients is None else [gradients[record.index] for record in plan.records]):
                     return False
         except BaseException:
             self._plans = None  # and with the plans their references to the gradients
@@ -282,22 +283,24 @@ class GradientAccumulator:
                 checks.check_grad(type(self), {}, param, grad, what)
                 if param in self._seen and self._buffers[param].shape != param.shape:
                     raise RuntimeError(f"GradientAccumulator: the shape changed since the last reset() of {what}")
-        buckets: dict[Any, list[Slot]] = {}
+        buckets: dict[Any, list[Record]] = {}
         for index, ((param, name), grad) in enumerate(zip(self._params.items(), grads, strict=True)):
             backend = backends.select(self._backend, param.device, _sum_dtype(param.dtype))
             if grad is None and param not in self._seen:
-                slot = Slot(index, name, param, None, None, ())
+                record = Record(index, name, param)
             else:
                 buffer = self._buffer(param, grad)
-                slot = Slot(index, name, param, backend.memory(buffer), None, (), buffer)
-            buckets.setdefault((backend, param.device, backend.bucket(param)), []).append(slot)
+                record = Record(index, name, param, backend.memory(buffer), into=buffer)
+            buckets.setdefault((backend, param.device, backend.bucket(param)), []).append(record)
         plans = []
-        for (backend, device, _), slots in buckets.items():
+        for (backend, device, _), records in buckets.items():
             # Only whether a buffer has begun matters to the rule.
-            begun = [float(slot.param in self._seen) for slot in slots]
+            begun = [float(record.owner in self._seen) for record in records]
             counters = torch.tensor(begun, dtype=torch.float32, device=device)
-            slots = [slot._replace(step=counter) for slot, counter in zip(slots, counters.unbind(), strict=True)]
-            plan = backend.plan(type(self), 0, {}, None, (), slots)
+            records = [
+                record._replace(step=counter) for record, counter in zip(records, counters.unbind(), strict=True)
+            ]
+            plan = backend.plan(type(self), 0, {}, None, (), records)
             plan.graphs = self._graphs
             plans.append((plan, counters))
         return plans

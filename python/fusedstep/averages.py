@@ -68,10 +68,10 @@ class Followers:
         if self.ema_decay is not None and isinstance(average, Tensor):
             checks.check_state(optimizer, KEY, average, param, param.shape, None, what)
 
-    def of(
+    def fields(
         self, param: Tensor, tensor: Tensor, state: dict[str, Any], backend: Backend, weight: Callable[[], Tensor]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The average and the copy of ``param``, laid out like ``tensor``; made of ``weight`` if they are missing."""
+    ) -> dict[str, Tensor | None]:
+        """The average and the copy in ``param``'s `Record`, laid out like ``tensor``; made of ``weight`` if missing."""
         average = copy = None
         if self.ema_decay is not None:
             average = self._usable(state.get(KEY), average_dtype(param), param, tensor, backend, weight)
@@ -79,7 +79,7 @@ class Followers:
         if self.weights_copy is not None:
             copy = self._usable(self.copies.get(param), self.weights_copy, param, tensor, backend, weight)
             self.copies[param], copy = copy
-        return average, copy
+        return {"average": average, "copy": copy}
 
     @staticmethod
     def _usable(

@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from . import averages, backends, checkpoint, checks, dcp, layout, planning, precision, sharding
 from .backends import cpu
 from .backends.lifetime import CHANGED, Graphs, refuse_capture
-from .backends.plan import Call, Plan
+from .backends.plan import Plan
 from .counts import count_of
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .options import Options
@@ -26,6 +26,7 @@ from .schedules import on_device
 
 if TYPE_CHECKING:
     from .accumulate import GradientAccumulator
+    from .record import Step
 
 
 def _keep_from_compiler(function: Callable) -> None:
@@ -346,15 +347,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Make a step whose gradients are taken as they are, in one native call; False: nothing was done."""
         if not self._plans_fit(needs_norm=False):
             return False
-        calls = cpu.gather_and_step(self._parts(self._plans))
+        calls = cpu.gather_and_step(self._steps(self._plans))
         if calls is None:
             return False
         self.kernel_calls = calls
         return True
 
-    def _parts(self, plans: list[Plan]) -> list[tuple[Plan, tuple[float | Tensor, ...], bool]]:
-        """Each plan with its group's hyperparameters, and whether it maximizes."""
-        parts = []
+    def _steps(self, plans: list[Plan]) -> list[tuple[Plan, Step]]:
+        """Each plan with its step by the options of its group, as if gradients were used as they are."""
+        steps = []
         for plan in plans:
             group = self.param_groups[plan.group]
             maximize = group["maximize"]
@@ -363,13 +364,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 maximize = bool(maximize)
             hyper = self._hyper_of(group, plan.variant)
             plan.foresee(hyper)
-            parts.append((plan, hyper, maximize))
-        return parts
+            steps.append((plan, plan.step_with(hyper, maximize)))
+        return steps
 
     def _options_of_variants(self) -> list[list[Any]]:
         return [[group.get(option) for option in self.variant_options] for group in self.param_groups]
 
-    def _new_plans(self, chosen: list[list[planning.Place]]) -> list[Plan]:
+    def _new_plans(self, chosen: list[list[planning.Chosen]]) -> list[Plan]:
         """Plans with this step's gradients."""
         with torch.no_grad():
             plans = planning.build(self, chosen)
@@ -468,7 +469,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         return
                     undo = planning.undo_of(self)
                     plans = self._new_plans(chosen)
-            steps = self._parts(plans)
+            steps = self._steps(plans)
             self.kernel_calls = 0
             if clips:
                 if limits is not None:  # what is not finite may be finite once it is clipped
@@ -490,8 +491,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 checks.check_options(groups)
             raise
         # Whatever may fail is behind; from here on things are written.
-        for plan, hyper, maximize in steps:
-            self.kernel_calls += plan.step(Call(hyper, maximize, grad_scale, found_inf, coefficient))
+        for plan, step in steps:
+            given = step._replace(grad_scale=grad_scale, found_inf=found_inf, coefficient=coefficient)
+            self.kernel_calls += plan.step(given)
         self.kernel_calls += self._learning_rates.end_step(found_inf)
 
     @torch.no_grad()

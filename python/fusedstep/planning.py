@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, layout, precision, sharding
-from .backends.plan import Plan, Slot
+from .backends.plan import Plan
 from .counts import count_of, new_counter
+from .record import Record
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-# Index, name, parameter, backend (None: it can take no part in a step, and has no gradient) and variant.
-Place: TypeAlias = tuple[int, str | None, Tensor, backends.Backend | None, Any]
+# A record without memory, its backend (None: it can take no part in a step, and has no gradient) and its variant.
+Chosen: TypeAlias = tuple[Record, backends.Backend | None, Any]
 
 
 def named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
@@ -48,13 +49,13 @@ def snapshot(options: Any) -> Any:
 
 
 @torch.no_grad()
-def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
+def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Chosen]]:
     """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created.
 
     ``needs_norm``: the step takes the norm of all gradients together.
     """
     optimizer._learning_rates.settle(optimizer.param_groups)
-    chosen: list[list[Place]] = []
+    chosen: list[list[Chosen]] = []
     any_reduces = False
     index = 0
     for group in optimizer.param_groups:
@@ -73,9 +74,9 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Place]]:
                 any_reduces = any_reduces or optimizer.rule_of(variant)[1]
                 if by_norm:
                     checks.check_norm_is_local(type(optimizer), param, what)
-            row.append((index, name, param, backend, variant))
+            row.append((Record(index, name, param), backend, variant))
             index += 1
-        for variant in {variant for *_, backend, variant in row if backend is not None}:
+        for variant in {variant for _, backend, variant in row if backend is not None}:
             optimizer._hyper_of(group, variant)
         chosen.append(row)
     norm_of_each = any(map(optimizer.clips_by_norm, optimizer.param_groups))
@@ -172,40 +173,39 @@ def undo_of(optimizer: FusedOptimizer) -> Callable[[], None]:
     return undo
 
 
-def build(optimizer: FusedOptimizer, chosen: list[list[Place]]) -> list[Plan]:
+def build(optimizer: FusedOptimizer, chosen: list[list[Chosen]]) -> list[Plan]:
     """Create missing states, and plan one kernel call per group, backend and device."""
     _forget_replaced(optimizer)
-    planned: list[tuple[tuple[Any, ...], bool, list[Slot]]] = []
-    bystanders: list[Slot] = []
+    planned: list[tuple[tuple[Any, ...], bool, list[Record]]] = []
+    bystanders: list[Record] = []
     names = first_names(optimizer)
     for group_index, (group, row) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
         states = optimizer.states_of(group)
-        buckets: dict[Any, list[Slot]] = {}
+        buckets: dict[Any, list[Record]] = {}
         seen: Counter[Tensor] = Counter()
-        listed = Counter(param for _, _, param, *_ in row)
-        for index, name, param, backend, variant in row:
+        listed = Counter(record.owner for record, *_ in row)
+        for record, backend, variant in row:
             if backend is None:
-                bystanders.append(Slot(index, name, param, None, None, ()))
+                bystanders.append(record)
                 continue
+            param = record.owner
             # A parameter that is listed twice is updated twice, one call after the other; the last one may write
             # to its gradient.
             seen[param] += 1
             is_last = seen[param] == listed[param]
             bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)
-            if param.grad is None and not started(optimizer, param):
-                slot = Slot(index, name, param, None, None, ())
-            else:
+            if param.grad is not None or started(optimizer, param):
                 reduces = optimizer.rule_of(variant)[1]
-                slot = _slot(optimizer, index, name, param, group, states, backend, reduces, names[param])
-            buckets.setdefault(bucket, []).append(slot)
-        for (backend, variant, *_, is_last), slots in buckets.items():
-            planned.append(((backend, group_index, group, variant, states), is_last, slots))
+                record = with_memory(optimizer, record, group, states, backend, reduces, names[param])
+            buckets.setdefault(bucket, []).append(record)
+        for (backend, variant, *_, is_last), records in buckets.items():
+            planned.append(((backend, group_index, group, variant, states), is_last, records))
     if planned:
         planned[0][-1].extend(bystanders)  # any plan notices a gradient that comes later
     options = optimizer._gradients.options
     plans = []
-    for (backend, *place), is_last, slots in planned:
-        plan = backend.plan(type(optimizer), *place, slots)
+    for (backend, *common), is_last, records in planned:
+        plan = backend.plan(type(optimizer), *common, records)
         plan.grads_change = optimizer._gradients.writes
         plan.zero_grads = is_last and options.zero_grads
         plan.write_grads = is_last and options.write_grads
@@ -225,18 +225,17 @@ def _forget_replaced(optimizer: FusedOptimizer) -> None:
         accumulator.forget_replaced()
 
 
-def _slot(
+def with_memory(
     optimizer: FusedOptimizer,
-    index: int,
-    name: str | None,
-    param: Tensor,
+    record: Record,
     group: dict[str, Any],
     states: tuple[str, ...],
     backend: backends.Backend,
     reduces: bool,
     first_name: str | None,
-) -> Slot:
-    """The slot of a parameter that has a gradient or has had one; missing states are made."""
+) -> Record:
+    """The record of a parameter that has a gradient or has had one, with all that it has; missing states are made."""
+    name, param = record.name, record.owner
     tensor = backend.memory(param, reduces)
     keeps = optimizer._precision.keeps(param) or optimizer._followers.ema_decay is not None
     if states or optimizer.step_form != "absent" or keeps:
@@ -244,9 +243,9 @@ def _slot(
     else:
         state = {}
     step = step_counter(optimizer, group, param, tensor, state, states)
-    storage = None
+    kept: dict[str, Any] = {}
     if settle(optimizer, param, first_name, group):
-        storage = optimizer._precision.storage(state, states, param, tensor, backend.state_memory)
+        kept |= optimizer._precision.fields(state, states, param, tensor, backend.state_memory)
     tensors = []
     for key in states:
         shape = optimizer.state_shape(key, group, name, param)
@@ -263,11 +262,11 @@ def _slot(
             value = state[key] = layout.laid_out_as(value, tensor if shape == param.shape else value.contiguous())
             usable = value
         tensors.append(usable)
-    followers = ()
     if optimizer._followers.any:
-        followers = optimizer._followers.of(param, tensor, state, backend, partial(weight_of, optimizer, param))
-    matrices = optimizer.matrices(group, name, param) if reduces else None
-    return Slot(index, name, param, tensor, step, tuple(tensors), None, matrices, *followers, storage=storage)
+        kept |= optimizer._followers.fields(param, tensor, state, backend, partial(weight_of, optimizer, param))
+    if reduces:
+        kept["matrices"] = optimizer.matrices(group, name, param)
+    return record._replace(param=tensor, states=tuple(tensors), step=step, **kept)
 
 
 def make_states(
@@ -282,7 +281,8 @@ def make_states(
     reduces = optimizer.rule_of(optimizer.variant_of(group, name, param))[1]
     copied = param in optimizer._followers.copies
     states = optimizer.states_of(group)
-    _slot(optimizer, index, name, param, group, states, optimizer._select(param, reduces), reduces, first_name)
+    backend = optimizer._select(param, reduces)
+    with_memory(optimizer, Record(index, name, param), group, states, backend, reduces, first_name)
     if not copied:  # it would not see the weights that are loaded before the first step
         optimizer._followers.copies.pop(param, None)
 

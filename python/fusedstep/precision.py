@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,15 +47,6 @@ COMPANION_DTYPES = {"master_weight": (torch.float32,), "weight_remainder": (torc
 def scale_name(state: str) -> str:
     """The key of the scales of an 8-bit state."""
     return f"{state}_scale"
-
-
-class Storage(NamedTuple):
-    """How one parameter and its states are stored, where that is more than their dtypes tell."""
-
-    form: Form
-    companion: Tensor | None
-    scales: tuple[Tensor | None, ...]  # of each state; None: not in 8 bits
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -244,15 +235,15 @@ class Precision:
         layout.local(weight).copy_(exact_weight(found, layout.local(param.detach()), _companion(found, state, param)))
         return weight
 
-    def storage(
+    def fields(
         self,
         state: dict[str, Any],
         states: Iterable[str],
         param: Tensor,
         tensor: Tensor,
         memory_of: Callable[[Tensor, Tensor], Tensor | None],
-    ) -> Storage | None:
-        """How a settled parameter is stored; None: its dtypes tell all.
+    ) -> dict[str, Any]:
+        """What a settled parameter's `Record` has where its dtypes do not tell how it is stored; empty: they do.
 
         Args:
             tensor: the memory that a step updates, whose layout everything takes.
@@ -274,8 +265,8 @@ class Precision:
             if companion is None:
                 companion = state[COMPANIONS[form]] = layout.laid_out_as(kept, tensor)
         if form is Form.PLAIN and not any(scale is not None for scale in scales):
-            return None
-        return Storage(form, companion, tuple(scales), self.rounding_seed)
+            return {}
+        return {"form": form, "companion": companion, "scales": tuple(scales), "seed": self.rounding_seed}
 
 
 PLAIN = Precision()

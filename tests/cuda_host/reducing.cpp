@@ -24,15 +24,13 @@ int record_size() {
 // of launches, or -1 if a counter is left over.
 int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool maximize, bool zero_grads,
                        bool write_grads, const float* grad_scale, const float* found_inf, const double* coefficient,
-                       double average_weight, const Record* records, const Matrices* matrices, int64_t n_records,
-                       const void* const* grads) {
+                       double average_weight, const Record* records, int64_t n_records, const void* const* grads) {
   int launches = 0;
   const auto step = [&](auto r) {
     using Rule = decltype(r);
     if (std::string(rule) != Rule::kName || n_states != kHeld<Rule>) return;
     const ReducingTable table =
-        build_reducing_table(std::vector<Record>(records, records + n_records),
-                             std::vector<Matrices>(matrices, matrices + n_records), kReducingTraits<Rule>);
+        build_reducing_table(std::vector<Record>(records, records + n_records), kReducingTraits<Rule>);
     std::vector<char> bytes = table.bytes();
     std::vector<double> work(table.work_bytes / sizeof(double) + 1, std::numeric_limits<double>::quiet_NaN());
     Call call{};

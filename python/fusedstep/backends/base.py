@@ -14,9 +14,10 @@ from .norm import sums
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
+    from ..record import Record
     from ..schedules.on_device import DeviceSchedules
     from .norm import Limits, Norm
-    from .plan import Plan, Slot
+    from .plan import Plan
 
 
 class Backend(ABC):
@@ -52,7 +53,7 @@ class Backend(ABC):
         options: dict[str, Any],
         variant: Any,
         states: tuple[str, ...],
-        slots: list[Slot],
+        records: list[Record],
     ) -> Plan:
         """A plan for parameters of one group that share their hyperparameters."""
 

@@ -13,9 +13,10 @@ from .native import extension_reasons
 from .plan import KernelPlan
 
 if TYPE_CHECKING:
+    from ..record import Step
     from ..schedules.on_device import DeviceSchedules
     from .norm import Limits, Norm
-    from .plan import Call, Plan
+    from .plan import Plan
 
 
 class CpuPlan(KernelPlan):
@@ -25,11 +26,11 @@ class CpuPlan(KernelPlan):
     def steps_at_once(self) -> bool:
         return not (self.places or self.grads_change)
 
-    def launch(self, call: Call) -> int:
+    def launch(self, step: Step) -> int:
         from .. import _C
 
-        if call.skipped:
-            if self.zero_grads:
+        if step.skipped:
+            if step.zero_grads:
                 # Those that the plan has copies of are zeroed with these.
                 grads = [grad for i, grad in self.grads_in_use() if i not in self.odd_grads]
                 with torch.inference_mode():  # in which inference tensors can be written, and any other one as always
@@ -37,29 +38,21 @@ class CpuPlan(KernelPlan):
                         torch._foreach_zero_(grads)
             self.native.release_grads()
             return 0
-        scale = 1.0 if call.grad_scale is None else float(call.grad_scale)
-        factor = 1.0 if call.coefficient is None else float(call.coefficient)
-        _C.cpu_step(
-            *(self.native, call.hyper, call.maximize, scale, factor),
-            *(self.zero_grads, self.write_grads, self.average_weight, torch.get_num_threads()),
-        )
+        _C.cpu_step(self.native, step, torch.get_num_threads())
         return 1
 
 
-def gather_and_step(parts: Sequence[tuple[CpuPlan, tuple[float | Tensor, ...], bool]]) -> int | None:
+def gather_and_step(steps: Sequence[tuple[CpuPlan, Step]]) -> int | None:
     """Gather this step's gradients of all plans and update their parameters; returns the number of kernel calls.
 
     None, and nothing has changed: a plan does not fit, or has gradients that cannot be used as they are.
 
     Args:
-        parts: plans that say ``steps_at_once``, each with its hyperparameters and whether gradients are negated.
+        steps: plans that say ``steps_at_once``, each with its step.
     """
     from .. import _C
 
-    calls = _C.cpu_gather_and_step(
-        [(plan.native, hyper, maximize, plan.average_weight) for plan, hyper, maximize in parts],
-        torch.get_num_threads(),
-    )
+    calls = _C.cpu_gather_and_step([(plan.native, step) for plan, step in steps], torch.get_num_threads())
     return None if calls < 0 else calls
 
 

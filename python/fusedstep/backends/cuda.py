@@ -14,9 +14,10 @@ from .native import extension_reasons
 from .plan import KernelPlan
 
 if TYPE_CHECKING:
+    from ..record import Step
     from ..schedules.on_device import DeviceSchedules
     from .norm import Limits, Norm
-    from .plan import Call, Plan
+    from .plan import Plan
 
 
 class CudaPlan(KernelPlan):
@@ -30,7 +31,7 @@ class CudaPlan(KernelPlan):
         super().__init__(*args)
         self.norm_streams = Streams()
 
-    def launch(self, call: Call) -> int:
+    def launch(self, step: Step) -> int:
         from .. import _C
 
         device = self.device
@@ -38,26 +39,14 @@ class CudaPlan(KernelPlan):
             self._upload(device)
         hyper = tuple(
             value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.is_cuda else value
-            for value in call.hyper
+            for value in step.hyper
         )
-        grad_scale = None if call.grad_scale is None else call.grad_scale.to(device, torch.float32, non_blocking=True)
-        found_inf = None if call.found_inf is None else call.found_inf.to(device, torch.float32, non_blocking=True)
-        coefficient = None if call.coefficient is None else call.coefficient.to(device, non_blocking=True)
+        grad_scale = None if step.grad_scale is None else step.grad_scale.to(device, torch.float32, non_blocking=True)
+        found_inf = None if step.found_inf is None else step.found_inf.to(device, torch.float32, non_blocking=True)
+        coefficient = None if step.coefficient is None else step.coefficient.to(device, non_blocking=True)
         self.keep((self.memory, self.work), *hyper, grad_scale, found_inf, coefficient)
-        return _C.cuda_step(
-            self.native,
-            self.table,
-            self.memory.data_ptr(),
-            self.work.data_ptr(),
-            hyper,
-            call.maximize,
-            grad_scale,
-            found_inf,
-            coefficient,
-            self.zero_grads,
-            self.write_grads,
-            self.average_weight,
-        )
+        step = step._replace(hyper=hyper, grad_scale=grad_scale, found_inf=found_inf, coefficient=coefficient)
+        return _C.cuda_step(self.native, self.table, self.memory.data_ptr(), self.work.data_ptr(), step)
 
     def add_to_norm(
         self,

@@ -5,54 +5,20 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import averages, checks, layout
+from ..record import Record, Step, memory_layout
 from .lifetime import Graphs, Streams
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
-    from ..precision import Storage
     from . import Backend
     from .sparse import Rows
-
-
-class Slot(NamedTuple):
-    """A parameter's place in a plan."""
-
-    index: int  # among all parameters of the optimizer
-    name: str | None
-    param: Tensor  # whose gradient is read
-    tensor: Tensor | None  # the memory to update; None: no gradient so far, hence no state
-    step: Tensor | None
-    states: tuple[Tensor | None, ...]  # None: the optimizer has the state, but not for this parameter
-    into: Tensor | None = None  # what the gradient updates, if not `param` itself
-    matrices: tuple[int, int, int] | None = None  # (batch, rows, columns) for a rule that reduces; None: flat
-    average: Tensor | None = None  # over the steps, of the weight
-    copy: Tensor | None = None  # of the weight, in a narrower dtype
-    storage: Storage | None = None  # None: weight and states are numbers of their dtypes
-
-    @property
-    def target(self) -> Tensor:
-        return self.param if self.into is None else self.into
-
-
-class Call(NamedTuple):
-    """What a step is called with, besides the tensors of its plan."""
-
-    hyper: tuple[float | Tensor, ...]  # the rule's hyperparameters
-    maximize: bool = False  # whether gradients are negated
-    grad_scale: Tensor | None = None  # what gradients are divided by
-    found_inf: Tensor | None = None  # the step is skipped if it is not 0
-    coefficient: Tensor | None = None  # what gradients are then multiplied by, a float64 number on the plan's device
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the step is skipped; the host waits for the device of ``found_inf``."""
-        return self.found_inf is not None and self.found_inf.item() != 0
 
 
 class Plan(ABC):
@@ -73,7 +39,7 @@ class Plan(ABC):
         options: dict[str, Any],
         variant: Any,
         states: tuple[str, ...],
-        slots: list[Slot],
+        records: list[Record],
     ) -> None:
         self.backend = backend
         self.optimizer = optimizer
@@ -82,7 +48,7 @@ class Plan(ABC):
         self.variant = variant
         self.rule, self.reduces = optimizer.rule_of(variant)
         self.states = states
-        self.slots = slots
+        self.records = records
         self.given: list[Tensor | None] | None = None  # gradients in place of the parameters' own
         self.rows: list[Rows] = []  # of this step's sparse gradients
         self.rows_plan: Plan | None = None
@@ -93,19 +59,26 @@ class Plan(ABC):
         """Read and check this step's gradients; False if the plan no longer fits and must be built anew.
 
         Args:
-            grads: a gradient or None for each slot, to use in place of the parameters' own.
+            grads: a gradient or None for each record, to use in place of the parameters' own.
         """
 
     def foresee(self, hyper: tuple[float | Tensor, ...]) -> None:  # noqa: B027
         """Raise what `step` would raise for these hyperparameters."""
 
+    def step_with(
+        self, hyper: tuple[float | Tensor, ...], maximize: bool = False, found_inf: Tensor | None = None
+    ) -> Step:
+        """A step with these, and with what all steps of this plan have in common."""
+        flags = self.zero_grads, self.write_grads, self.average_weight
+        return Step(hyper, maximize, None, found_inf, None, *flags)
+
     @abstractmethod
-    def step(self, call: Call) -> int:
+    def step(self, step: Step) -> int:
         """Update the parameters whose gradients `gather` found; returns the number of kernel calls."""
 
     @abstractmethod
     def grads_in_use(self) -> list[tuple[int, Tensor]]:
-        """The gradients that `gather` found, by the index of their slot."""
+        """The gradients that `gather` found, by the index of their record."""
 
     @abstractmethod
     def grads_as_used(self) -> list[Tensor]:
@@ -113,23 +86,23 @@ class Plan(ABC):
 
     @abstractmethod
     def replace_grad(self, index: int, grad: Tensor) -> None:
-        """Use ``grad`` for a slot in this step, in place of what `gather` found."""
+        """Use ``grad`` for a record in this step, in place of what `gather` found."""
 
     @property
     def writes_grads(self) -> bool:
         return self.zero_grads or self.write_grads
 
     def copied_grads(self) -> list[int]:
-        """The slots of which a step reads a copy of the gradient, and writes the gradient itself only then."""
+        """The records of which a step reads a copy of the gradient, and writes the gradient itself only then."""
         return [index for index, _ in self.grads_in_use()]
 
     def check_norm_is_local(self) -> None:
         """Raise RuntimeError if gradients that `gather` found are spread over processes, where no norm is known."""
         for index, _ in self.grads_in_use():
-            slot = self.slots[index]
-            if layout.is_wrapper(slot.target):
-                what = checks.describe(slot.index, slot.name, slot.param)
-                checks.check_norm_is_local(self.optimizer, slot.target, what)
+            record = self.records[index]
+            if layout.is_wrapper(record.target):
+                what = checks.describe(record.index, record.name, record.owner)
+                checks.check_norm_is_local(self.optimizer, record.target, what)
 
     def norm_device(self) -> torch.device | None:
         """Where the gradients that `gather` found are; None: there are none.
@@ -143,70 +116,69 @@ class Plan(ABC):
 
     def _grad_of(self, index: int, grads: list[Tensor | None] | None) -> Tensor | None:
         """A parameter's gradient, checked; a sparse one only if the rows that it names are all that a step changes."""
-        slot = self.slots[index]
-        grad = slot.param.grad if grads is None else grads[index]
+        record = self.records[index]
+        grad = record.owner.grad if grads is None else grads[index]
         if grad is None:
             return None
-        what = checks.describe(slot.index, slot.name, slot.param)
-        checks.check_grad(self.optimizer, self.options, slot.param, grad, what)
-        if grad.layout == torch.sparse_coo and not self._takes_rows_of(grad, slot):
+        what = checks.describe(record.index, record.name, record.owner)
+        checks.check_grad(self.optimizer, self.options, record.owner, grad, what)
+        if grad.layout == torch.sparse_coo and not self._takes_rows_of(grad, record):
             grad = grad.to_dense()
         return grad
 
-    def _takes_rows_of(self, grad: Tensor, slot: Slot) -> bool:
+    def _takes_rows_of(self, grad: Tensor, record: Record) -> bool:
         # Rows cannot be taken out of blocks, and a weight in another form than its dtype's has more to it than its row.
-        plain = slot.storage is None
-        return bool(plain and grad.sparse_dim() and self.optimizer.changes_rows_alone(self.options))
+        return bool(record.is_plain and grad.sparse_dim() and self.optimizer.changes_rows_alone(self.options))
 
     def _take_rows(self, sparse: list[tuple[int, Tensor]]) -> None:
-        """Plan this step's sparse gradients, given with the index of their slots."""
+        """Plan this step's sparse gradients, given with the index of their records."""
         from .sparse import Rows
 
-        self.rows = [Rows(self.slots[i], i, grad) for i, grad in sparse]
+        self.rows = [Rows(self.records[i], i, grad) for i, grad in sparse]
         self.rows_plan = None
         if self.rows:
-            slots = [rows.slot for rows in self.rows]
-            plan = self.backend.plan(self.optimizer, self.group, self.options, self.variant, self.states, slots)
+            records = [rows.record for rows in self.rows]
+            plan = self.backend.plan(self.optimizer, self.group, self.options, self.variant, self.states, records)
             plan.write_grads = self.write_grads
             plan.gather()
             for i, rows in enumerate(self.rows):
                 plan.replace_grad(i, rows.grad)
             self.rows_plan = plan
 
-    def _step_rows(self, call: Call) -> int:
+    def _step_rows(self, step: Step) -> int:
         if self.rows_plan is None:
             return 0
         calls = 0
-        skipped = call.skipped  # to find the rows has made the host wait already
+        skipped = step.skipped  # to find the rows has made the host wait already
         if not skipped:
-            calls = self.rows_plan.step(call)
+            calls = self.rows_plan.step(step)
         for rows in self.rows:
             if not skipped:
                 rows.write_back()
-                self._follow(self.slots[rows.index])  # all rows move towards the parameter
+                self._follow(self.records[rows.index], step)  # all rows move towards the parameter
             if self.writes_grads:
                 self._leave_in(rows.index, rows.grad_of_rows(), skipped)
         self.rows, self.rows_plan = [], None
         return calls
 
     @torch.inference_mode()
-    def _follow(self, slot: Slot) -> None:
-        averages.follow(layout.local(slot.param.detach()), slot.average, slot.copy, self.average_weight)
+    def _follow(self, record: Record, step: Step) -> None:
+        averages.follow(layout.local(record.owner.detach()), record.average, record.copy, step.average_weight)
 
     def _own_grad(self, index: int) -> Tensor:
         """What a step leaves zeros or the changed gradient in, where the kernel sees a copy."""
-        return self.slots[index].param.grad if self.given is None else self.given[index]
+        return self.records[index].owner.grad if self.given is None else self.given[index]
 
     @torch.inference_mode()  # in which an inference tensor can be written, and any other one as always
     def _leave_in(self, index: int, changed: Tensor, skipped: bool) -> None:
-        """Do to the gradient of a slot what a kernel has done to the copy of it that it was given."""
+        """Do to the gradient of a record what a kernel has done to the copy of it that it was given."""
         grad = self._own_grad(index)
         if self.zero_grads:
             layout.zero(grad)
         elif self.write_grads and not skipped:
             if grad._is_zerotensor():  # which has no memory to write to
                 with torch.inference_mode(False), torch.no_grad():
-                    self.slots[index].param.grad = layout.laid_out_as(changed, layout.dense_like(grad), grad.dtype)
+                    self.records[index].owner.grad = layout.laid_out_as(changed, layout.dense_like(grad), grad.dtype)
             elif grad.layout != torch.sparse_coo:
                 layout.write(layout.local(grad), changed)
             elif changed.layout == torch.strided:
@@ -229,35 +201,22 @@ class KernelPlan(Plan):
         from .. import _C
 
         self.streams = Streams()
-        slots = self.slots
-        self.native = _C.Plan(
-            self.rule,
-            self.states,
-            [slot.param for slot in slots],
-            [slot.tensor for slot in slots],
-            [slot.step for slot in slots],
-            [slot.states for slot in slots],
-            [slot.matrices for slot in slots] if self.reduces else [],
-            [self._precision(slot) for slot in slots] if any(slot.storage for slot in slots) else [],
-        )
-        if any(slot.average is not None or slot.copy is not None for slot in slots):
-            self.native.follow([slot.average for slot in slots], [slot.copy for slot in slots])
+        self.native = _C.Plan(self.rule, self.states, self.records)
         self.stand_ins = [
-            (i, slot)
-            for i, slot in enumerate(slots)
-            if slot.tensor is not None and slot.tensor is not layout.local(slot.target)
+            (i, record)
+            for i, record in enumerate(self.records)
+            if record.param is not None and record.param is not layout.local(record.target)
         ]
-        self.wrappers = [(i, slot.target) for i, slot in enumerate(slots) if layout.is_wrapper(slot.target)]
+        self.wrappers = [
+            (i, record.target) for i, record in enumerate(self.records) if layout.is_wrapper(record.target)
+        ]
         # The compiled plan sees the memory that it updates; whether that still stands for the parameter is seen here.
-        apart = [slot.target for _, slot in self.stand_ins] + [target for _, target in self.wrappers]
+        apart = [record.target for _, record in self.stand_ins] + [target for _, target in self.wrappers]
         self.places = [(target, layout.place(layout.local(target))) for target in apart]
 
-    @staticmethod
-    def _precision(slot: Slot) -> tuple[Any, ...] | None:
-        if slot.storage is None:
-            return None
-        form, companion, scales, seed = slot.storage
-        return int(form), companion, scales, seed, slot.index
+    def native_records(self) -> np.ndarray:
+        """The records as the engines read them, with addresses, in `memory_layout`."""
+        return np.frombuffer(self.native.records(), memory_layout())
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
         moved = any(layout.place(layout.local(target)) != place for target, place in self.places)
@@ -285,14 +244,14 @@ class KernelPlan(Plan):
         return True
 
     def grads_in_use(self) -> list[tuple[int, Tensor]]:
-        return [(i, layout.local(self.slots[i].param.grad)) for i in self.native.active()]
+        return [(i, layout.local(self.records[i].owner.grad)) for i in self.native.active()]
 
     def grads_as_used(self) -> list[Tensor]:
         return [self.odd_grads.get(i, grad) for i, grad in self.grads_in_use()]
 
     @functools.cached_property
     def device(self) -> torch.device:
-        return next(slot.tensor.device for slot in self.slots if slot.tensor is not None)
+        return next(record.param.device for record in self.records if record.param is not None)
 
     def norm_device(self) -> torch.device | None:
         if self.wrappers:
@@ -300,7 +259,7 @@ class KernelPlan(Plan):
         return self.device if self.native.any_active() else None
 
     def replace_grad(self, index: int, grad: Tensor) -> None:
-        tensor = self.slots[index].tensor
+        tensor = self.records[index].param
         known = grad.dtype in checks.ARITHMETIC_DTYPES
         if not known or layout.is_lazy(grad) or not layout.same_layout(grad, tensor):
             grad = layout.laid_out_as(grad, tensor, None if known else torch.float32)
@@ -317,33 +276,33 @@ class KernelPlan(Plan):
         grad = self.odd_grads.get(index)
         if grad is None:
             grad = layout.local(self._own_grad(index))
-        self.replace_grad(index, layout.laid_out_as(grad, self.slots[index].tensor))
+        self.replace_grad(index, layout.laid_out_as(grad, self.records[index].param))
 
-    def step(self, call: Call) -> int:
-        rows_calls = self._step_rows(call)
+    def step(self, step: Step) -> int:
+        rows_calls = self._step_rows(step)
         if not self.native.any_active():
             self.given = None
             return rows_calls
         launch = self._staged_launch if self.stand_ins or self.wrappers else self.launch
-        calls = launch(call)
+        calls = launch(step)
         if self.odd_grads and self.writes_grads:
             # Copies that a GPU has skipped are as they were.
-            skipped = call.found_inf is not None and call.found_inf.device.type == "cpu" and call.skipped
+            skipped = step.found_inf is not None and step.found_inf.device.type == "cpu" and step.skipped
             for index, grad in self.odd_grads.items():  # the kernel saw copies
                 if self._own_grad(index) is not None:  # those of rows are their plan's
                     self._leave_in(index, grad, skipped)
         self.odd_grads, self.given = {}, None
         return rows_calls + calls
 
-    def _staged_launch(self, call: Call) -> int:
+    def _staged_launch(self, step: Step) -> int:
         active = set(self.native.active())
-        staged = [slot for i, slot in self.stand_ins if i in active]
+        staged = [record for i, record in self.stand_ins if i in active]
         with torch.inference_mode():
-            for slot in staged:
-                slot.tensor.copy_(layout.local(slot.target))
-            calls = self.launch(call)
-            for slot in staged:
-                layout.local(slot.target).copy_(slot.tensor)
+            for record in staged:
+                record.param.copy_(layout.local(record.target))
+            calls = self.launch(step)
+            for record in staged:
+                layout.local(record.target).copy_(record.param)
         torch.autograd.graph.increment_version([target for i, target in self.wrappers if i in active])
         return calls
 
@@ -356,11 +315,11 @@ class KernelPlan(Plan):
         """
         self.streams.use(self.device, memory)
         # Not the plan itself, which would be a cycle: memory then waits for the garbage collector.
-        self.graphs.keep(self.device, self.slots, *memory, *given)
+        self.graphs.keep(self.device, self.records, *memory, *given)
 
     @abstractmethod
-    def launch(self, call: Call) -> int:
-        """Call the kernel on what `gather` found; returns the number of calls. On a GPU it calls `keep` before."""
+    def launch(self, step: Step) -> int:
+        """Step the kernel on what `gather` found; returns the number of calls. On a GPU it calls `keep` before."""
 
 
 class SharedGrads:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .. import averages, codecs, layout, precision
 from ..counts import count_of, counter_value
-from ..precision import Form, Storage
+from ..precision import Form
+from ..record import Record, Step
 from .base import Backend
-from .plan import Call, Plan, Slot
+from .plan import Plan
 
 if TYPE_CHECKING:
     from ..schedules.on_device import DeviceSchedules
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 class ReferencePlan(Plan):
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        self.seen = [self._looks(slot) for slot in self.slots]
+        self.seen = [self._looks(record) for record in self.records]
 
     @staticmethod
-    def _looks(slot: Slot) -> list[tuple]:
+    def _looks(record: Record) -> list[tuple]:
         """What a plan is made for: a parameter that gets another dtype, for one, may get another form."""
-        kept = [] if slot.storage is None else [slot.storage.companion, *slot.storage.scales]
-        tensors = [slot.param, slot.step, slot.average, slot.copy, *slot.states, *kept]
+        kept = record.average, record.copy, record.companion, *record.scales
+        tensors = [record.owner, record.step, *record.states, *kept]
         return [
             (t.shape, t.stride(), t.dtype, t.device, layout.has_memory(layout.local(t)))
             for t in tensors
@@ -37,12 +38,12 @@ class ReferencePlan(Plan):
         """As in every plan; gradients that a step writes into are copied, since others may share their memory."""
         self.grads, self.given = [], grads
         sparse = []
-        for index, slot in enumerate(self.slots):
+        for index, record in enumerate(self.records):
             grad = self._grad_of(index, grads)
             if grad is not None and (
-                slot.tensor is None
-                or layout.overlaps_itself(layout.local(slot.tensor))
-                or self._looks(slot) != self.seen[index]
+                record.param is None
+                or layout.overlaps_itself(layout.local(record.param))
+                or self._looks(record) != self.seen[index]
             ):
                 return False
             if grad is not None and grad.layout == torch.sparse_coo:
@@ -65,55 +66,57 @@ class ReferencePlan(Plan):
 
     def foresee(self, hyper: tuple[float | Tensor, ...]) -> None:
         numbers = tuple(float(value) for value in hyper)
-        for step in {slot.step.item() for slot, grad in zip(self.slots, self.grads, strict=True) if grad is not None}:
+        for step in {
+            record.step.item() for record, grad in zip(self.records, self.grads, strict=True) if grad is not None
+        }:
             self.optimizer.prepare(numbers, int(step) + 1)
 
     @torch.inference_mode()  # in which inference tensors can be written, and any other one as always
-    def step(self, call: Call) -> int:
-        self._step_rows(call)
+    def step(self, step: Step) -> int:
+        self._step_rows(step)
         grads, self.grads = self.grads, []
-        skipped = call.skipped
-        numbers = tuple(float(value) for value in call.hyper)
-        for index, (slot, grad) in enumerate(zip(self.slots, grads, strict=True)):
+        skipped = step.skipped
+        numbers = tuple(float(value) for value in step.hyper)
+        for index, (record, grad) in enumerate(zip(self.records, grads, strict=True)):
             if grad is None:
                 continue
             if not skipped:
-                self.update(slot, grad, call._replace(hyper=numbers))
+                self.update(record, grad, step._replace(hyper=numbers))
             if self.writes_grads and self._own_grad(index) is not None:  # those of rows are their plan's
                 self._leave_in(index, grad, skipped)
         self.given = None
         return 0
 
-    def update(self, slot: Slot, stored_grad: Tensor, call: Call) -> None:
+    def update(self, record: Record, stored_grad: Tensor, step: Step) -> None:
         """Update a parameter, and with ``write_grads`` the copy of its gradient."""
         grad = layout.local(stored_grad)
         if grad.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
-        memory = real_memory(slot.tensor)
+        memory = real_memory(record.param)
         arithmetic = torch.float64 if memory.dtype == torch.float64 else torch.float32
         grad = grad.to(arithmetic)
-        if call.grad_scale is not None:
-            grad = grad / call.grad_scale.to(grad.device, arithmetic)
-        if call.coefficient is not None:
-            grad = grad * call.coefficient.to(grad.device, arithmetic)
-        if self.write_grads:
+        if step.grad_scale is not None:
+            grad = grad / step.grad_scale.to(grad.device, arithmetic)
+        if step.coefficient is not None:
+            grad = grad * step.coefficient.to(grad.device, arithmetic)
+        if step.write_grads:
             stored = layout.local(stored_grad)
             stored.copy_(torch.view_as_complex(grad) if stored.is_complex() else grad)
-        if call.maximize:
+        if step.maximize:
             grad = -grad
-        step = count_of(slot.step) + 1
-        slot.step.fill_(counter_value(step))
-        scalars = self.optimizer.prepare(call.hyper, step)
-        stored = Stored(slot, memory, arithmetic)
-        targets = {name: (k, state) for k, (name, state) in enumerate(zip(self.states, slot.states, strict=True))}
+        count = count_of(record.step) + 1
+        record.step.fill_(counter_value(count))
+        scalars = self.optimizer.prepare(step.hyper, count)
+        stored = Stored(record, memory, arithmetic)
+        targets = {name: (k, state) for k, (name, state) in enumerate(zip(self.states, record.states, strict=True))}
         names = [name if targets.get(name, (0, None))[1] is not None else None for name in self.optimizer.state_names]
         states = [None if name is None else stored.state(*targets[name]) for name in names]
         param, *states = self.optimizer.update(stored.weight(), grad, *states, scalars)
         stored.set_weight(param)
-        followers = [None if tensor is None else real_memory(tensor) for tensor in (slot.average, slot.copy)]
-        averages.follow(stored.followed(), *followers, self.average_weight)
-        if layout.is_wrapper(slot.tensor):  # the copy was counted by the tensor inside
-            torch.autograd.graph.increment_version(slot.tensor)
+        followers = [None if tensor is None else real_memory(tensor) for tensor in (record.average, record.copy)]
+        averages.follow(stored.followed(), *followers, step.average_weight)
+        if layout.is_wrapper(record.param):  # the copy was counted by the tensor inside
+            torch.autograd.graph.increment_version(record.param)
         for name, state in zip(names, states, strict=True):
             if name is not None:
                 stored.set_state(*targets[name], state)
@@ -122,27 +125,26 @@ class ReferencePlan(Plan):
 class Stored:
     """A parameter and its states as a rule sees them: numbers in the arithmetic dtype."""
 
-    def __init__(self, slot: Slot, memory: Tensor, arithmetic: torch.dtype) -> None:
-        self.slot = slot
+    def __init__(self, record: Record, memory: Tensor, arithmetic: torch.dtype) -> None:
+        self.record = record
         self.memory = memory
         self.arithmetic = arithmetic
-        self.storage = slot.storage or PLAIN_STORAGE
-        self.companion = None if self.storage.companion is None else layout.local(self.storage.companion)
+        self.companion = None if record.companion is None else layout.local(record.companion)
 
     def weight(self) -> Tensor:
         if self.companion is None:
             return self.memory.to(self.arithmetic)
-        return precision.exact_weight(self.storage.form, self.memory, self.companion)
+        return precision.exact_weight(self.record.form, self.memory, self.companion)
 
     def set_weight(self, weight: Tensor) -> None:
-        memory, form = self.memory, self.storage.form
+        memory, form = self.memory, self.record.form
         if form is Form.SPLIT:
             narrowed, companion = codecs.split(weight)
         elif form is Form.KAHAN:
             narrowed, companion = codecs.compensate(weight, memory.dtype)
         elif form is Form.STOCHASTIC:
-            step = count_of(self.slot.step)
-            random = codecs.random_16(codecs.elements_of(memory), self.storage.seed, self.slot.index, step)
+            seed, index, step = self.record.seed, self.record.index, count_of(self.record.step)
+            random = codecs.random_16(codecs.elements_of(memory), seed, index, step)
             narrowed, companion = codecs.narrow_stochastic(weight, memory.dtype, random), None
         else:
             narrowed, companion = weight, weight
@@ -151,23 +153,25 @@ class Stored:
             self.companion.copy_(companion)
 
     def followed(self) -> Tensor:
-        return self.weight() if self.storage.form in precision.EXACT_FORMS else self.memory
+        return self.weight() if self.record.form in precision.EXACT_FORMS else self.memory
 
     def state(self, place: int, state: Tensor) -> Tensor:
-        if self.storage.scales and self.storage.scales[place] is not None:
-            return codecs.decode(state, self.storage.scales[place])
+        scales = self._scales(place)
+        if scales is not None:
+            return codecs.decode(state, scales)
         return real_memory(state).to(self.arithmetic)
 
     def set_state(self, place: int, state: Tensor, value: Tensor) -> None:
-        if not self.storage.scales or self.storage.scales[place] is None:
+        scales = self._scales(place)
+        if scales is None:
             real_memory(state).copy_(value)
             return
-        codes, scales = codecs.encode(layout.laid_out_as(value, state), state.dtype == torch.int8)
+        codes, fresh = codecs.encode(layout.laid_out_as(value, state), state.dtype == torch.int8)
         state.copy_(codes)
-        self.storage.scales[place].copy_(scales)
+        scales.copy_(fresh)
 
-
-PLAIN_STORAGE = Storage(Form.PLAIN, None, (), 0)
+    def _scales(self, place: int) -> Tensor | None:
+        return self.record.scales[place] if self.record.scales else None
 
 
 def real_memory(tensor: Tensor) -> Tensor:

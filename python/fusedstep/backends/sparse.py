@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from .. import layout
-from .plan import Slot
+from ..record import Record
 
 
 class Rows:
     """The rows of a parameter and its states that a sparse gradient names, for one step."""
 
-    def __init__(self, slot: Slot, index: int, grad: Tensor) -> None:
+    def __init__(self, record: Record, index: int, grad: Tensor) -> None:
         grad = grad.coalesce()
-        self.index = index  # of the slot in its plan
+        self.index = index  # of the record in its plan
         self.shape = grad.shape
         self.indices = tuple(grad.indices())
-        self.targets = [layout.local(slot.param.detach()), *slot.states]
+        self.targets = [layout.local(record.owner.detach()), *record.states]
         self.copies = [target[self.indices] for target in self.targets]
         self.grad = grad.values().clone(memory_format=torch.contiguous_format)  # which a step may write into
         rows, *states = self.copies
-        self.slot = Slot(slot.index, slot.name, rows, rows, slot.step, tuple(states))
+        self.record = Record(record.index, record.name, rows, rows, tuple(states), record.step)
 
     def grad_of_rows(self) -> Tensor:
         """The sparse gradient as the step has left it."""

@@ -20,10 +20,11 @@ from .plan import KernelPlan
 from .triton_reducing import ReducingTable, dtypes_of
 
 if TYPE_CHECKING:
+    from ..record import Step
     from ..schedules.on_device import DeviceSchedules
     from ..triton_kernels.launching import Prepared
     from .norm import Norm
-    from .plan import Call, Plan
+    from .plan import Plan
 
 # How numbers are stored: csrc/numeric.h's Dtype.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4, torch.uint8: 5}
@@ -65,16 +66,11 @@ class Launch:
 
     def build(self, indices: list[int], plan: TritonPlan) -> None:
         """Upload what does not change from step to step."""
-        from ..triton_kernels.step import ROW, chunk_size, is_light
-        from ..triton_kernels.stored import AVERAGE, COPY
+        from ..triton_kernels.step import chunk_size, is_light
 
-        rows = np.zeros((len(indices), ROW), dtype=np.int64)
-        pointers, storage = plan.native.pointers(), plan.native.storage()
-        followers = plan.native.follower_pointers()
-        for row, index in enumerate(indices):
-            addresses = [*pointers[index], *storage[index]]
-            rows[row, : len(addresses)] = addresses
-            rows[row, [AVERAGE.value, COPY.value]] = followers[index]
+        records = plan.native_records()[indices]
+        columns = ("param", "step", "states", "companion", "scales", "seed", "index", "average", "copy")
+        rows = np.column_stack([records[name].astype(np.int64) for name in columns])
         self.table = plan.upload(torch.from_numpy(rows))
         light = is_light(self.dtypes, self.followers, self.form)
         self.chunks = plan.chunks(indices, chunk_size(blocks_of(plan.device, light)))
@@ -154,10 +150,10 @@ class NormLaunch(Launch):
 class TritonPlan(KernelPlan):
     launches: list[Launch] | None = None
     sums: list[NormLaunch] | None = None
-    sums_dtypes: list[int] | None = None
+    launches_version: int | None = None  # of the gradients' dtypes, for which they were made
+    sums_version: int | None = None
     limits: tuple[float, ...] | None = None
     weight: Tensor | None = None
-    grad_dtypes: list[int] | None = None
     hyper_values: tuple[float, ...] | None = None
     hyper: Tensor | None = None
     only_in_graph = False
@@ -173,7 +169,7 @@ class TritonPlan(KernelPlan):
 
     def chunks(self, indices: list[int], size: int) -> Tensor:
         """Which elements each program takes, at most ``size``: tensor, elements, offset."""
-        sizes = np.array([self.slots[index].tensor.numel() for index in indices])
+        sizes = np.array([self.records[index].param.numel() for index in indices])
         counts = -(-sizes // size)
         rows = np.repeat(np.arange(len(sizes)), counts)
         offsets = (np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)) * size
@@ -190,27 +186,27 @@ class TritonPlan(KernelPlan):
             for launch in (*(self.launches or ()), *(self.sums or ())):
                 launch.raw, launch.addresses = b"", None
 
-    def launch(self, call: Call) -> int:
+    def launch(self, step: Step) -> int:
         self._forget_what_only_a_graph_has()
-        grad_dtypes = self.native.grad_dtypes()
-        if self.launches is None or grad_dtypes != self.grad_dtypes:
+        version = self.native.grad_dtypes_version()
+        if version != self.launches_version:
             refuse_capture(self.device, CHANGED)
-            self.launches = self._launches(grad_dtypes)
-            self.grad_dtypes = grad_dtypes
-        self._set_hyper(call.hyper)
-        flags = [None if t is None else t.to(self.device, torch.float32) for t in (call.grad_scale, call.found_inf)]
-        flags.append(None if call.coefficient is None else call.coefficient.to(self.device))
+            self.launches = self._launches()
+            self.launches_version = version
+        self._set_hyper(step.hyper)
+        flags = [None if t is None else t.to(self.device, torch.float32) for t in (step.grad_scale, step.found_inf)]
+        flags.append(None if step.coefficient is None else step.coefficient.to(self.device))
         flags.append(self._weight())
         addresses = self.native.grad_pointers()
         active = [launch for launch in self.launches if launch.set_grads(addresses, self)]
         memory = [self.hyper, self.weight]
         for launch in self.launches:
             memory += launch.memory
-        self.keep(memory, *call.hyper, *flags)
+        self.keep(memory, *step.hyper, *flags)
         calls = 0
         for launch in active:
-            calls += launch.run(self, call.maximize, flags)
-        self.native.increment_written(self.zero_grads or self.write_grads)
+            calls += launch.run(self, step.maximize, flags)
+        self.native.increment_written(step.changes_grads)
         self.native.release_grads()
         return calls
 
@@ -222,15 +218,15 @@ class TritonPlan(KernelPlan):
     def norm_launches(self) -> list[NormLaunch]:
         """Those that sum the gradients that take part."""
         self._forget_what_only_a_graph_has()
-        grad_dtypes = self.native.grad_dtypes()
-        if self.sums is None or grad_dtypes != self.sums_dtypes:
+        version = self.native.grad_dtypes_version()
+        if version != self.sums_version:
             refuse_capture(self.device, CHANGED)
             groups: dict[int, list[int]] = {}
-            for index, slot in enumerate(self.slots):
-                if slot.tensor is not None:
-                    groups.setdefault(grad_dtypes[index], []).append(index)
+            for index, dtype in enumerate(self.native_records()["grad_dtype"].tolist()):
+                if self.records[index].param is not None:
+                    groups.setdefault(dtype, []).append(index)
             self.sums = [NormLaunch((dtype,), indices, self) for dtype, indices in groups.items()]
-            self.sums_dtypes = grad_dtypes
+            self.sums_version = version
         addresses = self.native.grad_pointers()
         return [launch for launch in self.sums if launch.set_grads(addresses, self)]
 
@@ -243,24 +239,24 @@ class TritonPlan(KernelPlan):
 
     def _weight(self) -> Tensor | None:
         """The weight of a parameter in its average, in device memory."""
-        if self.weight is None and any(slot.average is not None for slot in self.slots):
+        if self.weight is None and any(record.average is not None for record in self.records):
             self.weight = self.upload(torch.tensor(self.average_weight, dtype=torch.float64))
         return self.weight
 
-    def _launches(self, grad_dtypes: list[int]) -> list[Launch]:
+    def _launches(self) -> list[Launch]:
         groups: dict[tuple[tuple[int, ...], tuple[int, int], str], list[int]] = {}
-        for index, slot in enumerate(self.slots):
-            if slot.tensor is not None:
-                pairs = zip(self.states, slot.states, strict=True)
+        grad_dtypes = self.native_records()["grad_dtype"].tolist()
+        for index, record in enumerate(self.records):
+            if record.param is not None:
+                pairs = zip(self.states, record.states, strict=True)
                 states = {name: DTYPES[state.dtype] for name, state in pairs if state is not None}
                 if self.reduces:
-                    named = dtypes_of(states, self.rule, slot.matrices is not None)
+                    named = dtypes_of(states, self.rule, record.matrices is not None)
                 else:
                     named = [states.get(name, NONE) for name in self.optimizer.state_names]
-                dtypes = (DTYPES[slot.tensor.dtype], grad_dtypes[index], *named)
-                followers = tuple(NONE if t is None else DTYPES[t.dtype] for t in (slot.average, slot.copy))
-                form = "plain" if slot.storage is None else slot.storage.form.name.lower()
-                groups.setdefault((dtypes, followers, form), []).append(index)
+                dtypes = (DTYPES[record.param.dtype], grad_dtypes[index], *named)
+                followers = tuple(NONE if t is None else DTYPES[t.dtype] for t in (record.average, record.copy))
+                groups.setdefault((dtypes, followers, record.form.name.lower()), []).append(index)
         kind = ReducingLaunch if self.reduces else Launch
         return [kind(dtypes, indices, self, followers, form) for (dtypes, followers, form), indices in groups.items()]
 

@@ -39,7 +39,8 @@ class ReducingTable:
         sub, _, width = reducing.tile(dtypes[1])
         self.tile_columns = sub * width
         self.bytes = self.counters = 0
-        rows = [self._row(plan, index) for index in indices]
+        records = plan.native_records()[indices]
+        rows = [self._row(plan, record) for record in records]
         self.work = torch.empty(self.bytes, dtype=torch.uint8, device=plan.device)
         self.count = torch.zeros(self.counters, dtype=torch.int32, device=plan.device)
         table = np.zeros((len(rows), len(reducing_lines.COLUMNS)), dtype=np.int64)
@@ -58,21 +59,18 @@ class ReducingTable:
         self.bytes += -(-n * size // 16) * 16
         return offset
 
-    def _row(self, plan: TritonPlan, index: int) -> dict:
+    def _row(self, plan: TritonPlan, record: np.void) -> dict:
         """A tensor's row of the table, with offsets for addresses in the work memory, and its items."""
         from ..triton_kernels import reducing_lines
         from ..triton_kernels.reducing_rules import REDUCING_RULES
 
         names = REDUCING_RULES[plan.rule]
-        slot = plan.slots[index]
-        param, step, *states = plan.native.pointers()[index]
-        average, copy = plan.native.follower_pointers()[index]
-        address = dict(zip(plan.optimizer.state_names, states, strict=False))
-        numel = slot.tensor.numel()
-        matrices = slot.matrices
-        batch, rows, columns = matrices or (1, 1, numel)
+        address = dict(zip(plan.optimizer.state_names, record["states"].tolist(), strict=False))
+        same = {name: record[name].item() for name in ("param", "step", "numel", "average", "copy")}
+        shape = {name: record[name].item() for name in ("batch", "rows", "columns")}
+        numel, (batch, rows, columns), factored = same["numel"], shape.values(), bool(record["factored"])
         n_strips = n_row_blocks = 1
-        if matrices is None:
+        if not factored:
             cut = reducing_lines.FLAT
             items = [(0, 0, at, min(ITEM_ELEMENTS, numel - at)) for at in range(0, numel, ITEM_ELEMENTS)]
         elif rows * columns <= SMALL_MATRIX:
@@ -91,7 +89,6 @@ class ReducingTable:
                 for column in range(0, columns, self.tile_columns)
             ]
         items = items or [(0, 0, 0, 0)]  # an empty tensor has an RMS and perhaps lines, which are not a number
-        factored = matrices is not None
         factors = 2 if names.row2 or names.column2 else 1
         of_rows = batch * rows if factored and names.row else 0
         of_columns = batch * columns if factored and names.column else 0
@@ -99,18 +96,14 @@ class ReducingTable:
         of_matrix = n_row_blocks + n_strips + 1 if cut == reducing_lines.TILES else 0
         counters, self.counters = self.counters, self.counters + 2 + batch * of_matrix
         return {
-            "param": param,
-            "step": step,
+            **same,
+            **shape,
             "row_state": address.get(names.row if factored else names.flat) or 0,
             "column_state": address.get(names.column) or 0,
             "element_state": address.get(names.element) or 0,
             "tensor_state": address.get(names.tensor) or 0,
             "row_state2": address.get(names.row2) or 0,
             "column_state2": address.get(names.column2) or 0,
-            "batch": batch,
-            "rows": rows,
-            "columns": columns,
-            "numel": numel,
             "cut": cut,
             "row_factors": self._take(factors * of_rows, self.size),
             "column_factors": self._take(factors * of_columns, self.size),
@@ -125,7 +118,5 @@ class ReducingTable:
             "n_items": len(items),
             "n_row_blocks": n_row_blocks,
             "n_strips": n_strips,
-            "average": average,
-            "copy": copy,
             "items": [(number, *item) for number, item in enumerate(items)],
         }

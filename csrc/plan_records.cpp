@@ -1,0 +1,206 @@
+// How a plan takes Python's records: each tensor checked, and its address noted in a Record.
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "plan.h"
+
+namespace fusedstep {
+namespace {
+
+[[noreturn]] void reject(size_t i, const char* what, const char* why) {
+  throw std::invalid_argument("record " + std::to_string(i) + " of the plan: its " + what + " " + why);
+}
+
+// Numbers in logical order without gaps.
+bool contiguous(int32_t ndim, const int64_t* shape, const int64_t* strides) {
+  if (std::find(shape, shape + ndim, 0) != shape + ndim) return true;
+  int64_t expected = 1;
+  for (int32_t i = ndim - 1; i >= 0; --i) {
+    if (shape[i] > 1 && strides[i] != expected) return false;
+    expected *= shape[i];
+  }
+  return true;
+}
+
+// How many numbers a state has for a tensor; -1: the tensor does not have the state.
+int64_t state_numel(Span span, const Matrices& matrices, int64_t numel) {
+  switch (span) {
+    case Span::kRow:
+      return matrices.factored ? matrices.batch * matrices.rows : -1;
+    case Span::kColumn:
+      return matrices.factored ? matrices.batch * matrices.columns : -1;
+    case Span::kFlat:
+      return matrices.factored ? -1 : numel;
+    case Span::kTensor:
+      return 1;
+    case Span::kElement:
+      return numel;
+  }
+  return numel;
+}
+
+// The dtype of what a form keeps beside the weight.
+Dtype companion_dtype(Form form, Dtype param) {
+  return form == Form::kMaster ? Dtype::kF32 : form == Form::kSplit ? Dtype::kI16 : param;
+}
+
+}  // namespace
+
+void Plan::add_records() {
+  // The names of python/fusedstep/record.py's Record.
+  const py::str owner("owner"), param("param"), step("step"), states("states"), matrices("matrices"),
+      average("average"), copy("copy"), form("form"), companion("companion"), scales("scales"), seed("seed"),
+      index("index");
+  for (size_t i = 0; i < records_.size(); ++i) {
+    const py::handle given = given_[i];
+    Record& record = records_[i];
+    std::memset(&record, 0, sizeof(record));
+    owners_.append(given.attr(owner));
+    params_.append(given.attr(param));
+    const py::object tensor = params_[i];
+    if (tensor.is_none()) continue;  // no gradient so far
+    add_param(i, tensor);
+    add_step(i, given.attr(step));
+    add_matrices(i, given.attr(matrices));
+    add_states(i, given.attr(states));
+    add_weight(i, py::cast<int>(given.attr(form)), given.attr(companion));
+    add_scales(i, given.attr(scales));
+    record.precision.seed = py::cast<uint64_t>(given.attr(seed));
+    record.precision.index = py::cast<uint32_t>(given.attr(index));
+    Dtype dtype = Dtype::kF32;
+    record.average = add_follower(i, given.attr(average), "average", &dtype);
+    if (record.average != nullptr && dtype != (record.param_dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32))
+      reject(i, "average", "has a narrow dtype");
+    record.copy = add_follower(i, given.attr(copy), "copy", &record.copy_dtype);
+    // A stand-in is copied back by torch, which bumps the owner's counter itself. A wrapper's own memory is a tensor
+    // with a counter of its own.
+    all_written_.append(tensor);
+  }
+}
+
+void Plan::add_param(size_t i, const py::object& tensor) {
+  TensorView param;
+  if (!view_tensor(tensor.ptr(), &param)) reject(i, "param", "has no memory");
+  if (!param.dtype_known) reject(i, "param", "has a dtype that no kernel knows");
+  if (param_memory_.empty()) {
+    device_ = param.device;
+    device_index_ = param.device_index;
+  }
+  if (!is_on_device(param)) reject(i, "param", "is on another device than the first one");
+  Record& record = records_[i];
+  record.param = param.data;
+  record.param_dtype = param.dtype;
+  record.grad_dtype = param.dtype;  // until a gradient says otherwise
+  record.numel = param.numel();
+  const KindIndex kind = kind_of(tensor.ptr(), param);
+  layouts_[i] = Layout{dims_.size(), param.ndim, static_cast<int32_t>(param_memory_.size()), kind};
+  param_memory_.emplace_back(tensor.ptr(), param, kind != kUnknown);
+  if (param_memory_.back().impl() == nullptr) {
+    in_place_ = false;
+    layouts_[i].kind = kUnknown;
+  }
+  dims_.insert(dims_.end(), param.shape, param.shape + param.ndim);
+  dims_.insert(dims_.end(), param.strides, param.strides + param.ndim);
+}
+
+TensorView Plan::watched(size_t i, const py::object& tensor, const char* what) {
+  TensorView view;
+  if (!view_tensor(tensor.ptr(), &view) || !is_on_device(view)) reject(i, what, "has no memory on its device");
+  state_memory_.emplace_back(tensor.ptr(), view, true);
+  in_place_ = in_place_ && state_memory_.back().impl() != nullptr;
+  return view;
+}
+
+void Plan::add_step(size_t i, const py::object& tensor) {
+  const TensorView step = watched(i, tensor, "step");
+  if (!step.dtype_known || step.dtype != Dtype::kF32 || step.numel() != 1) reject(i, "step", "is not one fp32 number");
+  records_[i].step = static_cast<float*>(step.data);
+}
+
+void Plan::add_matrices(size_t i, const py::object& given) {
+  Record& record = records_[i];
+  if (!variant_.reduces) {
+    if (!given.is_none()) reject(i, "matrices", "are for rules that reduce");
+    return;
+  }
+  Matrices& matrices = record.matrices;
+  matrices = Matrices{1, 1, record.numel, false};
+  if (!given.is_none()) {
+    const auto [batch, rows, columns] = given.cast<std::tuple<int64_t, int64_t, int64_t>>();
+    matrices = Matrices{batch, rows, columns, true};
+  }
+  if (matrices.batch * matrices.rows * matrices.columns != record.numel)
+    reject(i, "param", "is not made of these matrices");
+  const int64_t* const shape = dims_.data() + layouts_[i].begin;
+  if (!contiguous(layouts_[i].ndim, shape, shape + layouts_[i].ndim)) reject(i, "param", "is not contiguous");
+}
+
+void Plan::add_states(size_t i, const py::tuple& states) {
+  Record& record = records_[i];
+  if (states.size() != variant_.places.size()) reject(i, "states", "are not as many as the rule needs");
+  for (size_t n = 0; n < states.size(); ++n) {
+    const py::object tensor = states[n];
+    const int64_t numel = state_numel(variant_.spans[n], record.matrices, record.numel);
+    if (tensor.is_none() != (numel < 0)) reject(i, "states", "are not those that the rule needs for it");
+    if (numel < 0) continue;
+    const TensorView state = watched(i, tensor, "state");
+    if (!(state.dtype_known || (state.is_code && state.dtype != Dtype::kI16)))
+      reject(i, "state", "has a dtype that no kernel knows");
+    const bool fits = variant_.reduces ? state.numel() == numel && contiguous(state.ndim, state.shape, state.strides)
+                                       : has_layout_of_param(state, i);
+    if (!fits) reject(i, "state", "is laid out differently");
+    record.states[variant_.places[n]] = state.data;
+    record.state_dtypes[variant_.places[n]] = state.dtype;
+  }
+}
+
+void Plan::add_weight(size_t i, int given, const py::object& tensor) {
+  Record& record = records_[i];
+  if (given < 0 || given > static_cast<int>(Form::kStochastic)) reject(i, "form", "is none that a kernel knows");
+  const Form form = static_cast<Form>(given);
+  record.precision.form = form;
+  if (form != Form::kPlain && (variant_.reduces || (record.param_dtype != Dtype::kBF16 &&
+                                                    (record.param_dtype != Dtype::kF16 || form == Form::kSplit))))
+    reject(i, "form", "is none that its rule and dtype can have");
+  const bool alone = form == Form::kPlain || form == Form::kStochastic;
+  if (tensor.is_none() != alone) reject(i, "companion", "is missing, or its form takes none");
+  if (alone) return;
+  const TensorView companion = watched(i, tensor, "companion");
+  if (companion.dtype != companion_dtype(form, record.param_dtype) || !(companion.dtype_known || companion.is_code))
+    reject(i, "companion", "has another dtype than its form says");
+  if (!has_layout_of_param(companion, i)) reject(i, "companion", "is laid out differently");
+  record.precision.companion = companion.data;
+}
+
+void Plan::add_scales(size_t i, const py::tuple& scales) {
+  Record& record = records_[i];
+  if (!scales.empty() && scales.size() != variant_.places.size()) reject(i, "scales", "are not one for each state");
+  for (size_t n = 0; n < variant_.places.size(); ++n) {
+    const int k = variant_.places[n];
+    const py::object tensor = scales.empty() ? py::object(py::none()) : py::object(scales[n]);
+    const bool coded = record.state_dtypes[k] == Dtype::kI8 || record.state_dtypes[k] == Dtype::kU8;
+    if (tensor.is_none() == coded) reject(i, "scales", "are there for a state that is not in 8 bits, or are missing");
+    if (!coded) continue;
+    const TensorView seen = watched(i, tensor, "scales");
+    const bool fits = seen.dtype_known && seen.dtype == Dtype::kF32 && seen.ndim == 1 &&
+                      (seen.shape[0] <= 1 || seen.strides[0] == 1) &&
+                      seen.shape[0] == (record.numel + kBlock - 1) / kBlock;
+    if (!fits) reject(i, "scales", "are not one fp32 number for each block");
+    if (variant_.reduces || record.param_dtype == Dtype::kF64) reject(i, "states", "cannot be in 8 bits");
+    record.precision.scales[k] = static_cast<float*>(seen.data);
+    record.precision.in_blocks = true;
+  }
+}
+
+void* Plan::add_follower(size_t i, const py::object& tensor, const char* what, Dtype* dtype) {
+  if (tensor.is_none()) return nullptr;
+  const TensorView view = watched(i, tensor, what);
+  if (!fits_param(view, i)) reject(i, what, "is not laid out as the parameter");
+  *dtype = view.dtype;
+  return view.data;
+}
+
+}  // namespace fusedstep
