@@ -80,6 +80,17 @@ def test_a_copy_has_all_public_attributes(case, options, copier, backend):
     assert (attributes["kernel_calls"] > 0) == (backend != "reference")
 
 
+@pytest.mark.parametrize("case", CLASSES.values(), ids=CLASSES)
+def test_a_pickle_from_when_the_optimizers_lay_in_the_package_itself_loads(case):
+    optimizer = ours(case, [new()])
+    step(optimizer)
+    pickled = pickle.dumps(optimizer, protocol=0)  # the protocol that writes names without their lengths
+    assert pickled.count(b"cfusedstep.optimizers.") == 1
+    copied = pickle.loads(pickled.replace(b"cfusedstep.optimizers.", b"cfusedstep."))
+    assert type(copied) is type(optimizer)
+    assert public(copied) == public(optimizer)
+
+
 @each(case=CLASSES, way=[*COPIERS, "load", "load the parent's"])
 def test_groups_have_the_keys_from_before(case, way, backend):
     """So that save, load, save gives the same; a group that joins later has those keys too."""

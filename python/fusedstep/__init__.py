@@ -1,24 +1,26 @@
 """Fused optimizer steps for PyTorch: one kernel call for a whole parameter group."""
 
+import sys
+
 from . import schedules, tuning
 from .accumulate import GradientAccumulator
-from .adabelief import AdaBelief
-from .adafactor import Adafactor
-from .adagrad import Adagrad
-from .adam import Adam
-from .adam_weight_decay import AdamWeightDecay
-from .adamw import AdamW
-from .amos import Amos, amos_reductions, amos_scales
 from .amp import GradScaler
 from .backends import use_backend
 from .clipping import clip_grad_norm_
-from .lion import Lion
 from .optimizer import FusedOptimizer
+from .optimizers.adabelief import AdaBelief
+from .optimizers.adafactor import Adafactor
+from .optimizers.adagrad import Adagrad
+from .optimizers.adam import Adam
+from .optimizers.adam_weight_decay import AdamWeightDecay
+from .optimizers.adamw import AdamW
+from .optimizers.amos import Amos, amos_reductions, amos_scales
+from .optimizers.lion import Lion
+from .optimizers.rmsprop import RMSprop
+from .optimizers.sgd import SGD
+from .optimizers.torch_adafactor import TorchAdafactor
 from .options import Options
 from .recipe import create_optimizer
-from .rmsprop import RMSprop
-from .sgd import SGD
-from .torch_adafactor import TorchAdafactor
 from .verification import verify
 
 __version__ = "0.1.0"
@@ -47,3 +49,7 @@ __all__ = [
     "use_backend",
     "verify",
 ]
+
+# A pickle names the module of its class: these lay here before.
+for _cls in (SGD, AdaBelief, Adafactor, Adagrad, Adam, AdamW, AdamWeightDecay, Amos, Lion, RMSprop, TorchAdafactor):
+    sys.modules[_cls.__module__.replace(".optimizers.", ".")] = sys.modules[_cls.__module__]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .adam_weight_decay import AdamWeightDecay
+from .optimizers.adam_weight_decay import AdamWeightDecay
 from .schedules import PolyScheduler, Schedule, ScheduleLR, WarmUp
 from .schedules.schedule import check_lr, check_power, check_steps
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import checks
-from .numerics import power, square_root
-from .optimizer import FusedOptimizer
-from .options import Options
+from .. import checks
+from ..numerics import power, square_root
+from ..optimizer import FusedOptimizer
+from ..options import Options
 
 
 class AdaBelief(FusedOptimizer):

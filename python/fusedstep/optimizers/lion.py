@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import checks
-from .optimizer import FusedOptimizer
-from .options import Options
+from .. import checks
+from ..optimizer import FusedOptimizer
+from ..options import Options
 
 
 class Lion(FusedOptimizer):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import checks
-from .counts import count_of
-from .numerics import square_root
-from .optimizer import FusedOptimizer
-from .options import Options
+from .. import checks
+from ..counts import count_of
+from ..numerics import square_root
+from ..optimizer import FusedOptimizer
+from ..options import Options
 
 
 def root_mean_square(tensor: Tensor) -> float:

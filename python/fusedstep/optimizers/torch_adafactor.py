@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import checks
+from .. import checks
+from ..numerics import square_root
+from ..optimizer import FusedOptimizer
+from ..options import Options
 from .adafactor import Adafactor, root_mean_square
-from .numerics import square_root
-from .optimizer import FusedOptimizer
-from .options import Options
 
 
 class TorchAdafactor(FusedOptimizer):

@@ -7,8 +7,8 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..options import Options
 from .adam import Adam
-from .options import Options
 
 
 class AdamW(Adam):

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import checks
-from .optimizer import FusedOptimizer
-from .options import Options
+from .. import checks
+from ..optimizer import FusedOptimizer
+from ..options import Options
 
 
 class SGD(FusedOptimizer):

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import checks
-from .numerics import power, square_root
-from .optimizer import FusedOptimizer
-from .options import Options
+from .. import checks
+from ..numerics import power, square_root
+from ..optimizer import FusedOptimizer
+from ..options import Options
 
 
 class RMSprop(FusedOptimizer):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import checks
+from .. import checks
+from ..gradients import GradientOptions
+from ..optimizer import FusedOptimizer
+from ..options import Options
 from .adam import Adam
-from .gradients import GradientOptions
-from .optimizer import FusedOptimizer
-from .options import Options
 
 
 class AdamWeightDecay(Adam):
