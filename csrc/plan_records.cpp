@@ -66,7 +66,7 @@ void Plan::add_records() {
     add_step(i, given.attr(step));
     add_matrices(i, given.attr(matrices));
     add_states(i, given.attr(states));
-    add_weight(i, py::cast<int>(given.attr(form)), given.attr(companion));
+    add_weight(i, py::cast<int>(given.attr(form).attr("number")), given.attr(companion));
     add_scales(i, given.attr(scales));
     record.precision.seed = py::cast<uint64_t>(given.attr(seed));
     record.precision.index = py::cast<uint32_t>(given.attr(index));

@@ -10,7 +10,8 @@ from test_cuda_host import inside, library, random_grads, run_on_host  # noqa: F
 
 import fusedstep
 from fusedstep.cases import CASES
-from fusedstep.precision import COMPANIONS, scale_name
+from fusedstep.kept.states import scale_name
+from fusedstep.kept.weights import COMPANIONS
 from fusedstep.verification import same_bits
 
 MODES = precision_modes("own", "bf16", "8bit")
@@ -37,7 +38,7 @@ class Pair:
         for optimizer in (self.kernel, self.reference):
             self.take_reference_step(optimizer, grads)
         for state in self.kernel.state.values():
-            for name in (*self.kernel.state_names, *map(scale_name, self.kernel.state_names), *COMPANIONS.values()):
+            for name in (*self.kernel.state_names, *map(scale_name, self.kernel.state_names), *COMPANIONS):
                 if isinstance(state.get(name), torch.Tensor):
                     state[name] = self.place(state[name], offset)
 

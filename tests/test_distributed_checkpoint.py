@@ -85,7 +85,7 @@ def seen(optimizer, states=True):
         "rates": [float("nan") if group["lr"] is None else float(group["lr"]) for group in optimizer.param_groups],
         "count": optimizer.schedule_step,
     }
-    if optimizer._followers.weights_copy is not None:
+    if optimizer._kept.copy.dtype is not None:
         found["copies"] = [optimizer.copies[p].clone() for p in parameters_of(optimizer)]
     if states:
         found["state"] = copy.deepcopy(optimizer.state_dict()["state"])

@@ -13,8 +13,12 @@ from kinds import by_case, each, examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedstep
-from fusedstep import codecs, planning, precision
+from fusedstep import codecs, planning
+from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES, Case
+from fusedstep.kept import Entry
+from fusedstep.kept.states import CODES
+from fusedstep.kept.weights import COMPANIONS
 from fusedstep.verification import same_bits
 
 ADAMW = Case("AdamW", {"lr": 0.01, "betas": (0.85, 0.9), "weight_decay": 0.1})
@@ -230,10 +234,8 @@ def test_a_model_may_be_moved_to_another_dtype(dtype, back):
         a, b = (o.state[p] for o, p in zip(optimizers, pair, strict=True))
         assert a.keys() == b.keys()
         assert all(same_bits(a[key], b[key]) for key in a)
-        form = optimizers[0]._precision.form_of(pair[0])
-        assert [k for k in precision.COMPANIONS.values() if k in a] == [
-            key for f, key in precision.COMPANIONS.items() if f is form
-        ]
+        key = optimizers[0]._kept.weights.format_of(pair[0]).key
+        assert [k for k in COMPANIONS if k in a] == ([] if key is None else [key])
 
 
 def test_what_is_kept_follows_a_parameter_to_its_device():
@@ -241,9 +243,12 @@ def test_what_is_kept_follows_a_parameter_to_its_device():
     step([optimizer], [normal(70, 80)])
     moved = torch.nn.Parameter(torch.empty(70, 80, dtype=torch.bfloat16, device="meta"))
     optimizer.state[moved] = optimizer.state.pop(params_of(optimizer)[0])
-    assert planning.settle(optimizer, moved, None, optimizer.param_groups[0])
-    assert {key: value.device.type for key, value in optimizer.state[moved].items() if key != "step"} == dict.fromkeys(
-        ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "weight_remainder"), "meta"
+    group = optimizer.param_groups[0]
+    optimizer._kept.fields(
+        Entry(optimizer, group, 0, None, None, moved, optimizer.state[moved], BACKENDS["cpu"], moved)
+    )
+    assert {key: value.device.type for key, value in optimizer.state[moved].items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "weight_remainder"), "meta"
     )
 
 
@@ -363,7 +368,9 @@ def test_names_of_embeddings_may_be_compiled_patterns_with_flags():
     )
     step([optimizer], [normal(70, 80)])
     assert optimizer.state[params_of(optimizer)[0]]["exp_avg"].dtype == torch.float32
-    assert pickle.loads(pickle.dumps(optimizer))._precision == optimizer._precision
+    copy = pickle.loads(pickle.dumps(optimizer))
+    step([copy], [normal(70, 80)])
+    assert copy.state[params_of(copy)[0]]["exp_avg"].dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
@@ -490,14 +497,14 @@ def check_loading(old, new):
     (param,) = params_of(first)
     second = make(ADAMW, [param.detach()], **new)
     state = saved(first)
-    form = second._precision.form_of(param)
+    made = second._kept.weights.format_of(param)
     expected = {key: state["state"][0][key].dtype for key in ("exp_avg", "exp_avg_sq")}
-    wanted = second._precision.format_of(param, None)
+    wanted = second._kept.states.format_of(param, None)
     for key, dtype in expected.items():
         code = torch.uint8 if key == "exp_avg_sq" else torch.int8
-        expected[key] = code if wanted == "8bit" else wanted or (param.dtype if dtype in precision.CODES else dtype)
+        expected[key] = code if wanted == "8bit" else wanted or (param.dtype if dtype in CODES else dtype)
     converts = any(state["state"][0][key].dtype != dtype for key, dtype in expected.items()) or any(
-        key in state["state"][0] and f is not form for f, key in precision.COMPANIONS.items()
+        key in state["state"][0] and key != made.key for key in COMPANIONS
     )
     if converts:
         with pytest.warns(UserWarning, match="is converted: ") as record:
@@ -507,9 +514,9 @@ def check_loading(old, new):
         second.load_state_dict(state)
     before = {k: v.clone() for k, v in first.state[param].items()}
     weight = param.detach().float()
-    for f, key in precision.COMPANIONS.items():
+    for key in COMPANIONS:
         if key in before:
-            weight = precision.exact_weight(f, param.detach(), before[key])
+            weight = COMPANIONS[key].join(param.detach(), before[key])
     for p in params_of(second):
         p.grad = torch.zeros_like(p)
     second.param_groups[0].update(lr=0.0, weight_decay=0.0, betas=(1.0 - 2**-30, 1.0 - 2**-30))
@@ -518,18 +525,18 @@ def check_loading(old, new):
     kept = second.state[q]
     assert set(kept) == {"step", "exp_avg", "exp_avg_sq"} | (
         {"exp_avg_scale", "exp_avg_sq_scale"} if wanted == "8bit" else set()
-    ) | ({precision.COMPANIONS[form]} if form in precision.COMPANIONS else set())
+    ) | ({made.key} if made.key is not None else set())
     for key, dtype in expected.items():
         assert kept[key].dtype == dtype
         values = [s[key] for s in (before, kept)]
         values = [
-            codecs.decode(v, s[f"{key}_scale"]) if v.dtype in precision.CODES else v.float()
+            codecs.decode(v, s[f"{key}_scale"]) if v.dtype in CODES else v.float()
             for v, s in zip(values, (before, kept), strict=True)
         ]
         assert (values[0] - values[1]).norm() <= 0.02 * values[0].norm()
-    if form in precision.COMPANIONS:
-        now = precision.exact_weight(form, q.detach(), kept[precision.COMPANIONS[form]])
-        tolerance = 2.0**-15 if form is precision.Form.KAHAN else 2.0**-23
+    if made.key is not None:
+        now = made.join(q.detach(), kept[made.key])
+        tolerance = 2.0**-15 if made.name == "kahan" else 2.0**-23
         assert ((now - weight).abs() <= tolerance * weight.abs()).all()
     else:
         assert torch.equal(q, param)

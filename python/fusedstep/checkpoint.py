@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from . import averages, checks, dcp, layout, precision
-from .counts import as_counts, count_of, new_counter
-from .planning import check_loaded_group, named
+from . import dcp
+from .counts import as_counts, count_of
+from .kept import SEED, Entry
+from .kept.states import scale_name
+from .planning import check_loaded_group, entries
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
 
 def written(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """The state_dict that torch's base class has made, as the torch class of the optimizer's name would write it."""
-    if optimizer._precision.rounding == "stochastic":
-        state_dict[dcp.SEED] = optimizer._precision.rounding_seed
+    optimizer._kept.write_seed(state_dict)
     dcp.write_numbers(optimizer, state_dict["param_groups"])
     _write_counts(optimizer, state_dict)
     if optimizer.step_form == "absent":
@@ -29,9 +30,9 @@ def written(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         for key, param in zip(ids, params, strict=True):
-            counter = optimizer._counters.get(param)
+            counter = optimizer._kept.step.beside.get(param)
             if key in state_dict["state"] and counter is not None and counter.item() == 0:
-                buffers = {*optimizer.state_names, *map(precision.scale_name, optimizer.state_names)}
+                buffers = {*optimizer.state_names, *map(scale_name, optimizer.state_names)}
                 kept = {name: value for name, value in state_dict["state"][key].items() if name not in buffers}
                 if kept:
                     state_dict["state"][key] = kept
@@ -58,26 +59,32 @@ def undone_on_error(optimizer: FusedOptimizer) -> Iterator[None]:
     Loading makes new groups and states and leaves the old ones as they are, but for a schedule's count.
     """
     before, count = dict(vars(optimizer)), optimizer._learning_rates.count
+    kinds = [(kind, dict(vars(kind))) for kind in optimizer._kept]
     try:
         yield
     except BaseException:
         vars(optimizer).clear()
         vars(optimizer).update(before)
+        for kind, kept in kinds:
+            vars(kind).update(kept)
         if count is not None:
             optimizer._learning_rates.count = count
         raise
 
 
 @contextlib.contextmanager
-def loading(optimizer: FusedOptimizer) -> Iterator[dict[Tensor, dict[str, Any]]]:
+def loading(optimizer: FusedOptimizer) -> Iterator[list[Entry]]:
     """Around a call of torch's base class that loads a state_dict, which finds no states in it; those become ours.
 
-    In the end the given dictionary has them by parameter, and the next step has been found possible with them.
+    In the end the given list has each parameter with its state as it was given, and the next step has been found
+    possible with what became of it.
     """
     followed = optimizer._learning_rates.followed(optimizer.param_groups)
+    kept = optimizer._kept
+    given_states: list[Entry] = []
     loaded: dict[Tensor, dict[str, Any]] = {}
     rest: dict[Any, Any] = {}
-    options = optimizer._precision
+    seed = kept.weights.seed
 
     def take_state(_: Any, given: StateDict) -> StateDict:
         _check_form(given)
@@ -85,11 +92,9 @@ def loading(optimizer: FusedOptimizer) -> Iterator[dict[Tensor, dict[str, Any]]]
         params = [group["params"] for group in optimizer.param_groups]
         if [len(group) for group in ids] != [len(group) for group in params]:
             return given  # torch reports the mismatch right after this
-        nonlocal options
-        options = options.with_seed_of(given)
-        places = ((group, *place) for group in optimizer.param_groups for place in named(group))
-        by_id = dict(zip(chain.from_iterable(ids), places, strict=True))
-        states = {}
+        nonlocal seed
+        seed = kept.seed_of(given)
+        by_id = dict(zip(chain.from_iterable(ids), chain.from_iterable(entries(optimizer)), strict=True))
         for key, value in given["state"].items():
             if key not in by_id:
                 rest[key] = value
@@ -98,18 +103,18 @@ def loading(optimizer: FusedOptimizer) -> Iterator[dict[Tensor, dict[str, Any]]]
                 raise ValueError(f"loaded state dict: the state of parameter {key} is {value!r}, expected a dict")
             # A flattened checkpoint that lacks a value has an empty dict in its place.
             if state := {name: part for name, part in value.items() if not (isinstance(part, dict) and not part)}:
-                loaded[by_id[key][-1]] = _adopted(optimizer, key, *by_id[key], state)
-                states[key] = state
-        optimizer._followers.report(states[key] for key in by_id if key in states)
+                entry = by_id[key]._replace(state=state)
+                loaded[entry.param] = _adopted(key, entry)
+                given_states.append(entry)
         return {**given, "state": {}}
 
     def give_state(_: Any) -> None:
         optimizer.state.update(loaded)
         optimizer.state.update(rest)
-        optimizer._counters, optimizer._earlier, optimizer._template = {}, {}, {}
-        optimizer._precision = options
+        optimizer._template = {}
+        kept.step.beside, kept.step.earlier, kept.weights.seed = {}, {}, seed
         for group in optimizer.param_groups:
-            group.pop(dcp.SEED, None)
+            group.pop(SEED, None)
         optimizer._learning_rates.read_numbers(optimizer.param_groups, followed, optimizer._most_steps)
 
     # Last before torch's own work and first after it, so that hooks of the user see what torch would show them.
@@ -117,7 +122,7 @@ def loading(optimizer: FusedOptimizer) -> Iterator[dict[Tensor, dict[str, Any]]]
         optimizer.register_load_state_dict_pre_hook(take_state),
         optimizer.register_load_state_dict_post_hook(give_state, prepend=True),
     ):
-        yield loaded
+        yield given_states
     for index, group in enumerate(optimizer.param_groups):
         try:
             check_loaded_group(optimizer, group)
@@ -146,45 +151,11 @@ def _check_form(given: StateDict) -> None:
 _NOUNS = {"params": "the keys of states", "param_names": "names"}
 
 
-def _adopted(
-    optimizer: FusedOptimizer,
-    key: Any,
-    group: dict[str, Any],
-    param_name: str | None,
-    param: Tensor,
-    state: dict[str, Any],
-) -> dict[str, Any]:
+def _adopted(key: Any, entry: Entry) -> dict[str, Any]:
     """A parameter's loaded state: our own copies, on its device."""
-    adopted = {}
-    if precision.foreign(state):
-        state = precision.adopted(key, param, state, optimizer.state_names, optimizer.non_negative)
-    for name, value in state.items():
-        label = f"'{name}' of parameter {key}"
-        if name == "step":
-            adopted[name] = new_counter(checks.loaded_count(label, value), param.device)
-            continue
-        shape = None
-        if name in optimizer.state_names:
-            shape = optimizer.state_shape(name, group, param_name, param)
-        elif name == averages.KEY:
-            shape = param.shape
-        if shape is not None:
-            codes = () if name == averages.KEY else precision.CODES
-            checks.check_loaded(label, value, param, shape, codes)
-        if isinstance(value, Tensor):
-            value = value.detach()
-            value = value.to_dense() if value.is_sparse else value
-        if name == averages.KEY:
-            if isinstance(value, Tensor) and optimizer._followers.ema_decay is not None:
-                adopted[name] = optimizer._followers.adopt(param, value)
-            continue
-        if isinstance(value, Tensor):
-            if shape == param.shape and not layout.is_wrapper(value) and not layout.is_wrapper(param):
-                value = layout.dense_like(param, value.dtype).copy_(value)
-            else:
-                value = value.to(param.device, copy=True)
-        adopted[name] = value
+    optimizer = entry.rule
+    adopted = optimizer._kept.load(key, entry)
     if optimizer.step_form == "absent" and dcp.is_blank(adopted, optimizer.state_names):
-        for name in (*optimizer.state_names, *map(precision.scale_name, optimizer.state_names)):
+        for name in (*optimizer.state_names, *map(scale_name, optimizer.state_names)):
             adopted.pop(name, None)
     return adopted

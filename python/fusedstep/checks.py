@@ -160,6 +160,16 @@ def check_implementation(group: dict[str, Any]) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
+def check_keywords(optimizer: str, options: dict[str, Any]) -> None:
+    """Raise TypeError for an option that no optimizer takes."""
+    for name in options:
+        if name not in Options.__annotations__:
+            raise TypeError(
+                f"{optimizer}.__init__() got an unexpected keyword argument {name!r} (beside those of its rule, every "
+                f"optimizer takes {', '.join(Options.__annotations__)})"
+            )
+
+
 def check_placement(group: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise ValueError for an option in a group that holds for all groups, where it would have no effect.
 

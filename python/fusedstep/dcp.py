@@ -11,21 +11,22 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import averages, checks, layout, planning, precision
-from .precision import COMPANIONS
+from . import checks, layout, planning
+from .kept import SEED, Entry
+from .kept.states import scale_name
 from .schedules import on_device
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 ASKS = "torch.distributed.checkpoint.state_dict"  # the module that does
-SEED = "rounding_seed"  # in the groups of a state_dict: DCP saves nothing that is in neither a group nor a state
+# In the groups of a state_dict: DCP saves nothing that is in neither a group nor a state.
 GROUP_KEYS = (SEED, on_device.COUNT, on_device.STEPS)
 
 Made = dict[str, tuple[Any, int | None]]  # what was made under a key of a state, and its version
@@ -64,14 +65,10 @@ def own(optimizer: FusedOptimizer) -> None:
 @torch.no_grad()
 def make_template(optimizer: FusedOptimizer) -> None:
     """Make the states that the first step of each parameter would make, for those that have done none."""
-    names = planning.first_names(optimizer)
-    index = 0
-    for group in optimizer.param_groups:
-        for name, param in planning.named(group):
-            asked = param.requires_grad or param in optimizer.state
-            if asked and _lacks_states(optimizer, group, name, param):
-                _make_states(optimizer, index, group, name, param, names[param])
-            index += 1
+    for entry in chain.from_iterable(planning.entries(optimizer)):
+        asked = entry.param.requires_grad or entry.param in optimizer.state
+        if asked and _lacks_states(entry):
+            _make_states(entry)
     rows: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
     write_numbers(optimizer, rows)
     for group, row in zip(optimizer.param_groups, rows, strict=True):
@@ -83,8 +80,7 @@ def write_numbers(optimizer: FusedOptimizer, rows: list[dict[str, Any]]) -> None
     for row in rows:
         for key in GROUP_KEYS:
             row.pop(key, None)
-        if optimizer._precision.rounding == "stochastic":
-            row[SEED] = optimizer._precision.rounding_seed
+        optimizer._kept.write_seed(row)
     optimizer._learning_rates.write_numbers(optimizer.param_groups, rows, optimizer._most_steps)
 
 
@@ -106,62 +102,41 @@ def forget_template(optimizer: FusedOptimizer) -> None:
 
 def is_blank(state: dict[str, Any], names: tuple[str, ...]) -> bool:
     """Whether the rule's states are a template's that no step has written into: all of them are -0.0."""
-    found = [
-        state.get(precision.scale_name(name), state[name]) for name in names if isinstance(state.get(name), Tensor)
-    ]
+    found = [state.get(scale_name(name), state[name]) for name in names if isinstance(state.get(name), Tensor)]
     return bool(found) and all(map(_is_negative_zero, found))
 
 
-def _lacks_states(optimizer: FusedOptimizer, group: dict[str, Any], name: str | None, param: Tensor) -> bool:
+def _lacks_states(entry: Entry) -> bool:
     """Whether a step would make states for a parameter that has done none."""
-    state = optimizer.state.get(param, {})
+    optimizer, param, state = entry.rule, entry.param, entry.state
     if param in optimizer._template and state.keys() >= optimizer._template[param].keys():
         return False
-    absent = optimizer.step_form == "absent"
-    count = state.get("step", optimizer._counters.get(param))
-    if absent and count is not None and float(count) == 0:
+    count = state.get("step", optimizer._kept.step.beside.get(param))
+    if optimizer.step_form == "absent" and count is not None and float(count) == 0:
         return True  # every step was skipped, and `state_dict` shows no buffers
-    if state.keys() >= set(_needed(optimizer, group, name, param)):
+    if state.keys() >= set(optimizer._kept.keys(entry)):
         return False
     if count is None:
         return not any(isinstance(state.get(key), Tensor) for key in optimizer.state_names)
     return float(count) == 0
 
 
-def _needed(optimizer: FusedOptimizer, group: dict[str, Any], name: str | None, param: Tensor) -> Iterator[str]:
-    """The keys of a parameter's state."""
-    if optimizer.step_form != "absent" or optimizer._precision.counts(param):
-        yield "step"
-    for key in optimizer.states_of(group):
-        if optimizer.state_shape(key, group, name, param) is not None:
-            yield key
-    if optimizer._followers.ema_decay is not None:
-        yield averages.KEY
-    if (form := optimizer._precision.form_of(param)) in COMPANIONS:
-        yield COMPANIONS[form]
-
-
-def _make_states(
-    optimizer: FusedOptimizer,
-    index: int,
-    group: dict[str, Any],
-    name: str | None,
-    param: Tensor,
-    first_name: str | None,
-) -> None:
-    absent, states = optimizer.step_form == "absent", optimizer.states_of(group)
-    if absent and optimizer._counters.pop(param, None) is not None:
-        for key in (*states, *map(precision.scale_name, states)):
+def _make_states(entry: Entry) -> None:
+    optimizer, param = entry.rule, entry.param
+    absent, states = optimizer.step_form == "absent", optimizer.states_of(entry.group)
+    counters = optimizer._kept.step.beside
+    if absent and counters.pop(param, None) is not None:
+        for key in (*states, *map(scale_name, states)):
             optimizer.state.get(param, {}).pop(key, None)
     before = set(optimizer.state.get(param, ()))
-    planning.make_states(optimizer, index, name, param, group, first_name)
+    planning.make_states(entry)
     state = optimizer.state.get(param, {})
     if absent:
         # Without a count a buffer means that there was a step. Zeros of this sign, which no step writes into a whole
         # buffer, say that there was none; to torch's classes they are zeros.
-        optimizer._counters.pop(param, None)
+        counters.pop(param, None)
         for key in states:
-            _fill(state.get(precision.scale_name(key), state[key]), -0.0)
+            _fill(state.get(scale_name(key), state[key]), -0.0)
     made = {key: (value, _version(value)) for key, value in state.items() if key not in before}
     if made:
         optimizer._template[param] = made

@@ -60,6 +60,11 @@ class GradientOptions:
     epsilon: float = 1e-6
     nan_if_nonfinite: bool = False
 
+    @classmethod
+    def chosen(cls, options: dict[str, Any]) -> GradientOptions:
+        """Those of an optimizer's options that are about gradients."""
+        return cls(**{name: options[name] for name in cls.__annotations__ if name in options})
+
     def __post_init__(self) -> None:
         if self.max_grad_norm is not None:
             check_max_norm("max_grad_norm", self.max_grad_norm)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages, backends, checkpoint, checks, dcp, layout, planning, precision, sharding
+from . import backends, checkpoint, checks, dcp, layout, planning, sharding
 from .backends import cpu
 from .backends.lifetime import CHANGED, Graphs, refuse_capture
 from .backends.plan import Plan
-from .counts import count_of
 from .gradients import GradientOptions, Gradients, check_max_norm
+from .kept import Kept, ema
 from .options import Options
 from .schedules import on_device
 
@@ -70,50 +69,23 @@ class FusedOptimizer(torch.optim.Optimizer):
     _finds_nonfinite: bool = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
     kernel_calls: int = 0  # calls of a compiled kernel in the last step
     _ran_on: frozenset[str] = frozenset()  # names of that step's backends
-    _precision: precision.Precision = precision.PLAIN
     _at_once: bool = False  # whether all plans of the last step can be gathered and stepped in one native call
     _norms_checked: bool = False  # whether it was checked that the plans' gradients are all that a norm is of
     _shared_out: bool = False  # whether other processes have the other parameters
     _warned_of_pieces: bool = False
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        backend: str | None = None,
-        state_dtype: precision.StateDtype = None,
-        wide_states: Sequence[str] = precision.WIDE_STATES,
-        master_weights: bool | Literal["split"] = False,
-        kahan: bool = False,
-        rounding: Literal["nearest", "stochastic"] = "nearest",
-        rounding_seed: int = 0,
-        max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        skip_nonfinite: bool = False,
-        write_grads: bool = False,
-        zero_grads: bool = False,
-        ema_decay: float | None = None,
-        weights_copy: torch.dtype | None = None,
-    ) -> None:
-        self._options = {name: value for name, value in locals().items() if name in Options.__annotations__}
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
+        checks.check_keywords(type(self).__name__, options)
+        self._options = dict(options)
         checks.check_implementation(defaults)
-        self._precision = precision.Precision.checked(
-            state_dtype, master_weights, rounding, kahan, wide_states, rounding_seed
-        )
+        self._kept = Kept(options)
         checks.check_values(defaults, "the defaults")
         self.check_group(on_device.at_the_beginning(defaults))
-        self._backend = backends.check_choice(backend)
-        self._gradients = Gradients(
-            GradientOptions(max_grad_norm, norm_type, error_if_nonfinite, skip_nonfinite, write_grads, zero_grads)
-        )
-        self._followers = averages.Followers(ema_decay, weights_copy)
-        self._counters: dict[Tensor, Tensor] = {}
+        self._backend = backends.check_choice(options.get("backend"))
+        self._gradients = Gradients(GradientOptions.chosen(options))
         self._graphs = Graphs()
         self._accumulators: weakref.WeakSet[GradientAccumulator] = weakref.WeakSet()
         self._shared_out = sharding.maker_shares_out()
-        self._earlier: dict[Tensor, int] = {}  # steps before the one that `begins_anew`
         self._template: dict[Tensor, dcp.Made] = {}
         super().__init__(params, defaults)
         dcp.own(self)
@@ -221,26 +193,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            first = sum(len(g["params"]) for g in self.param_groups[:-1])
-            for index, (name, param) in enumerate(planning.named(group), first):
-                what = checks.describe(index, name, param)
-                reduces = self.rule_of(self.variant_of(group, name, param))[1]
-                checks.check_param(type(self), reduces, param, layout.local(param.detach()), what)
-                self._precision.check_param(type(self).__name__, reduces, param, name, what)
+            entries = planning.entries(self)[-1]
+            for entry in entries:
+                param = entry.param
+                reduces = self.rule_of(self.variant_of(group, entry.name, param))[1]
+                checks.check_param(type(self), reduces, param, layout.local(param.detach()), entry.what)
+                for kind in self._kept:
+                    kind.check_param(entry, reduces)
                 self._select(param, reduces)
         except BaseException:
             self.param_groups.pop()
             raise
         if self.state_at_construction:
-            names = planning.first_names(self)
-            for name, param in planning.named(group):
-                state = self.state[param]
-                planning.step_counter(self, group, param, param, state, ())
-                # Copies of weights wait for the first step: until then, the user may load other weights.
-                planning.settle(self, param, names[param], group, weight_too=False)
-                for key in self.states_of(group):
-                    if key not in state:
-                        state[key] = self.init_state(key, group, name, param)
+            for entry in entries:
+                for kind in self._kept:
+                    kind.make(entry._replace(state=self.state[entry.param]))
         if self._learning_rates is not None:
             self._learning_rates.follow(self.param_groups, self._most_steps)
         self._plans = None
@@ -260,21 +227,19 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _most_steps(self) -> int:
         """The largest number of steps of a parameter."""
-        states = ((param, state) for param, state in self.state.items() if isinstance(state, dict))
-        steps = chain(((param, state["step"]) for param, state in states if "step" in state), self._counters.items())
-        return max((count_of(counter) + self._earlier.get(param, 0) for param, counter in steps), default=0)
+        return self._kept.step.most(self.state)
 
     def _select(self, param: Tensor, reduces: bool) -> backends.Backend:
         # Weights of a dtype that nothing can update are carried along until they have a gradient, as torch does.
-        trained = param.requires_grad or param.grad is not None or param in self.state or param in self._counters
+        trained = param.requires_grad or param.grad is not None or planning.started(self, param)
         updated = trained and not (reduces and param.is_complex())
         return backends.select(self._backend, param.device, param.dtype if updated else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         dcp.forget_template(self)
         kept = (
-            *("_backend", "_counters", "_learning_rates", "_gradients", "_followers", "_precision", "_options"),
-            *("_earlier", "_shared_out", "_ran_on", "kernel_calls"),
+            *("_backend", "_kept", "_learning_rates", "_gradients", "_options"),
+            *("_shared_out", "_ran_on", "kernel_calls"),
         )
         return super().__getstate__() | {key: getattr(self, key) for key in kept}
 
@@ -284,15 +249,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not has_differentiable:  # torch adds it to every copied or loaded optimizer's
             del self.defaults["differentiable"]
         self.__dict__.setdefault("_backend", backends.check_choice(None))
-        self.__dict__.setdefault("_counters", {})
         self.__dict__.setdefault("_accumulators", weakref.WeakSet())
-        self.__dict__.setdefault("_earlier", {})
         self.__dict__["_template"] = {}
         dcp.own(self)
         self.__dict__.setdefault("_options", {})
         self.__dict__.setdefault("_graphs", Graphs())
         self.__dict__.setdefault("_gradients", Gradients(GradientOptions()))
-        self.__dict__.setdefault("_followers", averages.Followers())
+        self.__dict__.setdefault("_kept", Kept({}))
         self.__dict__.setdefault("_learning_rates", on_device.LearningRates(self._backend)).renew(self.param_groups)
         for group in self.param_groups:  # checkpoints of the parent class, or older than an option
             for option, value in self.defaults.items():
@@ -315,11 +278,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: this is inside `swap_ema`.
             Nothing has changed then, nor after an error of a hook.
         """
-        self._followers.refuse_swapped("load_state_dict()")
+        self._kept.ema.refuse_swapped("load_state_dict()")
         with checkpoint.undone_on_error(self):
             with checkpoint.loading(self) as loaded:
                 super().load_state_dict(state_dict)
-            precision.warn_of_conversions(self, loaded, planning.first_names(self))
+            self._kept.report(loaded)
         self.renew_copies()
 
     # The step.
@@ -400,11 +363,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         reducing = ((param, self.rule_of(self.variant_of(group, name, param))[1]) for group, name, param in named)
         with torch.no_grad():
             memory = ((p, self._select(p, reduces).memory(p, reduces)) for p, reduces in reducing)
-            return self._followers.copies_of(memory, partial(planning.weight_of, self))
+            return self._kept.copy.of(memory, self._weight_of)
+
+    def _weight_of(self, param: Tensor) -> Tensor:
+        """A parameter's weight as averages and copies follow it; its average while that is in its place."""
+        return param if self._kept.ema.swapped else self._kept.followed(param, self.state.get(param, {}))
 
     def renew_copies(self) -> None:
         """Write `copies` anew, after something else than a step has changed the parameters."""
-        self._followers.renew_copies(partial(planning.weight_of, self))
+        self._kept.copy.renew(self._weight_of)
 
     def swap_ema(self) -> contextlib.AbstractContextManager[None]:
         """Exchange the parameters, in their place in memory, with their averages for the time of a ``with`` block.
@@ -417,11 +384,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: the optimizer has no ``ema_decay``, or the averages are in place already, or one of them does
                 not fit its parameter.
         """
-        return averages.swapped(self)
+        return ema.swapped(self, self._kept.ema)
 
     def _check_call(self, max_grad_norm: float | None) -> None:
         """Raise if a step cannot be made now, or not so, before the closure has changed anything."""
-        self._followers.refuse_swapped("step()")
+        self._kept.ema.refuse_swapped("step()")
         if max_grad_norm is None:
             return
         check_max_norm("max_grad_norm", max_grad_norm)

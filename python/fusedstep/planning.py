@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, layout, precision, sharding
+from . import backends, checks, layout, sharding
 from .backends.plan import Plan
-from .counts import count_of, new_counter
+from .kept import Entry
 from .record import Record
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-# A record without memory, its backend (None: it can take no part in a step, and has no gradient) and its variant.
-Chosen: TypeAlias = tuple[Record, backends.Backend | None, Any]
+# A parameter, its backend (None: it can take no part in a step, and has no gradient) and its variant.
+Chosen: TypeAlias = tuple[Entry, backends.Backend | None, Any]
 
 
 def named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
@@ -48,6 +47,19 @@ def snapshot(options: Any) -> Any:
     return options
 
 
+def entries(optimizer: FusedOptimizer) -> list[list[Entry]]:
+    """Every parameter of each group, with what is kept for it."""
+    names = first_names(optimizer)
+    index = count()
+    return [
+        [
+            Entry(optimizer, group, next(index), name, names[param], param, optimizer.state.get(param, {}))
+            for name, param in named(group)
+        ]
+        for group in optimizer.param_groups
+    ]
+
+
 @torch.no_grad()
 def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Chosen]]:
     """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created.
@@ -57,78 +69,65 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Chosen]]:
     optimizer._learning_rates.settle(optimizer.param_groups)
     chosen: list[list[Chosen]] = []
     any_reduces = False
-    index = 0
-    for group in optimizer.param_groups:
+    for group, members in zip(optimizer.param_groups, entries(optimizer), strict=True):
         row = []
         by_norm = needs_norm or optimizer.clips_by_norm(group)
-        for name, param in named(group):
-            what = checks.describe(index, name, param)
+        for entry in members:
+            param = entry.param
             try:
-                backend, variant = _checked(optimizer, group, name, param, what)
+                backend, variant = _checked(entry)
             except (RuntimeError, TypeError, ValueError):
                 if param.grad is not None:
                     raise
                 backend = variant = None
             if param.grad is not None:
-                checks.check_grad(type(optimizer), group, param, param.grad, what)
+                checks.check_grad(type(optimizer), group, param, param.grad, entry.what)
                 any_reduces = any_reduces or optimizer.rule_of(variant)[1]
                 if by_norm:
-                    checks.check_norm_is_local(type(optimizer), param, what)
-            row.append((Record(index, name, param), backend, variant))
-            index += 1
+                    checks.check_norm_is_local(type(optimizer), param, entry.what)
+            row.append((entry, backend, variant))
+        chosen.append(row)
         for variant in {variant for _, backend, variant in row if backend is not None}:
             optimizer._hyper_of(group, variant)
-        chosen.append(row)
     norm_of_each = any(map(optimizer.clips_by_norm, optimizer.param_groups))
     sharding.check(optimizer, needs_norm, norm_of_each, any_reduces)
     return chosen
 
 
-def _checked(
-    optimizer: FusedOptimizer, group: dict[str, Any], name: str | None, param: Tensor, what: str
-) -> tuple[backends.Backend, Any]:
+def _checked(entry: Entry) -> tuple[backends.Backend, Any]:
     """The backend and the variant of a parameter, after all checks of it and its states if a step can update it."""
-    variant = optimizer.variant_of(group, name, param)
-    cls, reduces = type(optimizer).__name__, optimizer.rule_of(variant)[1]
+    optimizer, group, param = entry.rule, entry.group, entry.param
+    variant = optimizer.variant_of(group, entry.name, param)
+    reduces = optimizer.rule_of(variant)[1]
     backend = optimizer._select(param, reduces)
     if param.grad is None and not started(optimizer, param):
         return backend, variant
+    cls, what = type(optimizer), entry.what
     if param.grad is not None:
-        checks.check_real(type(optimizer), reduces, param, what)
+        checks.check_real(cls, reduces, param, what)
     memory = layout.local(param.detach())
-    checks.check_param(type(optimizer), reduces, param, memory, what)
-    checks.check_memory(cls, what, param)
+    checks.check_param(cls, reduces, param, memory, what)
+    checks.check_memory(cls.__name__, what, param)
     if memory._is_zerotensor():
         raise ValueError(f"{what}: torch keeps no memory for its zeros; pass a .clone() of it")
-    optimizer._precision.check_param(cls, reduces, param, name, what)
-    _check_kept(optimizer, group, name, param, backend, what)
+    for kind in optimizer._kept:
+        kind.check_param(entry, reduces)
+    _check_kept(entry._replace(backend=backend))
     return backend, variant
 
 
-def _check_kept(
-    optimizer: FusedOptimizer,
-    group: dict[str, Any],
-    name: str | None,
-    param: Tensor,
-    backend: backends.Backend,
-    what: str,
-) -> None:
+def _check_kept(entry: Entry) -> None:
     """Raise RuntimeError if what is kept for a parameter cannot go with it."""
-    cls, kept, states = type(optimizer).__name__, optimizer.state.get(param, {}), optimizer.states_of(group)
-    for key, value in kept.items():
+    cls = type(entry.rule).__name__
+    for key, value in entry.state.items():
         if isinstance(value, Tensor):
             if value.layout != torch.strided:
-                raise RuntimeError(f"{cls}: state '{key}' has layout {value.layout}, it must be dense like {what}")
-            checks.check_memory(cls, f"state '{key}' of {what},", value)
-    if optimizer._followers.any:
-        optimizer._followers.check(cls, param, kept, what)
-    if precision.foreign(kept):
-        precision.check_kept(cls, param, kept, states, optimizer.non_negative, what)
-    for state in states:
-        value, shape = kept.get(state), optimizer.state_shape(state, group, name, param)
-        plain = isinstance(value, Tensor) and value.dtype not in precision.CODES
-        if plain and shape is not None:
-            checks.check_state(cls, state, value, param, shape, backend.dtypes, what)
+                raise RuntimeError(
+                    f"{cls}: state '{key}' has layout {value.layout}, it must be dense like {entry.what}"
+                )
+            checks.check_memory(cls, f"state '{key}' of {entry.what},", value)
+    for kind in entry.rule._kept:
+        kind.check(entry)
 
 
 @torch.no_grad()
@@ -140,7 +139,7 @@ def check_loaded_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None
         variants.add(variant)
         if param in optimizer.state:
             backend = optimizer._select(param, optimizer.rule_of(variant)[1])
-            _check_kept(optimizer, group, name, param, backend, checks.describe(index, name, param))
+            _check_kept(Entry(optimizer, group, index, name, name, param, optimizer.state[param], backend))
     for variant in variants:
         hyper = optimizer._hyper_of(group, variant)
         if not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in hyper):
@@ -151,24 +150,24 @@ def check_loaded_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None
 
 def started(optimizer: FusedOptimizer, param: Tensor) -> bool:
     """Whether something is kept for a parameter."""
-    return param in optimizer.state or param in optimizer._counters
+    return param in optimizer.state or param in optimizer._kept.step.beside
 
 
 def undo_of(optimizer: FusedOptimizer) -> Callable[[], None]:
     """What brings back all that is kept for parameters, as it is now, after plans were built."""
     states = {param: dict(state) for param, state in optimizer.state.items() if isinstance(state, dict)}
-    before, counters, copies = set(optimizer.state), dict(optimizer._counters), dict(optimizer._followers.copies)
+    before = set(optimizer.state)
+    beside = [(kind, dict(kind.beside)) for kind in optimizer._kept]
 
     def undo() -> None:
         for param in optimizer.state.keys() - before:
             del optimizer.state[param]
-        for kept, state in [
-            *((kept, optimizer.state[param]) for param, kept in states.items()),
-            (counters, optimizer._counters),
-            (copies, optimizer._followers.copies),
-        ]:
-            state.clear()
-            state.update(kept)
+        for param, state in states.items():
+            optimizer.state[param].clear()
+            optimizer.state[param].update(state)
+        for kind, kept in beside:
+            kind.beside.clear()
+            kind.beside.update(kept)
 
     return undo
 
@@ -178,38 +177,37 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Chosen]]) -> list[Plan]:
     _forget_replaced(optimizer)
     planned: list[tuple[tuple[Any, ...], bool, list[Record]]] = []
     bystanders: list[Record] = []
-    names = first_names(optimizer)
     for group_index, (group, row) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
         states = optimizer.states_of(group)
         buckets: dict[Any, list[Record]] = {}
         seen: Counter[Tensor] = Counter()
-        listed = Counter(record.owner for record, *_ in row)
-        for record, backend, variant in row:
+        listed = Counter(entry.param for entry, *_ in row)
+        for entry, backend, variant in row:
+            param = entry.param
+            record = Record(entry.index, entry.name, param)
             if backend is None:
                 bystanders.append(record)
                 continue
-            param = record.owner
             # A parameter that is listed twice is updated twice, one call after the other; the last one may write
             # to its gradient.
             seen[param] += 1
             is_last = seen[param] == listed[param]
             bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)
             if param.grad is not None or started(optimizer, param):
-                reduces = optimizer.rule_of(variant)[1]
-                record = with_memory(optimizer, record, group, states, backend, reduces, names[param])
+                record = record._replace(**fields(entry, backend, optimizer.rule_of(variant)[1]))
             buckets.setdefault(bucket, []).append(record)
         for (backend, variant, *_, is_last), records in buckets.items():
             planned.append(((backend, group_index, group, variant, states), is_last, records))
     if planned:
         planned[0][-1].extend(bystanders)  # any plan notices a gradient that comes later
-    options = optimizer._gradients.options
+    options, common = optimizer._gradients.options, optimizer._kept.step_fields()
     plans = []
-    for (backend, *common), is_last, records in planned:
-        plan = backend.plan(type(optimizer), *common, records)
+    for (backend, *shared), is_last, records in planned:
+        plan = backend.plan(type(optimizer), *shared, records)
         plan.grads_change = optimizer._gradients.writes
         plan.zero_grads = is_last and options.zero_grads
         plan.write_grads = is_last and options.write_grads
-        plan.average_weight = optimizer._followers.average_weight
+        vars(plan).update(common)
         plan.graphs = optimizer._graphs
         plans.append(plan)
     return plans
@@ -218,140 +216,29 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Chosen]]) -> list[Plan]:
 def _forget_replaced(optimizer: FusedOptimizer) -> None:
     """Drop what is kept for parameters that are in no group any more; ``state`` is the user's, as in torch."""
     params = {param for group in optimizer.param_groups for param in group["params"]}
-    for kept in (optimizer._counters, optimizer._followers.copies):
-        for param in kept.keys() - params:
-            del kept[param]
+    for kind in optimizer._kept:
+        for param in kind.beside.keys() - params:
+            del kind.beside[param]
     for accumulator in optimizer._accumulators:
         accumulator.forget_replaced()
 
 
-def with_memory(
-    optimizer: FusedOptimizer,
-    record: Record,
-    group: dict[str, Any],
-    states: tuple[str, ...],
-    backend: backends.Backend,
-    reduces: bool,
-    first_name: str | None,
-) -> Record:
-    """The record of a parameter that has a gradient or has had one, with all that it has; missing states are made."""
-    name, param = record.name, record.owner
-    tensor = backend.memory(param, reduces)
-    keeps = optimizer._precision.keeps(param) or optimizer._followers.ema_decay is not None
-    if states or optimizer.step_form != "absent" or keeps:
-        state = optimizer.state[param]
-    else:
-        state = {}
-    step = step_counter(optimizer, group, param, tensor, state, states)
-    kept: dict[str, Any] = {}
-    if settle(optimizer, param, first_name, group):
-        kept |= optimizer._precision.fields(state, states, param, tensor, backend.state_memory)
-    tensors = []
-    for key in states:
-        shape = optimizer.state_shape(key, group, name, param)
-        if shape is None:
-            tensors.append(None)
-            continue
-        value = state.get(key)
-        if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
-            value = state[key] = optimizer.init_state(key, group, name, param)
-        elif value.device != param.device:
-            value = state[key] = value.to(param.device)
-        usable = backend.state_memory(value, tensor)
-        if usable is None:
-            value = state[key] = layout.laid_out_as(value, tensor if shape == param.shape else value.contiguous())
-            usable = value
-        tensors.append(usable)
-    if optimizer._followers.any:
-        kept |= optimizer._followers.fields(param, tensor, state, backend, partial(weight_of, optimizer, param))
-    if reduces:
-        kept["matrices"] = optimizer.matrices(group, name, param)
-    return record._replace(param=tensor, states=tuple(tensors), step=step, **kept)
+def fields(entry: Entry, backend: backends.Backend, reduces: bool) -> dict[str, Any]:
+    """What the record of a parameter has that has a gradient or has had one; missing states are made."""
+    optimizer, param = entry.rule, entry.param
+    # Where nothing is kept, `optimizer.state` stays as it is.
+    state = optimizer.state[param] if optimizer._kept.keys(entry) else optimizer.state.get(param, {})
+    memory = backend.memory(param, reduces)
+    found = optimizer._kept.fields(entry._replace(state=state, backend=backend, memory=memory))
+    matrices = optimizer.matrices(entry.group, entry.name, param) if reduces else None
+    return {"param": memory, "matrices": matrices, **found}
 
 
-def make_states(
-    optimizer: FusedOptimizer,
-    index: int,
-    name: str | None,
-    param: Tensor,
-    group: dict[str, Any],
-    first_name: str | None,
-) -> None:
+def make_states(entry: Entry) -> None:
     """Make the missing states of a parameter as its first step would."""
-    reduces = optimizer.rule_of(optimizer.variant_of(group, name, param))[1]
-    copied = param in optimizer._followers.copies
-    states = optimizer.states_of(group)
-    backend = optimizer._select(param, reduces)
-    with_memory(optimizer, Record(index, name, param), group, states, backend, reduces, first_name)
+    optimizer, param = entry.rule, entry.param
+    reduces = optimizer.rule_of(optimizer.variant_of(entry.group, entry.name, param))[1]
+    copied = param in optimizer._kept.copy.beside
+    fields(entry, optimizer._select(param, reduces), reduces)
     if not copied:  # it would not see the weights that are loaded before the first step
-        optimizer._followers.copies.pop(param, None)
-
-
-def settle(
-    optimizer: FusedOptimizer, param: Tensor, name: str | None, group: dict[str, Any], weight_too: bool = True
-) -> bool:
-    """Bring a parameter's state into the form that the precision options ask for; False: it needs none.
-
-    ``weight_too``: also what is kept beside the weight itself.
-    """
-    if optimizer._precision.plain and not precision.foreign(optimizer.state.get(param, {})):
-        return False
-    state = optimizer.state[param]
-
-    def new_state(key: str, like: Tensor) -> Tensor:
-        return optimizer.init_state(key, group, name, like)
-
-    states = [key for key in optimizer.states_of(group) if optimizer.state_shape(key, group, name, param) is not None]
-    for key in (*states, *map(precision.scale_name, states), *precision.COMPANIONS.values()):
-        value = state.get(key)
-        if isinstance(value, Tensor) and value.device != param.device:
-            state[key] = value.to(param.device)
-    if weight_too:
-        optimizer._precision.settle_weight(state, param)
-    exact = optimizer.exact_states(group)
-    optimizer._precision.settle(state, states, param, name, new_state, optimizer.non_negative, exact)
-    return True
-
-
-def weight_of(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
-    """A parameter's weight as averages and copies follow it."""
-    return optimizer._precision.followed_weight(param, optimizer.state.get(param, {}))
-
-
-def step_counter(
-    optimizer: FusedOptimizer,
-    group: dict[str, Any],
-    param: Tensor,
-    tensor: Tensor,
-    state: dict[str, Any],
-    states: tuple[str, ...],
-) -> Tensor:
-    """The counter of the updates of ``param`` so far, on its device, by which a kernel goes."""
-    if optimizer.step_form != "absent":
-        holder, key = state, "step"
-        count = state.get("step", 0.0)
-    else:
-        saved = optimizer._precision.counts(param)
-        holder, key = (state, "step") if saved else (optimizer._counters, param)
-        count = state.pop("step", optimizer._counters.get(param))  # of other options too
-        missing = all(state.get(name) is None for name in states)
-        if count is None:
-            count = 0.0 if missing else 1.0
-        elif states and missing and optimizer.begins_anew(group):
-            # Without a buffer, because momentum was 0 so far or the state was cleared, the kernel's next step is a
-            # first one; the steps that were done still count elsewhere.
-            optimizer._earlier[param] = optimizer._earlier.get(param, 0) + count_of(count)
-            count = 0.0
-    if not (
-        isinstance(count, Tensor)
-        and count.dtype == torch.float32
-        and count.device == tensor.device
-        and count.dim() == 0
-        and not layout.is_lazy(count)
-    ):
-        if isinstance(count, Tensor) and count.dtype == torch.float32:
-            count = count.detach().reshape(()).to(tensor.device, copy=True)
-        else:
-            count = new_counter(float(count), tensor.device)
-    holder[key] = count
-    return count
+        optimizer._kept.copy.beside.pop(param, None)

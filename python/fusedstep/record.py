@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .precision import Form
+from .kept.weights import PLAIN, WeightFormat
 
 
 class Record(NamedTuple):
@@ -24,7 +24,7 @@ class Record(NamedTuple):
     matrices: tuple[int, int, int] | None = None  # (batch, rows, columns) for a rule that reduces; None: flat
     average: Tensor | None = None  # of the weight over the steps
     copy: Tensor | None = None  # of the weight, in a narrower dtype
-    form: Form = Form.PLAIN
+    form: WeightFormat = PLAIN
     companion: Tensor | None = None  # of the weight, as its form says
     scales: tuple[Tensor | None, ...] = ()  # of each state; None: not in 8 bits. Empty: none is
     seed: int = 0  # of stochastic rounding
@@ -34,13 +34,9 @@ class Record(NamedTuple):
         return self.owner if self.into is None else self.into
 
     @property
-    def has_scales(self) -> bool:
-        return any(scale is not None for scale in self.scales)
-
-    @property
     def is_plain(self) -> bool:
         """Whether weight and states are numbers of their dtypes."""
-        return self.form is Form.PLAIN and not self.has_scales
+        return self.form is PLAIN and not any(scale is not None for scale in self.scales)
 
 
 class Step(NamedTuple):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .backends import level_of_the_user
+from .caller import level_of_the_user
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caller import level_of_the_user
 from .base import Backend
 from .cpu import CpuBackend
 from .cuda import CudaBackend
@@ -20,7 +20,7 @@ from .native import extension_reasons
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
-__all__ = ["BACKENDS", "Backend", "check_choice", "level_of_the_user", "select", "use_backend", "watch"]
+__all__ = ["BACKENDS", "Backend", "check_choice", "select", "use_backend", "watch"]
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
@@ -109,14 +109,6 @@ def _select(choice: str, device: torch.device, dtype: torch.dtype) -> Backend:
         stacklevel=level_of_the_user(),
     )
     return BACKENDS["reference"]
-
-
-def level_of_the_user() -> int:
-    """The ``stacklevel`` at which a warning of the calling function points outside of this package and torch."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fusedstep", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 class _AlwaysChanged:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import averages, checks, layout
+from .. import checks, layout
+from ..kept.ema import follow
 from ..record import Record, Step, memory_layout
 from .lifetime import Graphs, Streams
 
@@ -163,7 +164,7 @@ class Plan(ABC):
 
     @torch.inference_mode()
     def _follow(self, record: Record, step: Step) -> None:
-        averages.follow(layout.local(record.owner.detach()), record.average, record.copy, step.average_weight)
+        follow(layout.local(record.owner.detach()), record.average, record.copy, step.average_weight)
 
     def _own_grad(self, index: int) -> Tensor:
         """What a step leaves zeros or the changed gradient in, where the kernel sees a copy."""

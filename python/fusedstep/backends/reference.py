@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import averages, codecs, layout, precision
+from .. import codecs, layout
 from ..counts import count_of, counter_value
-from ..precision import Form
+from ..kept.ema import follow
 from ..record import Record, Step
 from .base import Backend
 from .plan import Plan
@@ -114,7 +114,7 @@ class ReferencePlan(Plan):
         param, *states = self.optimizer.update(stored.weight(), grad, *states, scalars)
         stored.set_weight(param)
         followers = [None if tensor is None else real_memory(tensor) for tensor in (record.average, record.copy)]
-        averages.follow(stored.followed(), *followers, step.average_weight)
+        follow(stored.followed(), *followers, step.average_weight)
         if layout.is_wrapper(record.param):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(record.param)
         for name, state in zip(names, states, strict=True):
@@ -134,26 +134,19 @@ class Stored:
     def weight(self) -> Tensor:
         if self.companion is None:
             return self.memory.to(self.arithmetic)
-        return precision.exact_weight(self.record.form, self.memory, self.companion)
+        return self.record.form.join(self.memory, self.companion)
 
     def set_weight(self, weight: Tensor) -> None:
-        memory, form = self.memory, self.record.form
-        if form is Form.SPLIT:
-            narrowed, companion = codecs.split(weight)
-        elif form is Form.KAHAN:
-            narrowed, companion = codecs.compensate(weight, memory.dtype)
-        elif form is Form.STOCHASTIC:
-            seed, index, step = self.record.seed, self.record.index, count_of(self.record.step)
-            random = codecs.random_16(codecs.elements_of(memory), seed, index, step)
-            narrowed, companion = codecs.narrow_stochastic(weight, memory.dtype, random), None
-        else:
-            narrowed, companion = weight, weight
+        record, memory, random = self.record, self.memory, None
+        if record.form.is_random:
+            random = codecs.random_16(codecs.elements_of(memory), record.seed, record.index, count_of(record.step))
+        narrowed, companion = record.form.split(weight, memory.dtype, random)
         memory.copy_(narrowed)
         if self.companion is not None:
             self.companion.copy_(companion)
 
     def followed(self) -> Tensor:
-        return self.weight() if self.record.form in precision.EXACT_FORMS else self.memory
+        return self.weight() if self.record.form.is_exact else self.memory
 
     def state(self, place: int, state: Tensor) -> Tensor:
         scales = self._scales(place)
