@@ -1,6 +1,7 @@
 """README and the pages of docs/: examples run as they stand, figures are those of the results files, names exist."""
 
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -18,6 +19,14 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLE = re.compile(r"(<!-- needs a GPU -->\n)?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 RESULTS = ROOT / "bench" / "results"
+
+
+def is_optimizer(exported):
+    base = fusedstep.FusedOptimizer
+    return isinstance(exported, type) and issubclass(exported, base) and exported is not base
+
+
+OPTIMIZERS = [name for name in fusedstep.__all__ if is_optimizer(getattr(fusedstep, name))]
 
 
 def name_of(page):
@@ -56,11 +65,10 @@ def test_readme_and_pages_have_examples():
 
 def test_every_optimizer_is_in_the_table_and_in_the_readme():
     text = (ROOT / "docs" / "optimizers.md").read_text()
-    classes = {name: getattr(fusedstep, name) for name in fusedstep.__all__}
-    exported = {n for n, c in classes.items() if isinstance(c, type) and issubclass(c, fusedstep.FusedOptimizer)}
-    exported -= {"FusedOptimizer"}
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == exported
-    assert {name for name in exported if f"`{name}`" not in README.read_text()} == set()
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(OPTIMIZERS)
+    assert [name for name in OPTIMIZERS if f"`{name}`" not in README.read_text()] == []
+    pages_of_classes = (ROOT / "docs" / "api" / "optimizers.md").read_text()
+    assert [name for name in OPTIMIZERS if f"::: fusedstep.{name}\n" not in pages_of_classes] == []
 
 
 def test_the_readme_is_short_with_one_plot_and_one_table_of_five_rows():
@@ -71,6 +79,40 @@ def test_the_readme_is_short_with_one_plot_and_one_table_of_five_rows():
     assert [table.count("\n") for table in tables] == [2 + 5]
     assert text.index("## GPU status") < text.index("## Install")
     assert len(text[: text.index("## GPU status")].splitlines()) < 25
+
+
+# Docstrings.
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizers_docstring_has_all_parts_in_order(name):
+    optimizer = getattr(fusedstep, name)
+    text = inspect.getdoc(optimizer)
+    assert "\n" not in text.partition("\n\n")[0]
+    parts = (":math:`", "Args:\n", "State of each parameter", "Raises:\n", "Example:\n", "Follows ")
+    places = [text.find(part) for part in parts]
+    assert places == sorted(places)
+    assert min(places) > 0
+    arguments, state, _, _, last = (text[begin:end] for begin, end in zip(places[1:], [*places[2:], None], strict=True))
+    named = set(
+        re.findall(r"\*{0,2}\w+", " ".join(re.findall(r"^    ((?:[\w*]+, )*[\w*]+):", arguments, re.MULTILINE)))
+    )
+    parameters = inspect.signature(optimizer.__init__).parameters.values()
+    assert {p.name for p in parameters} - {"self", "options"} <= named
+    assert "**options" in named
+    assert " bytes " in state
+    assert re.search(r"\bPapers?: ", last)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizers_example_runs(name):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    code = re.findall(r"^ *(?:>>>|\.\.\.) (.*)", inspect.getdoc(getattr(fusedstep, name)), re.MULTILINE)
+    names = {"fusedstep": fusedstep, "model": model}
+    exec("\n".join(code), names)
+    model(torch.ones(2, 4)).square().sum().backward()
+    names["optimizer"].step()
+    assert type(names["optimizer"]).__name__ == name
 
 
 # Figures.
