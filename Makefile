@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lenet bench-check test test-all mutants test-triton-versions gpu gpu-dry build lint clean FORCE
+.PHONY: help demo lenet bench-check test test-all mutants test-triton-versions gpu gpu-dry build lint docs figures clean FORCE
 
 help:
 	@echo "make demo    train a small GPT with torch.optim.AdamW and with fusedstep.AdamW (OPTIMIZER=$(OPTIMIZER))"
@@ -33,6 +33,8 @@ help:
 	@echo "make gpu-dry walk through these stages without a GPU"
 	@echo "make build   compile what changed and install into $(VENV)"
 	@echo "make lint    ruff and clang-format"
+	@echo "make docs    the pages of docs/ and the API pages, in build/docs"
+	@echo "make figures   write the tables and plots of README.md and docs/ anew from bench/results"
 	@echo "make clean   remove $(VENV) and everything built"
 
 # Where there is no GPU these two need no CUDA engine: they take what is built, or build without.
@@ -88,6 +90,15 @@ lint: $(DEPS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run -Werror $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# Neither torch nor a build: API pages come from the source's docstrings. Strict: a broken link is an error.
+docs: $(ENV)
+	@$(PY) -c 'import material, mkdocs, mkdocstrings_handlers.python' 2>/dev/null || \
+	  { $(call requirements,p["optional-dependencies"]["docs"]) && $(PIP) install -q -r $(VENV)/requirements.txt; }
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+figures: $(DEPS) $(BUILT)
+	$(PY) -m fusedstep.bench.pages
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/fusedstep/_C.*.so

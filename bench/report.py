@@ -108,7 +108,7 @@ def markdown(found: dict[str, Any], optimizers: list[str] | None = None, brief: 
     return "\n".join(lines).lstrip("\n")
 
 
-def _head(words: list[str], numbers: list[str]) -> list[str]:
+def table_head(words: list[str], numbers: list[str]) -> list[str]:
     """The head of a table with columns of words, then of numbers."""
     return ["", f"| {' | '.join(words + numbers)} |", "|" + "---|" * len(words) + "---:|" * len(numbers)]
 
@@ -119,7 +119,7 @@ def _full(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
         columns = others(cases)
         heads = [f"{name}, ms" for name in columns] + ["fusedstep, ms", "speed-up"]
         heads += ["warm caches"] if device == "cpu" else []
-        lines += _head([optimizer], [*heads, "GB/s (share)", "host, us", "calls"])
+        lines += table_head([optimizer], [*heads, "GB/s (share)", "host, us", "calls"])
         lines += [_line(block, cases, columns, device) for block in cases]
     return lines
 
@@ -128,7 +128,7 @@ def _brief(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
     plain = any(name.endswith(peers.PLAIN) for _, cases in grouped for block in cases for name in block)
     heads = ["its ms", *(["fusedstep plain, ms"] if plain else []), "fusedstep, ms", "speed-up"]
     heads += [*(["warm caches"] if device == "cpu" else []), "GB/s (share)"]
-    lines = _head(["optimizer", "case", "compared with"], heads)
+    lines = table_head(["optimizer", "case", "compared with"], heads)
     for optimizer, cases in grouped:
         for block in cases:
             ours = best_of_ours(block)
@@ -142,7 +142,9 @@ def _brief(grouped: list[tuple[str, list[Block]]], device: str) -> list[str]:
 
 def _bytes(rows: list[dict[str, Any]]) -> list[str]:
     """What `precision.measure` has counted."""
-    lines = _head(["parameter, gradient", "AdamW"], ["bytes moved (read + written)", "memory of weight and states"])
+    lines = table_head(
+        ["parameter, gradient", "AdamW"], ["bytes moved (read + written)", "memory of weight and states"]
+    )
     for row in rows:
         total = f"{row['read'] + row['written']:.1f} ({row['read']:.1f} + {row['written']:.1f})"
         lines.append(f"| {row['dtype']} | {row['mode']} | {total} | {row['memory']:.1f} |")
@@ -181,15 +183,24 @@ def _milliseconds(row: dict[str, Any] | None) -> str:
     return number(row["step_ms"]["median"]) if row["step_ms"] else row["status"]
 
 
-def main(argv: list[str]) -> int:
-    """Print the tables of a results file; returns an exit code."""
+def text(argv: list[str]) -> str:
+    """What `python -m fusedstep.bench.report` prints for these arguments.
+
+    Raises:
+        ValueError: the file is no results file, or lacks one of the optimizers.
+    """
     parser = argparse.ArgumentParser(prog="python -m fusedstep.bench.report", description=__doc__)
     parser.add_argument("file", metavar="FILE.json", type=Path)
     parser.add_argument("optimizers", metavar="OPTIMIZER", nargs="*")
     parser.add_argument("--brief", action="store_true", help="one table for all optimizers")
     args = parser.parse_args(argv)
+    return markdown(results.load(args.file), args.optimizers, args.brief)
+
+
+def main(argv: list[str]) -> int:
+    """Print the tables of a results file; returns an exit code."""
     try:
-        print(markdown(results.load(args.file), args.optimizers, args.brief))
+        print(text(argv))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

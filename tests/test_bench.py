@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from fusedstep.bench import check, models, peers, plot, precision, report, results, suite, timing
+from fusedstep.bench import check, gpu_report, models, peers, plot, precision, report, results, suite, timing
 
 import fusedstep
 from fusedstep.cases import PRECISION
@@ -273,12 +273,12 @@ def test_the_brief_report_has_a_line_for_each_optimizer_and_case(run):
         assert cells[4] == report.number(row["step_ms"]["median"])
 
 
-@pytest.mark.parametrize("program", ["report", "plot"])
+@pytest.mark.parametrize("program", [report, gpu_report, plot], ids=lambda program: program.__name__.split(".")[-1])
 def test_a_file_that_is_no_results_file_is_refused_in_one_line(program, tmp_path, capsys):
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"schema": 0}')
     for path in (wrong, tmp_path / "missing.json"):
-        assert {"report": report, "plot": plot}[program].main([str(path)]) == 2
+        assert program.main([str(path)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -59,6 +59,11 @@ def test_without_a_gpu_the_demo_builds_without_cuda_and_the_tests_with_it(make):
     assert make("demo") == make("test") == []
 
 
+def test_the_documentation_needs_no_build_and_its_figures_do(make):
+    assert make("docs") == []
+    assert make("figures") == ["cuda= archs="]
+
+
 def test_with_a_gpu_the_demo_builds_as_the_tests_do(make, gpu):
     assert make("demo") == ["cuda= archs="]
     assert make("test") == []

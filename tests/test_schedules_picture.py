@@ -9,7 +9,7 @@ import pytest
 from fusedstep import cli
 from fusedstep.schedules import picture
 
-RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 NEEDED = {
     "warmup_stable_decay": ["--set", "num_decay_steps=3"],
     "cosine_with_min_lr": ["--set", "min_lr=0.1"],
@@ -105,7 +105,7 @@ def test_errors(words, message, capsys):
 
 
 def test_the_committed_figure_shows_all():
-    assert (RESULTS / "schedules.png").read_bytes().startswith(b"\x89PNG")
+    assert (IMAGES / "schedules.png").read_bytes().startswith(b"\x89PNG")
     curves = picture.gallery(1.0, 100, 1000, 1251)
     assert set(curves) == set(picture.NAMES)
     assert all(len(set(rates)) > 1 for name, rates in curves.items() if name != "constant")

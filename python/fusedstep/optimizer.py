@@ -271,12 +271,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Tensors are copied, keep their own dtype (torch casts them to the parameter's) and take the parameter's device
         and layout. What was saved with other precision options is converted in the next step, of which one warning
-        tells here. `copies` are renewed.
+        tells here. `copies` are renewed. After an error, a hook's too, nothing has changed.
 
         Raises:
             ValueError: groups do not match, or an option or state is none that a step can be made with.
             RuntimeError: this is inside `swap_ema`.
-            Nothing has changed then, nor after an error of a hook.
         """
         self._kept.ema.refuse_swapped("load_state_dict()")
         with checkpoint.undone_on_error(self):

@@ -51,6 +51,7 @@ class AdaBelief(FusedOptimizer):
         degenerated_to_sgd: with ``rectify``, take a momentum step while the variance cannot be trusted yet.
         print_change_log: accepted for compatibility; nothing is printed.
         maximize: ascend instead of descend.
+        foreach: accepted for compatibility; it chooses nothing here.
         **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step``, ``exp_avg``, ``exp_avg_var`` and with amsgrad ``max_exp_avg_var``, in the

@@ -47,6 +47,7 @@ class AdamWeightDecay(Adam):
         decay: 0 or larger; the learning rate of step t is ``learning_rate / (1 + decay * (t - 1))``.
         lr: another name of ``learning_rate``, which it overrides.
         maximize: ascend instead of descend.
+        foreach: accepted for compatibility; it chooses nothing here.
         **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number), ``exp_avg``, ``exp_avg_sq`` and with amsgrad

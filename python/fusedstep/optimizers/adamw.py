@@ -20,12 +20,15 @@ class AdamW(Adam):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
         lr: learning rate, 0 or larger; a number or a one-element tensor (read on its device in every step).
-        betas: decay rates of the two running averages, each in [0, 1).
+        betas: decay rates of the two running averages, each in [0, 1); typically (0.9, 0.999).
         eps: added to the root of the second moment, 0 or larger.
         weight_decay: 0 or larger; the decay per step is ``lr * weight_decay``.
         amsgrad, maximize, foreach, capturable, differentiable, fused, **options: as in :class:`fusedstep.Adam`.
 
-    State, errors: as in :class:`fusedstep.Adam`.
+    State of each parameter: as in :class:`fusedstep.Adam`, 8 (12) bytes per fp32 parameter.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in :class:`fusedstep.Adam`.
 
     Example:
         >>> optimizer = fusedstep.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)

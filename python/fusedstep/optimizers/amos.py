@@ -50,6 +50,7 @@ class Amos(FusedOptimizer):
             such dimensions (then parameters must be named; those that it lacks are not reduced), as `amos_reductions`
             derives it from a model. None: v and b have the parameter's shape.
         maximize: ascend instead of descend.
+        foreach: accepted for compatibility; it chooses nothing here.
         **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number), ``exp_avg_sq`` (v), ``decay`` (b) and with momentum

@@ -33,6 +33,7 @@ class Lion(FusedOptimizer):
         decoupled_weight_decay: divide the weight decay by the learning rate given here, so that it is a rate per step
             of a constant schedule.
         maximize: ascend instead of descend.
+        foreach: accepted for compatibility; it chooses nothing here.
         **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``exp_avg`` in the parameter's dtype and layout: 4 bytes per fp32 parameter.

@@ -53,7 +53,8 @@ class RMSprop(FusedOptimizer):
         >>> optimizer = fusedstep.RMSprop(model.parameters(), lr=1e-3, momentum=0.9, centered=True)
 
     Follows ``torch.optim.RMSprop``, whose state_dict it shares. Differs from it: ``momentum_decay``; a centered
-    variance that rounding has made negative counts as zero, where torch takes its root, which is NaN.
+    variance that rounding has made negative counts as zero, where torch takes its root, which is NaN. Papers: Tieleman
+    and Hinton, lecture 6.5 of "Neural Networks for Machine Learning", 2012; centered: arXiv 1308.0850.
     """
 
     rule = "rmsprop"

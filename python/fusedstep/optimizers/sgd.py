@@ -25,9 +25,9 @@ class SGD(FusedOptimizer):
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
-        lr: learning rate, 0 or larger; a number or a one-element tensor.
+        lr: learning rate, 0 or larger; a number or a one-element tensor (read on its device in every step).
         momentum: 0 or larger; 0 keeps no state.
-        dampening: for momentum.
+        dampening: the buffer takes (1 - dampening) of each gradient but the first; any finite number.
         weight_decay: L2 penalty, 0 or larger.
         nesterov: look ahead by one momentum step; needs ``momentum > 0`` and ``dampening == 0``.
         maximize: ascend instead of descend.
@@ -35,7 +35,8 @@ class SGD(FusedOptimizer):
         differentiable: must be False.
         **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
-    State of each parameter: ``momentum_buffer`` in the parameter's dtype and layout (none without momentum).
+    State of each parameter: with momentum ``momentum_buffer``, in the parameter's dtype and layout: 0 (4) bytes per
+    fp32 parameter.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
@@ -44,7 +45,7 @@ class SGD(FusedOptimizer):
     Example:
         >>> optimizer = fusedstep.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
 
-    Follows ``torch.optim.SGD``, whose state_dict it shares. Differs: sparse gradients are refused.
+    Follows ``torch.optim.SGD``, whose state_dict it shares. Differs: the buffer is dense under sparse gradients too.
     Paper: Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
     """
 

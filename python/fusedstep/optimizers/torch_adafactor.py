@@ -45,7 +45,8 @@ class TorchAdafactor(FusedOptimizer):
         **options: ``backend`` and all else that :class:`fusedstep.Options` names.
 
     State of each parameter: ``step`` (one fp32 number); ``row_var`` and ``col_var`` (a number for each row and column),
-    for fewer than two dimensions ``variance`` (one for each element), in the parameter's dtype.
+    for fewer than two dimensions ``variance`` (one for each element), in the parameter's dtype: for fp32, 4 bytes for
+    each row and column, or for each element of a vector.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
