@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "cuda/norm.h"
-#include "cuda/norm_tuning.h"
 
 namespace fusedstep::cuda {
 namespace {

@@ -5,14 +5,10 @@
 #include <cstring>
 
 #include "cuda/reducing.h"
-#include "cuda/reducing_tuning.h"
+#include "cuda/tuning.h"
 
 namespace fusedstep::cuda {
 namespace {
-
-constexpr int64_t kSmallMatrix = 1024;  // elements; up to here a warp takes a whole matrix
-constexpr int64_t kTinyMatrix = 32;     // elements; up to here a thread does
-constexpr int64_t kItemElements = 8192;
 
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;

@@ -9,9 +9,6 @@
 namespace fusedstep::cuda {
 namespace {
 
-constexpr int64_t kSmallTensor = 1024;  // elements; below it a warp takes the whole tensor
-constexpr int64_t kBlocksToFill = 16;   // for each multiprocessor, before a block takes more than one tile
-
 // The elements of a chunk: of as many tiles as leave every multiprocessor enough blocks.
 int64_t chunk_size(int format, int64_t numel, int multiprocessors) {
   const int64_t tile =

@@ -28,12 +28,15 @@ constexpr int64_t size_of(Dtype dtype) {
       return 8;
     case Dtype::kF32:
       return 4;
+    case Dtype::kBF16:
+    case Dtype::kF16:
+    case Dtype::kI16:
+      return 2;
     case Dtype::kI8:
     case Dtype::kU8:
       return 1;
-    default:
-      return 2;
   }
+  __builtin_unreachable();
 }
 
 inline namespace FUSEDSTEP_ISA {
@@ -44,6 +47,27 @@ struct BF16 {
 struct F16 {
   uint16_t bits;
 };
+
+// Calls visit with a number as it is stored in that dtype, which is none of a code. What has to know all dtypes does so
+// here.
+template <class Visit>
+FUSEDSTEP_FN decltype(auto) visit_number(Dtype dtype, Visit&& visit) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return visit(float{});
+    case Dtype::kBF16:
+      return visit(BF16{});
+    case Dtype::kF16:
+      return visit(F16{});
+    case Dtype::kF64:
+      return visit(double{});
+    case Dtype::kI8:
+    case Dtype::kU8:
+    case Dtype::kI16:
+      break;
+  }
+  __builtin_unreachable();
+}
 
 template <class To, class From>
 FUSEDSTEP_FN To bit_cast(From from) {

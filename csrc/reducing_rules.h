@@ -295,9 +295,12 @@ auto visit_reducing_rule(ReducingRuleId rule, Visitor&& visitor) {
       return visitor(AmosOfLines<Span::kColumn, false>{});
     case ReducingRuleId::kAmosColumnsMomentum:
       return visitor(AmosOfLines<Span::kColumn, true>{});
-    default:
+    case ReducingRuleId::kTorchAdafactor:
       return visitor(TorchAdafactor{});
+    case ReducingRuleId::kCount:
+      break;
   }
+  __builtin_unreachable();
 }
 
 // The place of a rule's n-th state of that span among all that it names; -1: there are not so many.

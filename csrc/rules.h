@@ -473,9 +473,12 @@ auto visit_rule(RuleId rule, Visitor&& visitor) {
       return visitor(Amos<false>{});
     case RuleId::kAmosMomentum:
       return visitor(Amos<true>{});
-    default:
+    case RuleId::kAccumulate:
       return visitor(Accumulate{});
+    case RuleId::kCount:
+      break;
   }
+  __builtin_unreachable();
 }
 
 // How many states a rule names, how many of them it has, and which: as bits, because device code reads no arrays of the

@@ -72,7 +72,10 @@ FUSEDSTEP_FN void visit_format(const Record& record, const Visit& visit) {
       if (form == Form::kKahan) return visit(Format<KahanWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
       if (form == Form::kStochastic) return visit(Format<StochasticWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
       return;
-    default:
+    case Dtype::kF64:
+    case Dtype::kI8:
+    case Dtype::kU8:
+    case Dtype::kI16:
       return;
   }
 }

@@ -60,16 +60,11 @@ void scale_stored(S* data, int64_t n, T factor) {
 
 template <class Visit>
 auto visit_stretch(const Stretch& stretch, int64_t begin, Visit&& visit) {
-  switch (stretch.dtype) {
-    case Dtype::kBF16:
-      return visit(static_cast<BF16*>(stretch.data) + begin, 1.0f);
-    case Dtype::kF16:
-      return visit(static_cast<F16*>(stretch.data) + begin, 1.0f);
-    case Dtype::kF64:
-      return visit(static_cast<double*>(stretch.data) + begin, 1.0);
-    default:
-      return visit(static_cast<float*>(stretch.data) + begin, 1.0f);
-  }
+  return visit_number(stretch.dtype, [&](auto stored) {
+    using S = decltype(stored);
+    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    return visit(static_cast<S*>(stretch.data) + begin, T{1});
+  });
 }
 
 }  // namespace

@@ -41,16 +41,10 @@ struct AnyStored {
 
   template <class Visit>
   FUSEDSTEP_FN auto visit(Visit&& visit) const {
-    switch (dtype) {
-      case Dtype::kBF16:
-        return visit(Stored<T, BF16>{static_cast<BF16*>(data)});
-      case Dtype::kF16:
-        return visit(Stored<T, F16>{static_cast<F16*>(data)});
-      case Dtype::kF64:
-        return visit(Stored<T, double>{static_cast<double*>(data)});
-      default:
-        return visit(Stored<T, float>{static_cast<float*>(data)});
-    }
+    return visit_number(dtype, [&](auto number) FUSEDSTEP_INLINE {
+      using S = decltype(number);
+      return visit(Stored<T, S>{static_cast<S*>(data)});
+    });
   }
   FUSEDSTEP_FN Pack<T> load(int64_t i) const {
     return visit([&](auto stored) { return stored.load(i); });

@@ -161,11 +161,13 @@ struct Weight {
           widen_compensated(param + at, static_cast<const S*>(companion) + at, n, wide);
         });
         return wide;
-      default:
-        if (record.param_dtype == Dtype::kF32) return static_cast<float*>(record.param) + at;
-        widen_plain(record.param, record.param_dtype, at, n, wide);
-        return wide;
+      case Form::kPlain:
+      case Form::kStochastic:
+        break;
     }
+    if (record.param_dtype == Dtype::kF32) return static_cast<float*>(record.param) + at;
+    widen_plain(record.param, record.param_dtype, at, n, wide);
+    return wide;
   }
 
   void store(int64_t at, int64_t n, int64_t step, const float* wide) const {
@@ -187,9 +189,11 @@ struct Weight {
         random.fill(precision.seed, precision.index, static_cast<uint32_t>(step), at / kBlock);
         return visit_half([&](auto* param) { narrow_at_random(param + at, random.bits + at % kBlock, n, wide); });
       }
-      default:
-        if (record.param_dtype != Dtype::kF32) narrow_plain(record.param, record.param_dtype, at, n, wide);
+      case Form::kPlain:
+      case Form::kMaster:
+        break;
     }
+    if (record.param_dtype != Dtype::kF32) narrow_plain(record.param, record.param_dtype, at, n, wide);
   }
 
  private:

@@ -6,11 +6,9 @@
 #include <vector>
 
 #include "../table.h"
+#include "tuning.h"
 
 namespace fusedstep::cuda {
-
-// Threads of a block of a step. Small blocks wait less for their slowest warp, and for the scalars.
-constexpr int kStepThreads = 128;
 
 // A slice of one tensor: the work of one block, or of one warp where the whole tensor is small.
 struct Chunk {
@@ -19,10 +17,7 @@ struct Chunk {
   int64_t offset;
 };
 
-// What one launch covers. Gradient addresses travel as a kernel argument, so their number is limited.
-constexpr int64_t kMaxTensorsPerLaunch = 4000;
-// For few tensors there is a kernel of its own, whose arguments fit into the 4 KB of ordinary launches.
-constexpr int64_t kFewTensors = 448;
+// What one launch covers.
 struct Segment {
   int64_t first_record, n_records;
   int64_t first_chunk, n_block_chunks, n_small_chunks;
@@ -52,18 +47,21 @@ struct Scalar {
   Dtype dtype;
 };
 
-// What one step does, whatever its rule.
-struct Call {
+// What one step does, whatever its rule and besides its tensors: kernels are given it as it is.
+struct Step {
   Scalar hyper[kMaxHyper];
-  bool maximize;
   const float* grad_scale;    // on the device; null: gradients are not scaled
   const float* found_inf;     // on the device; null: there is no check
   const double* coefficient;  // on the device, what gradients are multiplied by; null: nothing
-  bool zero_grads;            // each gradient is set to zero when it was read for the last time, in a skipped step too
-  bool write_grads;           // or to what it was changed to, but not negated
-  double average_weight;      // of the new parameter in its average
-  char* device_table;         // a copy of the table's bytes(), 16-byte aligned
-  const void* const* grads;   // one for each of the plan's records; null: takes no part
+  bool maximize;
+  bool zero_grads;        // each gradient is set to zero when it was read for the last time, in a skipped step too
+  bool write_grads;       // or to what it was changed to, but not negated
+  double average_weight;  // of the new parameter in its average
+};
+
+struct Call : Step {
+  char* device_table;        // a copy of the table's bytes(), 16-byte aligned
+  const void* const* grads;  // one for each of the plan's records; null: takes no part
   int device;
   void* stream;
 };

@@ -92,9 +92,10 @@ constexpr Dtype state_dtype(StateFormat format, int k) {
       return Rule::kCodes[k] == Code::kSigned        ? Dtype::kI8
              : Rule::kCodes[k] == Code::kNonNegative ? Dtype::kU8
                                                      : Dtype::kF32;
-    default:
+    case StateFormat::kF32:
       return Dtype::kF32;
   }
+  __builtin_unreachable();
 }
 
 constexpr Dtype dtype_of(WeightFormat weight) {
@@ -110,9 +111,12 @@ constexpr Form form_of(WeightFormat weight) {
       return Form::kKahan;
     case WeightFormat::kStochastic:
       return Form::kStochastic;
-    default:
+    case WeightFormat::kF32:
+    case WeightFormat::kBF16:
+    case WeightFormat::kF16:
       return Form::kPlain;
   }
+  __builtin_unreachable();
 }
 
 // Whether two formats are one for a rule, which may have no state, or none that 8 bits can hold.

@@ -18,9 +18,11 @@ __device__ __forceinline__ T load_weight(const Record& record, int64_t i) {
           join(global(static_cast<const BF16*>(record.param))[i], global(static_cast<const int16_t*>(companion))[i]));
     case Form::kKahan:
       return load_any<T>(record.param, record.param_dtype, i) + load_any<T>(companion, record.param_dtype, i);
-    default:
-      return load_any<T>(record.param, record.param_dtype, i);
+    case Form::kPlain:
+    case Form::kStochastic:
+      break;
   }
+  return load_any<T>(record.param, record.param_dtype, i);
 }
 
 template <class S>
@@ -53,7 +55,7 @@ __device__ __forceinline__ void store_formed(const Record& record, int64_t i, fl
       const Philox random(p.seed, p.index, step, static_cast<uint64_t>(i) / kPhiloxElements);
       return bf16 ? store_at_random<BF16>(record, i, param, random) : store_at_random<F16>(record, i, param, random);
     }
-    default:
+    case Form::kPlain:
       return store_any(record.param, record.param_dtype, i, param);
   }
 }
@@ -99,7 +101,7 @@ __device__ __forceinline__ void store_coded(const Record& record, int k, int64_t
 template <class R>
 struct General {
   using Rule = R;
-  static constexpr int kN = kGeneralNumbers, kBlocks = 6;
+  static constexpr int kN = kGeneralNumbers, kBlocks = kGeneralBlocks;
   static_assert(kN * kWarp == kBlock && kN == kPhiloxElements, "a warp holds a block");
 
   union Prepared {
@@ -113,14 +115,13 @@ struct General {
       GradChange<double> change_twice;
     };
 
-    __device__ __forceinline__ void fill(const Record& record, const double* hyper, int64_t number,
-                                         const GradsBecome& become) {
+    __device__ __forceinline__ void fill(const Record& record, const double* hyper, int64_t number, const Step& step) {
       if (record.param_dtype == Dtype::kF64) {
         twice = Rule::template prepare<double>(hyper, number);
-        change_twice = become.change<double>();
+        change_twice = grad_change<double>(step);
       } else {
         single = Rule::template prepare<float>(hyper, number);
-        change = become.change<float>();
+        change = grad_change<float>(step);
         step = static_cast<uint32_t>(number);
       }
     }

@@ -18,10 +18,7 @@ struct Arguments {
   const Chunk* chunks;
   uint32_t* done;  // blocks that have read the step; the last one sets it back to zero
   int32_t n_records, n_block_chunks, n_small_chunks;
-  const float* found_inf;
-  GradsBecome grads_become;
-  double average_weight;
-  Scalar hyper[kMaxHyper];
+  Step step;
   const void* grads[kCapacity];
 };
 
@@ -43,13 +40,13 @@ struct TeamShared {
     if (lane < static_cast<int>(sizeof(Record) / sizeof(uint64_t)))
       reinterpret_cast<uint64_t*>(&record)[lane] = global(reinterpret_cast<const uint64_t*>(&from))[lane];
     if (lane < kHyper) {
-      const Scalar& scalar = a.hyper[lane];
+      const Scalar& scalar = a.step.hyper[lane];
       hyper[lane] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
     }
     __syncwarp();
     if (lane != 0) return;
     grad = const_cast<void*>(gradient);
-    prepared.fill(record, hyper, count_of(step) + 1, a.grads_become);
+    prepared.fill(record, hyper, count_of(step) + 1, a.step);
   }
 };
 
@@ -66,7 +63,7 @@ __global__ void __launch_bounds__(kStepThreads, Way::kBlocks)
   const Team team = together ? Team{thread, static_cast<int>(blockDim.x)} : Team{thread % kWarp, kWarp};
   const int owner = together ? 0 : warp;  // of what the team shares
   // The same for all blocks: none counts itself as done, and no step counter moves.
-  const bool skipped = a.found_inf != nullptr && *global(a.found_inf) != 0.0f;
+  const bool skipped = a.step.found_inf != nullptr && *global(a.step.found_inf) != 0.0f;
 
   Way tile;
   int left = 0;    // of the chunk, from this thread's numbers on
@@ -83,7 +80,7 @@ __global__ void __launch_bounds__(kStepThreads, Way::kBlocks)
       at = chunk.offset + team.index * Way::kN;
       tile.begin(record, grad);
       if (skipped) {
-        if (a.grads_become.zero) {
+        if (a.step.zero_grads) {
           for (; left > 0; left -= stride, at += stride) tile.zero_grad(record, const_cast<void*>(grad), at, left);
         }
         return;
@@ -102,7 +99,7 @@ __global__ void __launch_bounds__(kStepThreads, Way::kBlocks)
 
   const TeamShared<Way>& mine = shared[owner];
   while (left > end) {
-    tile.update(mine.record, mine.grad, mine.prepared, at, left, a.average_weight);
+    tile.update(mine.record, mine.grad, mine.prepared, at, left, a.step.average_weight);
     at += stride;
     left -= stride;
     if (left > end) tile.ask(mine.record, mine.grad, at, left);
@@ -128,10 +125,7 @@ void set_arguments(Arguments<kCapacity>* a, const Call& call, const Table& table
   a->n_records = static_cast<int32_t>(segment.n_records);
   a->n_block_chunks = static_cast<int32_t>(segment.n_block_chunks);
   a->n_small_chunks = static_cast<int32_t>(segment.n_small_chunks);
-  a->found_inf = call.found_inf;
-  a->grads_become = grads_become(call);
-  a->average_weight = call.average_weight;
-  for (int k = 0; k < kMaxHyper; ++k) a->hyper[k] = call.hyper[k];
+  a->step = call;
   const int32_t* const order = table.order.data() + segment.first_record;
   for (int64_t i = 0; i < segment.n_records; ++i) a->grads[i] = call.grads[order[i]];
 }

@@ -4,12 +4,10 @@
 // Compiled for sm_80, sm_90 and sm_100 and run thread by thread on the host in the tests.
 #pragma once
 
-#include "norm_tuning.h"
+#include "norm.h"
 #include "parts.cuh"
 
 namespace fusedstep::cuda {
-
-constexpr int kNormMinBlocks = 5;  // for each multiprocessor: at most 48 registers a thread
 
 template <int kCapacity>
 struct NormArguments {

@@ -55,6 +55,11 @@ struct NormCall {
   void* stream;
 };
 
+// Blocks of a launch: at least one, for a group of empty tensors.
+inline int64_t norm_blocks(const NormSegment& segment) {
+  return std::max<int64_t>(segment.n_block_chunks + (segment.n_small_chunks + kNormWarps - 1) / kNormWarps, 1);
+}
+
 // Queues the launches for a plan that has a gradient; returns their number. Throws as step() does.
 int add_to_norm(const NormCall& call, const NormTable& table);
 

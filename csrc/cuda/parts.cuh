@@ -7,10 +7,6 @@
 
 namespace fusedstep::cuda {
 
-constexpr int kThreads = 256;
-constexpr int kMinBlocks = 3;  // for each multiprocessor: at most 64 registers a thread
-constexpr int kWarp = 32;
-
 // Pointers that come from a table are generic to the compiler; knowing better gives it the global memory instructions.
 template <class S>
 __device__ __forceinline__ S* global(S* pointer) {
@@ -31,28 +27,17 @@ struct GradChange {
   }
 };
 
-// The same as it is known before the kernel runs.
-struct GradsBecome {
-  const float* scale;
-  const double* coefficient;
-  bool maximize, zero, write;
-
-  template <class T>
-  __device__ __forceinline__ GradChange<T> change() const {
-    const T sign = maximize ? T(-1) : T(1);
-    const bool any = maximize || scale != nullptr || coefficient != nullptr;
-    return {any,
-            zero,
-            write,
-            scale != nullptr,
-            scale != nullptr ? static_cast<T>(*global(scale)) : T(1),
-            coefficient != nullptr ? sign * static_cast<T>(*global(coefficient)) : sign,
-            sign};
-  }
-};
-
-inline GradsBecome grads_become(const Call& call) {
-  return {call.grad_scale, call.coefficient, call.maximize, call.zero_grads, call.write_grads};
+template <class T>
+__device__ __forceinline__ GradChange<T> grad_change(const Step& step) {
+  const bool divides = step.grad_scale != nullptr, multiplies = step.coefficient != nullptr;
+  const T sign = step.maximize ? T(-1) : T(1);
+  return {step.maximize || divides || multiplies,
+          step.zero_grads,
+          step.write_grads,
+          divides,
+          divides ? static_cast<T>(*global(step.grad_scale)) : T(1),
+          multiplies ? sign * static_cast<T>(*global(step.coefficient)) : sign,
+          sign};
 }
 
 // Between what a thread (and whoever it has met at a barrier) has written and a counter that tells other blocks of it;
@@ -97,34 +82,16 @@ struct alignas(16) Vector {
 
 template <class T>
 __device__ __forceinline__ T load_any(const void* data, Dtype dtype, int64_t i) {
-  switch (dtype) {
-    case Dtype::kBF16:
-      return load<T>(global(static_cast<const BF16*>(data))[i]);
-    case Dtype::kF16:
-      return load<T>(global(static_cast<const F16*>(data))[i]);
-    case Dtype::kF64:
-      return load<T>(global(static_cast<const double*>(data))[i]);
-    default:
-      return load<T>(global(static_cast<const float*>(data))[i]);
-  }
+  return visit_number(dtype,
+                      [&](auto stored) { return load<T>(global(static_cast<const decltype(stored)*>(data))[i]); });
 }
 
 template <class T>
 __device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, T value) {
-  switch (dtype) {
-    case Dtype::kBF16:
-      global(static_cast<BF16*>(data))[i] = narrow<BF16>(value);
-      break;
-    case Dtype::kF16:
-      global(static_cast<F16*>(data))[i] = narrow<F16>(value);
-      break;
-    case Dtype::kF64:
-      global(static_cast<double*>(data))[i] = narrow<double>(value);
-      break;
-    default:
-      global(static_cast<float*>(data))[i] = narrow<float>(value);
-      break;
-  }
+  visit_number(dtype, [&](auto stored) {
+    using S = decltype(stored);
+    global(static_cast<S*>(data))[i] = narrow<S>(value);
+  });
 }
 
 // kN numbers stored as S, by 16-byte accesses.

@@ -20,9 +20,6 @@
 
 namespace fusedstep::cuda {
 
-// For each multiprocessor: in pass 1 at most 128 registers a thread, which hold enough loads in flight.
-constexpr int kTallBlocks = 2, kLowBlocks = 4, kStateBlocks = 3, kBesideBlocks = 2;
-
 // Of one capacity: a second set of kernels for few tensors would cost every build time.
 struct ReducingArguments {
   const Record* records;
@@ -33,10 +30,7 @@ struct ReducingArguments {
   uint32_t* counters;
   char* work;
   bool unaligned_only;  // tensors whose gradients are aligned are another launch's
-  const float* found_inf;
-  GradsBecome grads_become;
-  double average_weight;
-  Scalar hyper[kMaxHyper];
+  Step step;
   const void* grads[kMaxTensorsPerLaunch];
 };
 
@@ -49,7 +43,7 @@ struct Packed {
 struct AnyStored {};
 
 __device__ __forceinline__ bool is_skipped(const ReducingArguments& a) {
-  return a.found_inf != nullptr && *global(a.found_inf) != 0.0f;  // the same for all blocks and launches
+  return a.step.found_inf != nullptr && *global(a.step.found_inf) != 0.0f;  // the same for all blocks and launches
 }
 
 __device__ __forceinline__ bool is_aligned(const void* address) {
@@ -84,7 +78,7 @@ __device__ __noinline__ void prepare(const ReducingArguments& a, const float* st
   constexpr int kHyper = sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]);
   const int thread = threadIdx.x;
   if (thread < kHyper) {
-    const Scalar& scalar = a.hyper[thread];
+    const Scalar& scalar = a.step.hyper[thread];
     shared->hyper[thread] = scalar.tensor == nullptr ? scalar.value : load_any<double>(scalar.tensor, scalar.dtype, 0);
   }
   __syncthreads();
@@ -112,7 +106,7 @@ __global__ void __launch_bounds__(kReducingThreads, kTallBlocks)
     if constexpr (std::is_same_v<Stored, AnyStored>) {
       __shared__ double stage[kMostPack * kReducingThreads];
       prepare_once();
-      const auto change = a.grads_become.template change<T>();
+      const auto change = grad_change<T>(a.step);
       if (place.p.cut == Cut::kTiles) {
         of_params = sum_tile_any<Rule, T>(place, change, s, reinterpret_cast<T*>(stage));
       } else {
@@ -123,7 +117,7 @@ __global__ void __launch_bounds__(kReducingThreads, kTallBlocks)
       using S = typename Stored::Param;
       __shared__ float stage[kVector<S> * kReducingThreads];
       if constexpr (Rule::kSquareTakesScalars) prepare_once();
-      of_params = sum_tile<Rule, S>(place, Change(a.grads_become), s, stage);
+      of_params = sum_tile<Rule, S>(place, Change(a.step), s, stage);
     }
     finish_item<Rule, T>(place, of_params, &shared, prepare_once);
   });
@@ -138,9 +132,9 @@ __global__ void __launch_bounds__(kReducingThreads, kLowBlocks)
     using T = typename std::decay_t<decltype(place)>::Number;
     double of_update;
     if constexpr (std::is_same_v<Stored, AnyStored>)
-      of_update = square_any<Rule, T>(place, a.grads_become.template change<T>());
+      of_update = square_any<Rule, T>(place, grad_change<T>(a.step));
     else
-      of_update = square_tile<Rule, typename Stored::Param>(place, Change(a.grads_become));
+      of_update = square_tile<Rule, typename Stored::Param>(place, Change(a.step));
     finish_update<Rule, T>(place, of_update, &shared);
   });
 }
@@ -168,7 +162,7 @@ __global__ void __launch_bounds__(kReducingThreads, std::is_same_v<Does, Beside>
     apply_kernel(const __grid_constant__ ReducingArguments a) {
   constexpr bool kAny = std::is_same_v<Stored, AnyStored>;
   const bool skipped = is_skipped(a);
-  if (skipped && !a.grads_become.zero) return;
+  if (skipped && !a.step.zero_grads) return;
   constexpr int kBlocksPerItem = kAny ? 1 : kApplyBlocksPerItem<Rule>;
   with_item<Rule, Stored, kBlocksPerItem>(a, [&](const auto& place) {
     using T = typename std::decay_t<decltype(place)>::Number;
@@ -178,10 +172,9 @@ __global__ void __launch_bounds__(kReducingThreads, std::is_same_v<Does, Beside>
       if (skipped) return first ? zero_grads(place) : void();
     }
     if constexpr (kAny)
-      apply_any<Rule, T>(place, a.grads_become.template change<T>(), static_cast<T>(a.average_weight));
+      apply_any<Rule, T>(place, grad_change<T>(a.step), static_cast<T>(a.step.average_weight));
     else
-      apply_tile<Rule, typename Stored::Param, typename Stored::State>(place, part,
-                                                                       Does(a.grads_become, a.average_weight));
+      apply_tile<Rule, typename Stored::Param, typename Stored::State>(place, part, Does(a.step));
     // The passes before have read it.
     if (first && place.item.index == 0 && threadIdx.x == 0)
       *global(place.record.step) = next_counter(*global(place.record.step));
@@ -199,10 +192,7 @@ inline void set_arguments(ReducingArguments* a, const Call& call, const Reducing
   a->items = reinterpret_cast<const Item*>(items);
   a->counters = reinterpret_cast<uint32_t*>(items + table.items.size() * sizeof(Item));
   a->work = work;
-  a->found_inf = call.found_inf;
-  a->grads_become = grads_become(call);
-  a->average_weight = call.average_weight;
-  for (int k = 0; k < kMaxHyper; ++k) a->hyper[k] = call.hyper[k];
+  a->step = call;
   for (int64_t i = 0; i < segment.n_records; ++i) a->grads[i] = call.grads[segment.first_record + i];
 }
 

@@ -3,7 +3,6 @@
 
 #include "parts.cuh"
 #include "reducing.h"
-#include "reducing_tuning.h"
 
 namespace fusedstep::cuda {
 
@@ -152,8 +151,8 @@ struct Changes {
   float scale, inverse, factor, sign;
   bool exact;  // the inverse is: scale is a power of two
 
-  __device__ __forceinline__ explicit Changes(const GradsBecome& become) {
-    const auto change = become.template change<float>();
+  __device__ __forceinline__ explicit Changes(const Step& step) {
+    const auto change = grad_change<float>(step);
     const uint32_t bits = bit_cast<uint32_t>(change.scale), exponent = bits >> 23;
     scale = change.scale;
     factor = change.factor;
@@ -176,7 +175,7 @@ struct Changes {
   }
 };
 struct Unchanged {
-  __device__ __forceinline__ explicit Unchanged(const GradsBecome&) {}
+  __device__ __forceinline__ explicit Unchanged(const Step&) {}
   template <int kN>
   __device__ __forceinline__ void operator()(float*) const {}
 };

@@ -208,13 +208,16 @@ struct Beside {
   bool zero, write;
   float average_weight;
 
-  __device__ __forceinline__ Beside(const GradsBecome& become, double weight)
-      : changes(become), zero(become.zero), write(become.write), average_weight(static_cast<float>(weight)) {}
+  __device__ __forceinline__ Beside(const Step& step)
+      : changes(step),
+        zero(step.zero_grads),
+        write(step.write_grads),
+        average_weight(static_cast<float>(step.average_weight)) {}
 };
 struct NothingBeside {
   Unchanged changes;
 
-  __device__ __forceinline__ NothingBeside(const GradsBecome& become, double) : changes(become) {}
+  __device__ __forceinline__ NothingBeside(const Step& step) : changes(step) {}
 };
 
 // kN numbers rounded to the stored format. A NaN stays one.

@@ -94,10 +94,9 @@ struct Tile {
     GradChange<float> change;
     bool changes, stores;  // the gradient, for the update and in memory
 
-    __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number,
-                                         const GradsBecome& become) {
+    __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number, const Step& step) {
       scalars = Rule::template prepare<float>(hyper, number);
-      change = become.change<float>();
+      change = grad_change<float>(step);
       changes = change.any;
       stores = change.zero || change.write;
       step = static_cast<uint32_t>(number);

@@ -38,9 +38,17 @@ int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, boo
   Table table =
       build_table(std::vector<Record>(records, records + n_records), static_cast<RuleId>(rule), multiprocessors);
   std::vector<char> bytes = table.bytes();
-  Call call{{},          maximize,       grad_scale,   found_inf, coefficient, zero_grads,
-            write_grads, average_weight, bytes.data(), grads,     0,           nullptr};
+  Call call{};
   for (int k = 0; k < kMaxHyper; ++k) call.hyper[k] = hyper[k];
+  call.maximize = maximize;
+  call.grad_scale = grad_scale;
+  call.found_inf = found_inf;
+  call.coefficient = coefficient;
+  call.zero_grads = zero_grads;
+  call.write_grads = write_grads;
+  call.average_weight = average_weight;
+  call.device_table = bytes.data();
+  call.grads = grads;
   int launches = 0;
   for (size_t i = 0; i < table.segments.size(); ++i) {
     Segment& segment = table.segments[i];
