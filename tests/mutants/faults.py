@@ -278,6 +278,20 @@ CPU = [
         BITS,
     ),
     Fault(
+        "8 bits: the scale of a block with an infinity is infinite",
+        "csrc/cpu/coded.h",
+        "record_.precision.scales[k][block_] = Block::scale(largest);",
+        "record_.precision.scales[k][block_] = bit_cast<float>(largest);",
+        BITS,
+    ),
+    Fault(
+        "8 bits: a block with a NaN keeps its codes",
+        "csrc/cpu/coded.h",
+        "    if (Block(largest).keep == 0) std::fill(numbers, numbers + kBlock, 0.0f);\n",
+        "",
+        BITS,
+    ),
+    Fault(
         "8 bits: numbers without a sign take the code of the next larger one",
         "csrc/cpu/codes.h",
         "subtract_to_zero(codes, WordPack{} + 0x00010001u)",
@@ -308,6 +322,27 @@ CUDA_ENGINE = [
         "const int stride = team.size * Way::kN;",
         "const int stride = team.size * Way::kN - Way::kN;",
         CUDA,
+    ),
+    Fault(
+        "8 bits: the scale of a block with an infinity is infinite, in tiles",
+        "csrc/cuda/stored.cuh",
+        "global(record.precision.scales[k])[block_of(at)] = Block::scale(largest);",
+        "global(record.precision.scales[k])[block_of(at)] = bit_cast<float>(largest);",
+        CUDA_STORAGE,
+    ),
+    Fault(
+        "8 bits: a block with a NaN keeps its codes, in tiles",
+        "csrc/cuda/stored.cuh",
+        "codes.words[i / 4] = block.keep != 0 ? four : 0u;",
+        "codes.words[i / 4] = four;",
+        CUDA_STORAGE,
+    ),
+    Fault(
+        "8 bits: the scale of a block with an infinity is infinite, in the general way",
+        "csrc/cuda/general.cuh",
+        "global(record.precision.scales[k])[at / kBlock] = Block::scale(largest[k]);",
+        "global(record.precision.scales[k])[at / kBlock] = bit_cast<float>(largest[k]);",
+        CUDA_STORAGE,
     ),
     Fault(
         "master weights: the fp32 copy is not stored in the general way",
