@@ -236,6 +236,27 @@ CPU = [
         REDUCING,
     ),
     Fault(
+        "narrow matrices: rows are followed by the next one's numbers",
+        "csrc/cpu/narrow.h",
+        "return Shape::kRows > 1 ? x : (FloatPack)((WordPack)x & mask_[w]);",
+        "return x;",
+        REDUCING,
+    ),
+    Fault(
+        "narrow matrices: the rows behind the last whole pack of them count twice",
+        "csrc/cpu/narrow.h",
+        "i < kNumbers && i < n + kLanes<float> * columns; ++i) buffer_[i] = 0.0f;",
+        "i < kNumbers && i < n + kLanes<float> * columns; ++i) buffer_[i] = buffer_[i - columns];",
+        REDUCING,
+    ),
+    Fault(
+        "sums in order: numbers of any sizes are added in any order",
+        "csrc/cpu/lanes.h",
+        "* 0x1p28)",
+        "* 0x1p60)",
+        "tests/test_other_cpu.py",
+    ),
+    Fault(
         "the norm forgets all but the last thousand numbers",
         "csrc/cpu/norm.cpp",
         "    sum += lanes.total();\n  }\n  Word most",
@@ -276,6 +297,13 @@ CPU = [
         "    else\n      doubt.nan_in({rest.a - rest.a, rest.b - rest.b});\n",
         "",
         BITS,
+    ),
+    Fault(
+        "8 bits: states behind the third are forgotten",
+        "csrc/cpu/coded.h",
+        "std::make_integer_sequence<int, kNamed<Rule>>{}",
+        "std::make_integer_sequence<int, (kNamed<Rule> < 3 ? kNamed<Rule> : 3)>{}",
+        "tests/test_own_rules.py",
     ),
     Fault(
         "8 bits: the scale of a block with an infinity is infinite",
