@@ -10,8 +10,10 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <iterator>
 #include <type_traits>
+#include <utility>
 
 #include "numeric.h"
 
@@ -484,7 +486,12 @@ auto visit_rule(RuleId rule, Visitor&& visitor) {
 // How many states a rule names, how many of them it has, and which: as bits, because device code reads no arrays of the
 // host's.
 template <class Rule>
-constexpr int kNamed = static_cast<int>(std::size(Rule::kPresent));
+constexpr int kNamed = [] {
+  constexpr size_t n = std::size(Rule::kPresent);
+  static_assert(n <= kMaxStates, "a record has places for kMaxStates states: enlarge it");
+  static_assert(std::size(Rule::kStateNames) == n, "every state has a name");
+  return static_cast<int>(n);
+}();
 template <class Rule>
 constexpr uint32_t kPresentBits = [] {
   uint32_t bits = 0;
@@ -505,16 +512,14 @@ constexpr bool kWidelyUsed =
     std::is_same_v<Rule, Sgd<false>> || std::is_same_v<Rule, Sgd<true>> || std::is_same_v<Rule, Adam<false>> ||
     std::is_same_v<Rule, Lion> || std::is_same_v<Rule, Accumulate>;
 
-// Rule::update with its states in an array.
+// Rule::update with its states, as many as it names, in an array.
+template <class Rule, class T, class S, size_t... k>
+FUSEDSTEP_FN void update_with(T& param, T grad, [[maybe_unused]] T* states, const S& s, std::index_sequence<k...>) {
+  Rule::update(param, grad, states[k]..., s);
+}
 template <class Rule, class T, class S>
 FUSEDSTEP_FN void update_with(T& param, T grad, T* states, const S& s) {
-  static_assert(kNamed<Rule> <= 1 || kNamed<Rule> == 3, "add a branch for a rule that names another number of states");
-  if constexpr (kNamed<Rule> == 0)
-    Rule::update(param, grad, s);
-  else if constexpr (kNamed<Rule> == 1)
-    Rule::update(param, grad, states[0], s);
-  else
-    Rule::update(param, grad, states[0], states[1], states[2], s);
+  update_with<Rule>(param, grad, states, s, std::make_index_sequence<kNamed<Rule>>{});
 }
 
 }  // namespace FUSEDSTEP_ISA

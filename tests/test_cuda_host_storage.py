@@ -123,15 +123,17 @@ def test_any_order_and_number_of_threads_has_the_references_bits(library, case, 
 
 @by_mode
 def test_numbers_that_are_not_finite_have_the_references_bits(library, mode):  # noqa: F811
+    """By the kernels of whole vectors, which plain AdamW has for gradients like its weights, and in the general way."""
     edges = [0.0, -0.0, 1e-40, -3e-39, 3.4e38, -3.39e38, float("inf"), float("nan"), 7e4, -65519.0, 6e-8]
     sizes = [5000]
-    pair = Pair(CASES[10], sizes, torch.bfloat16, mode)
-    generator = torch.Generator().manual_seed(7)
-    for scale in (1.0, 1e-30):
-        (grad,) = random_grads(sizes, generator)
-        grad[: 300 * len(edges) : 300] = torch.tensor(edges)
-        pair.step(library, [grad * scale])
-    pair.assert_same()
+    for case, dtype in itertools.product((ADAMW, CASES[10]), (torch.bfloat16, torch.float32)):
+        pair = Pair(case, sizes, torch.bfloat16, mode)
+        generator = torch.Generator().manual_seed(7)
+        for scale in (1.0, 1e-30):
+            (grad,) = random_grads(sizes, generator, dtype)
+            grad[: 300 * len(edges) : 300] = torch.tensor(edges)
+            pair.step(library, [grad * scale])
+            pair.assert_same()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -57,6 +57,13 @@ def test_every_instruction_set_makes_the_same_of_every_format(here, expected, is
     assert output(here, isa) == expected
 
 
+@pytest.mark.parametrize("isa", _C.cpu_isas())
+def test_sums_have_the_bits_of_plain_loops(setup_py, isa, tmp_path):
+    flags = [*setup_py.CXX_FLAGS, *setup_py.X86_ISAS.get(isa, []), f"-DFUSEDSTEP_ISA={isa}"]
+    subprocess.run(["g++", *flags, STEPS.with_name("sums.cpp"), "-o", tmp_path / "sums"], check=True)
+    assert output(tmp_path / "sums") == ["0 differ"]
+
+
 @pytest.mark.skipif(not (shutil.which(CROSS) and QEMU), reason=f"needs {CROSS} and qemu-aarch64")
 def test_aarch64_makes_the_same_of_every_format(setup_py, expected, tmp_path):
     steps = [

@@ -84,20 +84,20 @@ class CodedStates {
   // Calls visit(k, the numbers of block b) for each state, so that their type is known.
   template <class Visit>
   FUSEDSTEP_FN static void visit_states(const Record& record, int64_t b, const Visit& visit) {
-    static_assert(kNamed<Rule> <= 3, "add a line");
     static_assert(std::size(Rule::kCodes) == kNamed<Rule>, "every state has a code");
-    visit_state<0>(record, b, visit);
-    visit_state<1>(record, b, visit);
-    visit_state<2>(record, b, visit);
+    visit_states(record, b, visit, std::make_integer_sequence<int, kNamed<Rule>>{});
+  }
+  template <class Visit, int... k>
+  FUSEDSTEP_FN static void visit_states(const Record& record, int64_t b, const Visit& visit,
+                                        std::integer_sequence<int, k...>) {
+    (visit_state<k>(record, b, visit), ...);
   }
   template <int k, class Visit>
   FUSEDSTEP_FN static void visit_state(const Record& record, int64_t b, const Visit& visit) {
-    if constexpr (k < kNamed<Rule>) {
-      if constexpr (has_state<Rule>(k)) {
-        using Byte = std::conditional_t<Rule::kCodes[k] == Code::kSigned, int8_t, uint8_t>;
-        using Number = std::conditional_t<Rule::kCodes[k] == Code::kNone, float, Byte>;
-        visit(k, static_cast<Number*>(record.states[k]) + b * kBlock);
-      }
+    if constexpr (has_state<Rule>(k)) {
+      using Byte = std::conditional_t<Rule::kCodes[k] == Code::kSigned, int8_t, uint8_t>;
+      using Number = std::conditional_t<Rule::kCodes[k] == Code::kNone, float, Byte>;
+      visit(k, static_cast<Number*>(record.states[k]) + b * kBlock);
     }
   }
   template <class Visit>

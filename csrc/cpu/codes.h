@@ -148,19 +148,6 @@ FUSEDSTEP_FN void encode(uint8_t* to, const Wide& x, float inverse) {
 FUSEDSTEP_FN WordPack larger(WordPack a, WordPack b) {
   return a > b ? a : b;
 }
-FUSEDSTEP_FN uint32_t largest_of(WordPack most) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_epu32((__m512i)most);
-#elif defined(__AVX2__)
-  __m128i four = _mm_max_epu32(_mm256_castsi256_si128((__m256i)most), _mm256_extracti128_si256((__m256i)most, 1));
-  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1))));
-#else
-  uint32_t largest = 0;
-  for (int i = 0; i < kLanes<float>; ++i) largest = most[i] > largest ? most[i] : largest;
-  return largest;
-#endif
-}
 
 }  // namespace FUSEDSTEP_ISA
 }  // namespace fusedstep::cpu

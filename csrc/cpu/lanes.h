@@ -1,6 +1,9 @@
 // Sums over numbers, a pack at a time, in an order that does not depend on the instruction set.
 #pragma once
 
+#include <cstddef>
+#include <utility>
+
 #include "stored.h"
 
 namespace fusedstep::cpu {
@@ -77,14 +80,105 @@ template <class T>
 struct Lanes {
   Pack<T> packs[kSplit<T>] = {};
 
-  FUSEDSTEP_FN T total() const {
-    T lanes[kStep<T>];
-    __builtin_memcpy(lanes, packs, sizeof(lanes));
-    for (int64_t half = kStep<T> / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  FUSEDSTEP_FN T total() const { return total_of(folded(packs)); }
+  FUSEDSTEP_FN static T total_of(Pack<T> pack) { return halved(pack, std::make_index_sequence<kLanes<T>>{}); }
+
+  // The lanes of the first kPacks, where all others are zeros, in one pack: what total() begins with.
+  template <int kPacks>
+  FUSEDSTEP_FN static Pack<T> folded(const Pack<T> (&given)[kPacks]) {
+    if constexpr (kPacks == 1) {
+      return given[0];
+    } else {
+      static_assert(kPacks % 2 == 0, "the first half and the second");
+      Pack<T> sums[kPacks / 2];
+      for (int w = 0; w < kPacks / 2; ++w) sums[w] = given[w] + given[w + kPacks / 2];
+      return folded(sums);
     }
-    return lanes[0];
   }
+
+ private:
+  template <int64_t kHalf = kLanes<T> / 2, size_t... i>
+  FUSEDSTEP_FN static T halved(Pack<T> sums, std::index_sequence<i...> lanes) {
+    sums += __builtin_shufflevector(sums, sums, (i % kHalf + kHalf)...);
+    if constexpr (kHalf > 1)
+      return halved<kHalf / 2>(sums, lanes);
+    else
+      return sums[0];
+  }
+};
+
+// The totals of as many rows as a pack has lanes, each in the order of Lanes::total: half of one pack's lanes beside
+// half of another's, so that both are added at once. pack(a constant i) gives what is in the lanes from the i-th row
+// on: a row, or kRows, each of 4 lanes or more. It is called in order.
+template <int kRows = 1>
+class Totals {
+ public:
+  template <class Pack>
+  FUSEDSTEP_FN static FloatPack of(const Pack& pack) {
+    return in_order(added<0, kSize>(pack), AllLanes{});
+  }
+
+ private:
+  static constexpr int kSize = kLanes<float>;
+  static_assert(kSize / kRows >= 4, "these lie in another order");
+  using AllLanes = std::make_index_sequence<kSize>;
+
+  // Of kCount rows, each of which has the same number of lanes left.
+  template <int kFirst, int kCount, class Pack>
+  FUSEDSTEP_FN static FloatPack added(const Pack& pack) {
+    if constexpr (kCount == kRows) {
+      return pack(std::integral_constant<int, kFirst>{});
+    } else {
+      const FloatPack a = added<kFirst, kCount / 2>(pack), b = added<kFirst + kCount / 2, kCount / 2>(pack);
+      constexpr int kLeft = kSize / kCount;  // lanes of each
+      return halves<kLeft, 0>(a, b, AllLanes{}) + halves<kLeft, kLeft>(a, b, AllLanes{});
+    }
+  }
+  // The first (kFrom = 0) or the second half of the lanes of each of a's and b's, which has twice kLeft. Processors mix
+  // two packs most easily by fours of lanes, and within each four.
+  template <int kLeft, int kFrom, size_t... i>
+  FUSEDSTEP_FN static FloatPack halves(FloatPack a, FloatPack b, std::index_sequence<i...>) {
+    constexpr int kWindow = kLeft < 4 ? 4 : kSize, kOfEach = kWindow / 2;
+    return __builtin_shufflevector(a, b,
+                                   (i % kWindow / kOfEach * kSize + i / kWindow * kWindow +
+                                    i % kOfEach / kLeft * (2 * kLeft) + i % kLeft + kFrom)...);
+  }
+  template <size_t... i>
+  FUSEDSTEP_FN static FloatPack in_order(FloatPack x, std::index_sequence<i...>) {
+    return __builtin_shufflevector(x, x, (i % (kSize / 4) * 4 + i / (kSize / 4))...);
+  }
+};
+
+// A sum, in fp64, of fp32 numbers without a sign, one after the other. While their sizes differ so little that no
+// addition rounds, they are added in any order, which takes a fraction of the time.
+class SumInOrder {
+ public:
+  // n numbers; behind them, up to a whole pack, zeros are written.
+  FUSEDSTEP_FN void add(float* numbers, int64_t n) {
+    typedef float HalfPack __attribute__((vector_size(kPackBytes / 2)));
+    for (int64_t i = n; i % kLanes<float> != 0; ++i) numbers[i] = 0.0f;
+    DoublePack sums[2] = {};
+    for (int64_t i = 0; i < n; i += kLanes<float>) {
+      const FloatPack pack = load_pack<float, float>(numbers + i);
+      HalfPack halves[2];
+      __builtin_memcpy(halves, &pack, sizeof(halves));
+      for (int h = 0; h < 2; ++h) sums[h] += __builtin_convertvector(halves[h], DoublePack);
+      // The smaller a number, the larger this is, but zeros count for nothing.
+      const WordPack smallness = WordPack{} - (WordPack)pack;
+      smallness_ = smallness > smallness_ ? smallness : smallness_;
+    }
+    const double sum = sum_ + Lanes<double>::total_of(sums[0] + sums[1]);
+    // Each number is a multiple of 2^-23 times its leading bit, and 53 bits hold what is less than 2^53 of these.
+    if (sum <= static_cast<double>(bit_cast<float>(0u - largest_of(smallness_))) * 0x1p28)
+      sum_ = sum;
+    else
+      for (int64_t i = 0; i < n; ++i) sum_ += static_cast<double>(numbers[i]);
+  }
+  FUSEDSTEP_FN double total() const { return sum_; }
+
+ private:
+  double sum_ = 0.0;
+  WordPack smallness_{};
 };
 
 }  // namespace FUSEDSTEP_ISA

@@ -2,8 +2,7 @@
 // no optimizer by name and no threads.
 // clang-format off
 #include "lanes.h"  // first: the rules that reducing.h brings in then find packs' square root
-#include "followers.h"
-#include "reducing.h"
+#include "narrow.h"
 // clang-format on
 
 namespace fusedstep::cpu {
@@ -24,147 +23,17 @@ double sum_of_squares(const Numbers& numbers, int64_t begin, int64_t n) {
   return sum;
 }
 
-// Memory of the arithmetic type.
-template <class T>
-FUSEDSTEP_FN Stored<T, T> plain(T* numbers) {
-  return {numbers};
-}
-
-// A tensor in the course of a phase, with its scalars.
-template <class Rule, class T>
-struct Context {
-  const Wave& wave;
-  const ReducingTensor* tensor = nullptr;
-  int64_t step = -1;
-  typename Rule::template Scalars<T> scalars{};
-  typename Rule::template Finish<T> finish{};
-
-  const Record& record() const { return *tensor->work->record; }
-  const Matrices& matrices() const { return tensor->work->record->matrices; }
-  GradChange<T> change() const { return grad_change<T>(*wave.call); }
-  AnyStored<T> state(int k) const { return {record().states[k], record().state_dtypes[k]}; }
-
-  void enter(const ReducingTensor& next, Phase phase) {
-    if (tensor == &next) return;
-    tensor = &next;
-    const int64_t number = count_of(*record().step) + 1;
-    if (number != step) scalars = Rule::template prepare<T>(wave.call->hyper, step = number);
-    if (phase == Phase::kUpdate)
-      finish = Rule::template finish<T>(scalars, rms(next.param_sums), rms(next.update_sums));
-  }
-  double rms(const double* sums) const {
-    double sum = 0.0;
-    for (int64_t i = 0; i < tensor->tiles; ++i) sum += sums[i];
-    return square_root(sum / static_cast<double>(record().numel));
-  }
-};
-
-// The formats of a tensor's operands, as types where they are the usual ones.
-template <class Rule, class T, class Visit>
-FUSEDSTEP_FN void visit_operands(const Context<Rule, T>& context, Visit&& visit) {
-  constexpr int kElement = kPlace<Rule, Span::kElement>;
-  constexpr Dtype kArithmetic = sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32;
-  const Record& record = context.record();
-  void* const grad = const_cast<void*>(context.tensor->work->grad);
-  void* const state = kElement < 0 ? nullptr : record.states[kElement < 0 ? 0 : kElement];
-  const bool usual = record.grad_dtype == record.param_dtype &&
-                     (kElement < 0 || record.state_dtypes[kElement < 0 ? 0 : kElement] == kArithmetic);
-  const auto with = [&](auto* number) FUSEDSTEP_INLINE {
-    using S = std::remove_pointer_t<decltype(number)>;
-    visit(Stored<T, S>{static_cast<S*>(record.param)}, Stored<T, S>{static_cast<S*>(grad)},
-          Stored<T, T>{static_cast<T*>(state)});
-  };
-  if (usual && record.param_dtype == kArithmetic) return with(static_cast<T*>(nullptr));
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (usual && record.param_dtype == Dtype::kBF16) return with(static_cast<BF16*>(nullptr));
-  }
-  visit(AnyStored<T>{record.param, record.param_dtype}, AnyStored<T>{grad, record.grad_dtype},
-        AnyStored<T>{state, kElement < 0 ? kArithmetic : record.state_dtypes[kElement < 0 ? 0 : kElement]});
-}
-
-// Updates parameters and elements' states at [at, at + n). factors(i, size, out): those of the i-th element after `at`.
-template <class Rule, class T, class Param, class Grad, class State, class Factors>
-FUSEDSTEP_FN void update_elements(const Context<Rule, T>& context, const Param& param, const Grad& grad,
-                                  const State& state, int64_t at, int64_t n, Factors&& factors) {
-  constexpr bool kHasState = kPlace<Rule, Span::kElement> >= 0;
-  const auto s = context.scalars;
-  const auto f = context.finish;
-  const GradChange<T> change = context.change();
-  for_packs<T>(n, [&](int64_t i, int, auto size) FUSEDSTEP_INLINE {
-    Pack<T> p = load_at(param, at + i, size), x{}, own[Rule::kFactors];
-    const Pack<T> g = change(load_at(grad, at + i, size));
-    if (change.zero) store_at(grad, at + i, Pack<T>{}, size);
-    if (change.write) store_at(grad, at + i, g * change.sign, size);
-    if constexpr (kHasState) x = load_at(state, at + i, size);
-    factors(i, size, own);
-    Rule::update(p, g, own, x, s, f);
-    store_at(param, at + i, p, size);
-    if constexpr (kHasState) store_at(state, at + i, x, size);
-  });
-  if (context.record().has_followers())
-    follow<T>(context.record(), at, at + n, static_cast<T>(context.wave.call->average_weight));
-}
-
-// New states and factors of n lines, from the mean of each; the states begin at `at` in their tensors. Whether they are
-// stored is told by `store`; the first of them is left in `first_states` too.
-template <class Rule, class T>
-void finish_lines(const Context<Rule, T>& context, const int* places, int64_t at, int64_t n, const T* means, bool store,
-                  T* first_states, T* factors, int64_t stride) {
-  const auto s = context.scalars;
-  AnyStored<T> states[kLineStates<Rule>];
-  for (int k = 0; k < kLineStates<Rule>; ++k) states[k] = context.state(places[k]);
-  for_packs<T>(n, [&](int64_t i, int, auto size) FUSEDSTEP_INLINE {
-    Pack<T> pack[kLineStates<Rule>], own[Rule::kFactors];
-    for (int k = 0; k < kLineStates<Rule>; ++k) pack[k] = load_at(states[k], at + i, size);
-    Rule::line(load_at(Stored<T, T>{const_cast<T*>(means)}, i, size), pack, own, s);
-    for (int k = 0; store && k < kLineStates<Rule>; ++k) store_at(states[k], at + i, pack[k], size);
-    store_at(plain(first_states), i, pack[0], size);
-    for (int k = 0; k < Rule::kFactors; ++k) store_at(plain(factors + k * stride), i, own[k], size);
-  });
-}
-
-template <class Rule, Span span>
-const int* line_places() {
-  static constexpr int kPlaces[] = {kPlace<Rule, span, 0>, kPlace<Rule, span, 1>};
-  static_assert(kLineStates<Rule> <= 2, "add a place for a rule whose lines have more states");
-  return kPlaces;
-}
-
 // Blocks of large matrices.
-
-template <class Rule, class T>
-struct Block {
-  const ReducingTensor& tensor;
-  const Matrices& m;
-  const Tile& tile;
-  int64_t at;  // the tile's first element
-
-  Block(const Context<Rule, T>& context, const Tile& t)
-      : tensor(*context.tensor),
-        m(context.matrices()),
-        tile(t),
-        at((t.matrix * m.rows + t.row) * m.columns + t.column) {}
-
-  T* row_sums() const {
-    const int64_t block = tile.matrix * tensor.column_blocks + tile.column / tensor.block_columns;
-    return reinterpret_cast<T*>(tensor.row_sums) + block * m.rows + tile.row;
-  }
-  T* column_sums(int64_t row) const {  // of the row block that begins at this row of the tile
-    const int64_t block = tile.matrix * tensor.row_blocks + (tile.row + row) / kRowBlock;
-    return reinterpret_cast<T*>(tensor.column_sums) + block * m.columns + tile.column;
-  }
-  T* row_factors(int k) const {
-    return reinterpret_cast<T*>(tensor.row_factors) + (k * m.batch + tile.matrix) * m.rows + tile.row;
-  }
-  T* column_factors(int k) const {
-    return reinterpret_cast<T*>(tensor.column_factors) + (k * m.batch + tile.matrix) * m.columns + tile.column;
-  }
-};
 
 // Row after row, as they lie in memory: that is read faster than several rows at once.
 template <class Rule, class T, class Param, class Grad>
 void sum_block(const Context<Rule, T>& context, const Tile& tile, int64_t index, const Param& param, const Grad& grad) {
   const Block<Rule, T> block(context, tile);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (is_narrow(block.m))
+      return visit_shape(block.m,
+                         [&](auto shape) { sum_narrow<Rule, decltype(shape)>(context, block, index, param, grad); });
+  }
   const auto s = context.scalars;
   const GradChange<T> change = context.change();
   [[maybe_unused]] double sum = 0.0;
@@ -200,33 +69,38 @@ void finish_block_lines(const Context<Rule, T>& context, const Lines& lines) {
   const int64_t n = lines.columns ? m.columns : m.rows, elements = lines.columns ? m.rows : m.columns;
   const T* sums = reinterpret_cast<const T*>(lines.columns ? tensor.column_sums : tensor.row_sums);
   sums += lines.matrix * blocks * n + lines.first;
-  double totals[kLineBlock] = {};
-  for (int64_t b = 0; b < blocks; ++b) {
-    for (int64_t i = 0; i < lines.count; ++i) totals[i] += static_cast<double>(sums[b * n + i]);
-  }
   alignas(64) T means[kLineBlock], first_states[kLineBlock];
-  for (int64_t i = 0; i < lines.count; ++i) means[i] = static_cast<T>(totals[i] / static_cast<double>(elements));
+  if (blocks == 1) {
+    // Fewer than 2^24: twice rounded, as below, the quotient of two fp32 numbers is the same.
+    for (int64_t i = 0; i < lines.count; ++i) means[i] = sums[i] / static_cast<T>(elements);
+  } else {
+    double totals[kLineBlock] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t i = 0; i < lines.count; ++i) totals[i] += static_cast<double>(sums[b * n + i]);
+    }
+    for (int64_t i = 0; i < lines.count; ++i) means[i] = static_cast<T>(totals[i] / static_cast<double>(elements));
+  }
   const int64_t at = lines.matrix * n + lines.first;
   T* const factors = reinterpret_cast<T*>(lines.columns ? tensor.column_factors : tensor.row_factors) + at;
   const int* places = lines.columns ? line_places<Rule, Span::kColumn>() : line_places<Rule, Span::kRow>();
   finish_lines<Rule, T>(context, places, at, lines.count, means, true, first_states, factors, m.batch * n);
   if (Rule::kRowMean && !lines.columns) {
-    double total = 0.0;
-    for (int64_t i = 0; i < lines.count; ++i) total += static_cast<double>(first_states[i]);
-    tensor.row_totals[lines.matrix * tensor.line_blocks() + lines.first / kLineBlock] = total;
+    double& total = tensor.row_totals[lines.matrix * tensor.line_blocks() + lines.first / kLineBlock];
+    if constexpr (sizeof(T) == sizeof(float)) {
+      SumInOrder sum;
+      sum.add(first_states, lines.count);
+      total = sum.total();
+    } else {
+      total = 0.0;
+      for (int64_t i = 0; i < lines.count; ++i) total += first_states[i];
+    }
   }
 }
 
 // Calls visit(row, factors) for each row of a tile, where factors(i, size, out) gives those of its i-th element.
 template <class Rule, class T, class Visit>
 FUSEDSTEP_FN void for_rows(const Context<Rule, T>& context, const Block<Rule, T>& block, Visit&& visit) {
-  T of_matrix = 1;
-  if constexpr (Rule::kRowMean) {
-    const int64_t blocks = block.tensor.line_blocks();
-    double total = 0.0;
-    for (int64_t i = 0; i < blocks; ++i) total += block.tensor.row_totals[block.tile.matrix * blocks + i];
-    of_matrix = Rule::matrix(static_cast<T>(total / static_cast<double>(block.m.rows)), context.scalars);
-  }
+  const T of_matrix = factor_of_matrix(context, block);
   for (int64_t row = 0; row < block.tile.rows; ++row) {
     T of_row[Rule::kFactors];
     for (int k = 0; kRows<Rule> && k < Rule::kFactors; ++k) of_row[k] = of_matrix * block.row_factors(k)[row];
@@ -248,6 +122,11 @@ template <class Rule, class T, class Grad>
 void sum_block_directions(const Context<Rule, T>& context, const Tile& tile, int64_t index, const Grad& grad) {
   if constexpr (Rule::kUpdateSum) {
     const Block<Rule, T> block(context, tile);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (is_narrow(block.m))
+        return visit_shape(
+            block.m, [&](auto shape) { sum_narrow_directions<Rule, decltype(shape)>(context, block, index, grad); });
+    }
     const auto s = context.scalars;
     const GradChange<T> change = context.change();
     double sum = 0.0;
@@ -271,6 +150,11 @@ template <class Rule, class T, class Param, class Grad, class State>
 void update_block(const Context<Rule, T>& context, const Tile& tile, const Param& param, const Grad& grad,
                   const State& state) {
   const Block<Rule, T> block(context, tile);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (is_narrow(block.m))
+      return visit_shape(block.m,
+                         [&](auto shape) { update_narrow<Rule, decltype(shape)>(context, block, param, grad, state); });
+  }
   for_rows<Rule, T>(context, block, [&](int64_t row, auto&& factors) FUSEDSTEP_INLINE {
     update_elements<Rule, T>(context, param, grad, state, block.at + row * block.m.columns, tile.columns, factors);
   });

@@ -9,7 +9,7 @@
 #define FUSEDSTEP_OUT_OF_LINE __attribute__((noinline))
 
 // The states of one element must live in registers, not in an array in memory.
-#define FUSEDSTEP_UNROLL _Pragma("GCC unroll 8")
+#define FUSEDSTEP_UNROLL _Pragma("GCC unroll 16")
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
@@ -32,6 +32,20 @@ struct Stored {
     store_part_of<kLanes<T>>(data + i, part, n);
   }
 };
+
+FUSEDSTEP_FN uint32_t largest_of(WordPack most) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)most);
+#elif defined(__AVX2__)
+  __m128i four = _mm_max_epu32(_mm256_castsi256_si128((__m256i)most), _mm256_extracti128_si256((__m256i)most, 1));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1))));
+#else
+  uint32_t largest = 0;
+  for (int i = 0; i < kLanes<float>; ++i) largest = most[i] > largest ? most[i] : largest;
+  return largest;
+#endif
+}
 
 // Numbers whose format is known only now: the switch goes the same way for all of a tensor.
 template <class T>
