@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import averages, codecs, layout, precision
+from .. import averages, codecs, layout, numerics, precision
 from ..counts import count_of, counter_value
 from ..precision import Form, Storage
+from . import reference_reducing
 from .base import Backend
 from .plan import Call, Plan, Slot
 
@@ -64,21 +65,24 @@ class ReferencePlan(Plan):
         self.grads[index] = grad
 
     def foresee(self, hyper: tuple[float | Tensor, ...]) -> None:
-        numbers = tuple(float(value) for value in hyper)
+        h = self._numbers(hyper)
         for step in {slot.step.item() for slot, grad in zip(self.slots, self.grads, strict=True) if grad is not None}:
-            self.optimizer.prepare(numbers, int(step) + 1)
+            self.functions.prepare(h, int(step) + 1)
+
+    def _numbers(self, hyper: tuple[float | Tensor, ...]) -> Any:
+        return self.functions.Hyper(*map(float, hyper))
 
     @torch.inference_mode()  # in which inference tensors can be written, and any other one as always
     def step(self, call: Call) -> int:
         self._step_rows(call)
         grads, self.grads = self.grads, []
         skipped = call.skipped
-        numbers = tuple(float(value) for value in call.hyper)
+        call = call._replace(hyper=self._numbers(call.hyper))
         for index, (slot, grad) in enumerate(zip(self.slots, grads, strict=True)):
             if grad is None:
                 continue
             if not skipped:
-                self.update(slot, grad, call._replace(hyper=numbers))
+                self.update(slot, grad, call)
             if self.writes_grads and self._own_grad(index) is not None:  # those of rows are their plan's
                 self._leave_in(index, grad, skipped)
         self.given = None
@@ -103,20 +107,24 @@ class ReferencePlan(Plan):
             grad = -grad
         step = count_of(slot.step) + 1
         slot.step.fill_(counter_value(step))
-        scalars = self.optimizer.prepare(call.hyper, step)
+        rule = self.functions
+        scalars = numerics.narrowed(rule.prepare(call.hyper, step), arithmetic)
         stored = Stored(slot, memory, arithmetic)
-        targets = {name: (k, state) for k, (name, state) in enumerate(zip(self.states, slot.states, strict=True))}
-        names = [name if targets.get(name, (0, None))[1] is not None else None for name in self.optimizer.state_names]
-        states = [None if name is None else stored.state(*targets[name]) for name in names]
-        param, *states = self.optimizer.update(stored.weight(), grad, *states, scalars)
+        places = [(k, name) for k, name in enumerate(self.states) if slot.states[k] is not None]
+        states = {name: stored.state(k, slot.states[k]) for k, name in places}
+        if rule.reduces:
+            param, states = reference_reducing.update(rule, stored.weight(), grad, states, slot.matrices, scalars)
+        else:
+            has = rule.has(name in states for name in rule.state_names)
+            param, *new = rule.update(stored.weight(), grad, *map(states.get, rule.state_names), scalars, has)
+            states = dict(zip(rule.state_names, new, strict=True))
         stored.set_weight(param)
         followers = [None if tensor is None else real_memory(tensor) for tensor in (slot.average, slot.copy)]
         averages.follow(stored.followed(), *followers, self.average_weight)
         if layout.is_wrapper(slot.tensor):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(slot.tensor)
-        for name, state in zip(names, states, strict=True):
-            if name is not None:
-                stored.set_state(*targets[name], state)
+        for k, name in places:
+            stored.set_state(k, slot.states[k], states[name])
 
 
 class Stored:
