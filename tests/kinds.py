@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import fusedstep
+from fusedstep import _C
 from fusedstep.cases import CASES, REDUCING, Case, reduces
+from fusedstep.rule import Rule
 
 ALL = os.environ.get("FUSEDSTEP_TEST_ALL") == "1"
 
@@ -50,6 +52,11 @@ KINDS = {
     "a step that is a number": case_of("AdaBelief", "amsgrad"),
     "reducing": case_of("Adafactor", "beta1", "weight_decay"),
 }
+CLASSES = [
+    cls for cls in vars(fusedstep).values() if isinstance(cls, type) and issubclass(cls, Rule) and "rule" in dir(cls)
+]
+# Every compiled rule, with the class that has its functions in Python.
+RULES = {name: next(f for cls in CLASSES if (f := cls.rule_named(name)).rule == name) for name in _C.rules()}
 ELEMENTWISE = list(CASES) if ALL else [case for kind, case in KINDS.items() if kind != "reducing"]
 # Those that differ in what an engine does; the others differ in what is kept, and how.
 IN_ENGINES = [KINDS[kind] for kind in ("no state", "no step", "two states", "three states")]

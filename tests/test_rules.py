@@ -3,13 +3,16 @@
 import inspect
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from kinds import KINDS, kind_of
+from kinds import RULES as COMPILED
 
 import fusedstep
 from fusedstep import _C
 from fusedstep.cases import CASES, REDUCING
+from fusedstep.numerics import Double
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = sorted({case.optimizer for case in CASES})
@@ -28,21 +31,21 @@ def test_every_exported_optimizer_has_cases():
     assert exported - {"FusedOptimizer"} == {cls.__name__ for cls in ALL_CLASSES}
 
 
-@by_any_rule
-def test_names_are_those_of_the_compiled_rule(cls):
-    hyper, states = _C.rules()[cls.rule]
-    assert tuple(hyper) == cls.hyper_names
-    assert tuple(states) == cls.state_names
+@pytest.mark.parametrize("rule", COMPILED)
+def test_names_are_those_of_the_compiled_rule(rule):
+    hyper, states = _C.rules()[rule]
+    assert tuple(hyper) == COMPILED[rule].Hyper._fields
+    assert tuple(states) == COMPILED[rule].state_names
 
 
 @by_rule
 def test_update_names_its_arguments_as_the_compiled_rule_does(cls):
     arguments = list(inspect.signature(cls.update).parameters)
-    assert arguments == ["param", "grad", *cls.state_names, "s"]
+    assert arguments == ["param", "grad", *cls.state_names, "s", "has"]
     source = (ROOT / "csrc" / "rules.h").read_text()
     struct = source[source.index(f'kName = "{cls.rule}"') :]
     signature = re.search(r"void update\((.*?)\)", struct, re.DOTALL).group(1)
-    assert [argument.split()[-1].strip("&") for argument in signature.split(",")] == arguments
+    assert [argument.split()[-1].strip("&") for argument in signature.split(",")] == arguments[:-1]
 
 
 @by_rule
@@ -59,43 +62,20 @@ def test_scalars_are_those_of_the_compiled_rule(cls):
     source = (ROOT / "csrc" / ("reducing_rules.h" if cls in REDUCING_CLASSES else "rules.h")).read_text()
     struct = source[source.index(f'kName = "{cls.rule}"') :]
     body = re.search(r"struct Scalars \{(.*?)\};", struct, re.DOTALL).group(1)
-    names = [name.strip() for line in re.findall(r"(?:T|double|bool) ([^;]+);", body) for name in line.split(",")]
-    assert tuple(names) == cls.Scalars._fields
+    lines = re.findall(r"(T|double|bool) ([^;]+);", body)
+    types = {"T": float, "double": Double, "bool": bool}
+    expected = {name.strip(): types[kind] for kind, line in lines for name in line.split(",")}
+    assert list(get_type_hints(cls.Scalars).items()) == list(expected.items())
 
 
 @pytest.mark.parametrize("cls", REDUCING_CLASSES, ids=lambda cls: cls.__name__)
 def test_update_of_a_reducing_rule_names_its_states(cls):
-    assert list(inspect.signature(cls.update).parameters) == ["param", "grad", *cls.state_names, "s"]
-
-
-@by_rule
-def test_triton_rules_have_the_same_names(cls):
-    pytest.importorskip("triton")
-    from fusedstep.triton_kernels import rules
-
-    rule = rules.RULES[cls.rule]
-    assert list(inspect.signature(rule.update.fn).parameters) == ["param", "grad", *cls.state_names, "s", "PRESENT"]
-    assert rule.n_named == len(cls.state_names)
-    hyper = re.findall(r"(\w+) = tl.load\(hyper_ptr(?: \+ (\d+))?\)", inspect.getsource(rule.prepare.fn))
-    assert [int(index or 0) for _, index in hyper] == list(range(len(cls.hyper_names)))
-    for (name, _), expected in zip(hyper, cls.hyper_names, strict=True):
-        assert expected.startswith(name)
-
-
-@pytest.mark.parametrize("cls", REDUCING_CLASSES, ids=lambda cls: cls.__name__)
-def test_reducing_triton_rules_have_the_same_names(cls):
-    pytest.importorskip("triton")
-    from fusedstep.triton_kernels import reducing_rules
-
-    rule = reducing_rules.REDUCING_RULES[cls.rule]
-    states = (rule.row, rule.column, rule.flat, rule.element, rule.tensor)
-    assert {name for name in states if name} == set(cls.state_names)
-    hyper = re.findall(r"(\w+) = tl.load\(hyper_ptr(?: \+ (\d+))?\)", inspect.getsource(rule.prepare.fn))
-    assert [int(index or 0) for _, index in hyper] == list(range(len(cls.hyper_names)))
-    for (name, _), expected in zip(hyper, cls.hyper_names, strict=True):
-        assert expected.startswith(name)
-    scalars = re.search(r"return (\w+)\(", inspect.getsource(rule.prepare.fn)).group(1)
-    assert getattr(reducing_rules, scalars)._fields == cls.Scalars._fields
+    arguments = list(inspect.signature(cls.update).parameters)
+    assert arguments == ["param", "grad", "factor", *cls.names_of("element"), "s", "f", "has"]
+    source = (ROOT / "csrc" / "reducing_rules.h").read_text()
+    struct = source[source.index(f'kName = "{cls.rule}"') :]
+    spans = re.findall(r"Span::k(\w+)", re.search(r"kSpans\[\] = \{(.*?)\};", struct).group(1))
+    assert cls.spans == dict(zip(cls.state_names, map(str.lower, spans), strict=True))
 
 
 GENERIC = [
@@ -103,7 +83,7 @@ GENERIC = [
     *(ROOT / "python").rglob("*.py"),
     *(ROOT / "triton_kernels").glob("*.py"),
 ]
-OWN = {"rules.h", "reducing_rules.h", "rules.py", "reducing_rules.py", "cases.py", "__init__.py"}
+OWN = {"rules.h", "reducing_rules.h", "cases.py", "__init__.py"}
 OWN |= {f"{cls.__module__.split('.')[-1]}.py" for cls in ALL_CLASSES}
 OWN |= {"recipe.py", "tuning.py"}  # of one optimizer
 

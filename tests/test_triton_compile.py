@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import triton_barriers
+from kinds import RULES as BY_NAME
 from support import precision_modes
 from triton_code import code_of, norms, schedules, updates
 
 import fusedstep
+from fusedstep.backends.triton_reducing import names_of
 from fusedstep.cases import CASES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -32,10 +34,11 @@ def elementwise():
 
 def reducing():
     """The same for rules that reduce, with the states in the order of the kernels' constants."""
-    from fusedstep.triton_kernels.reducing_rules import REDUCING_RULES
-
     found = []
-    for rule, has in sorted(REDUCING_RULES.items()):
+    for rule, functions in sorted(BY_NAME.items()):
+        if not functions.reduces:
+            continue
+        has = names_of(functions)
         lines = (bool(has.row), bool(has.column))
         for first in {lines, (bool(has.flat),) * 2} - {(False, False)}:
             for element in {False, bool(has.element)}:

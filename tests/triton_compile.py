@@ -14,7 +14,7 @@ import torch
 import triton_barriers
 from fusedstep.triton_kernels import norm, reducing, schedule, step
 from fusedstep.triton_kernels.numeric import NONE
-from fusedstep.triton_kernels.rules import RULES
+from kinds import RULES
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
@@ -61,10 +61,11 @@ def prepared(kernel: str, wanted: dict) -> list:
         return [norm.prepare(NUMBERS[wanted["dtype"]], wanted["first"], wanted["last"], limits, 2 * step.block_size())]
     dtypes = tuple(NUMBERS[name] for name in wanted["dtypes"])
     followers = tuple(NUMBERS[name] for name in wanted["followers"])
-    chosen = (wanted["rule"], dtypes, followers, wanted["maximize"], wanted["left"])
-    if wanted["rule"] in RULES:
-        return [step.prepare(*chosen, step.block_size(), wanted["form"])]
-    return reducing.prepare(*chosen)
+    rule = RULES[wanted["rule"]]
+    chosen = (rule, dtypes, followers, wanted["maximize"], wanted["left"])
+    if rule.reduces:
+        return reducing.prepare(*chosen)
+    return [step.prepare(*chosen, step.block_size(), wanted["form"])]
 
 
 def arguments(names: list[str], wanted: dict) -> list:

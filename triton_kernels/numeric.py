@@ -1,4 +1,4 @@
-"""Number formats and correctly rounded arithmetic: csrc/numeric.h in Triton."""
+"""Number formats and correctly rounded arithmetic: csrc/numeric.h, and what rules take of numerics.py, in Triton."""
 
 import triton
 import triton.language as tl
@@ -7,6 +7,16 @@ import triton.language as tl
 # From I8 on they are codes.
 FP32, BF16, FP16, FP64, I8, U8, BITS = (tl.constexpr(k) for k in range(7))
 NONE = tl.constexpr(-1)  # there is nothing
+
+
+@triton.jit
+def real(n):
+    return n.to(tl.float64)
+
+
+@triton.jit
+def where(condition, a, b):
+    return tl.where(condition, a, b)
 
 
 @triton.jit
@@ -29,6 +39,15 @@ def divide(a, b):
 def load_number(ptr, ARITHMETIC: tl.constexpr):
     """A number in device memory. Callers see to an absent one: Triton 3.6 compiles no function that returns None."""
     return tl.load(ptr).to(ARITHMETIC)
+
+
+@triton.jit
+def load_several(ptr, N: tl.constexpr):
+    """``N`` numbers side by side."""
+    numbers = ()
+    for k in tl.static_range(N):
+        numbers = numbers + (tl.load(ptr + k),)
+    return numbers
 
 
 @triton.jit
@@ -60,6 +79,22 @@ def power(base, exponent):
         base = base * base
         exponent = exponent // 2
     return result
+
+
+@triton.jit
+def real_power(base, exponent):
+    return tl.exp(tl.log(base) * exponent)
+
+
+@triton.jit
+def reciprocal(x):
+    return 1.0 / x  # in float64
+
+
+@triton.jit
+def interpolate(a, b, weight):
+    """From ``a`` to ``b`` as torch.lerp goes: exactly there for a weight of 1."""
+    return tl.where(weight < 0.5, a + weight * (b - a), b - (b - a) * (1.0 - weight))
 
 
 @triton.jit

@@ -7,11 +7,13 @@ fixed order.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from . import binding
+from .binding import bound
 from .launching import Prepared
 from .numeric import (
     FP32,
@@ -57,7 +59,6 @@ from .reducing_lines import (
     sum_small,
     work,
 )
-from .reducing_rules import REDUCING_RULES
 from .reducing_tiles import (
     is_wide,
     load,
@@ -70,6 +71,9 @@ from .reducing_tiles import (
 )
 from .step import ARGUMENTS as STEP_ARGUMENTS
 from .step import block_size, is_interpreted, register_limit
+
+if TYPE_CHECKING:
+    from ..rule import Rule
 
 ARGUMENTS = tuple("items_ptr" if name == "chunks_ptr" else name for name in STEP_ARGUMENTS)
 
@@ -167,7 +171,7 @@ def sums_kernel(
     table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
     average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
-    FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
+    FINISH: tl.constexpr, UPDATE: tl.constexpr, HAS: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
@@ -284,7 +288,7 @@ def update_kernel(
     table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
     average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
-    FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
+    FINISH: tl.constexpr, UPDATE: tl.constexpr, HAS: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
@@ -332,7 +336,7 @@ def update_kernel(
                 factor = small_factors(row_ptr, matrix, i, mask, False, MATRIX, DTYPES, ARITHMETIC)
             else:  # the states are for the last pass to write
                 state = load(tl.load(row_ptr + ROW_STATE), begin + at, lanes, mask, DTYPES[2], ARITHMETIC, False)
-                _unused, _unused, factor, _unused = LINE(SQUARE(g, s), state, state, s)
+                _unused, factor = LINE(SQUARE(g, s), state, s)
             direction = tl.where(mask, DIRECTION(g, factor, s), 0.0)
             sums += direction * direction
             at += BLOCK
@@ -413,11 +417,27 @@ def store_elements(
 
 
 @triton.jit
+def updated(e, g, factor, factor2, s, f, UPDATE: tl.constexpr, HAS: tl.constexpr, TWO: tl.constexpr):
+    """The new parameters and states; what stands in for states comes back where the rule names none."""
+    states = ()
+    if len(HAS) == 1:
+        states = (e.state,)
+    if TWO:
+        new = UPDATE(e.param, g, factor, factor2, *states, s, f, HAS)
+    else:
+        new = UPDATE(e.param, g, factor, *states, s, f, HAS)
+    state = e.state
+    if len(HAS) == 1:
+        state = new[1]
+    return new[0], state
+
+
+@triton.jit
 def apply_tiles(
     row_ptr, grad, matrix, first_row, first_column, n, scale, coefficient, average_weight, s, f,
-    UPDATE: tl.constexpr, MATRIX: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr,
-    LEFT: tl.constexpr, FOLLOWERS: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    UPDATE: tl.constexpr, HAS: tl.constexpr, MATRIX: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The update of ``n`` rows of a strip."""
     TWO: tl.constexpr = DTYPES[6] != NONE or DTYPES[7] != NONE  # states and factors of a line
@@ -441,7 +461,7 @@ def apply_tiles(
         leave(grad, begin, lanes, g, mask, DTYPES[1], LEFT, WIDE)
         if MAXIMIZE:
             g = -g
-        p, state = UPDATE(e.param, g, factor, factor2, e.state, s, f, DTYPES[4] != NONE)
+        p, state = updated(e, g, factor, factor2, s, f, UPDATE, HAS, TWO)
         store_elements(e, begin, lanes, mask, p, state, average_weight, DTYPES, ARITHMETIC, FOLLOWERS, WIDE)
         at += TILE_ROWS
 
@@ -492,7 +512,7 @@ def apply_kernel(
     table_ptr, items_ptr, grads_ptr, hyper_ptr, done_ptr, grad_scale_ptr, found_inf_ptr, coefficient_ptr,
     average_weight_ptr, n_tensors,
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
-    FINISH: tl.constexpr, UPDATE: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
+    FINISH: tl.constexpr, UPDATE: tl.constexpr, HAS: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
@@ -508,7 +528,7 @@ def apply_kernel(
         average_weight = None if average_weight_ptr is None else load_number(average_weight_ptr, ARITHMETIC)
         s = PREPARE(hyper_ptr, step_number(row_ptr), ARITHMETIC)
         totals = doubles(row_ptr, TOTALS)
-        f = FINISH(s, tl.load(totals), tl.load(totals + 1), ARITHMETIC)
+        f = None if FINISH is None else FINISH(s, tl.load(totals), tl.load(totals + 1), ARITHMETIC)
         TWO: tl.constexpr = DTYPES[6] != NONE or DTYPES[7] != NONE  # states and factors of a line
         rows = tl.load(row_ptr + ROWS)
         columns = tl.load(row_ptr + N_COLUMNS)
@@ -522,12 +542,14 @@ def apply_kernel(
                 if wide:
                     apply_tiles(
                         row_ptr, grad, matrix, first_row, column, n, scale, coefficient, average_weight, s, f,
-                        UPDATE, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, HALF, TILE_ROWS, WIDTH, True,
+                        UPDATE, HAS, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, HALF, TILE_ROWS, WIDTH,
+                        True,
                     )  # fmt: skip
                 else:
                     apply_tiles(
                         row_ptr, grad, matrix, first_row, column, n, scale, coefficient, average_weight, s, f,
-                        UPDATE, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, HALF, TILE_ROWS, WIDTH, False,
+                        UPDATE, HAS, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, HALF, TILE_ROWS, WIDTH,
+                        False,
                     )  # fmt: skip
                 column += HALF * WIDTH
         else:
@@ -554,9 +576,9 @@ def apply_kernel(
                 elif not TWO:
                     state_ptr = tl.load(row_ptr + ROW_STATE)
                     state = load(state_ptr, begin + at, lanes, mask, DTYPES[2], ARITHMETIC, False)
-                    state, _unused, factor, factor2 = LINE(SQUARE(g, s), state, state, s)
+                    state, factor = LINE(SQUARE(g, s), state, s)
                     store(state_ptr, begin + at, lanes, state, mask, DTYPES[2], False)
-                p, state = UPDATE(e.param, g, factor, factor2, e.state, s, f, DTYPES[4] != NONE)
+                p, state = updated(e, g, factor, factor2, s, f, UPDATE, HAS, TWO)
                 store_elements(
                     e, begin + at, lanes, mask, p, state, average_weight, DTYPES, ARITHMETIC, FOLLOWERS, False
                 )
@@ -574,13 +596,13 @@ def apply_kernel(
             first += LINES
 
 
-def kernels_of(rule: str) -> tuple[triton.JITFunction, ...]:
+def kernels_of(rule: type[Rule]) -> tuple[triton.JITFunction, ...]:
     """The launches of a step."""
-    return (sums_kernel, update_kernel, apply_kernel) if REDUCING_RULES[rule].direction else (sums_kernel, apply_kernel)
+    return (sums_kernel, update_kernel, apply_kernel) if rule.direction else (sums_kernel, apply_kernel)
 
 
 def constants(
-    rule: str, dtypes: tuple[int, ...], followers: tuple[int, int], maximize: bool, left: str
+    rule: type[Rule], dtypes: tuple[int, ...], followers: tuple[int, int], maximize: bool, left: str
 ) -> dict[str, Any]:
     """The compile-time arguments of the kernels.
 
@@ -588,12 +610,14 @@ def constants(
     the second states of rows and of columns, as numeric.py counts them; NONE for an absent one. The others:
     as in step.py.
     """
-    functions = REDUCING_RULES[rule]
-    names = ("prepare", "square", "line", "matrix", "direction", "finish", "update")
+    functions = {name: getattr(rule, name) for name in ("square", "line", "matrix", "direction", "update")}
     sub, rows, width = tile(dtypes[1])
     return {
-        **{name.upper(): getattr(functions, name) for name in names},
-        "PARAM_SUM": functions.param_sum,
+        **{name.upper(): None if function is None else bound(function) for name, function in functions.items()},
+        "PREPARE": binding.prepare(rule),
+        "FINISH": None if rule.finish is None else binding.finish(rule),
+        "HAS": rule.has(dtypes[4] != NONE.value for _ in rule.names_of("element")),
+        "PARAM_SUM": rule.finish is not None,
         "DTYPES": dtypes,
         "ARITHMETIC": tl.float64 if dtypes[0] == FP64.value else tl.float32,
         "MAXIMIZE": maximize,
@@ -616,7 +640,7 @@ def tile(grad: int) -> tuple[int, int, int]:
     return {FP32.value: (4, 8, 128), FP64.value: (4, 8, 64)}.get(grad, (2, 8, 256))
 
 
-def prepare(rule: str, *args: Any) -> list[Prepared]:
+def prepare(rule: type[Rule], *args: Any) -> list[Prepared]:
     """The kernels of a step, in order, with the arguments that `constants` takes. A launch is given:
 
     table: int64, (tensors, len(COLUMNS)).

@@ -90,7 +90,7 @@ def finish_lines(
     state = load(address, begin, lanes, mask, DTYPE, ARITHMETIC)
     if DTYPE2 == NONE:
         tl.debug_barrier()  # the sum of states: where several threads load the same, none may see what is stored below
-        state, _unused, factor, _unused = LINE(mean, state, state, s)
+        state, factor = LINE(mean, state, s)
     else:
         address2 = tl.load(row_ptr + (COLUMN_STATE2 if OF_COLUMNS else ROW_STATE2))
         state2 = load(address2, begin, lanes, mask, DTYPE2, ARITHMETIC)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 
+from . import binding
 from .launching import Prepared
 from .numeric import FP16, FP64, I8, NONE, changed, count_of, load_number, next_counter
-from .rules import RULES
-from .stored import load, load_state, load_weight, open_row, store, store_state, store_weight
+from .stored import load, load_states, load_weight, open_row, store, store_states, store_weight
+
+if TYPE_CHECKING:
+    from ..rule import Rule
 
 ROW = 17  # int64 numbers of a tensor in the table: param, step, up to five states, and what stored.py names
 CHUNK_ROW = 3  # of a chunk: tensor, elements, offset
@@ -34,13 +37,11 @@ def update_block(
     step,
     s,
     UPDATE: tl.constexpr,
-    N_NAMED: tl.constexpr,
+    HAS: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
-    STATE0: tl.constexpr,
-    STATE1: tl.constexpr,
-    STATE2: tl.constexpr,
-    PRESENT: tl.constexpr,
+    STATES: tl.constexpr,
+    CODED: tl.constexpr,
     FORM: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -55,19 +56,13 @@ def update_block(
     """
     p = load_weight(row, begin, lanes, mask, PARAM, FORM, ARITHMETIC, WHOLE)
     g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
-    s0, s1, s2, average = p, p, p, p  # stand in for what is absent; a rule hands absent states back
-    if STATE0 != NONE:
-        s0 = load_state(row.state0, row.scales0, begin, lanes, mask, STATE0, ARITHMETIC, WHOLE, BLOCK)
-    if STATE1 != NONE:
-        s1 = load_state(row.state1, row.scales1, begin, lanes, mask, STATE1, ARITHMETIC, WHOLE, BLOCK)
-    if STATE2 != NONE:
-        s2 = load_state(row.state2, row.scales2, begin, lanes, mask, STATE2, ARITHMETIC, WHOLE, BLOCK)
+    states = load_states(row, p, begin, lanes, mask, STATES, ARITHMETIC, WHOLE, BLOCK)
+    average = p  # stands in for an absent one
     if FOLLOWERS[0] != NONE:
         average = load(row.average, begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, WHOLE)
     # A thread may store what another has yet to load: loads and stores of the same memory may be shared out to threads
     # in different ways. What is stored depends on what was loaded there, element by element, but for the gradient and
     # for codes, whose blocks share a scale.
-    CODED: tl.constexpr = (STATE0 >= I8) or ((STATE1 >= I8) or (STATE2 >= I8))
     if LEFT != "" or CODED:
         tl.debug_barrier()
     g = changed(g, scale, coefficient)
@@ -77,25 +72,14 @@ def update_block(
         store(grad, begin, lanes, mask, g, GRAD, WHOLE)
     if MAXIMIZE:
         g = -g
-    tl.static_assert(N_NAMED <= 1 or N_NAMED == 3, "add a branch for a rule with another number of states")
-    if N_NAMED == 0:
-        p = UPDATE(p, g, s, PRESENT)
-    elif N_NAMED == 1:
-        p, s0 = UPDATE(p, g, s0, s, PRESENT)
-    else:
-        p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, s, PRESENT)
-    p = store_weight(row, begin, lanes, mask, p, step, PARAM, FORM, ARITHMETIC, WHOLE, BLOCK)
+    updated = UPDATE(p, g, *states, s, HAS)
+    p = store_weight(row, begin, lanes, mask, updated[0], step, PARAM, FORM, ARITHMETIC, WHOLE, BLOCK)
     if FOLLOWERS[0] != NONE:
         average = average + average_weight * (p - average)
         store(row.average, begin, lanes, mask, average, FOLLOWERS[0], WHOLE)
     if FOLLOWERS[1] != NONE:
         store(row.copy, begin, lanes, mask, p, FOLLOWERS[1], WHOLE)
-    if STATE0 != NONE:
-        store_state(row.state0, row.scales0, begin, lanes, mask, s0, STATE0, WHOLE, BLOCK)
-    if STATE1 != NONE:
-        store_state(row.state1, row.scales1, begin, lanes, mask, s1, STATE1, WHOLE, BLOCK)
-    if STATE2 != NONE:
-        store_state(row.state2, row.scales2, begin, lanes, mask, s2, STATE2, WHOLE, BLOCK)
+    store_states(row, begin, lanes, mask, updated[1:], STATES, WHOLE, BLOCK)
 
 
 @triton.jit
@@ -126,13 +110,11 @@ def step_kernel(
     n_tensors,
     PREPARE: tl.constexpr,
     UPDATE: tl.constexpr,
-    N_NAMED: tl.constexpr,
+    HAS: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
-    STATE0: tl.constexpr,
-    STATE1: tl.constexpr,
-    STATE2: tl.constexpr,
-    PRESENT: tl.constexpr,
+    STATES: tl.constexpr,
+    CODED: tl.constexpr,
     FORM: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -157,15 +139,13 @@ def step_kernel(
         step_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(tl.float32))
         step = count_of(tl.load(step_ptr)) + 1
         s = PREPARE(hyper_ptr, step, ARITHMETIC)
-        row = open_row(row_ptr)
+        row = open_row(row_ptr, len(STATES))
         scale = None if grad_scale_ptr is None else load_number(grad_scale_ptr, ARITHMETIC)
         coefficient = None if coefficient_ptr is None else load_number(coefficient_ptr, ARITHMETIC)
         average_weight = None if average_weight_ptr is None else load_number(average_weight_ptr, ARITHMETIC)
         addresses = row.param | grad | row.companion  # 0 if there is none
-        if N_NAMED > 0:
-            addresses = addresses | row.state0
-        if N_NAMED > 1:
-            addresses = addresses | row.state1 | row.state2
+        for k in tl.static_range(len(STATES)):
+            addresses = addresses | row.states[k]
         if FOLLOWERS[0] != NONE or FOLLOWERS[1] != NONE:
             addresses = addresses | row.average | row.copy
         whole = 0 * n
@@ -176,15 +156,13 @@ def step_kernel(
         while start < whole:
             update_block(
                 row, grad, offset + start, lanes, None, scale, coefficient, average_weight, step, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, FORM, ARITHMETIC, MAXIMIZE, LEFT,
-                FOLLOWERS, True, BLOCK,
+                UPDATE, HAS, PARAM, GRAD, STATES, CODED, FORM, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, True, BLOCK,
             )  # fmt: skip
             start += BLOCK
         while start < n:
             update_block(
                 row, grad, offset + start, lanes, start + lanes < n, scale, coefficient, average_weight, step, s,
-                UPDATE, N_NAMED, PARAM, GRAD, STATE0, STATE1, STATE2, PRESENT, FORM, ARITHMETIC, MAXIMIZE, LEFT,
-                FOLLOWERS, False, BLOCK,
+                UPDATE, HAS, PARAM, GRAD, STATES, CODED, FORM, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, False, BLOCK,
             )  # fmt: skip
             start += BLOCK
 
@@ -203,7 +181,7 @@ def step_kernel(
 
 
 def constants(
-    rule: str,
+    rule: type[Rule],
     dtypes: tuple[int, ...],
     followers: tuple[int, int],
     maximize: bool,
@@ -213,7 +191,7 @@ def constants(
 ) -> dict[str, Any]:
     """The compile-time arguments of `step_kernel`.
 
-    ``rule``: its name in `RULES`.
+    ``rule``: the class with its functions.
     ``dtypes`` of param, grad and every state that the rule names, as numeric.py counts them; NONE for an absent
     one.
     ``followers``: of the parameters' averages and copies.
@@ -222,14 +200,17 @@ def constants(
     ``block``: elements that a program updates at a time.
     ``form``: how weights are stored: "plain", "master", "split", "kahan" or "stochastic".
     """
+    param, grad, *states = dtypes
     return {
-        "PREPARE": RULES[rule].prepare,
-        "UPDATE": RULES[rule].update,
-        "N_NAMED": RULES[rule].n_named,
-        **dict(zip(("PARAM", "GRAD", "STATE0", "STATE1", "STATE2"), dtypes + (NONE.value,) * 3, strict=False)),
-        "PRESENT": sum((dtype != NONE.value) << k for k, dtype in enumerate(dtypes[2:])),
+        "PREPARE": binding.prepare(rule),
+        "UPDATE": binding.bound(rule.update),
+        "HAS": rule.has(dtype != NONE.value for dtype in states),
+        "PARAM": param,
+        "GRAD": grad,
+        "STATES": tuple(states),
+        "CODED": any(dtype >= I8.value for dtype in states),
         "FORM": form,
-        "ARITHMETIC": tl.float64 if dtypes[0] == FP64.value else tl.float32,
+        "ARITHMETIC": tl.float64 if param == FP64.value else tl.float32,
         "MAXIMIZE": maximize,
         "LEFT": left,
         "FOLLOWERS": followers,

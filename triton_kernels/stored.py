@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .codecs import BLOCK_8BIT, compensate, decode, encode, join, narrow_stochastic, random_16, split
-from .numeric import BF16, BITS, FP16, FP32, FP64, I8, U8, narrow, widen
+from .numeric import BF16, BITS, FP16, FP32, FP64, I8, NONE, U8, load_several, narrow, widen
 
 COMPANION = tl.constexpr(7)  # its place in a tensor's row of the table; the scales of its states, seed and index follow
 SCALES = tl.constexpr(8)
@@ -19,13 +19,9 @@ class Row(NamedTuple):
     """A tensor's row of the table: addresses, and two numbers."""
 
     param: tl.tensor
-    state0: tl.tensor
-    state1: tl.tensor
-    state2: tl.tensor
+    states: tl.tuple
     companion: tl.tensor
-    scales0: tl.tensor
-    scales1: tl.tensor
-    scales2: tl.tensor
+    scales: tl.tuple
     seed: tl.tensor
     index: tl.tensor
     average: tl.tensor
@@ -33,17 +29,13 @@ class Row(NamedTuple):
 
 
 @triton.jit
-def open_row(row_ptr):
+def open_row(row_ptr, N_STATES: tl.constexpr):
     """Read once, as what a program stores might be a table, for all that the compiler knows."""
     return Row(
         tl.load(row_ptr),
-        tl.load(row_ptr + 2),
-        tl.load(row_ptr + 3),
-        tl.load(row_ptr + 4),
+        load_several(row_ptr + 2, N_STATES),
         tl.load(row_ptr + COMPANION),
-        tl.load(row_ptr + SCALES),
-        tl.load(row_ptr + SCALES + 1),
-        tl.load(row_ptr + SCALES + 2),
+        load_several(row_ptr + SCALES, N_STATES),
         tl.load(row_ptr + SEED),
         tl.load(row_ptr + INDEX),
         tl.load(row_ptr + AVERAGE),
@@ -167,6 +159,30 @@ def store_state(address, scales, begin, lanes, mask, x, STATE: tl.constexpr, WHO
         tl.store(pointer(scales, FP32) + begin // BLOCK_8BIT + blocks, of_blocks, mask=blocks_there(mask, WHOLE, N))
     else:
         store(address, begin, lanes, mask, x, STATE, WHOLE)
+
+
+@triton.jit
+def load_states(
+    row, stand_in, begin, lanes, mask, STATES: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """All states that a rule names, with a stand-in for each that is absent."""
+    states = ()
+    for k in tl.static_range(len(STATES)):
+        state = stand_in
+        if STATES[k] != NONE:
+            state = load_state(
+                row.states[k], row.scales[k], begin, lanes, mask, tl.constexpr(STATES[k]), ARITHMETIC, WHOLE, N
+            )
+        states = states + (state,)
+    return states
+
+
+@triton.jit
+def store_states(row, begin, lanes, mask, states, STATES: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr):
+    for k in tl.static_range(len(STATES)):
+        if STATES[k] != NONE:
+            store_state(row.states[k], row.scales[k], begin, lanes, mask, states[k], tl.constexpr(STATES[k]), WHOLE, N)
 
 
 @triton.jit

@@ -14,14 +14,25 @@ from torch import Tensor
 from . import backends, checks, layout
 from .backends.lifetime import Graphs, refuse_capture
 from .backends.plan import Plan, SharedGrads
+from .numerics import where
 from .optimizer import FusedOptimizer, _keep_from_compiler
 from .record import Record
+from .rule import Rule
 
 STATE_KEYS = ("step", "weight", "gradients")
 BUCKET = 1 << 23  # elements that `all_reduce` sends at a time
 
 
-class GradientAccumulator:
+class Hyper(NamedTuple):
+    weight: float
+
+
+class Scalars(NamedTuple):
+    weight: float
+    first: bool
+
+
+class GradientAccumulator(Rule):
     r"""Sum (or mean) of the gradients of several micro-batches, kept in fp32 whatever the gradients' dtype.
 
     With gradient :math:`g_k` of micro-batch :math:`k` and its weight :math:`w_k` (1 unless given):
@@ -71,7 +82,7 @@ class GradientAccumulator:
     """
 
     rule = "accumulate"
-    hyper_names = ("weight",)
+    Hyper, Scalars = Hyper, Scalars
     state_names = ()
 
     @classmethod
@@ -159,19 +170,14 @@ class GradientAccumulator:
 
     # The rule.
 
-    class Scalars(NamedTuple):
-        weight: float
-        first: bool
-
-    @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        (weight,) = hyper
-        return cls.Scalars(weight, step == 1)
+    @staticmethod
+    def prepare(h, step):
+        return Scalars(h.weight, step == 1)
 
     @staticmethod
-    def update(param: Tensor, grad: Tensor, s: Scalars) -> tuple[Tensor]:
+    def update(param, grad, s, has):
         grad = s.weight * grad
-        return (grad if s.first else param + grad,)
+        return (where(s.first, grad, param + grad),)
 
     @classmethod
     def check_sparse(cls, group: dict[str, Any], what: str) -> None:

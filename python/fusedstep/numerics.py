@@ -1,12 +1,66 @@
-"""Arithmetic that every language of this package repeats operation by operation, to the same bits."""
+"""Arithmetic that every language of this package repeats operation by operation, to the same bits.
+
+What the update rules are written in works on tensors and on floats here, and has a twin of the same name in
+triton_kernels/numeric.py.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+from ctypes import c_float
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Number = Tensor | float
+
+
+class Double(float):
+    """The type of a scalar that is in float64 whatever the dtype of the arithmetic, as `Rule.finish` takes it."""
+
+
+def real(n: int) -> float:
+    """A number of steps, for a formula in float64."""
+    return float(n)
+
+
+def divide(a: Number, b: Number) -> Number:
+    """The correctly rounded quotient: for a number by a tensor, torch itself multiplies by the reciprocal."""
+    return torch.full_like(b, a) / b if isinstance(b, Tensor) and not isinstance(a, Tensor) else a / b
+
+
+def where(condition: Tensor | bool, a: Number, b: Number) -> Number:
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
+def maximum(a: Tensor, b: Number) -> Tensor:
+    """NaN wins."""
+    return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
+
+
+def interpolate(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """From ``a`` to ``b``: exactly there for a weight of 1."""
+    return torch.lerp(a, b, weight)
+
+
+def reciprocal(x: float) -> float:
+    """1 / x; infinity for 0."""
+    return 1.0 / x if x != 0 else math.inf
+
+
+def real_power(base: float, exponent: float) -> float:
+    """``base ** exponent``, which backends do not have to the same bits."""
+    return math.pow(base, exponent)
+
+
+def minimum(a: Tensor, b: Number) -> Tensor:
+    """NaN wins."""
+    return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
 
 
 def power(base: float, exponent: int) -> float:
@@ -56,11 +110,27 @@ def horner(coefficients: tuple[float, ...], x: float) -> float:
     return result
 
 
-def square_root(x: Tensor) -> Tensor:
+def square_root(x: Number) -> Number:
     """The correctly rounded square root: on CPU, torch's own is up to one unit in the last place off."""
+    if not isinstance(x, Tensor):
+        return math.sqrt(x)
     if x.device.type != "cpu":
         return x.sqrt()
     root = torch.empty_like(x)
     with np.errstate(invalid="ignore"):
         np.sqrt(x.numpy(), out=root.numpy())
     return root
+
+
+@functools.cache
+def narrows(scalars: type[NamedTuple]) -> tuple[bool, ...]:
+    """Which of a rule's scalars are taken in the dtype of its arithmetic: neither flags nor what is `Double`."""
+    return tuple(hint is float for hint in get_type_hints(scalars).values())
+
+
+def narrowed(scalars: Any, arithmetic: torch.dtype) -> Any:
+    """The scalars of a step, computed in float64, as the functions of a rule take them."""
+    if arithmetic == torch.float64:
+        return scalars
+    pairs = zip(scalars, narrows(type(scalars)), strict=True)
+    return scalars._make([c_float(value).value if narrow else value for value, narrow in pairs])

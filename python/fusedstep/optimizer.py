@@ -21,6 +21,7 @@ from .backends.plan import Plan
 from .gradients import GradientOptions, Gradients, check_max_norm
 from .kept import Kept, ema
 from .options import Options
+from .rule import Rule
 from .schedules import on_device
 
 if TYPE_CHECKING:
@@ -41,26 +42,18 @@ def _keep_from_compiler(function: Callable) -> None:
         set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(Rule, torch.optim.Optimizer):
     """A `torch.optim.Optimizer` that updates each parameter group in one call of a compiled kernel.
 
-    A subclass declares its rule: the names below, `check_group`, `states_of`, `hyper`, `prepare` (scalars of one step,
-    in float64) and `update` (the arithmetic on whole tensors, which is the reference for the compiled engines).
+    A subclass declares what `Rule` asks for, and the names below, `check_group`, `states_of` and `hyper`.
     """
 
-    rule: ClassVar[str]  # the name of the compiled rule
-    hyper_names: ClassVar[tuple[str, ...]]  # what `hyper` returns, in the order of the compiled rule
-    state_names: ClassVar[tuple[str, ...]]  # every state the rule can have, in the order of `update`
     step_form: ClassVar[Literal["tensor", "int", "absent"]] = "tensor"  # of "step" in the parent class's state_dict
     state_at_construction: ClassVar[bool] = False  # whether the parent class has states before the first step
 
     non_negative: ClassVar[tuple[str, ...]] = ()  # states that an 8-bit code stores without a sign
 
     variant_options: ClassVar[tuple[str, ...]] = ()  # keys of a group that `variant_of` looks at
-
-    reduces: ClassVar[bool] = False  # whether the rule has such sums as `rule_of` names
-
-    Scalars: ClassVar[type]
 
     _plans: list[Plan] | None = None
     _watch: Any = None
@@ -103,22 +96,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def hyper(self, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:
-        """The values of `hyper_names` for parameters of a group: numbers, or one-element tensors."""
+        """The values of `Hyper` for parameters of a group: numbers, or one-element tensors."""
         raise NotImplementedError
 
     def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> Any:
         """What `hyper` needs to know of a parameter; those of a group with equal variants share a kernel call."""
         return None
-
-    @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Any:
-        """The scalars of a parameter's step number ``step`` (from 1), computed in float64."""
-        raise NotImplementedError
-
-    @staticmethod
-    def update(param: Tensor, grad: Tensor, *states_and_scalars: Any) -> tuple[Tensor | None, ...]:
-        """The new parameter and states, from tensors in the arithmetic dtype; an absent state is None."""
-        raise NotImplementedError
 
     def clips(self) -> bool:
         """Whether `clip` is to be called in a step."""
@@ -482,7 +465,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """`hyper`, after a look at what the user may have put into the group since."""
         if group.get("differentiable"):
             checks.check_implementation(group)
-        hyper = zip(self.hyper_names, self.hyper(group, variant), strict=True)
+        hyper = zip(self.Hyper._fields, self.hyper(group, variant), strict=True)
         try:
             return tuple([value if type(value) is float else checks.as_number(name, value) for name, value in hyper])
         except (TypeError, ValueError) as error:

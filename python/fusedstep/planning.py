@@ -143,7 +143,7 @@ def check_loaded_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None
     for variant in variants:
         hyper = optimizer._hyper_of(group, variant)
         if not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in hyper):
-            optimizer.prepare(tuple(map(float, hyper)), 1)
+            optimizer.prepare(optimizer.Hyper(*map(float, hyper)), 1)
     checks.check_flag("maximize", group["maximize"])
     optimizer._check_call(None)
 

@@ -48,6 +48,7 @@ class Plan(ABC):
         self.options = options  # the group itself
         self.variant = variant
         self.rule, self.reduces = optimizer.rule_of(variant)
+        self.functions = optimizer.rule_named(self.rule)
         self.states = states
         self.records = records
         self.given: list[Tensor | None] | None = None  # gradients in place of the parameters' own

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import codecs, layout
+from .. import codecs, layout, numerics
 from ..counts import count_of, counter_value
 from ..kept.ema import follow
 from ..record import Record, Step
+from . import reference_reducing
 from .base import Backend
 from .plan import Plan
 
@@ -65,23 +66,25 @@ class ReferencePlan(Plan):
         self.grads[index] = grad
 
     def foresee(self, hyper: tuple[float | Tensor, ...]) -> None:
-        numbers = tuple(float(value) for value in hyper)
-        for step in {
-            record.step.item() for record, grad in zip(self.records, self.grads, strict=True) if grad is not None
-        }:
-            self.optimizer.prepare(numbers, int(step) + 1)
+        h = self._numbers(hyper)
+        updated = (record for record, grad in zip(self.records, self.grads, strict=True) if grad is not None)
+        for count in {record.step.item() for record in updated}:
+            self.functions.prepare(h, int(count) + 1)
+
+    def _numbers(self, hyper: tuple[float | Tensor, ...]) -> Any:
+        return self.functions.Hyper(*map(float, hyper))
 
     @torch.inference_mode()  # in which inference tensors can be written, and any other one as always
     def step(self, step: Step) -> int:
         self._step_rows(step)
         grads, self.grads = self.grads, []
         skipped = step.skipped
-        numbers = tuple(float(value) for value in step.hyper)
+        step = step._replace(hyper=self._numbers(step.hyper))
         for index, (record, grad) in enumerate(zip(self.records, grads, strict=True)):
             if grad is None:
                 continue
             if not skipped:
-                self.update(record, grad, step._replace(hyper=numbers))
+                self.update(record, grad, step)
             if self.writes_grads and self._own_grad(index) is not None:  # those of rows are their plan's
                 self._leave_in(index, grad, skipped)
         self.given = None
@@ -106,20 +109,24 @@ class ReferencePlan(Plan):
             grad = -grad
         count = count_of(record.step) + 1
         record.step.fill_(counter_value(count))
-        scalars = self.optimizer.prepare(step.hyper, count)
+        rule = self.functions
+        scalars = numerics.narrowed(rule.prepare(step.hyper, count), arithmetic)
         stored = Stored(record, memory, arithmetic)
-        targets = {name: (k, state) for k, (name, state) in enumerate(zip(self.states, record.states, strict=True))}
-        names = [name if targets.get(name, (0, None))[1] is not None else None for name in self.optimizer.state_names]
-        states = [None if name is None else stored.state(*targets[name]) for name in names]
-        param, *states = self.optimizer.update(stored.weight(), grad, *states, scalars)
+        places = [(k, name) for k, name in enumerate(self.states) if record.states[k] is not None]
+        states = {name: stored.state(k, record.states[k]) for k, name in places}
+        if rule.reduces:
+            param, states = reference_reducing.update(rule, stored.weight(), grad, states, record.matrices, scalars)
+        else:
+            has = rule.has(name in states for name in rule.state_names)
+            param, *new = rule.update(stored.weight(), grad, *map(states.get, rule.state_names), scalars, has)
+            states = dict(zip(rule.state_names, new, strict=True))
         stored.set_weight(param)
         followers = [None if tensor is None else real_memory(tensor) for tensor in (record.average, record.copy)]
         follow(stored.followed(), *followers, step.average_weight)
         if layout.is_wrapper(record.param):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(record.param)
-        for name, state in zip(names, states, strict=True):
-            if name is not None:
-                stored.set_state(*targets[name], state)
+        for k, name in places:
+            stored.set_state(k, record.states[k], states[name])
 
 
 class Stored:

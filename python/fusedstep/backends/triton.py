@@ -90,7 +90,7 @@ class Launch:
         from ..triton_kernels import step
 
         block = step.block_size()
-        fixed = (plan.rule, self.dtypes, self.followers, maximize, plan.left, block, self.form)
+        fixed = (plan.functions, self.dtypes, self.followers, maximize, plan.left, block, self.form)
         return [step.prepare(*fixed)]
 
     def run(self, plan: TritonPlan, maximize: bool, flags: list[Tensor | None]) -> int:
@@ -119,7 +119,7 @@ class ReducingLaunch(Launch):
     def prepare(self, plan: TritonPlan, maximize: bool) -> list[Prepared]:
         from ..triton_kernels import reducing
 
-        return reducing.prepare(plan.rule, self.dtypes, self.followers, maximize, plan.left)
+        return reducing.prepare(plan.functions, self.dtypes, self.followers, maximize, plan.left)
 
 
 class NormLaunch(Launch):
@@ -251,7 +251,7 @@ class TritonPlan(KernelPlan):
                 pairs = zip(self.states, record.states, strict=True)
                 states = {name: DTYPES[state.dtype] for name, state in pairs if state is not None}
                 if self.reduces:
-                    named = dtypes_of(states, self.rule, record.matrices is not None)
+                    named = dtypes_of(states, self.functions, record.matrices is not None)
                 else:
                     named = [states.get(name, NONE) for name in self.optimizer.state_names]
                 dtypes = (DTYPES[record.param.dtype], grad_dtypes[index], *named)

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from ..rule import Rule
     from .triton import TritonPlan
 
+SPANS = ("row", "column", "flat", "element", "tensor")
 SMALL_MATRIX = 1024  # elements; up to here a program takes several whole matrices
 ITEM_ELEMENTS = 16_384
 ITEM_ROWS, ROW_BLOCKS = 64, 128  # of a matrix in tiles: rows of an item, or more where these would be too many items
 MANY_COLUMNS = 1 << 27  # from here on a program takes one row: offsets within a tile have 32 bits
 
 
-def dtypes_of(states: dict[str, int], rule: str, factored: bool) -> tuple[int, ...]:
+class Names(NamedTuple):
+    """The names of a rule's states by what they belong to; "" for none."""
+
+    row: str
+    column: str
+    flat: str
+    element: str
+    tensor: str
+    row2: str
+    column2: str
+
+
+@functools.cache
+def names_of(rule: type[Rule]) -> Names:
+    first, second = ({span: names[n] for span in SPANS if len(names := rule.names_of(span)) > n} for n in (0, 1))
+    return Names(*(first.get(span, "") for span in SPANS), *(second.get(span, "") for span in SPANS[:2]))
+
+
+def dtypes_of(states: dict[str, int], rule: type[Rule], factored: bool) -> tuple[int, ...]:
     """Of the dtypes of a tensor's states, those that the kernels' constants ask for."""
     from ..triton_kernels.numeric import NONE
-    from ..triton_kernels.reducing_rules import REDUCING_RULES
 
-    names = REDUCING_RULES[rule]
+    names = names_of(rule)
     lines = (names.row, names.column) if factored else (names.flat, names.flat)
     return tuple(
         states.get(name, NONE.value) for name in (*lines, names.element, names.tensor, names.row2, names.column2)
@@ -62,9 +82,8 @@ class ReducingTable:
     def _row(self, plan: TritonPlan, record: np.void) -> dict:
         """A tensor's row of the table, with offsets for addresses in the work memory, and its items."""
         from ..triton_kernels import reducing_lines
-        from ..triton_kernels.reducing_rules import REDUCING_RULES
 
-        names = REDUCING_RULES[plan.rule]
+        names = names_of(plan.functions)
         address = dict(zip(plan.optimizer.state_names, record["states"].tolist(), strict=False))
         same = {name: record[name].item() for name in ("param", "step", "numel", "average", "copy")}
         shape = {name: record[name].item() for name in ("batch", "rows", "columns")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -10,9 +9,35 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import checks
-from ..numerics import power, square_root
+from ..numerics import divide, maximum, power, real, square_root, where
 from ..optimizer import FusedOptimizer
 from ..options import Options
+
+
+class Hyper(NamedTuple):
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    weight_decouple: float
+    fixed_decay: float
+    rectify: float
+    degenerated_to_sgd: float
+
+
+class Scalars(NamedTuple):
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    step_size: float
+    inv_bias_correction2_sqrt: float
+    eps: float
+    weight_decay: float
+    decay: float
+    rectify: bool
+    adaptive: bool
 
 
 class AdaBelief(FusedOptimizer):
@@ -70,10 +95,7 @@ class AdaBelief(FusedOptimizer):
     """
 
     rule = "adabelief"
-    hyper_names = (
-        *("lr", "beta1", "beta2", "eps", "weight_decay"),
-        *("weight_decouple", "fixed_decay", "rectify", "degenerated_to_sgd"),
-    )
+    Hyper, Scalars = Hyper, Scalars
     state_names = ("exp_avg", "exp_avg_var", "max_exp_avg_var")
     non_negative = ("exp_avg_var", "max_exp_avg_var")
     step_form = "int"
@@ -128,59 +150,38 @@ class AdaBelief(FusedOptimizer):
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
     def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
-        return group["lr"], *group["betas"], *(group[name] for name in self.hyper_names[3:])
+        return group["lr"], *group["betas"], *(group[name] for name in Hyper._fields[3:])
 
-    class Scalars(NamedTuple):
-        beta1: float
-        one_minus_beta1: float
-        beta2: float
-        one_minus_beta2: float
-        step_size: float
-        inv_bias_correction2_sqrt: float
-        eps: float
-        weight_decay: float
-        decay: float
-        rectify: bool
-        adaptive: bool
-
-    @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        lr, beta1, beta2, eps, weight_decay, decouple, fixed_decay, rectify, degenerated_to_sgd = hyper
-        beta2_t = power(beta2, step)
-        step_size = lr / (1.0 - power(beta1, step))
-        adaptive = True
-        if rectify:
-            n_max = 2.0 / (1.0 - beta2) - 1.0
-            n = n_max - 2.0 * step * beta2_t / (1.0 - beta2_t)
-            adaptive = n >= 5.0
-            if adaptive:
-                ratio = (n - 4.0) / (n_max - 4.0) * (n - 2.0) / n * n_max / (n_max - 2.0)
-                step_size = step_size * math.sqrt((1.0 - beta2_t) * ratio)
-            elif not degenerated_to_sgd:
-                step_size = 0.0
-        return cls.Scalars(
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
-            step_size=step_size,
-            inv_bias_correction2_sqrt=1.0 if rectify else 1.0 / math.sqrt(1.0 - beta2_t),
-            eps=eps,
-            weight_decay=0.0 if decouple else weight_decay,
-            decay=1.0 if not decouple else 1.0 - weight_decay if fixed_decay else 1.0 - lr * weight_decay,
-            rectify=bool(rectify),
-            adaptive=adaptive,
+    @staticmethod
+    def prepare(h, step):
+        rectify, decouple = h.rectify != 0, h.weight_decouple != 0
+        beta2_t = power(h.beta2, step)
+        step_size = divide(h.lr, 1.0 - power(h.beta1, step))
+        n_max = divide(2.0, 1.0 - h.beta2) - 1.0
+        n = n_max - divide(2.0 * real(step) * beta2_t, 1.0 - beta2_t)
+        rectified = n >= 5.0
+        n = where(rectified, n, 5.0)  # where they are not used, numbers that keep the root real
+        n_max = where(rectified, n_max, 5.0)
+        ratio = divide(divide(divide(n - 4.0, n_max - 4.0) * (n - 2.0), n) * n_max, n_max - 2.0)
+        rectified_size = step_size * square_root((1.0 - beta2_t) * ratio)
+        degenerated_size = where(h.degenerated_to_sgd != 0, step_size, 0.0)
+        decay = where(h.fixed_decay != 0, 1.0 - h.weight_decay, 1.0 - h.lr * h.weight_decay)
+        return Scalars(
+            beta1=h.beta1,
+            one_minus_beta1=1.0 - h.beta1,
+            beta2=h.beta2,
+            one_minus_beta2=1.0 - h.beta2,
+            step_size=where(rectify, where(rectified, rectified_size, degenerated_size), step_size),
+            inv_bias_correction2_sqrt=where(rectify, 1.0, divide(1.0, square_root(1.0 - beta2_t))),
+            eps=h.eps,
+            weight_decay=where(decouple, 0.0, h.weight_decay),
+            decay=where(decouple, decay, 1.0),
+            rectify=rectify,
+            adaptive=rectified | (h.rectify == 0),
         )
 
     @staticmethod
-    def update(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_var: Tensor,
-        max_exp_avg_var: Tensor | None,
-        s: Scalars,
-    ) -> tuple[Tensor | None, ...]:
+    def update(param, grad, exp_avg, exp_avg_var, max_exp_avg_var, s, has):
         param = param * s.decay
         if s.weight_decay != 0:
             grad = grad + s.weight_decay * param
@@ -188,12 +189,12 @@ class AdaBelief(FusedOptimizer):
         residual = grad - exp_avg
         exp_avg_var = s.beta2 * exp_avg_var + s.one_minus_beta2 * residual * residual + s.eps
         variance = exp_avg_var
-        if max_exp_avg_var is not None:
-            max_exp_avg_var = torch.maximum(max_exp_avg_var, exp_avg_var)
-            variance = exp_avg_var if s.rectify else max_exp_avg_var
+        if has.max_exp_avg_var:
+            max_exp_avg_var = maximum(max_exp_avg_var, exp_avg_var)
+            variance = where(s.rectify, exp_avg_var, max_exp_avg_var)
         if s.adaptive:
             denom = square_root(variance) * s.inv_bias_correction2_sqrt + s.eps
-            param = param - s.step_size * exp_avg / denom
+            param = param - divide(s.step_size * exp_avg, denom)
         elif s.step_size != 0:
             param = param - s.step_size * exp_avg
         return param, exp_avg, exp_avg_var, max_exp_avg_var

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -11,14 +11,40 @@ from torch.optim.optimizer import ParamsT
 
 from .. import checks
 from ..counts import count_of
-from ..numerics import square_root
+from ..numerics import Double, divide, real, real_power, square_root, where
 from ..optimizer import FusedOptimizer
 from ..options import Options
 
 
-def root_mean_square(tensor: Tensor) -> float:
-    """The root of the mean of squares, summed in float64; not a number for an empty tensor."""
-    return math.sqrt(tensor.double().square().sum().item() / tensor.numel()) if tensor.numel() else math.nan
+class Hyper(NamedTuple):
+    lr: float
+    eps1: float
+    eps2: float
+    clip_threshold: float
+    decay_rate: float
+    beta1: float
+    weight_decay: float
+    scale_parameter: float
+    relative_step: float
+    warmup_init: float
+
+
+class Scalars(NamedTuple):
+    beta2: float
+    one_minus_beta2: float
+    eps1: float
+    beta1: float
+    one_minus_beta1: float
+    rel_step: Double
+    eps2: Double
+    clip_threshold: Double
+    weight_decay: Double
+    scale_parameter: bool
+
+
+class Finish(NamedTuple):
+    step_size: float
+    decay: float
 
 
 class Adafactor(FusedOptimizer):
@@ -74,11 +100,15 @@ class Adafactor(FusedOptimizer):
     """
 
     rule = "adafactor"
-    hyper_names = (
-        *("lr", "eps1", "eps2", "clip_threshold", "decay_rate", "beta1", "weight_decay"),
-        *("scale_parameter", "relative_step", "warmup_init"),
-    )
-    state_names = ("exp_avg", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq", "RMS")
+    Hyper, Scalars, Finish = Hyper, Scalars, Finish
+    spans: ClassVar = {
+        "exp_avg": "element",
+        "exp_avg_sq_row": "row",
+        "exp_avg_sq_col": "column",
+        "exp_avg_sq": "flat",
+        "RMS": "tensor",
+    }
+    state_names = tuple(spans)
     step_form = "int"
     reduces = True
 
@@ -164,65 +194,58 @@ class Adafactor(FusedOptimizer):
         flags = (group[name] for name in ("scale_parameter", "relative_step", "warmup_init"))
         return lr, *group["eps"], group["clip_threshold"], group["decay_rate"], beta1, group["weight_decay"], *flags
 
-    class Scalars(NamedTuple):
-        beta2: float
-        one_minus_beta2: float
-        eps1: float
-        beta1: float
-        one_minus_beta1: float
-        rel_step: float
-        eps2: float
-        clip_threshold: float
-        weight_decay: float
-        scale_parameter: bool
-
-    @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        lr, eps1, eps2, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative, warmup = hyper
-        beta2 = 1.0 - math.pow(step, decay_rate)
-        min_step = 1e-6 * step if warmup else 1e-2
-        return cls.Scalars(
+    @staticmethod
+    def prepare(h, step):
+        t = real(step)
+        beta2 = 1.0 - real_power(t, h.decay_rate)
+        min_step = where(h.warmup_init != 0, 1e-6 * t, 1e-2)
+        relative = divide(1.0, square_root(t))
+        rel_step = where(h.relative_step != 0, where(relative < min_step, relative, min_step), h.lr)
+        return Scalars(
             beta2=beta2,
             one_minus_beta2=1.0 - beta2,
-            eps1=eps1,
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            rel_step=min(min_step, 1.0 / math.sqrt(step)) if relative else lr,
-            eps2=eps2,
-            clip_threshold=clip_threshold,
-            weight_decay=weight_decay,
-            scale_parameter=scale_parameter != 0,
+            eps1=h.eps1,
+            beta1=h.beta1,
+            one_minus_beta1=1.0 - h.beta1,
+            rel_step=rel_step,
+            eps2=h.eps2,
+            clip_threshold=h.clip_threshold,
+            weight_decay=h.weight_decay,
+            scale_parameter=h.scale_parameter != 0,
         )
 
     @staticmethod
-    def update(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor | None,
-        exp_avg_sq_row: Tensor | None,
-        exp_avg_sq_col: Tensor | None,
-        exp_avg_sq: Tensor | None,
-        RMS: Tensor,
-        s: Scalars,
-    ) -> tuple[Tensor | None, ...]:
-        grad_sq = grad * grad
-        if exp_avg_sq is None:
-            exp_avg_sq_row = s.beta2 * exp_avg_sq_row + s.one_minus_beta2 * (grad_sq.mean(dim=-1) + s.eps1)
-            exp_avg_sq_col = s.beta2 * exp_avg_sq_col + s.one_minus_beta2 * (grad_sq.mean(dim=-2) + s.eps1)
-            row_factor = square_root(exp_avg_sq_row.mean(dim=-1, keepdim=True)) / square_root(exp_avg_sq_row)
-            direction = row_factor.unsqueeze(-1) / square_root(exp_avg_sq_col).unsqueeze(-2) * grad
-        else:
-            exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * (grad_sq + s.eps1)
-            direction = grad / square_root(exp_avg_sq)
-        rms = root_mean_square(param)
-        lr = max(s.eps2, rms) * s.rel_step if s.scale_parameter else s.rel_step
-        excess = root_mean_square(direction) / s.clip_threshold
-        update = (lr if excess < 1.0 else lr / excess) * direction
-        if exp_avg is not None:
+    def square(grad, s):
+        return grad * grad
+
+    @staticmethod
+    def line(mean, state, s):
+        state = s.beta2 * state + s.one_minus_beta2 * (mean + s.eps1)
+        return state, divide(1.0, square_root(state))
+
+    @staticmethod
+    def matrix(mean, s):
+        return square_root(mean)
+
+    @staticmethod
+    def direction(grad, factor, s):
+        return factor * grad
+
+    @staticmethod
+    def finish(s, param_rms, update_rms):
+        lr = where(s.scale_parameter, where(param_rms > s.eps2, param_rms, s.eps2), 1.0) * s.rel_step
+        excess = divide(update_rms, s.clip_threshold)
+        step_size = divide(lr, where(excess < 1.0, 1.0, excess))  # NaN stays
+        decay = where(s.weight_decay != 0, 1.0 - s.weight_decay * lr, 1.0)  # lr may be infinite
+        return Finish(step_size, decay)
+
+    @staticmethod
+    def update(param, grad, factor, exp_avg, s, f, has):
+        update = f.step_size * (factor * grad)
+        if has.exp_avg:
             exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * update
             update = exp_avg
-        decay = 1.0 - s.weight_decay * lr if s.weight_decay != 0 else 1.0  # lr may be infinite
-        return param * decay - update, exp_avg, exp_avg_sq_row, exp_avg_sq_col, exp_avg_sq, torch.full_like(RMS, rms)
+        return param * f.decay - update, exp_avg
 
     @staticmethod
     def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> float:

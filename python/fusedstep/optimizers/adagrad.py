@@ -9,9 +9,22 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import checks
-from ..numerics import square_root
+from ..numerics import divide, real, square_root
 from ..optimizer import FusedOptimizer
 from ..options import Options
+
+
+class Hyper(NamedTuple):
+    lr: float
+    lr_decay: float
+    weight_decay: float
+    eps: float
+
+
+class Scalars(NamedTuple):
+    step_size: float
+    weight_decay: float
+    eps: float
 
 
 class Adagrad(FusedOptimizer):
@@ -53,7 +66,7 @@ class Adagrad(FusedOptimizer):
     """
 
     rule = "adagrad"
-    hyper_names = ("lr", "lr_decay", "weight_decay", "eps")
+    Hyper, Scalars = Hyper, Scalars
     state_names = ("sum",)
     non_negative = ("sum",)
     state_at_construction = True
@@ -111,21 +124,15 @@ class Adagrad(FusedOptimizer):
         return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
 
     def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
-        return tuple(group[name] for name in self.hyper_names)
-
-    class Scalars(NamedTuple):
-        step_size: float
-        weight_decay: float
-        eps: float
-
-    @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        lr, lr_decay, weight_decay, eps = hyper
-        return cls.Scalars(lr / (1.0 + (step - 1) * lr_decay), weight_decay, eps)
+        return tuple(group[name] for name in Hyper._fields)
 
     @staticmethod
-    def update(param: Tensor, grad: Tensor, sum: Tensor, s: Scalars) -> tuple[Tensor, ...]:
+    def prepare(h, step):
+        return Scalars(divide(h.lr, 1.0 + real(step - 1) * h.lr_decay), h.weight_decay, h.eps)
+
+    @staticmethod
+    def update(param, grad, sum, s, has):
         if s.weight_decay != 0:
             grad = grad + s.weight_decay * param
         sum = sum + grad * grad
-        return param - s.step_size * grad / (square_root(sum) + s.eps), sum
+        return param - divide(s.step_size * grad, square_root(sum) + s.eps), sum

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import checks
-from ..numerics import power, square_root
+from ..numerics import divide, maximum, power, real, square_root, where
 from ..optimizer import FusedOptimizer
 from ..options import Options
+
+
+class Hyper(NamedTuple):
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled_weight_decay: float
+    epsilon_hat: float  # this and the next one: of subclasses
+    lr_decay: float
+
+
+class Scalars(NamedTuple):
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    step_size: float
+    inv_bias_correction2_sqrt: float
+    eps: float
+    weight_decay: float
+    decay: float
 
 
 class Adam(FusedOptimizer):
@@ -56,10 +76,7 @@ class Adam(FusedOptimizer):
     """
 
     rule = "adam"
-    hyper_names = (
-        *("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay"),
-        *("epsilon_hat", "lr_decay"),  # of subclasses
-    )
+    Hyper, Scalars = Hyper, Scalars
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     non_negative = ("exp_avg_sq", "max_exp_avg_sq")
 
@@ -111,49 +128,33 @@ class Adam(FusedOptimizer):
         decoupled = group["decoupled_weight_decay"]
         return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], decoupled, False, 0.0
 
-    class Scalars(NamedTuple):
-        one_minus_beta1: float
-        beta2: float
-        one_minus_beta2: float
-        step_size: float
-        inv_bias_correction2_sqrt: float
-        eps: float
-        weight_decay: float
-        decay: float
-
-    @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        lr, beta1, beta2, eps, weight_decay, decoupled, epsilon_hat, lr_decay = hyper
-        lr = lr / (1.0 + (step - 1) * lr_decay)
-        bias_correction1 = 1.0 - power(beta1, step)
-        inv_bias_correction2_sqrt = 1.0 / math.sqrt(1.0 - power(beta2, step))
-        return cls.Scalars(
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
-            step_size=lr / bias_correction1,
+    @staticmethod
+    def prepare(h, step):
+        decoupled = h.decoupled_weight_decay != 0
+        lr = divide(h.lr, 1.0 + real(step - 1) * h.lr_decay)
+        bias_correction1 = 1.0 - power(h.beta1, step)
+        inv_bias_correction2_sqrt = divide(1.0, square_root(1.0 - power(h.beta2, step)))
+        return Scalars(
+            one_minus_beta1=1.0 - h.beta1,
+            beta2=h.beta2,
+            one_minus_beta2=1.0 - h.beta2,
+            step_size=divide(lr, bias_correction1),
             inv_bias_correction2_sqrt=inv_bias_correction2_sqrt,
-            eps=eps * inv_bias_correction2_sqrt if epsilon_hat else eps,
-            weight_decay=0.0 if decoupled else weight_decay,
-            decay=1.0 - lr * weight_decay if decoupled and weight_decay != 0 else 1.0,  # lr may be infinite
+            eps=where(h.epsilon_hat != 0, h.eps * inv_bias_correction2_sqrt, h.eps),
+            weight_decay=where(decoupled, 0.0, h.weight_decay),
+            decay=where(decoupled & (h.weight_decay != 0), 1.0 - lr * h.weight_decay, 1.0),  # lr may be infinite
         )
 
     @staticmethod
-    def update(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        max_exp_avg_sq: Tensor | None,
-        s: Scalars,
-    ) -> tuple[Tensor | None, ...]:
+    def update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, s, has):
         param = param * s.decay
         if s.weight_decay != 0:
             grad = grad + s.weight_decay * param
         exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg)
         exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * grad * grad
-        if max_exp_avg_sq is not None:
-            max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
-        second_moment = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
+        second_moment = exp_avg_sq
+        if has.max_exp_avg_sq:
+            max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
+            second_moment = max_exp_avg_sq
         denom = square_root(second_moment) * s.inv_bias_correction2_sqrt + s.eps
-        return param - s.step_size * exp_avg / denom, exp_avg, exp_avg_sq, max_exp_avg_sq
+        return param - divide(s.step_size * exp_avg, denom), exp_avg, exp_avg_sq, max_exp_avg_sq

@@ -5,16 +5,44 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import checks
-from ..numerics import power, square_root
+from ..numerics import divide, maximum, minimum, power, square_root
 from ..optimizer import FusedOptimizer
 from ..options import Options
+from ..rule import Rule
+
+
+class Hyper(NamedTuple):
+    lr: float
+    eta: float
+    beta: float
+    momentum: float
+    clip_value: float
+    extra_l2: float
+    c_coef: float
+    d_coef: float
+    eps: float
+
+
+class Scalars(NamedTuple):
+    beta: float
+    one_minus_beta: float
+    bias_correction: float
+    lr_squared: float
+    init_lr: float
+    c: float
+    d: float
+    extra_l2: float
+    eps: float
+    momentum: float
+    one_minus_momentum: float
+    clip_value: float
 
 
 class Amos(FusedOptimizer):
@@ -69,7 +97,7 @@ class Amos(FusedOptimizer):
     """
 
     rule = "amos"
-    hyper_names = ("lr", "eta", "beta", "momentum", "clip_value", "extra_l2", "c_coef", "d_coef", "eps")
+    Hyper, Scalars = Hyper, Scalars
     state_names = ("exp_avg_sq", "decay", "exp_avg")
     non_negative = ("exp_avg_sq", "decay")
     variant_options = ("eta", "reduce", "param_names")
@@ -187,64 +215,90 @@ class Amos(FusedOptimizer):
         numbers = (group[name] for name in ("extra_l2", "c_coef", "d_coef", "eps"))
         return group["lr"], variant.eta, group["beta"], group["momentum"], group["clip_value"] or 0.0, *numbers
 
-    class Scalars(NamedTuple):
-        beta: float
-        one_minus_beta: float
-        bias_correction: float
-        lr_squared: float
-        init_lr: float
-        c: float
-        d: float
-        extra_l2: float
-        eps: float
-        momentum: float
-        one_minus_momentum: float
-        clip_value: float
-
     @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        lr, eta, beta, momentum, clip_value, extra_l2, c_coef, d_coef, eps = hyper
-        init_lr = lr * eta
-        return cls.Scalars(
-            beta=beta,
-            one_minus_beta=1.0 - beta,
-            bias_correction=1.0 - power(beta, step),
-            lr_squared=lr * lr,
+    def rule_named(cls, rule: str) -> type[Rule]:
+        return {"amos_rows": AmosRows, "amos_columns": AmosColumns}.get(rule, cls)
+
+    @staticmethod
+    def prepare(h, step):
+        init_lr = h.lr * h.eta
+        return Scalars(
+            beta=h.beta,
+            one_minus_beta=1.0 - h.beta,
+            bias_correction=1.0 - power(h.beta, step),
+            lr_squared=h.lr * h.lr,
             init_lr=init_lr,
-            c=c_coef * math.sqrt(lr),
-            d=d_coef * math.sqrt(init_lr),
-            extra_l2=extra_l2,
-            eps=eps,
-            momentum=momentum,
-            one_minus_momentum=1.0 - momentum,
-            clip_value=clip_value,
+            c=h.c_coef * square_root(h.lr),
+            d=h.d_coef * square_root(init_lr),
+            extra_l2=h.extra_l2,
+            eps=h.eps,
+            momentum=h.momentum,
+            one_minus_momentum=1.0 - h.momentum,
+            clip_value=h.clip_value,
         )
 
     @staticmethod
-    def update(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg_sq: Tensor,
-        decay: Tensor,
-        exp_avg: Tensor | None,
-        s: Scalars,
-    ) -> tuple[Tensor | None, ...]:
-        if s.clip_value != 0:
-            grad = grad.clamp(-s.clip_value, s.clip_value)
-        grad_sq = grad * grad
-        reduced = [dim for dim, (n, kept) in enumerate(zip(grad.shape, decay.shape, strict=True)) if n != kept]
-        if reduced:
-            grad_sq = grad_sq.mean(dim=reduced, keepdim=True)
-        exp_avg_sq = s.beta * exp_avg_sq + s.one_minus_beta * grad_sq
-        reciprocal = torch.full_like(exp_avg_sq, s.bias_correction) / exp_avg_sq.clamp(min=s.eps)
-        gamma = s.lr_squared * (reciprocal * grad_sq) / square_root(1.0 + s.c * decay)
-        delta = s.init_lr * (square_root(reciprocal) * grad) + (0.5 * gamma + s.extra_l2) * param
-        delta = delta / (1.0 + s.d * decay)
-        decay = decay + gamma * (1.0 + decay)
-        if exp_avg is not None:
+    def update(param, grad, exp_avg_sq, decay, exp_avg, s, has):
+        grad = clip(grad, s)
+        exp_avg_sq, decay, reciprocal_root, l2, divisor = advance(grad * grad, exp_avg_sq, decay, s)
+        delta = divide(s.init_lr * (reciprocal_root * grad) + l2 * param, divisor)
+        if has.exp_avg:
             exp_avg = s.momentum * exp_avg + s.one_minus_momentum * delta
             delta = exp_avg
         return param - delta, exp_avg_sq, decay, exp_avg
+
+
+def clip(grad, s):
+    if s.clip_value != 0:
+        grad = maximum(minimum(grad, s.clip_value), -s.clip_value)
+    return grad
+
+
+def advance(grad_sq, exp_avg_sq, decay, s):
+    """The new statistics, and what an update makes of them."""
+    exp_avg_sq = s.beta * exp_avg_sq + s.one_minus_beta * grad_sq
+    reciprocal = divide(s.bias_correction, maximum(exp_avg_sq, s.eps))
+    gamma = divide(s.lr_squared * (reciprocal * grad_sq), square_root(1.0 + s.c * decay))
+    divisor = 1.0 + s.d * decay
+    decay = decay + gamma * (1.0 + decay)
+    return exp_avg_sq, decay, square_root(reciprocal), 0.5 * gamma + s.extra_l2, divisor
+
+
+class AmosOfLines(Rule):
+    """Amos with statistics of whole rows or columns."""
+
+    Hyper, Scalars = Hyper, Scalars
+    state_names = Amos.state_names
+    reduces = True
+    prepare = staticmethod(Amos.prepare)
+
+    @staticmethod
+    def square(grad, s):
+        grad = clip(grad, s)
+        return grad * grad
+
+    @staticmethod
+    def line(mean, exp_avg_sq, decay, s):
+        exp_avg_sq, decay, reciprocal_root, l2, divisor = advance(mean, exp_avg_sq, decay, s)
+        return exp_avg_sq, decay, divide(s.init_lr * reciprocal_root, divisor), divide(l2, divisor)
+
+    @staticmethod
+    def update(param, grad, factor, factor2, exp_avg, s, f, has):
+        delta = factor * clip(grad, s) + factor2 * param
+        if has.exp_avg:
+            exp_avg = s.momentum * exp_avg + s.one_minus_momentum * delta
+            delta = exp_avg
+        return param - delta, exp_avg
+
+
+class AmosRows(AmosOfLines):
+    rule = "amos_rows"
+    spans: ClassVar = {"exp_avg_sq": "row", "decay": "row", "exp_avg": "element"}
+
+
+class AmosColumns(AmosOfLines):
+    rule = "amos_columns"
+    spans: ClassVar = {"exp_avg_sq": "column", "decay": "column", "exp_avg": "element"}
 
 
 NORMS = (

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import checks
+from ..numerics import where
 from ..optimizer import FusedOptimizer
 from ..options import Options
+
+
+class Hyper(NamedTuple):
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+
+
+class Scalars(NamedTuple):
+    lr: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    decay: float
 
 
 class Lion(FusedOptimizer):
@@ -50,7 +66,7 @@ class Lion(FusedOptimizer):
     """
 
     rule = "lion"
-    hyper_names = ("lr", "beta1", "beta2", "weight_decay")
+    Hyper, Scalars = Hyper, Scalars
     state_names = ("exp_avg",)
     step_form = "absent"
 
@@ -94,22 +110,12 @@ class Lion(FusedOptimizer):
     def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
         return group["lr"], *group["betas"], group["weight_decay"] / group["weight_decay_divisor"]
 
-    class Scalars(NamedTuple):
-        lr: float
-        beta1: float
-        one_minus_beta1: float
-        beta2: float
-        one_minus_beta2: float
-        decay: float
-
-    @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        lr, beta1, beta2, weight_decay = hyper
-        return cls.Scalars(lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, 1.0 - lr * weight_decay)
+    @staticmethod
+    def prepare(h, step):
+        return Scalars(h.lr, h.beta1, 1.0 - h.beta1, h.beta2, 1.0 - h.beta2, 1.0 - h.lr * h.weight_decay)
 
     @staticmethod
-    def update(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Scalars) -> tuple[Tensor, ...]:
+    def update(param, grad, exp_avg, s, has):
         direction = s.beta1 * exp_avg + s.one_minus_beta1 * grad
-        lr = torch.full((), s.lr, dtype=param.dtype, device=param.device)
-        step = torch.where(direction > 0, -lr, torch.where(direction < 0, lr, direction))
+        step = where(direction > 0, -s.lr, where(direction < 0, s.lr, direction))
         return param * s.decay + step, s.beta2 * exp_avg + s.one_minus_beta2 * grad

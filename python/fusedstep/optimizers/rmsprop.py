@@ -8,9 +8,27 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import checks
-from ..numerics import power, square_root
+from ..numerics import divide, maximum, power, square_root
 from ..optimizer import FusedOptimizer
 from ..options import Options
+
+
+class Hyper(NamedTuple):
+    lr: float
+    alpha: float
+    eps: float
+    weight_decay: float
+    momentum: float
+    momentum_decay: float
+
+
+class Scalars(NamedTuple):
+    lr: float
+    alpha: float
+    one_minus_alpha: float
+    eps: float
+    weight_decay: float
+    momentum: float
 
 
 class RMSprop(FusedOptimizer):
@@ -58,7 +76,7 @@ class RMSprop(FusedOptimizer):
     """
 
     rule = "rmsprop"
-    hyper_names = ("lr", "alpha", "eps", "weight_decay", "momentum", "momentum_decay")
+    Hyper, Scalars = Hyper, Scalars
     state_names = ("square_avg", "momentum_buffer", "grad_avg")
     non_negative = ("square_avg",)
 
@@ -112,42 +130,26 @@ class RMSprop(FusedOptimizer):
         return ("square_avg", "grad_avg") if group["centered"] else ()
 
     def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
-        return tuple(group[name] for name in self.hyper_names)
-
-    class Scalars(NamedTuple):
-        lr: float
-        alpha: float
-        one_minus_alpha: float
-        eps: float
-        weight_decay: float
-        momentum: float
-
-    @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        lr, alpha, eps, weight_decay, momentum, momentum_decay = hyper
-        momentum = momentum * power(1.0 - momentum_decay, step - 1)
-        return cls.Scalars(lr, alpha, 1.0 - alpha, eps, weight_decay, momentum)
+        return tuple(group[name] for name in Hyper._fields)
 
     @staticmethod
-    def update(
-        param: Tensor,
-        grad: Tensor,
-        square_avg: Tensor,
-        momentum_buffer: Tensor | None,
-        grad_avg: Tensor | None,
-        s: Scalars,
-    ) -> tuple[Tensor | None, ...]:
+    def prepare(h, step):
+        momentum = h.momentum * power(1.0 - h.momentum_decay, step - 1)
+        return Scalars(h.lr, h.alpha, 1.0 - h.alpha, h.eps, h.weight_decay, momentum)
+
+    @staticmethod
+    def update(param, grad, square_avg, momentum_buffer, grad_avg, s, has):
         if s.weight_decay != 0:
             grad = grad + s.weight_decay * param
         square_avg = s.alpha * square_avg + s.one_minus_alpha * grad * grad
         variance = square_avg
-        if grad_avg is not None:
+        if has.grad_avg:
             grad_avg = grad_avg + s.one_minus_alpha * (grad - grad_avg)
-            variance = (square_avg - grad_avg * grad_avg).clamp(min=0)
+            variance = maximum(square_avg - grad_avg * grad_avg, 0.0)
         denom = square_root(variance) + s.eps
-        if momentum_buffer is not None:
-            momentum_buffer = s.momentum * momentum_buffer + grad / denom
+        if has.momentum_buffer:
+            momentum_buffer = s.momentum * momentum_buffer + divide(grad, denom)
             param = param - s.lr * momentum_buffer
         else:
-            param = param - s.lr * grad / denom
+            param = param - divide(s.lr * grad, denom)
         return param, square_avg, momentum_buffer, grad_avg

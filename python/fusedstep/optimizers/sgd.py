@@ -8,8 +8,26 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import checks
+from ..numerics import where
 from ..optimizer import FusedOptimizer
 from ..options import Options
+
+
+class Hyper(NamedTuple):
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: float
+
+
+class Scalars(NamedTuple):
+    lr: float
+    weight_decay: float
+    momentum: float
+    keep: float
+    take: float
+    nesterov: bool
 
 
 class SGD(FusedOptimizer):
@@ -50,7 +68,7 @@ class SGD(FusedOptimizer):
     """
 
     rule = "sgd"
-    hyper_names = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+    Hyper, Scalars = Hyper, Scalars
     state_names = ("momentum_buffer",)
     step_form = "absent"
 
@@ -107,29 +125,20 @@ class SGD(FusedOptimizer):
         return group["momentum"] == 0  # with momentum, rows that were named before go on moving
 
     def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
-        return tuple(group[name] for name in self.hyper_names)
-
-    class Scalars(NamedTuple):
-        lr: float
-        weight_decay: float
-        momentum: float
-        keep: float
-        take: float
-        nesterov: bool
-
-    @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        lr, momentum, dampening, weight_decay, nesterov = hyper
-        first = step == 1
-        keep = 0.0 if first else momentum
-        take = 1.0 if first else 1.0 - dampening
-        return cls.Scalars(lr, weight_decay, momentum, keep, take, nesterov != 0)
+        return tuple(group[name] for name in Hyper._fields)
 
     @staticmethod
-    def update(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, s: Scalars) -> tuple[Tensor | None, ...]:
+    def prepare(h, step):
+        first = step == 1
+        keep = where(first, 0.0, h.momentum)
+        take = where(first, 1.0, 1.0 - h.dampening)
+        return Scalars(h.lr, h.weight_decay, h.momentum, keep, take, h.nesterov != 0)
+
+    @staticmethod
+    def update(param, grad, momentum_buffer, s, has):
         if s.weight_decay != 0:
             grad = grad + s.weight_decay * param
-        if momentum_buffer is not None:
+        if has.momentum_buffer:
             momentum_buffer = s.keep * momentum_buffer + s.take * grad
-            grad = grad + s.momentum * momentum_buffer if s.nesterov else momentum_buffer
+            grad = where(s.nesterov, grad + s.momentum * momentum_buffer, momentum_buffer)
         return param - s.lr * grad, momentum_buffer

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple, Unpack
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import checks
-from ..numerics import square_root
+from ..numerics import (
+    Double,
+    divide,
+    interpolate,
+    maximum,
+    real,
+    real_power,
+    reciprocal,
+    square_root,
+    where,
+)
 from ..optimizer import FusedOptimizer
 from ..options import Options
-from .adafactor import Adafactor, root_mean_square
+from .adafactor import Adafactor
+
+
+class Hyper(NamedTuple):
+    lr: float
+    beta2_decay: float
+    eps1: float
+    eps2: float
+    d: float
+    weight_decay: float
+
+
+class Scalars(NamedTuple):
+    one_minus_beta2: float
+    eps1: float
+    limit: float
+    rho: Double
+    eps2: Double
+    d: Double
+    decay: Double
+
+
+class Finish(NamedTuple):
+    step_size: float
+    decay: float
 
 
 class TorchAdafactor(FusedOptimizer):
@@ -62,8 +95,9 @@ class TorchAdafactor(FusedOptimizer):
     """
 
     rule = "torch_adafactor"
-    hyper_names = ("lr", "beta2_decay", "eps1", "eps2", "d", "weight_decay")
-    state_names = ("row_var", "col_var", "variance")
+    Hyper, Scalars, Finish = Hyper, Scalars, Finish
+    spans: ClassVar = {"row_var": "row", "col_var": "column", "variance": "flat"}
+    state_names = tuple(spans)
     variant_options = ("eps",)
     reduces = True
 
@@ -138,48 +172,48 @@ class TorchAdafactor(FusedOptimizer):
         eps1 = variant if eps1 is None else eps1
         return group["lr"], group["beta2_decay"], eps1, eps2, group["d"], group["weight_decay"]
 
-    class Scalars(NamedTuple):
-        one_minus_beta2: float
-        eps1: float
-        limit: float
-        rho: float
-        eps2: float
-        d: float
-        decay: float
-
-    @classmethod
-    def prepare(cls, hyper: tuple[float, ...], step: int) -> Scalars:
-        lr, beta2_decay, eps1, eps2, d, weight_decay = hyper
-        return cls.Scalars(
-            one_minus_beta2=math.pow(step, beta2_decay),
-            eps1=eps1,
-            limit=1.0 / eps1 if eps1 != 0 else math.inf,
-            rho=min(lr, 1.0 / math.sqrt(step)),
-            eps2=eps2,
-            d=d,
-            decay=1.0 - lr * weight_decay if weight_decay != 0 else 1.0,  # lr may be infinite
+    @staticmethod
+    def prepare(h, step):
+        t = real(step)
+        relative = divide(1.0, square_root(t))
+        return Scalars(
+            one_minus_beta2=real_power(t, h.beta2_decay),
+            eps1=h.eps1,
+            limit=reciprocal(h.eps1),
+            rho=where(relative < h.lr, relative, h.lr),
+            eps2=h.eps2,
+            d=h.d,
+            decay=where(h.weight_decay != 0, 1.0 - h.lr * h.weight_decay, 1.0),  # lr may be infinite
         )
 
     @staticmethod
-    def update(
-        param: Tensor,
-        grad: Tensor,
-        row_var: Tensor | None,
-        col_var: Tensor | None,
-        variance: Tensor | None,
-        s: Scalars,
-    ) -> tuple[Tensor | None, ...]:
-        grad_sq = grad * grad
-        if variance is None:
-            row_var = torch.lerp(row_var, grad_sq.mean(dim=-1, keepdim=True), s.one_minus_beta2)
-            col_var = torch.lerp(col_var, grad_sq.mean(dim=-2, keepdim=True), s.one_minus_beta2)
-            row_factor = square_root(row_var.mean(dim=-2, keepdim=True).clamp(min=s.eps1)) / square_root(row_var)
-            factor = row_factor / square_root(col_var)
-        else:
-            variance = torch.lerp(variance, grad_sq, s.one_minus_beta2)
-            factor = 1.0 / square_root(variance)
-        direction = factor.clamp(max=s.limit) * grad
-        rms, excess = root_mean_square(param), root_mean_square(direction) / s.d
-        step_size = max(s.eps2, rms) * s.rho
-        param = param * s.decay - (step_size / excess if excess > 1.0 else step_size) * direction
-        return param, row_var, col_var, variance
+    def square(grad, s):
+        return grad * grad
+
+    @staticmethod
+    def line(mean, state, s):
+        state = interpolate(state, mean, s.one_minus_beta2)
+        return state, divide(1.0, square_root(state))
+
+    @staticmethod
+    def matrix(mean, s):
+        return square_root(maximum(mean, s.eps1))
+
+    @staticmethod
+    def direction(grad, factor, s):
+        return bounded(factor, s) * grad
+
+    @staticmethod
+    def finish(s, param_rms, update_rms):
+        alpha = where(param_rms > s.eps2, param_rms, s.eps2) * s.rho
+        excess = divide(update_rms, s.d)
+        return Finish(step_size=divide(alpha, where(excess > 1.0, excess, 1.0)), decay=s.decay)
+
+    @staticmethod
+    def update(param, grad, factor, s, f, has):
+        return (param * f.decay - f.step_size * (bounded(factor, s) * grad),)
+
+
+def bounded(factor, s):
+    """Of the estimate's root, torch takes the larger of it and eps1, before dividing by it."""
+    return where(s.limit < factor, s.limit, factor)
