@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from fusedstep.precision import MIN_8BIT
+from fusedstep.kept.states import MIN_8BIT
 from kinds import CHOOSING, choosing_grads
 from support import WITH_STATES, by_case, by_kind_in_engines, examples, parametrize_cases
 
@@ -188,7 +188,8 @@ def test_extreme_numbers_have_the_references_bits_in_every_format(name, dtype):
     values = torch.cat((ordinary, values, ordinary, values)).repeat(2)
     grads = torch.cat((ordinary.roll(9), grads, ordinary.roll(3), grads)).repeat(2)
     grads[300] = float("inf")  # alone in its block
-    assert values.numel() >= MIN_8BIT and values.numel() % 256  # states of smaller ones are not in 8 bits
+    assert values.numel() >= MIN_8BIT  # states of smaller ones are not in 8 bits
+    assert values.numel() % 256
     before = _C.cpu_isa()
     try:
         for isa in _C.cpu_isas():
