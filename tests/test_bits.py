@@ -188,7 +188,8 @@ def test_extreme_numbers_have_the_references_bits_in_every_format(name, dtype):
     values = torch.cat((ordinary, values, ordinary, values)).repeat(2)
     grads = torch.cat((ordinary.roll(9), grads, ordinary.roll(3), grads)).repeat(2)
     grads[300] = float("inf")  # alone in its block
-    assert values.numel() >= MIN_8BIT and values.numel() % 256  # states of smaller ones are not in 8 bits
+    assert values.numel() >= MIN_8BIT  # states of smaller ones are not in 8 bits
+    assert values.numel() % 256
     before = _C.cpu_isa()
     try:
         for isa in _C.cpu_isas():
