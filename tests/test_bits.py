@@ -6,13 +6,13 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from fusedstep.kept.states import MIN_8BIT
 from kinds import CHOOSING, choosing_grads
 from support import WITH_STATES, by_case, by_kind_in_engines, examples, parametrize_cases
 
 import fusedstep
 from fusedstep import _C
 from fusedstep.cases import CASES, PRECISION, gradient, layouts
+from fusedstep.kept.states import MIN_8BIT
 from fusedstep.verification import same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

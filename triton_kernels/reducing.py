@@ -27,26 +27,20 @@ from .numeric import (
     square_root,
     widen,
 )
+from .records import AVERAGE, COPY, N_COLUMNS, NUMEL, PARAM, ROWS, STEP
 from .reducing_lines import (
-    AVERAGE,
     COLUMN_SUMS,
-    COPY,
     COUNTERS,
     CUT,
     ELEMENT_STATE,
     ITEM_ROW,
     LINES,
-    N_COLUMNS,
     N_ITEMS,
     N_ROW_BLOCKS,
     N_STRIPS,
-    NUMEL,
-    PARAM,
     PARAM_SUMS,
     ROW_STATE,
     ROW_SUMS,
-    ROWS,
-    STEP,
     TABLE_ROW,
     TENSOR_STATE,
     TOTALS,
@@ -643,7 +637,7 @@ def tile(grad: int) -> tuple[int, int, int]:
 def prepare(rule: type[Rule], *args: Any) -> list[Prepared]:
     """The kernels of a step, in order, with the arguments that `constants` takes. A launch is given:
 
-    table: int64, (tensors, len(COLUMNS)).
+    table: int64, (tensors, TABLE_ROW): records, and what reducing_lines.COLUMNS names.
     items: int64, (programs, len(ITEM)).
     and from the third on what step.py's kernel is given.
     """

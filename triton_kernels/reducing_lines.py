@@ -4,26 +4,25 @@ import triton
 import triton.language as tl
 
 from .numeric import NONE, changed, divide, narrow, widen
+from .records import BATCH, N_COLUMNS, RECORD, ROWS
 from .stored import pointer
 
-# Columns of the table: int64 numbers and addresses of a tensor.
+# What follows the record in a tensor's row of the table: int64 numbers and addresses.
 COLUMNS = (
-    *("param", "step", "row_state", "column_state", "element_state", "tensor_state"),
-    *("batch", "rows", "columns", "numel", "cut"),
+    *("row_state", "column_state", "element_state", "tensor_state", "row_state2", "column_state2", "cut"),
     *("row_factors", "column_factors", "matrix_factors", "row_sums", "column_sums"),
     *("param_sums", "update_sums", "matrix_sums", "totals", "counters", "n_items", "n_row_blocks", "n_strips"),
-    *("row_state2", "column_state2", "average", "copy"),
 )
 WORK = COLUMNS[COLUMNS.index("row_factors") : COLUMNS.index("counters")]  # addresses of work memory
 FLAT, SMALL, TILES = 0, 1, 2  # how a tensor is cut into items
 ITEM = ("tensor", "index", "matrix", "row", "column", "n")
-PARAM, STEP, ROW_STATE, COLUMN_STATE, ELEMENT_STATE, TENSOR_STATE = (tl.constexpr(k) for k in range(6))
-BATCH, ROWS, N_COLUMNS, NUMEL, CUT = (tl.constexpr(k) for k in range(6, 11))
-ROW_FACTORS, COLUMN_FACTORS, MATRIX_FACTORS, ROW_SUMS, COLUMN_SUMS = (tl.constexpr(k) for k in range(11, 16))
-PARAM_SUMS, UPDATE_SUMS, MATRIX_SUMS, TOTALS, COUNTERS = (tl.constexpr(k) for k in range(16, 21))
-N_ITEMS, N_ROW_BLOCKS, N_STRIPS = (tl.constexpr(k) for k in range(21, 24))
-ROW_STATE2, COLUMN_STATE2, AVERAGE, COPY = (tl.constexpr(k) for k in range(24, 28))
-TABLE_ROW = tl.constexpr(len(COLUMNS))
+_FIRST = RECORD.value
+ROW_STATE, COLUMN_STATE, ELEMENT_STATE, TENSOR_STATE = (tl.constexpr(_FIRST + k) for k in range(4))
+ROW_STATE2, COLUMN_STATE2, CUT = (tl.constexpr(_FIRST + k) for k in range(4, 7))
+ROW_FACTORS, COLUMN_FACTORS, MATRIX_FACTORS, ROW_SUMS, COLUMN_SUMS = (tl.constexpr(_FIRST + k) for k in range(7, 12))
+PARAM_SUMS, UPDATE_SUMS, MATRIX_SUMS, TOTALS, COUNTERS = (tl.constexpr(_FIRST + k) for k in range(12, 17))
+N_ITEMS, N_ROW_BLOCKS, N_STRIPS = (tl.constexpr(_FIRST + k) for k in range(17, 20))
+TABLE_ROW = tl.constexpr(_FIRST + len(COLUMNS))
 ITEM_ROW = tl.constexpr(len(ITEM))
 LINES = tl.constexpr(256)  # that are finished at once
 PARTS = tl.constexpr(8)  # of their sums that are added up at once

@@ -11,12 +11,12 @@ import triton.language as tl
 from . import binding
 from .launching import Prepared
 from .numeric import FP16, FP64, I8, NONE, changed, count_of, load_number, next_counter
+from .records import RECORD, STEP
 from .stored import load, load_states, load_weight, open_row, store, store_states, store_weight
 
 if TYPE_CHECKING:
     from ..rule import Rule
 
-ROW = 17  # int64 numbers of a tensor in the table: param, step, up to five states, and what stored.py names
 CHUNK_ROW = 3  # of a chunk: tensor, elements, offset
 ARGUMENTS = (  # those of a launch
     *("table_ptr", "chunks_ptr", "grads_ptr", "hyper_ptr", "done_ptr", "grad_scale_ptr", "found_inf_ptr"),
@@ -121,7 +121,6 @@ def step_kernel(
     LEFT: tl.constexpr,
     FOLLOWERS: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROW: tl.constexpr,
     CHUNK_ROW: tl.constexpr,
 ):
     if found_inf_ptr is not None:  # the same for all programs: nothing is written, nothing is counted
@@ -134,9 +133,9 @@ def step_kernel(
     n = tl.load(chunk_ptr + 1).to(tl.int32)
     offset = tl.load(chunk_ptr + 2)
     grad = tl.load(grads_ptr + tensor)
-    row_ptr = table_ptr + tensor * ROW
+    row_ptr = table_ptr + tensor * RECORD
     if (grad != 0) & (n > 0):
-        step_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(tl.float32))
+        step_ptr = tl.load(row_ptr + STEP).to(tl.pointer_type(tl.float32))
         step = count_of(tl.load(step_ptr)) + 1
         s = PREPARE(hyper_ptr, step, ARITHMETIC)
         row = open_row(row_ptr, len(STATES))
@@ -173,7 +172,7 @@ def step_kernel(
         while first < n_tensors:
             index = first + tl.arange(0, 256)
             active = tl.load(grads_ptr + index, mask=index < n_tensors, other=0) != 0
-            address = tl.load(table_ptr + index.to(tl.int64) * ROW + 1, mask=active, other=0)
+            address = tl.load(table_ptr + index.to(tl.int64) * RECORD + STEP, mask=active, other=0)
             step_ptr = address.to(tl.pointer_type(tl.float32))
             tl.store(step_ptr, next_counter(tl.load(step_ptr, mask=active, other=0.0)), mask=active)
             first += 256
@@ -215,7 +214,6 @@ def constants(
         "LEFT": left,
         "FOLLOWERS": followers,
         "BLOCK": block,
-        "ROW": ROW,
         "CHUNK_ROW": CHUNK_ROW,
     }
 
@@ -223,7 +221,7 @@ def constants(
 def prepare(*args: Any) -> Prepared:
     """The kernel with the arguments that `constants` takes. A launch updates the tensors of ``table``, and is given:
 
-    table: int64, (tensors, ROW): addresses.
+    table: int64, (tensors, RECORD): records.
     chunks: int64, (programs, CHUNK_ROW): which elements each program updates.
     grads: int64, (tensors,): addresses of the gradients, 0 for tensors that take no part.
     hyper: float64: the rule's hyperparameters.

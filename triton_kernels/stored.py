@@ -7,16 +7,11 @@ import triton.language as tl
 
 from .codecs import BLOCK_8BIT, compensate, decode, encode, join, narrow_stochastic, random_16, split
 from .numeric import BF16, BITS, FP16, FP32, FP64, I8, NONE, U8, load_several, narrow, widen
-
-COMPANION = tl.constexpr(7)  # its place in a tensor's row of the table; the scales of its states, seed and index follow
-SCALES = tl.constexpr(8)
-SEED = tl.constexpr(13)
-INDEX = tl.constexpr(14)
-AVERAGE, COPY = tl.constexpr(15), tl.constexpr(16)
+from .records import AVERAGE, COMPANION, COPY, INDEX, PARAM, SCALES, SEED, STATES
 
 
 class Row(NamedTuple):
-    """A tensor's row of the table: addresses, and two numbers."""
+    """What a step needs of a tensor's record: addresses, and two numbers."""
 
     param: tl.tensor
     states: tl.tuple
@@ -32,12 +27,12 @@ class Row(NamedTuple):
 def open_row(row_ptr, N_STATES: tl.constexpr):
     """Read once, as what a program stores might be a table, for all that the compiler knows."""
     return Row(
-        tl.load(row_ptr),
-        load_several(row_ptr + 2, N_STATES),
+        tl.load(row_ptr + PARAM),
+        load_several(row_ptr + STATES, N_STATES),
         tl.load(row_ptr + COMPANION),
         load_several(row_ptr + SCALES, N_STATES),
         tl.load(row_ptr + SEED),
-        tl.load(row_ptr + INDEX),
+        tl.load(row_ptr + INDEX) & 0xFFFFFFFF,
         tl.load(row_ptr + AVERAGE),
         tl.load(row_ptr + COPY),
     )

@@ -67,3 +67,8 @@ def memory_layout() -> np.dtype:
     from . import _C
 
     return np.dtype(_C.record_fields())
+
+
+def words_of(records: np.ndarray) -> np.ndarray:
+    """Records in `memory_layout` as rows of int64 words, which is how Triton's kernels read them."""
+    return np.ascontiguousarray(records).view(np.int64).reshape(len(records), -1)

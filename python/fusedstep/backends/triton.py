@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..record import words_of
 from .base import KernelBackend
 from .lifetime import CHANGED, Streams, is_capturing, refuse_capture
 from .native import extension_reasons
@@ -68,10 +69,7 @@ class Launch:
         """Upload what does not change from step to step."""
         from ..triton_kernels.step import chunk_size, is_light
 
-        records = plan.native_records()[indices]
-        columns = ("param", "step", "states", "companion", "scales", "seed", "index", "average", "copy")
-        rows = np.column_stack([records[name].astype(np.int64) for name in columns])
-        self.table = plan.upload(torch.from_numpy(rows))
+        self.table = plan.upload(torch.from_numpy(words_of(plan.native_records()[indices])))
         light = is_light(self.dtypes, self.followers, self.form)
         self.chunks = plan.chunks(indices, chunk_size(blocks_of(plan.device, light)))
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from ..record import words_of
+
 if TYPE_CHECKING:
     from ..rule import Rule
     from .triton import TritonPlan
@@ -63,7 +65,7 @@ class ReducingTable:
         rows = [self._row(plan, record) for record in records]
         self.work = torch.empty(self.bytes, dtype=torch.uint8, device=plan.device)
         self.count = torch.zeros(self.counters, dtype=torch.int32, device=plan.device)
-        table = np.zeros((len(rows), len(reducing_lines.COLUMNS)), dtype=np.int64)
+        table = np.zeros((len(rows), len(reducing_lines.COLUMNS)), dtype=np.int64)  # beside the records
         items = []
         for number, row in enumerate(rows):
             for name in reducing_lines.WORK:
@@ -71,7 +73,7 @@ class ReducingTable:
             row["counters"] = self.count.data_ptr() + 4 * row["counters"]
             table[number] = [row[name] for name in reducing_lines.COLUMNS]
             items += [(number, *item) for item in row["items"]]
-        self.table = plan.upload(torch.from_numpy(table))
+        self.table = plan.upload(torch.from_numpy(np.hstack([words_of(records), table])))
         self.items = plan.upload(torch.tensor(items, dtype=torch.int64))
 
     def _take(self, n: int, size: int) -> int:
@@ -85,9 +87,8 @@ class ReducingTable:
 
         names = names_of(plan.functions)
         address = dict(zip(plan.optimizer.state_names, record["states"].tolist(), strict=False))
-        same = {name: record[name].item() for name in ("param", "step", "numel", "average", "copy")}
-        shape = {name: record[name].item() for name in ("batch", "rows", "columns")}
-        numel, (batch, rows, columns), factored = same["numel"], shape.values(), bool(record["factored"])
+        numel, factored = record["numel"].item(), bool(record["factored"])
+        batch, rows, columns = (record[name].item() for name in ("batch", "rows", "columns"))
         n_strips = n_row_blocks = 1
         if not factored:
             cut = reducing_lines.FLAT
@@ -115,8 +116,6 @@ class ReducingTable:
         of_matrix = n_row_blocks + n_strips + 1 if cut == reducing_lines.TILES else 0
         counters, self.counters = self.counters, self.counters + 2 + batch * of_matrix
         return {
-            **same,
-            **shape,
             "row_state": address.get(names.row if factored else names.flat) or 0,
             "column_state": address.get(names.column) or 0,
             "element_state": address.get(names.element) or 0,
