@@ -29,7 +29,7 @@ def real(n: int) -> float:
 
 def divide(a: Number, b: Number) -> Number:
     """The correctly rounded quotient: for a number by a tensor, torch itself multiplies by the reciprocal."""
-    return torch.full_like(b, a) / b if isinstance(b, Tensor) and not isinstance(a, Tensor) else a / b
+    return b.new_full((), a) / b if isinstance(b, Tensor) and not isinstance(a, Tensor) else a / b
 
 
 def where(condition: Tensor | bool, a: Number, b: Number) -> Number:
