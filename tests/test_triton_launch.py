@@ -43,8 +43,9 @@ def test_every_launch_is_given_the_memory_of_its_plan():
 def test_a_launch_costs_less_than_half_of_tritons_own():
     cost = launches("cost")
     assert cost["ours"]["least"] < cost["triton's"]["least"] / 2, cost
-    # All of a step, which was 25 microseconds more than this when Triton launched it.
-    assert cost["step"]["least"] < 1.2 * cost["triton's"]["least"], cost
+    # All of a step is six such launches long; if Triton launched it, it would be nine long or more. What Triton's own
+    # takes is no measure of it: that depends on Triton's version, and on how many constants the kernel has.
+    assert cost["step"]["least"] < 8 * cost["ours"]["least"], cost
 
 
 class Kernel:

@@ -29,10 +29,11 @@ def real(n: int) -> float:
 
 def divide(a: Number, b: Number) -> Number:
     """The correctly rounded quotient: for a number by a tensor, torch itself multiplies by the reciprocal."""
-    return torch.full_like(b, a) / b if isinstance(b, Tensor) and not isinstance(a, Tensor) else a / b
+    return b.new_full((), a) / b if isinstance(b, Tensor) and not isinstance(a, Tensor) else a / b
 
 
 def where(condition: Tensor | bool, a: Number, b: Number) -> Number:
+    """``a`` or ``b``, which are both computed: neither may raise."""
     if isinstance(condition, Tensor):
         return torch.where(condition, a, b)
     return a if condition else b
@@ -41,6 +42,11 @@ def where(condition: Tensor | bool, a: Number, b: Number) -> Number:
 def maximum(a: Tensor, b: Number) -> Tensor:
     """NaN wins."""
     return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
+
+
+def minimum(a: Tensor, b: Number) -> Tensor:
+    """NaN wins."""
+    return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
 
 
 def interpolate(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -56,11 +62,6 @@ def reciprocal(x: float) -> float:
 def real_power(base: float, exponent: float) -> float:
     """``base ** exponent``, which backends do not have to the same bits."""
     return math.pow(base, exponent)
-
-
-def minimum(a: Tensor, b: Number) -> Tensor:
-    """NaN wins."""
-    return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
 
 
 def power(base: float, exponent: int) -> float:

@@ -77,7 +77,12 @@ class Rule:
     @classmethod
     def names_of(cls, span: str) -> tuple[str, ...]:
         """The states that have a number for each of what ``span`` names."""
-        return tuple(name for name, other in cls.spans.items() if other == span)
+        return _names_of(cls, span)
+
+
+@functools.cache
+def _names_of(rule: type[Rule], span: str) -> tuple[str, ...]:
+    return tuple(name for name, other in rule.spans.items() if other == span)
 
 
 @functools.cache

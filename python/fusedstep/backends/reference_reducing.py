@@ -46,7 +46,7 @@ def update(
         rms = root_mean_square(param)
         of_update = root_mean_square(rule.direction(grad, *factors, scalars))
         finish = narrowed(rule.finish(scalars, rms, of_update), param.dtype)
-        states.update((name, states[name].new_tensor(rms)) for name in rule.names_of("tensor"))
+        states.update((name, states[name].new_full((), rms)) for name in rule.names_of("tensor"))
     names = rule.names_of("element")
     old = [states[name].reshape(param.shape) if name in states else None for name in names]
     has = rule.has(state is not None for state in old)
