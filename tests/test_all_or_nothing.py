@@ -318,7 +318,7 @@ def everything(optimizer, params):
         found[index] = param
         found[index, "grad"] = param.grad
         found |= {(index, name): value for name, value in optimizer.state.get(param, {}).items()}
-        found[index, "counter"] = optimizer._kept.step.beside.get(param)
+        found[index, "counter"] = optimizer.stepper.kept.step.beside.get(param)
     return {key: (value, version(value), numbers(value)) for key, value in found.items()}
 
 
@@ -446,7 +446,7 @@ def check_besides(case, backend, change):
     # Once it has a gradient that fits, it is noticed: it takes part, or its error names it.
     params[1].data = torch.ones(SHAPE)
     optimizer.state.pop(params[1], None)
-    optimizer._kept.step.beside.pop(params[1], None)
+    optimizer.stepper.kept.step.beside.pop(params[1], None)
     params[1].grad_dtype = None
     params[1].grad = torch.ones(SHAPE)
     optimizer.step()

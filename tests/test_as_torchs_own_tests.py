@@ -53,7 +53,7 @@ def public(optimizer):
 
     names = [name for name in dir(optimizer) if not name.startswith("_") and name != "copies"]
     values = {name: getattr(optimizer, name) for name in names}
-    if optimizer._options.get("weights_copy"):
+    if optimizer.stepper.options.get("weights_copy"):
         values["copies"] = optimizer.copies
     return {name: plain(value) for name, value in values.items() if not callable(value)}
 

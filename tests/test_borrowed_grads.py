@@ -32,7 +32,7 @@ def both_step(mine, theirs, make_grad):
 
 
 def borrowed(optimizer):
-    return optimizer._plans[0].native.borrowed()
+    return optimizer.stepper.plans[0].native.borrowed()
 
 
 def plain(param):

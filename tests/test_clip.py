@@ -106,8 +106,8 @@ def test_the_coefficient_is_rounded_once(limit, dtype):
         give_grads(*optimizers)
         for optimizer in optimizers:
             optimizer.step()
-        largest = optimizers[0]._gradients.last.largest.item()
-        coefficients = [optimizer._gradients.last.coefficient.item() for optimizer in optimizers]
+        largest = optimizers[0].stepper.gradients.last.largest.item()
+        coefficients = [optimizer.stepper.gradients.last.coefficient.item() for optimizer in optimizers]
         assert coefficients == [min(1.0, limit / (largest + 1e-6))] * 2
         for a, b in zip(*map(parameters_of, optimizers), strict=True):
             assert torch.equal(a, b)
@@ -127,7 +127,7 @@ def test_the_norm_does_not_depend_on_the_number_of_threads(threads):
             mine.step()
         finally:
             torch.set_num_threads(before)
-        norms.append(mine._gradients.last.numbers.clone())
+        norms.append(mine.stepper.gradients.last.numbers.clone())
     assert torch.equal(*norms)
 
 
@@ -147,7 +147,7 @@ def test_the_norm_does_not_depend_on_the_instruction_set(isa):
             mine.step()
         finally:
             _C.set_cpu_isa(before)
-        norms.append(mine._gradients.last.numbers.clone())
+        norms.append(mine.stepper.gradients.last.numbers.clone())
     assert torch.equal(*norms)
 
 

@@ -84,7 +84,7 @@ def at(optimizer, count):
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(count)
-    for counter in optimizer._kept.step.beside.values():
+    for counter in optimizer.stepper.kept.step.beside.values():
         counter.fill_(count)
 
 

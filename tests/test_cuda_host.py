@@ -45,12 +45,12 @@ def address_of(tensor):
 
 def fill(record, optimizer, index, param, grad):
     """Make a record of a parameter, as a plan does."""
-    options, state = optimizer._kept.weights, optimizer.state[param]
+    options, state = optimizer.stepper.kept.weights, optimizer.state[param]
     states = [state.get(name) for name in optimizer.state_names]
     form = options.format_of(param)
     record["param"], record["numel"], record["param_dtype"] = param.data_ptr(), param.numel(), TAG[param.dtype]
     record["grad_dtype"] = TAG[param.dtype if grad is None else grad.dtype]
-    record["step"] = state.get("step", optimizer._kept.step.beside.get(param)).data_ptr()
+    record["step"] = state.get("step", optimizer.stepper.kept.step.beside.get(param)).data_ptr()
     record["states"][: len(states)] = [address_of(value) for value in states]
     record["state_dtypes"][: len(states)] = [TAG[param.dtype if v is None else v.dtype] for v in states]
     record["companion"] = address_of(state.get(form.key))
@@ -128,7 +128,7 @@ class Pair:
                 if optimizer.step_form != "absent":
                     optimizer.state[p]["step"] = torch.tensor(0.0)
                 else:
-                    optimizer._kept.step.beside[p] = torch.tensor(0.0)
+                    optimizer.stepper.kept.step.beside[p] = torch.tensor(0.0)
                 for name in optimizer.states_of(group):
                     _, optimizer.state[p][name] = inside(torch.zeros(p.numel(), dtype=state or param), offset)
 

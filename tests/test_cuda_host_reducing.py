@@ -221,7 +221,7 @@ def test_the_kernels_themselves_skip_and_count_nothing(on_host):
         param.grad = torch.ones_like(param)
     optimizer.step()
     before = [t.clone() for t in tensors(optimizer)]
-    (plan,) = optimizer._plans_that_fit()
+    (plan,) = optimizer.stepper.plans_that_fit(optimizer)
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
     plan.launch(plan.step_with(hyper, True, found_inf=torch.tensor(float("inf"))))
     assert all(same_bits(a, b) for a, b in zip(before, tensors(optimizer), strict=True))

@@ -85,7 +85,7 @@ def seen(optimizer, states=True):
         "rates": [float("nan") if group["lr"] is None else float(group["lr"]) for group in optimizer.param_groups],
         "count": optimizer.schedule_step,
     }
-    if optimizer._kept.copy.dtype is not None:
+    if optimizer.stepper.kept.copy.dtype is not None:
         found["copies"] = [optimizer.copies[p].clone() for p in parameters_of(optimizer)]
     if states:
         found["state"] = copy.deepcopy(optimizer.state_dict()["state"])
@@ -252,7 +252,7 @@ def check_it_goes_on(case, own, form, way, backend, directory, steps):
     given = get_optimizer_state_dict(models[0], old, options=form)
     assert {key for key in given if key.startswith("state.")} == {key for key in template if key.startswith("state.")}
     set_optimizer_state_dict(models[1], new, way(given, template, directory), options=form)
-    assert new.schedule_step == old.schedule_step or not new._learning_rates.parts
+    assert new.schedule_step == old.schedule_step or not new.stepper.learning_rates.parts
     assert new.state_dict().get("rounding_seed") == old.state_dict().get("rounding_seed")
     for optimizer in (old, new):
         train(optimizer, 3, 4, 5)

@@ -200,8 +200,9 @@ def test_learning_rates_of_a_captured_step_live_as_long_as_the_optimizer(gpu):
     given = gpu.capture(optimizer.step)
     optimizer.param_groups[0]["lr"] = schedules.LinearScheduler(20, 0.1)
     optimizer.step()
-    optimizer._learning_rates.parts = optimizer._learning_rates.parts[1:]  # as after a move to another device
-    optimizer._learning_rates.places.clear()
+    rates = optimizer.stepper.learning_rates
+    rates.parts = rates.parts[1:]  # as after a move to another device
+    rates.places.clear()
     gc.collect()
     assert not any(storage.expired() for storage in given)
 
@@ -212,8 +213,8 @@ def test_a_copied_optimizer_keeps_nothing_for_graphs_that_it_does_not_have(gpu):
     optimizer, _ = make()
     optimizer.step()
     gpu.capture(optimizer.step)
-    assert optimizer._graphs.kept
-    assert not copy.deepcopy(optimizer)._graphs.kept
+    assert optimizer.stepper.graphs.kept
+    assert not copy.deepcopy(optimizer).stepper.graphs.kept
 
 
 def test_what_was_kept_goes_with_the_optimizer_at_once(gpu):
@@ -221,10 +222,10 @@ def test_what_was_kept_goes_with_the_optimizer_at_once(gpu):
     optimizer, _ = make()
     optimizer.step()
     gpu.capture(optimizer.step)
-    kept = weakref.ref(optimizer._plans[0]), weakref.ref(optimizer._graphs)
+    kept = weakref.ref(optimizer.stepper.plans[0]), weakref.ref(optimizer.stepper.graphs)
     gc.disable()
     try:
-        optimizer._plans = optimizer._graphs = None
+        optimizer.stepper.plans = optimizer.stepper.graphs = None
         assert [reference() for reference in kept] == [None, None]
     finally:
         gc.enable()

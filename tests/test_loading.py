@@ -157,11 +157,11 @@ def test_a_group_without_a_learning_rate(backend):
     optimizer = trained(ADAMW, backend)
     saved = copy.deepcopy(optimizer.state_dict())
     del saved["param_groups"][0]["lr"]
-    before, plans = seen(optimizer), optimizer._plans
+    before, plans = seen(optimizer), optimizer.stepper.plans
     with pytest.raises(ValueError, match="parameter group 0 has no 'lr'"):
         optimizer.load_state_dict(saved)
     assert_same_bits(before, seen(optimizer))
-    assert optimizer._plans is plans
+    assert optimizer.stepper.plans is plans
     step(optimizer)
 
 

@@ -29,7 +29,7 @@ def test_verify_finds_a_wrong_rule(monkeypatch, mutation):
 
     def wrong(self, group, variant):
         lr, beta1, beta2, eps, weight_decay, *rest = right(self, group, variant)
-        if self._backend == "reference":
+        if self.stepper.backend == "reference":
             return lr, beta1, beta2, eps, weight_decay, *rest
         return {
             "no_decay": (lr, beta1, beta2, eps, 0.0, *rest),

@@ -78,7 +78,7 @@ def assert_same(mine, reference):
         assert states[0].keys() == states[1].keys()
         for name in states[0]:
             assert same_bits(states[0][name], states[1][name]), (index, name)
-        if mine._kept.copy.dtype is not None:
+        if mine.stepper.kept.copy.dtype is not None:
             assert same_bits(mine.copies[a], reference.copies[b]), f"copy of {index}"
 
 

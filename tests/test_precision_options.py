@@ -234,7 +234,7 @@ def test_a_model_may_be_moved_to_another_dtype(dtype, back):
         a, b = (o.state[p] for o, p in zip(optimizers, pair, strict=True))
         assert a.keys() == b.keys()
         assert all(same_bits(a[key], b[key]) for key in a)
-        key = optimizers[0]._kept.weights.format_of(pair[0]).key
+        key = optimizers[0].stepper.kept.weights.format_of(pair[0]).key
         assert [k for k in COMPANIONS if k in a] == ([] if key is None else [key])
 
 
@@ -244,7 +244,7 @@ def test_what_is_kept_follows_a_parameter_to_its_device():
     moved = torch.nn.Parameter(torch.empty(70, 80, dtype=torch.bfloat16, device="meta"))
     optimizer.state[moved] = optimizer.state.pop(params_of(optimizer)[0])
     group = optimizer.param_groups[0]
-    optimizer._kept.fields(
+    optimizer.stepper.kept.fields(
         Entry(optimizer, group, 0, None, None, moved, optimizer.state[moved], BACKENDS["cpu"], moved)
     )
     assert {key: value.device.type for key, value in optimizer.state[moved].items()} == dict.fromkeys(
@@ -497,9 +497,9 @@ def check_loading(old, new):
     (param,) = params_of(first)
     second = make(ADAMW, [param.detach()], **new)
     state = saved(first)
-    made = second._kept.weights.format_of(param)
+    made = second.stepper.kept.weights.format_of(param)
     expected = {key: state["state"][0][key].dtype for key in ("exp_avg", "exp_avg_sq")}
-    wanted = second._kept.states.format_of(param, None)
+    wanted = second.stepper.kept.states.format_of(param, None)
     for key, dtype in expected.items():
         code = torch.uint8 if key == "exp_avg_sq" else torch.int8
         expected[key] = code if wanted == "8bit" else wanted or (param.dtype if dtype in CODES else dtype)
@@ -571,7 +571,8 @@ def test_what_a_rule_without_states_keeps_is_saved_after_a_skipped_step():
     second = make(CASES[0], [p.detach() for p in params_of(first)], master_weights=True)
     second.load_state_dict(state)
     params_of(second)[0].grad = normal(30, dtype=torch.bfloat16)
-    second._new_plans(planning.look_up(second, needs_norm=False))  # as far as a step gets that the device skips
+    # As far as a step gets that the device skips.
+    second.stepper.new_plans(second, planning.look_up(second, needs_norm=False))
     assert torch.equal(second.state_dict()["state"][0]["master_weight"], state["state"][0]["master_weight"])
 
 

@@ -39,7 +39,7 @@ def replace(optimizer):
     """A new parameter in the place of the second one; references to that one, its gradient, states and copy."""
     params = optimizer.param_groups[0]["params"]
     kept = [params[1], params[1].grad, *optimizer.state.pop(params[1], {}).values()]
-    if optimizer._options.get("weights_copy"):
+    if optimizer.stepper.options.get("weights_copy"):
         kept.append(optimizer.copies[params[1]])
     params[1] = new()
     return [weakref.ref(each) for each in kept if isinstance(each, torch.Tensor)]
@@ -59,7 +59,7 @@ def test_an_optimizer_keeps_nothing_of_a_replaced_parameter(name, options, backe
     references = replace(optimizer)
     step(optimizer)
     assert_freed(references)
-    assert set(optimizer.state) | set(optimizer._kept.step.beside) == set(optimizer.param_groups[0]["params"])
+    assert set(optimizer.state) | set(optimizer.stepper.kept.step.beside) == set(optimizer.param_groups[0]["params"])
 
 
 @each(make=[fusedstep.SGD, fusedstep.AdamW, torch.optim.AdamW], set_to_none=[True, False])
@@ -109,5 +109,5 @@ def test_parameters_that_change_places_keep_what_is_theirs(backend):
     second.insert(0, moved)
     moved.grad = torch.ones_like(moved)
     optimizer.step()
-    assert optimizer._kept.step.beside[moved] == 2
+    assert optimizer.stepper.kept.step.beside[moved] == 2
     assert [total is None for total in accumulator.gradients] == [False, True, False]

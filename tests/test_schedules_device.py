@@ -234,7 +234,7 @@ def test_the_kernel_is_told_whether_the_step_was_skipped(backend, monkeypatch):
     """On a GPU only the kernel knows."""
     mine = fusedstep.AdamW(parameters(), lr=COSINE_LR, backend=backend)
     told = []
-    evaluating = mine._learning_rates.parts[0].backend
+    evaluating = mine.stepper.learning_rates.parts[0].backend
     monkeypatch.setattr(evaluating, "advance_schedules", lambda part, found_inf: told.append(found_inf) or 0)
     mine.found_inf = torch.tensor(0.0)
     step(mine)
@@ -354,13 +354,13 @@ def test_learning_rates_go_where_the_parameters_are(backend):
     mine = fusedstep.AdamW(groups, lr=COSINE_LR, backend=backend)
     step(mine)
     old = mine.param_groups[1]["lr"]
-    mine._learning_rates.parts[0].device = torch.device("meta")
-    mine._plans = None
+    mine.stepper.learning_rates.parts[0].device = torch.device("meta")
+    mine.stepper.plans = None
     for t in (1, 2):
         assert mine.get_last_lr() == [COSINE_LR(t), FAMILY[2](t)]
         step(mine)
     assert mine.param_groups[1]["lr"] is not old
-    assert len(mine._learning_rates.parts) == 1
+    assert len(mine.stepper.learning_rates.parts) == 1
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])

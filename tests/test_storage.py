@@ -160,7 +160,7 @@ def test_any_chunking_has_the_same_bits(mode, cuts):
         param.grad = torch.zeros_like(param)
         optimizer.step()
         param.grad = torch.randn(1500, generator=generator).bfloat16()
-        (plan,) = optimizer._plans_that_fit()
+        (plan,) = optimizer.stepper.plans_that_fit(optimizer)
         hyper = optimizer.hyper(optimizer.param_groups[0], None)
         for first, last in itertools.pairwise(pieces):
             _C.cpu_run_range(plan.native, plan.step_with(hyper), first, last)
@@ -173,7 +173,7 @@ def test_a_range_that_cuts_a_block_is_refused():
     optimizer = make(CASES[10], [torch.randn(5000)], "cpu", {"state_dtype": "8bit"})
     (param,) = params_of(optimizer)
     param.grad = torch.zeros_like(param)
-    (plan,) = optimizer._new_plans(planning.look_up(optimizer, needs_norm=False))
+    (plan,) = optimizer.stepper.new_plans(optimizer, planning.look_up(optimizer, needs_norm=False))
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
     for first, last in ((0, 300), (300, 5000)):
         with pytest.raises(ValueError, match="range"):
@@ -216,8 +216,8 @@ def test_any_numbers_have_the_references_bits(numbers, case, mode, seed):
 def test_a_plan_is_kept_from_step_to_step(mode):
     optimizer = make(CASES[10], [torch.randn(5000).bfloat16()], "cpu", mode)
     step([optimizer], [torch.randn(5000).bfloat16()])
-    plans = optimizer._plans
+    plans = optimizer.stepper.plans
     for _ in range(3):
         step([optimizer], [torch.randn(5000).bfloat16()])
-    assert optimizer._plans is plans
+    assert optimizer.stepper.plans is plans
     assert optimizer.kernel_calls == 1

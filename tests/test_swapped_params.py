@@ -102,8 +102,8 @@ def check_references(optimizer):
             param.grad = grad
         optimizer.step()
         for param, grad in zip(params, grads, strict=True):
-            kept = {"weight": param, "copy": optimizer._kept.copy.beside.get(param), **optimizer.state[param]}
-            kept["counter"] = optimizer._kept.step.beside.get(param)
+            kept = {"weight": param, "copy": optimizer.stepper.kept.copy.beside.get(param), **optimizer.state[param]}
+            kept["counter"] = optimizer.stepper.kept.step.beside.get(param)
             for name, tensor in kept.items():
                 assert not isinstance(tensor, torch.Tensor) or tensor._use_count() == 1, name
             assert grad._use_count() == 2  # its parameter's

@@ -107,7 +107,7 @@ def test_the_kernel_itself_skips_and_counts_nothing(interpreted):
     param.grad = torch.ones(10)
     optimizer.step()
     before = [param.detach().clone(), *[t.clone() for t in optimizer.state[param].values()]]
-    (plan,) = optimizer._plans_that_fit()
+    (plan,) = optimizer.stepper.plans_that_fit(optimizer)
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
     plan.launch(plan.step_with(hyper, found_inf=torch.tensor(1.0)))
     assert all(torch.equal(a, b) for a, b in zip(before, [param, *optimizer.state[param].values()], strict=True))

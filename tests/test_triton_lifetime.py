@@ -137,12 +137,12 @@ def test_addresses_that_only_a_graph_uploads_are_uploaded_again_for_an_eager_ste
     optimizer, params = make("AdamW")
     other_gradients(optimizer, params)
     optimizer.param_groups[0]["lr"] = 0.5
-    (plan,) = optimizer._plans
+    (plan,) = optimizer.stepper.plans
     gpu.capture(optimizer.step)
     captured = [plan.hyper, *(launch.grads for launch in (*plan.launches, *plan.sums))]
     optimizer.step()
     eager = [plan.hyper, *(launch.grads for launch in (*plan.launches, *plan.sums))]
-    assert optimizer._plans == [plan]
+    assert optimizer.stepper.plans == [plan]
     for before, after in zip(captured, eager, strict=True):
         assert before is not after
         assert torch.equal(before, after)
@@ -163,7 +163,7 @@ def test_new_launches_are_refused_while_a_graph_is_captured(gpu):
 
 def test_the_allocator_is_told_of_another_stream(gpu):
     optimizer, _ = make("AdamW")
-    (plan,) = optimizer._plans
+    (plan,) = optimizer.stepper.plans
     gpu.told.clear()
     optimizer.step()
     assert not gpu.told

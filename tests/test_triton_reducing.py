@@ -109,7 +109,7 @@ def test_the_kernels_themselves_skip_and_count_nothing(interpreted):
     optimizer = make(REDUCING[1], [torch.ones(40, 30), torch.ones(7)], "triton")
     step([optimizer], [torch.ones(40, 30), torch.ones(7)])
     before = [t.clone() for t in tensors(optimizer)]
-    (plan,) = optimizer._plans_that_fit()
+    (plan,) = optimizer.stepper.plans_that_fit(optimizer)
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
     plan.launch(plan.step_with(hyper, found_inf=torch.tensor(1.0)))
     assert all(same_bits(a, b) for a, b in zip(before, tensors(optimizer), strict=True))

@@ -93,7 +93,7 @@ def arguments():
         LAUNCHES.clear()
         give(params)
         optimizer.step()
-        (plan,) = optimizer._plans
+        (plan,) = optimizer.stepper.plans
         (launch,) = plan.launches
         ((name, programs, given),) = LAUNCHES
         memory = (launch.table, launch.chunks, launch.grads, plan.hyper, launch.done)
@@ -123,7 +123,7 @@ def cost():
     optimizer = fusedstep.AdamW(params, backend="triton")
     give(params)
     optimizer.step()
-    (plan,) = optimizer._plans
+    (plan,) = optimizer.stepper.plans
     (launch,) = plan.launches
     ((kernel,),) = launch.kernels.values()
     args = (launch.table, launch.chunks, launch.grads, plan.hyper, launch.done, None, None, None, None, 1)

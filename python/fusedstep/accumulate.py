@@ -14,8 +14,9 @@ from torch import Tensor
 from . import backends, checks, layout
 from .backends.lifetime import Graphs, refuse_capture
 from .backends.plan import Plan, SharedGrads
+from .compiler import keep_from_compiler
 from .numerics import where
-from .optimizer import FusedOptimizer, _keep_from_compiler
+from .optimizer import FusedOptimizer
 from .record import Record
 from .rule import Rule
 
@@ -85,10 +86,6 @@ class GradientAccumulator(Rule):
     Hyper, Scalars = Hyper, Scalars
     state_names = ()
 
-    @classmethod
-    def rule_of(cls, variant: None) -> tuple[str, bool]:
-        return cls.rule, False
-
     def __init__(
         self,
         params: torch.optim.Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
@@ -102,7 +99,7 @@ class GradientAccumulator(Rule):
         self._optimizer = params if isinstance(params, torch.optim.Optimizer) else None
         self._round = self._optimizer is not None and not isinstance(params, FusedOptimizer)
         if backend is None and isinstance(params, FusedOptimizer):
-            backend = params._backend
+            backend = params.stepper.backend
         self._backend = backends.check_choice(backend)
         self.mean = mean
         self.set_to_none = set_to_none
@@ -161,7 +158,7 @@ class GradientAccumulator(Rule):
 
     def _make_known(self) -> None:
         if isinstance(self._optimizer, FusedOptimizer):
-            self._optimizer._accumulators.add(self)
+            self._optimizer.stepper.accumulators.add(self)
 
     def forget_replaced(self) -> None:
         """Drop what is kept for parameters that the optimizer has no more; it calls this when it has found out."""
@@ -178,13 +175,6 @@ class GradientAccumulator(Rule):
     def update(param, grad, s, has):
         grad = s.weight * grad
         return (where(s.first, grad, param + grad),)
-
-    @classmethod
-    def check_sparse(cls, group: dict[str, Any], what: str) -> None:
-        raise RuntimeError(
-            f"GradientAccumulator does not support sparse gradients ({what}); call .to_dense() on the gradient, "
-            "or create the embedding with sparse=False"
-        )
 
     # Accumulating.
 
@@ -247,7 +237,7 @@ class GradientAccumulator(Rule):
             for param in self._params:
                 param.grad = None
 
-    _keep_from_compiler(__call__)
+    keep_from_compiler(__call__)
 
     def _run(self, gradients: list[Tensor | None] | None, weight: float, zero: bool, anew: bool = False) -> int:
         """Add gradients to the buffers, or (``anew``) put them there; returns the number of kernel calls."""

@@ -64,7 +64,7 @@ class GradScaler(torch.amp.GradScaler):
         finds_nonfinite = (
             is_ready
             and not optimizer.clips()  # it works on copies, which need not be finite where the gradients are not
-            and optimizer._gradients.are_local(optimizer)
+            and optimizer.stepper.gradients.are_local(optimizer)
         )
         if finds_nonfinite:
             found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
@@ -76,13 +76,14 @@ class GradScaler(torch.amp.GradScaler):
         if is_ready:
             optimizer.grad_scale = scale * getattr(optimizer, "grad_scale", 1)  # the user's own besides, as in torch
         optimizer.found_inf = found_inf
-        optimizer._finds_nonfinite = finds_nonfinite
+        optimizer.stepper.finds_nonfinite = finds_nonfinite
         try:
             result = optimizer.step(*args, **kwargs)
         finally:
             optimizer.__dict__.pop("grad_scale", None)
-            del optimizer.found_inf, optimizer._finds_nonfinite
+            del optimizer.found_inf
+            optimizer.stepper.finds_nonfinite = False
         state["stage"] = OptState.STEPPED
-        if finds_nonfinite and optimizer._gradients.any_seen:  # else there was no check, as `update` complains
+        if finds_nonfinite and optimizer.stepper.gradients.any_seen:  # else there was no check, as `update` complains
             state["found_inf_per_device"] = {found_inf.device: found_inf}
         return result

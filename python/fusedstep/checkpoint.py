@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def written(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """The state_dict that torch's base class has made, as the torch class of the optimizer's name would write it."""
-    optimizer._kept.write_seed(state_dict)
+    optimizer.stepper.kept.write_seed(state_dict)
     dcp.write_numbers(optimizer, state_dict["param_groups"])
     _write_counts(optimizer, state_dict)
     if optimizer.step_form == "absent":
@@ -30,7 +30,7 @@ def written(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         for key, param in zip(ids, params, strict=True):
-            counter = optimizer._kept.step.beside.get(param)
+            counter = optimizer.stepper.kept.step.beside.get(param)
             if key in state_dict["state"] and counter is not None and counter.item() == 0:
                 buffers = {*optimizer.state_names, *map(scale_name, optimizer.state_names)}
                 kept = {name: value for name, value in state_dict["state"][key].items() if name not in buffers}
@@ -58,17 +58,17 @@ def undone_on_error(optimizer: FusedOptimizer) -> Iterator[None]:
 
     Loading makes new groups and states and leaves the old ones as they are, but for a schedule's count.
     """
-    before, count = dict(vars(optimizer)), optimizer._learning_rates.count
-    kinds = [(kind, dict(vars(kind))) for kind in optimizer._kept]
+    before, count = dict(vars(optimizer)), optimizer.stepper.learning_rates.count
+    inner = [(part, dict(vars(part))) for part in (optimizer.stepper, *optimizer.stepper.kept)]
     try:
         yield
     except BaseException:
         vars(optimizer).clear()
         vars(optimizer).update(before)
-        for kind, kept in kinds:
-            vars(kind).update(kept)
+        for part, values in inner:
+            vars(part).update(values)
         if count is not None:
-            optimizer._learning_rates.count = count
+            optimizer.stepper.learning_rates.count = count
         raise
 
 
@@ -79,8 +79,8 @@ def loading(optimizer: FusedOptimizer) -> Iterator[list[Entry]]:
     In the end the given list has each parameter with its state as it was given, and the next step has been found
     possible with what became of it.
     """
-    followed = optimizer._learning_rates.followed(optimizer.param_groups)
-    kept = optimizer._kept
+    followed = optimizer.stepper.learning_rates.followed(optimizer.param_groups)
+    kept = optimizer.stepper.kept
     given_states: list[Entry] = []
     loaded: dict[Tensor, dict[str, Any]] = {}
     rest: dict[Any, Any] = {}
@@ -111,11 +111,11 @@ def loading(optimizer: FusedOptimizer) -> Iterator[list[Entry]]:
     def give_state(_: Any) -> None:
         optimizer.state.update(loaded)
         optimizer.state.update(rest)
-        optimizer._template = {}
+        optimizer.stepper.template = {}
         kept.step.beside, kept.step.earlier, kept.weights.seed = {}, {}, seed
         for group in optimizer.param_groups:
             group.pop(SEED, None)
-        optimizer._learning_rates.read_numbers(optimizer.param_groups, followed, optimizer._most_steps)
+        optimizer.stepper.learning_rates.read_numbers(optimizer.param_groups, followed, optimizer.most_steps)
 
     # Last before torch's own work and first after it, so that hooks of the user see what torch would show them.
     with (
@@ -154,7 +154,7 @@ _NOUNS = {"params": "the keys of states", "param_names": "names"}
 def _adopted(key: Any, entry: Entry) -> dict[str, Any]:
     """A parameter's loaded state: our own copies, on its device."""
     optimizer = entry.rule
-    adopted = optimizer._kept.load(key, entry)
+    adopted = optimizer.stepper.kept.load(key, entry)
     if optimizer.step_form == "absent" and dcp.is_blank(adopted, optimizer.state_names):
         for name in (*optimizer.state_names, *map(scale_name, optimizer.state_names)):
             adopted.pop(name, None)

@@ -80,13 +80,13 @@ def write_numbers(optimizer: FusedOptimizer, rows: list[dict[str, Any]]) -> None
     for row in rows:
         for key in GROUP_KEYS:
             row.pop(key, None)
-        optimizer._kept.write_seed(row)
-    optimizer._learning_rates.write_numbers(optimizer.param_groups, rows, optimizer._most_steps)
+        optimizer.stepper.kept.write_seed(row)
+    optimizer.stepper.learning_rates.write_numbers(optimizer.param_groups, rows, optimizer.most_steps)
 
 
 def forget_template(optimizer: FusedOptimizer) -> None:
     """Drop what `make_template` made, unless somebody has written into it: weights may have been loaded since."""
-    for param, made in optimizer._template.items():
+    for param, made in optimizer.stepper.template.items():
         state = optimizer.state.get(param)
         if state is None or not all(_is_as_made(state.get(key), *what) for key, what in made.items()):
             continue
@@ -94,7 +94,7 @@ def forget_template(optimizer: FusedOptimizer) -> None:
             del state[key]
         if not state:
             del optimizer.state[param]
-    optimizer._template.clear()
+    optimizer.stepper.template.clear()
     for group in optimizer.param_groups:
         for key in GROUP_KEYS:
             group.pop(key, None)
@@ -109,12 +109,12 @@ def is_blank(state: dict[str, Any], names: tuple[str, ...]) -> bool:
 def _lacks_states(entry: Entry) -> bool:
     """Whether a step would make states for a parameter that has done none."""
     optimizer, param, state = entry.rule, entry.param, entry.state
-    if param in optimizer._template and state.keys() >= optimizer._template[param].keys():
+    if param in optimizer.stepper.template and state.keys() >= optimizer.stepper.template[param].keys():
         return False
-    count = state.get("step", optimizer._kept.step.beside.get(param))
+    count = state.get("step", optimizer.stepper.kept.step.beside.get(param))
     if optimizer.step_form == "absent" and count is not None and float(count) == 0:
         return True  # every step was skipped, and `state_dict` shows no buffers
-    if state.keys() >= set(optimizer._kept.keys(entry)):
+    if state.keys() >= set(optimizer.stepper.kept.keys(entry)):
         return False
     if count is None:
         return not any(isinstance(state.get(key), Tensor) for key in optimizer.state_names)
@@ -124,7 +124,7 @@ def _lacks_states(entry: Entry) -> bool:
 def _make_states(entry: Entry) -> None:
     optimizer, param = entry.rule, entry.param
     absent, states = optimizer.step_form == "absent", optimizer.states_of(entry.group)
-    counters = optimizer._kept.step.beside
+    counters = optimizer.stepper.kept.step.beside
     if absent and counters.pop(param, None) is not None:
         for key in (*states, *map(scale_name, states)):
             optimizer.state.get(param, {}).pop(key, None)
@@ -139,7 +139,7 @@ def _make_states(entry: Entry) -> None:
             _fill(state.get(scale_name(key), state[key]), -0.0)
     made = {key: (value, _version(value)) for key, value in state.items() if key not in before}
     if made:
-        optimizer._template[param] = made
+        optimizer.stepper.template[param] = made
 
 
 def _fill(tensor: Tensor, value: float) -> None:

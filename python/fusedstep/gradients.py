@@ -128,7 +128,7 @@ class Gradients:
 
     def are_local(self, optimizer: FusedOptimizer) -> bool:
         """Whether all of the gradients are in this process."""
-        if self._local is None or optimizer._plans is None:
+        if self._local is None or optimizer.stepper.plans is None:
             self._local = not any(map(layout.is_wrapper, _params(optimizer.param_groups)))
         return self._local
 

@@ -66,7 +66,7 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Chosen]]:
 
     ``needs_norm``: the step takes the norm of all gradients together.
     """
-    optimizer._learning_rates.settle(optimizer.param_groups)
+    optimizer.stepper.learning_rates.settle(optimizer.param_groups)
     chosen: list[list[Chosen]] = []
     any_reduces = False
     for group, members in zip(optimizer.param_groups, entries(optimizer), strict=True):
@@ -88,7 +88,7 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Chosen]]:
             row.append((entry, backend, variant))
         chosen.append(row)
         for variant in {variant for _, backend, variant in row if backend is not None}:
-            optimizer._hyper_of(group, variant)
+            optimizer.stepper.hyper_of(optimizer, group, variant)
     norm_of_each = any(map(optimizer.clips_by_norm, optimizer.param_groups))
     sharding.check(optimizer, needs_norm, norm_of_each, any_reduces)
     return chosen
@@ -99,7 +99,7 @@ def _checked(entry: Entry) -> tuple[backends.Backend, Any]:
     optimizer, group, param = entry.rule, entry.group, entry.param
     variant = optimizer.variant_of(group, entry.name, param)
     reduces = optimizer.rule_of(variant)[1]
-    backend = optimizer._select(param, reduces)
+    backend = optimizer.stepper.select(optimizer, param, reduces)
     if param.grad is None and not started(optimizer, param):
         return backend, variant
     cls, what = type(optimizer), entry.what
@@ -110,7 +110,7 @@ def _checked(entry: Entry) -> tuple[backends.Backend, Any]:
     checks.check_memory(cls.__name__, what, param)
     if memory._is_zerotensor():
         raise ValueError(f"{what}: torch keeps no memory for its zeros; pass a .clone() of it")
-    for kind in optimizer._kept:
+    for kind in optimizer.stepper.kept:
         kind.check_param(entry, reduces)
     _check_kept(entry._replace(backend=backend))
     return backend, variant
@@ -126,7 +126,7 @@ def _check_kept(entry: Entry) -> None:
                     f"{cls}: state '{key}' has layout {value.layout}, it must be dense like {entry.what}"
                 )
             checks.check_memory(cls, f"state '{key}' of {entry.what},", value)
-    for kind in entry.rule._kept:
+    for kind in entry.rule.stepper.kept:
         kind.check(entry)
 
 
@@ -138,26 +138,26 @@ def check_loaded_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None
         variant = optimizer.variant_of(group, name, param)
         variants.add(variant)
         if param in optimizer.state:
-            backend = optimizer._select(param, optimizer.rule_of(variant)[1])
+            backend = optimizer.stepper.select(optimizer, param, optimizer.rule_of(variant)[1])
             _check_kept(Entry(optimizer, group, index, name, name, param, optimizer.state[param], backend))
     for variant in variants:
-        hyper = optimizer._hyper_of(group, variant)
+        hyper = optimizer.stepper.hyper_of(optimizer, group, variant)
         if not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in hyper):
             optimizer.prepare(optimizer.Hyper(*map(float, hyper)), 1)
     checks.check_flag("maximize", group["maximize"])
-    optimizer._check_call(None)
+    optimizer.check_call(None)
 
 
 def started(optimizer: FusedOptimizer, param: Tensor) -> bool:
     """Whether something is kept for a parameter."""
-    return param in optimizer.state or param in optimizer._kept.step.beside
+    return param in optimizer.state or param in optimizer.stepper.kept.step.beside
 
 
 def undo_of(optimizer: FusedOptimizer) -> Callable[[], None]:
     """What brings back all that is kept for parameters, as it is now, after plans were built."""
     states = {param: dict(state) for param, state in optimizer.state.items() if isinstance(state, dict)}
     before = set(optimizer.state)
-    beside = [(kind, dict(kind.beside)) for kind in optimizer._kept]
+    beside = [(kind, dict(kind.beside)) for kind in optimizer.stepper.kept]
 
     def undo() -> None:
         for param in optimizer.state.keys() - before:
@@ -200,15 +200,15 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Chosen]]) -> list[Plan]:
             planned.append(((backend, group_index, group, variant, states), is_last, records))
     if planned:
         planned[0][-1].extend(bystanders)  # any plan notices a gradient that comes later
-    options, common = optimizer._gradients.options, optimizer._kept.step_fields()
+    options, common = optimizer.stepper.gradients.options, optimizer.stepper.kept.step_fields()
     plans = []
     for (backend, *shared), is_last, records in planned:
         plan = backend.plan(type(optimizer), *shared, records)
-        plan.grads_change = optimizer._gradients.writes
+        plan.grads_change = optimizer.stepper.gradients.writes
         plan.zero_grads = is_last and options.zero_grads
         plan.write_grads = is_last and options.write_grads
         vars(plan).update(common)
-        plan.graphs = optimizer._graphs
+        plan.graphs = optimizer.stepper.graphs
         plans.append(plan)
     return plans
 
@@ -216,10 +216,10 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Chosen]]) -> list[Plan]:
 def _forget_replaced(optimizer: FusedOptimizer) -> None:
     """Drop what is kept for parameters that are in no group any more; ``state`` is the user's, as in torch."""
     params = {param for group in optimizer.param_groups for param in group["params"]}
-    for kind in optimizer._kept:
+    for kind in optimizer.stepper.kept:
         for param in kind.beside.keys() - params:
             del kind.beside[param]
-    for accumulator in optimizer._accumulators:
+    for accumulator in optimizer.stepper.accumulators:
         accumulator.forget_replaced()
 
 
@@ -227,9 +227,9 @@ def fields(entry: Entry, backend: backends.Backend, reduces: bool) -> dict[str, 
     """What the record of a parameter has that has a gradient or has had one; missing states are made."""
     optimizer, param = entry.rule, entry.param
     # Where nothing is kept, `optimizer.state` stays as it is.
-    state = optimizer.state[param] if optimizer._kept.keys(entry) else optimizer.state.get(param, {})
+    state = optimizer.state[param] if optimizer.stepper.kept.keys(entry) else optimizer.state.get(param, {})
     memory = backend.memory(param, reduces)
-    found = optimizer._kept.fields(entry._replace(state=state, backend=backend, memory=memory))
+    found = optimizer.stepper.kept.fields(entry._replace(state=state, backend=backend, memory=memory))
     matrices = optimizer.matrices(entry.group, entry.name, param) if reduces else None
     return {"param": memory, "matrices": matrices, **found}
 
@@ -238,7 +238,7 @@ def make_states(entry: Entry) -> None:
     """Make the missing states of a parameter as its first step would."""
     optimizer, param = entry.rule, entry.param
     reduces = optimizer.rule_of(optimizer.variant_of(entry.group, entry.name, param))[1]
-    copied = param in optimizer._kept.copy.beside
-    fields(entry, optimizer._select(param, reduces), reduces)
+    copied = param in optimizer.stepper.kept.copy.beside
+    fields(entry, optimizer.stepper.select(optimizer, param, reduces), reduces)
     if not copied:  # it would not see the weights that are loaded before the first step
-        optimizer._kept.copy.beside.pop(param, None)
+        optimizer.stepper.kept.copy.beside.pop(param, None)

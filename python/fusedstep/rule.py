@@ -1,11 +1,17 @@
-"""What an update rule is: its names and its arithmetic. Knows no groups, tensors in memory, plans or backends."""
+"""What an optimizer's class declares: its rule's names and arithmetic, and what its groups' options mean for it.
+
+No plan, no backend and no state is known here.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections import namedtuple
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
 
 
 class Rule:
@@ -32,6 +38,13 @@ class Rule:
     # "flat" tensor, and of no other; the "tensor", of which it is the RMS before the step.
     spans: ClassVar[dict[str, str]] = {}
     Finish: ClassVar[type]  # what `finish` returns, a NamedTuple like `Scalars`
+
+    step_form: ClassVar[Literal["tensor", "int", "absent"]] = "tensor"  # of "step" in the parent class's state_dict
+    state_at_construction: ClassVar[bool] = False  # whether the parent class has states before the first step
+
+    non_negative: ClassVar[tuple[str, ...]] = ()  # states that an 8-bit code stores without a sign
+
+    variant_options: ClassVar[tuple[str, ...]] = ()  # keys of a group that `variant_of` looks at
 
     @staticmethod
     def prepare(h: Any, step: int) -> Any:
@@ -78,6 +91,74 @@ class Rule:
     def names_of(cls, span: str) -> tuple[str, ...]:
         """The states that have a number for each of what ``span`` names."""
         return _names_of(cls, span)
+
+    # What an optimizer asks of it, group by group.
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError for an option of a group that is out of range."""
+        raise NotImplementedError
+
+    def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Those of `state_names` that the options of a group need, in their order."""
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:
+        """The values of `Hyper` for parameters of a group: numbers, or one-element tensors."""
+        raise NotImplementedError
+
+    def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> Any:
+        """What `hyper` needs to know of a parameter; those of a group with equal variants share a kernel call."""
+        return None
+
+    def clips(self) -> bool:
+        """Whether `clip` is to be called in a step."""
+        return False
+
+    def clips_by_norm(self, group: dict[str, Any]) -> bool:
+        """Whether `clip` takes the norm of each gradient of a group."""
+        return False
+
+    def clip(self, grads: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
+        """The gradients as a step shall take them, from unscaled ones, each with its group."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_sparse(cls, group: dict[str, Any], what: str) -> None:
+        """Raise RuntimeError if the parameter that ``what`` describes cannot take its sparse gradient."""
+        raise RuntimeError(
+            f"{cls.__name__} does not support sparse gradients ({what}); call .to_dense() on the gradient, "
+            "or create the embedding with sparse=False"
+        )
+
+    @classmethod
+    def changes_rows_alone(cls, group: dict[str, Any]) -> bool:
+        """Whether a step with a sparse gradient leaves the rows that it does not name as they are."""
+        return True
+
+    @classmethod
+    def rule_of(cls, variant: Any) -> tuple[str, bool]:
+        """The compiled rule for parameters of a variant, and whether it has sums over rows, columns or tensors."""
+        return cls.rule, cls.reduces
+
+    def matrices(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int, int] | None:
+        """For a rule that reduces: (batch, rows, columns) of a contiguous parameter; None: it is taken as flat."""
+        raise NotImplementedError
+
+    def state_shape(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> torch.Size | None:
+        """The shape of the state ``key`` of a parameter; None if this parameter does not have the state."""
+        return param.shape
+
+    def exact_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Those of `states_of` that stay in fp32 where ``state_dtype`` is less: the rule takes their difference."""
+        return ()
+
+    def begins_anew(self, group: dict[str, Any]) -> bool:
+        """Whether a step that finds no states differs from one that finds those of `init_state`."""
+        return False
+
+    def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
+        """The state ``key`` of a parameter before its first step."""
+        return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
 
 
 @functools.cache

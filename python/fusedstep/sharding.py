@@ -57,13 +57,13 @@ def check(optimizer: FusedOptimizer, norm: bool, norm_of_each: bool, sums: bool)
         norm_of_each: or that of each gradient by itself.
         sums: its rule sums over rows, columns or tensors.
     """
-    if norm and optimizer._shared_out:
+    if norm and optimizer.stepper.shared_out:
         raise RuntimeError(
             f"{type(optimizer).__name__}: ZeroRedundancyOptimizer gives each process a share of the parameters, and "
             "the norm of gradients would be that of this process's share alone; call torch.nn.utils.clip_grad_norm_ "
             "on all parameters before step() instead"
         )
-    if optimizer._warned_of_pieces or not (norm or norm_of_each or sums):
+    if optimizer.stepper.warned_of_pieces or not (norm or norm_of_each or sums):
         return
     if has_pieces(param for group in optimizer.param_groups for param in group["params"]):
         needed = {
@@ -77,4 +77,4 @@ def check(optimizer: FusedOptimizer, norm: bool, norm_of_each: bool, sums: bool)
             f"process's pieces alone: {'; '.join(what for what, is_needed in needed.items() if is_needed)}",
             stacklevel=level_of_the_user(),
         )
-        optimizer._warned_of_pieces = True
+        optimizer.stepper.warned_of_pieces = True

@@ -522,9 +522,9 @@ TRITON_ENGINE = [
 HOST = [
     Fault(
         "a skipped step is counted by a schedule",
-        "python/fusedstep/optimizer.py",
-        "self._learning_rates.end_step(found_inf)",
-        "self._learning_rates.end_step(None)",
+        "python/fusedstep/stepping.py",
+        "self.learning_rates.end_step(found_inf)",
+        "self.learning_rates.end_step(None)",
         "tests/test_schedules_device.py",
     ),
     Fault(

@@ -112,17 +112,17 @@ class AdamWeightDecay(Adam):
 
     def _clip_globally(self, limit: float | None) -> None:
         """Limit the norm of all gradients, without torch's 1e-6, and with TensorFlow's answer to an infinite norm."""
-        self._gradients.options = dataclasses.replace(
-            self._gradients.options,
-            max_grad_norm=self._options.get("max_grad_norm") if limit is None else limit,
+        self.stepper.gradients.options = dataclasses.replace(
+            self.stepper.gradients.options,
+            max_grad_norm=self.stepper.options.get("max_grad_norm") if limit is None else limit,
             epsilon=GradientOptions.epsilon if limit is None else 0.0,
             nan_if_nonfinite=limit is not None,
         )
         self.defaults["global_clipnorm"] = limit
 
-    def _check_call(self, max_grad_norm: float | None) -> None:
+    def check_call(self, max_grad_norm: float | None) -> None:
         """Raise if a step cannot be made now, or not so; see to what the user may have put into the groups since."""
-        super()._check_call(max_grad_norm)
+        super().check_call(max_grad_norm)
         if self.param_groups and (limit := self.param_groups[0]["global_clipnorm"]) != self.defaults["global_clipnorm"]:
             self._clip_globally(limit)
         for group in self.param_groups:
@@ -141,13 +141,13 @@ class AdamWeightDecay(Adam):
         for key, value in own.items():
             checks.check_positive(f"{key} value", value)
             checks.as_number(f"{key} value", value)
-        given = self._options.get("max_grad_norm")
+        given = self.stepper.options.get("max_grad_norm")
         if own and given is not None:
             raise ValueError(
                 f"max_grad_norm={given} and {', '.join(f'{k}={v}' for k, v in own.items())} contradict each other: "
                 "clip in one way"
             )
-        if self._gradients.options.write_grads and own.keys() - {"global_clipnorm"}:
+        if self.stepper.gradients.options.write_grads and own.keys() - {"global_clipnorm"}:
             raise ValueError("write_grads=True cannot go with clipvalue or clipnorm, which work on copies of gradients")
 
     def check_group(self, group: dict[str, Any]) -> None:
