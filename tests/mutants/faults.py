@@ -111,7 +111,7 @@ REFERENCE = [
     Fault(
         "the reference does not maximize",
         "python/fusedstep/backends/reference.py",
-        "        if call.maximize:\n            grad = -grad\n",
+        "        if step.maximize:\n            grad = -grad\n",
         "",
         PARENTS,
     ),
@@ -368,7 +368,7 @@ CUDA_ENGINE = [
     Fault(
         "a skipped step leaves gradients that it should zero",
         "csrc/cuda/kernel.cuh",
-        "if (a.grads_become.zero) {",
+        "if (a.step.zero_grads) {",
         "if (false) {",
         f"{CHAIN} {CUDA}",
     ),
@@ -550,9 +550,9 @@ HOST = [
     ),
     Fault(
         "loaded states are not copies",
-        "python/fusedstep/checkpoint.py",
-        "value = layout.dense_like(param, value.dtype).copy_(value)",
-        "value = layout.laid_out_as(value, layout.dense_like(param)) if value.stride() != param.stride() else value",
+        "python/fusedstep/kept/kind.py",
+        "return layout.dense_like(param, value.dtype).copy_(value)",
+        "return layout.laid_out_as(value, layout.dense_like(param)) if value.stride() != param.stride() else value",
         "tests/test_state_dict.py",
     ),
     Fault(
