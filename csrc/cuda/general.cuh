@@ -115,13 +115,13 @@ struct General {
       GradChange<double> change_twice;
     };
 
-    __device__ __forceinline__ void fill(const Record& record, const double* hyper, int64_t number, const Step& step) {
+    __device__ __forceinline__ void fill(const Record& record, const double* hyper, int64_t number, const Step& given) {
       if (record.param_dtype == Dtype::kF64) {
         twice = Rule::template prepare<double>(hyper, number);
-        change_twice = grad_change<double>(step);
+        change_twice = grad_change<double>(given);
       } else {
         single = Rule::template prepare<float>(hyper, number);
-        change = grad_change<float>(step);
+        change = grad_change<float>(given);
         step = static_cast<uint32_t>(number);
       }
     }

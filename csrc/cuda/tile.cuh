@@ -94,9 +94,9 @@ struct Tile {
     GradChange<float> change;
     bool changes, stores;  // the gradient, for the update and in memory
 
-    __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number, const Step& step) {
+    __device__ __forceinline__ void fill(const Record&, const double* hyper, int64_t number, const Step& given) {
       scalars = Rule::template prepare<float>(hyper, number);
-      change = grad_change<float>(step);
+      change = grad_change<float>(given);
       changes = change.any;
       stores = change.zero || change.write;
       step = static_cast<uint32_t>(number);
