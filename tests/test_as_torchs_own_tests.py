@@ -51,7 +51,8 @@ def public(optimizer):
             return {plain(key): plain(each) for key, each in value.items()}
         return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
-    names = [name for name in dir(optimizer) if not name.startswith("_") and name != "copies"]
+    # The stepper is no user's.
+    names = [name for name in dir(optimizer) if not name.startswith("_") and name not in ("copies", "stepper")]
     values = {name: getattr(optimizer, name) for name in names}
     if optimizer.stepper.options.get("weights_copy"):
         values["copies"] = optimizer.copies

@@ -3,11 +3,13 @@
 import importlib.util
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from fusedstep.backends import BACKENDS
 from fusedstep.numerics import divide, narrowed, power, real, square_root, where
+from fusedstep.record import memory_layout, words_of
 from fusedstep.rule import Rule
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -92,8 +94,10 @@ def test_a_rule_has_any_number_of_states_and_the_references_bits(rule, absent, d
     expected = rule.update(param, grad, *states, scalars, rule.has(state is not None for state in states))
 
     counter = torch.tensor(steps)
-    addresses = [param.data_ptr(), counter.data_ptr(), *(0 if state is None else state.data_ptr() for state in states)]
-    table = torch.tensor([addresses + [0] * (step.ROW - len(addresses))])
+    record = np.zeros(1, memory_layout())
+    record["param"], record["step"], record["numel"] = param.data_ptr(), counter.data_ptr(), n
+    record["states"][0, : len(states)] = [0 if state is None else state.data_ptr() for state in states]
+    table = torch.from_numpy(words_of(record))
     number = DTYPES[dtype]
     dtypes = (number, number, *(NONE.value if state is None else number for state in states))
     kernel = step.prepare(rule, dtypes, (NONE.value, NONE.value), False, "", step.block_size())
