@@ -7,7 +7,7 @@
 
 namespace fusedstep {
 
-// How a 16-bit weight is stored; the numbers are python/fusedstep/precision.py's.
+// How a 16-bit weight is stored; the numbers are python/fusedstep/kept/weights.py's.
 enum class Form : uint8_t {
   kPlain = 0,
   kMaster = 1,      // beside an fp32 copy, which is what a step updates

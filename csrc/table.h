@@ -7,14 +7,15 @@
 
 namespace fusedstep {
 
-// How a record's weight and states are stored where dtypes alone do not tell; all zero: they do.
+// How a record's weight and states are stored where dtypes alone do not tell; all zero: they do. What every step reads
+// comes first.
 struct Precision {
-  void* companion;            // of the weight, as its form says
-  float* scales[kMaxStates];  // of 8-bit states, one for each block
-  uint64_t seed;              // of stochastic rounding
-  uint32_t index;             // of the parameter among its optimizer's
+  void* companion;  // of the weight, as its form says
+  uint32_t index;   // of the parameter among its optimizer's
   Form form;
-  bool in_blocks;  // whether a state is in 8 bits
+  bool in_blocks;             // whether a state is in 8 bits
+  uint64_t seed;              // of stochastic rounding
+  float* scales[kMaxStates];  // of 8-bit states, one for each block
 };
 
 // Updates are counted in one fp32 number, as torch has it. Above 2^24, where adding 1 would change it no more, it moves

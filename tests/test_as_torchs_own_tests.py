@@ -54,7 +54,7 @@ def public(optimizer):
     # The stepper is no user's.
     names = [name for name in dir(optimizer) if not name.startswith("_") and name not in ("copies", "stepper")]
     values = {name: getattr(optimizer, name) for name in names}
-    if optimizer.stepper.options.get("weights_copy"):
+    if optimizer.stepper.options["weights_copy"]:
         values["copies"] = optimizer.copies
     return {name: plain(value) for name, value in values.items() if not callable(value)}
 

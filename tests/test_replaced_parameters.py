@@ -39,7 +39,7 @@ def replace(optimizer):
     """A new parameter in the place of the second one; references to that one, its gradient, states and copy."""
     params = optimizer.param_groups[0]["params"]
     kept = [params[1], params[1].grad, *optimizer.state.pop(params[1], {}).values()]
-    if optimizer.stepper.options.get("weights_copy"):
+    if optimizer.stepper.options["weights_copy"]:
         kept.append(optimizer.copies[params[1]])
     params[1] = new()
     return [weakref.ref(each) for each in kept if isinstance(each, torch.Tensor)]

@@ -173,10 +173,10 @@ def check_keywords(optimizer: str, options: dict[str, Any]) -> None:
 def check_placement(group: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise ValueError for an option in a group that holds for all groups, where it would have no effect.
 
-    ``options``: the optimizer's own, which `ZeroRedundancyOptimizer` puts into each group.
+    ``options``: all of the optimizer's own; `ZeroRedundancyOptimizer` puts those that it was given into each group.
     """
     for name in Options.__annotations__:
-        if name in group and not (name in options and group[name] == options[name]):
+        if name in group and group[name] != options[name]:
             raise ValueError(
                 f"a parameter group has {name}={group[name]!r}, an option that holds for all groups: "
                 "give it to the constructor, or use two optimizers"

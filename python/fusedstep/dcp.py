@@ -66,6 +66,8 @@ def own(optimizer: FusedOptimizer) -> None:
 def make_template(optimizer: FusedOptimizer) -> None:
     """Make the states that the first step of each parameter would make, for those that have done none."""
     for entry in chain.from_iterable(planning.entries(optimizer)):
+        # A parameter that is listed twice has states the second time.
+        entry = entry._replace(state=optimizer.state.get(entry.param, {}))
         asked = entry.param.requires_grad or entry.param in optimizer.state
         if asked and _lacks_states(entry):
             _make_states(entry)

@@ -34,7 +34,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         checks.check_keywords(type(self).__name__, options)
         checks.check_implementation(defaults)
-        self.stepper = Stepper(dict(options))
+        self.stepper = Stepper(options)
         checks.check_values(defaults, "the defaults")
         self.check_group(on_device.at_the_beginning(defaults))
         self.stepper.shared_out = sharding.maker_shares_out()
@@ -66,7 +66,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            entries = planning.entries(self)[-1]
+            entries = planning.entries_of_last_group(self)
             for entry in entries:
                 param = entry.param
                 reduces = self.rule_of(self.variant_of(group, entry.name, param))[1]
@@ -183,7 +183,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             RuntimeError: the optimizer has no ``ema_decay``, or the averages are in place already, or one of them does
                 not fit its parameter.
         """
-        return ema.swapped(self, self.stepper.kept.ema)
+        kept = self.stepper.kept
+        return ema.swapped(self, kept.ema, (kept.ema, kept.copy))
 
     def check_call(self, max_grad_norm: float | None) -> None:
         """Raise if a step cannot be made now, or not so, before the closure has changed anything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     import torch
@@ -79,3 +79,22 @@ class Options(TypedDict, total=False):
     zero_grads: bool
     ema_decay: float | None
     weights_copy: torch.dtype | None
+
+
+DEFAULTS: dict[str, Any] = {
+    "backend": None,
+    "state_dtype": None,
+    "wide_states": ("emb", "wte", "wpe"),
+    "master_weights": False,
+    "kahan": False,
+    "rounding": "nearest",
+    "rounding_seed": 0,
+    "max_grad_norm": None,
+    "norm_type": 2.0,
+    "error_if_nonfinite": False,
+    "skip_nonfinite": False,
+    "write_grads": False,
+    "zero_grads": False,
+    "ema_decay": None,
+    "weights_copy": None,
+}

@@ -29,10 +29,10 @@ def named(group: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
     return zip(chain(names, repeat(None)), params, strict=False)  # the user may have edited the list
 
 
-def first_names(optimizer: FusedOptimizer) -> dict[Tensor, str | None]:
+def first_names(groups: list[dict[str, Any]]) -> dict[Tensor, str | None]:
     """The name of each parameter by which its states are stored: of one that is listed twice, the first."""
     names: dict[Tensor, str | None] = {}
-    for group in optimizer.param_groups:
+    for group in groups:
         for name, param in named(group):
             names.setdefault(param, name)
     return names
@@ -49,14 +49,24 @@ def snapshot(options: Any) -> Any:
 
 def entries(optimizer: FusedOptimizer) -> list[list[Entry]]:
     """Every parameter of each group, with what is kept for it."""
-    names = first_names(optimizer)
+    names = first_names(optimizer.param_groups)
     index = count()
+    return [_entries_of(optimizer, group, index, names) for group in optimizer.param_groups]
+
+
+def entries_of_last_group(optimizer: FusedOptimizer) -> list[Entry]:
+    """The same of the group that was added last: none of its parameters is in another one."""
+    *others, group = optimizer.param_groups
+    index = count(sum(len(other["params"]) for other in others))
+    return _entries_of(optimizer, group, index, first_names([group]))
+
+
+def _entries_of(
+    optimizer: FusedOptimizer, group: dict[str, Any], index: Iterator[int], names: dict[Tensor, str | None]
+) -> list[Entry]:
     return [
-        [
-            Entry(optimizer, group, next(index), name, names[param], param, optimizer.state.get(param, {}))
-            for name, param in named(group)
-        ]
-        for group in optimizer.param_groups
+        Entry(optimizer, group, next(index), name, names[param], param, optimizer.state.get(param, {}))
+        for name, param in named(group)
     ]
 
 
@@ -73,18 +83,18 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Chosen]]:
         row = []
         by_norm = needs_norm or optimizer.clips_by_norm(group)
         for entry in members:
-            param = entry.param
+            param, what = entry.param, entry.what
             try:
-                backend, variant = _checked(entry)
+                backend, variant = _checked(entry, what)
             except (RuntimeError, TypeError, ValueError):
                 if param.grad is not None:
                     raise
                 backend = variant = None
             if param.grad is not None:
-                checks.check_grad(type(optimizer), group, param, param.grad, entry.what)
+                checks.check_grad(type(optimizer), group, param, param.grad, what)
                 any_reduces = any_reduces or optimizer.rule_of(variant)[1]
                 if by_norm:
-                    checks.check_norm_is_local(type(optimizer), param, entry.what)
+                    checks.check_norm_is_local(type(optimizer), param, what)
             row.append((entry, backend, variant))
         chosen.append(row)
         for variant in {variant for _, backend, variant in row if backend is not None}:
@@ -94,7 +104,7 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Chosen]]:
     return chosen
 
 
-def _checked(entry: Entry) -> tuple[backends.Backend, Any]:
+def _checked(entry: Entry, what: str) -> tuple[backends.Backend, Any]:
     """The backend and the variant of a parameter, after all checks of it and its states if a step can update it."""
     optimizer, group, param = entry.rule, entry.group, entry.param
     variant = optimizer.variant_of(group, entry.name, param)
@@ -102,7 +112,7 @@ def _checked(entry: Entry) -> tuple[backends.Backend, Any]:
     backend = optimizer.stepper.select(optimizer, param, reduces)
     if param.grad is None and not started(optimizer, param):
         return backend, variant
-    cls, what = type(optimizer), entry.what
+    cls = type(optimizer)
     if param.grad is not None:
         checks.check_real(cls, reduces, param, what)
     memory = layout.local(param.detach())
@@ -112,22 +122,20 @@ def _checked(entry: Entry) -> tuple[backends.Backend, Any]:
         raise ValueError(f"{what}: torch keeps no memory for its zeros; pass a .clone() of it")
     for kind in optimizer.stepper.kept:
         kind.check_param(entry, reduces)
-    _check_kept(entry._replace(backend=backend))
+    _check_kept(entry._replace(backend=backend), what)
     return backend, variant
 
 
-def _check_kept(entry: Entry) -> None:
+def _check_kept(entry: Entry, what: str) -> None:
     """Raise RuntimeError if what is kept for a parameter cannot go with it."""
     cls = type(entry.rule).__name__
     for key, value in entry.state.items():
         if isinstance(value, Tensor):
             if value.layout != torch.strided:
-                raise RuntimeError(
-                    f"{cls}: state '{key}' has layout {value.layout}, it must be dense like {entry.what}"
-                )
-            checks.check_memory(cls, f"state '{key}' of {entry.what},", value)
+                raise RuntimeError(f"{cls}: state '{key}' has layout {value.layout}, it must be dense like {what}")
+            checks.check_memory(cls, f"state '{key}' of {what},", value)
     for kind in entry.rule.stepper.kept:
-        kind.check(entry)
+        kind.check(entry, what)
 
 
 @torch.no_grad()
@@ -139,7 +147,8 @@ def check_loaded_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None
         variants.add(variant)
         if param in optimizer.state:
             backend = optimizer.stepper.select(optimizer, param, optimizer.rule_of(variant)[1])
-            _check_kept(Entry(optimizer, group, index, name, name, param, optimizer.state[param], backend))
+            entry = Entry(optimizer, group, index, name, name, param, optimizer.state[param], backend)
+            _check_kept(entry, entry.what)
     for variant in variants:
         hyper = optimizer.stepper.hyper_of(optimizer, group, variant)
         if not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in hyper):
@@ -157,7 +166,8 @@ def undo_of(optimizer: FusedOptimizer) -> Callable[[], None]:
     """What brings back all that is kept for parameters, as it is now, after plans were built."""
     states = {param: dict(state) for param, state in optimizer.state.items() if isinstance(state, dict)}
     before = set(optimizer.state)
-    beside = [(kind, dict(kind.beside)) for kind in optimizer.stepper.kept]
+    inner = [value for kind in optimizer.stepper.kept for value in vars(kind).values() if isinstance(value, dict)]
+    beside = [(value, dict(value)) for value in inner]
 
     def undo() -> None:
         for param in optimizer.state.keys() - before:
@@ -165,9 +175,9 @@ def undo_of(optimizer: FusedOptimizer) -> Callable[[], None]:
         for param, state in states.items():
             optimizer.state[param].clear()
             optimizer.state[param].update(state)
-        for kind, kept in beside:
-            kind.beside.clear()
-            kind.beside.update(kept)
+        for value, kept in beside:
+            value.clear()
+            value.update(kept)
 
     return undo
 
@@ -227,7 +237,7 @@ def fields(entry: Entry, backend: backends.Backend, reduces: bool) -> dict[str, 
     """What the record of a parameter has that has a gradient or has had one; missing states are made."""
     optimizer, param = entry.rule, entry.param
     # Where nothing is kept, `optimizer.state` stays as it is.
-    state = optimizer.state[param] if optimizer.stepper.kept.keys(entry) else optimizer.state.get(param, {})
+    state = optimizer.state[param] if optimizer.stepper.kept.any_keys(entry) else optimizer.state.get(param, {})
     memory = backend.memory(param, reduces)
     found = optimizer.stepper.kept.fields(entry._replace(state=state, backend=backend, memory=memory))
     matrices = optimizer.matrices(entry.group, entry.name, param) if reduces else None

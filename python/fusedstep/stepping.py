@@ -14,6 +14,7 @@ from .backends import cpu
 from .backends.lifetime import CHANGED, Graphs, refuse_capture
 from .gradients import GradientOptions, Gradients
 from .kept import Kept
+from .options import DEFAULTS
 from .schedules import on_device
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ class Stepper:
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
-        self.kept = Kept(options)
-        self.gradients = Gradients(GradientOptions.chosen(options))
-        self.backend = backends.check_choice(options.get("backend"))
+        self.options = {**DEFAULTS, **options}
+        self.kept = Kept(self.options)
+        self.gradients = Gradients(GradientOptions.chosen(self.options))
+        self.backend = backends.check_choice(self.options["backend"])
         self.learning_rates: on_device.LearningRates | None = None  # None: the constructor has not finished
         self.shared_out = False  # whether other processes have the other parameters
         self._begin()

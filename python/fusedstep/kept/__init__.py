@@ -25,26 +25,28 @@ class Kept:
     """All kinds, in the order in which a parameter's things are made."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        def given(*names: str) -> dict[str, Any]:
-            return {name: options[name] for name in names if name in options}
-
-        self.weights = Weights(**given("master_weights", "kahan", "rounding", "rounding_seed"))
-        self.states = States(self.weights, **given("state_dtype", "wide_states"))
+        self.weights = Weights(*map(options.get, ("master_weights", "kahan", "rounding", "rounding_seed")))
+        self.states = States(self.weights, options["state_dtype"], options["wide_states"])
         self.step = StepCount(self.weights)
-        self.ema = Ema(self.weights, **given("ema_decay"))
-        self.copy = WeightsCopy(self.weights, **given("weights_copy"))
+        self.ema = Ema(self.weights, options["ema_decay"])
+        self.copy = WeightsCopy(self.weights, options["weights_copy"])
+        self.kinds: tuple[Kind, ...] = (self.step, self.weights, self.states, self.ema, self.copy)
 
     def __iter__(self) -> Iterator[Kind]:
-        return iter((self.step, self.weights, self.states, self.ema, self.copy))
+        return iter(self.kinds)
 
     def keys(self, entry: Entry) -> list[str]:
         """Under which keys of its state a parameter has, or will have, something."""
         return [key for kind in self for key in kind.keys(entry)]
 
+    def any_keys(self, entry: Entry) -> bool:
+        """Whether there are such keys."""
+        return any(kind.keys(entry) for kind in self.kinds)
+
     def fields(self, entry: Entry) -> dict[str, Any]:
         """What a parameter's `Record` has beside the parameter; missing things are made."""
         fields: dict[str, Any] = {}
-        for kind in self:
+        for kind in self.kinds:
             fields |= kind.fields(entry)
         return fields
 
@@ -62,7 +64,7 @@ class Kept:
         taken: dict[str, Any] = {}
         for kind in self:
             taken |= kind.load(key, entry, rest)
-        taken |= {name: copied(value, entry.param) for name, value in rest.items()}
+        taken |= {name: copied(value, entry.param.device) for name, value in rest.items()}
         return {name: taken[name] for name in entry.state if name in taken}
 
     def report(self, loaded: list[Entry]) -> None:

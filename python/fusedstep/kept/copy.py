@@ -19,7 +19,7 @@ COPY_DTYPES = (torch.bfloat16, torch.float16)
 class WeightsCopy(Kind):
     """The option weights_copy, as `fusedstep.Options` describes it. Copies are in no state, and are not saved."""
 
-    def __init__(self, weights: Weights, weights_copy: torch.dtype | None = None) -> None:
+    def __init__(self, weights: Weights, weights_copy: torch.dtype | None) -> None:
         super().__init__()
         if weights_copy is not None and weights_copy not in COPY_DTYPES:
             raise ValueError(
@@ -31,10 +31,10 @@ class WeightsCopy(Kind):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "beside": {}}
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: Entry, what: str) -> None:
         if self.dtype is not None and entry.param.is_complex():
             raise RuntimeError(
-                f"{type(entry.rule).__name__}: weights_copy={self.dtype} cannot copy a complex parameter ({entry.what})"
+                f"{type(entry.rule).__name__}: weights_copy={self.dtype} cannot copy a complex parameter ({what})"
             )
 
     def fields(self, entry: Entry) -> dict[str, Any]:

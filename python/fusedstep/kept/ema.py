@@ -24,7 +24,7 @@ KEY = "ema"  # in a parameter's state
 class Ema(Kind):
     """The option ema_decay, as `fusedstep.Options` describes it."""
 
-    def __init__(self, weights: Weights, ema_decay: float | None = None) -> None:
+    def __init__(self, weights: Weights, ema_decay: float | None) -> None:
         super().__init__()
         if ema_decay is not None:
             checks.check_fraction("ema_decay", ema_decay, one_allowed=False)
@@ -46,11 +46,11 @@ class Ema(Kind):
     def keys(self, entry: Entry) -> Iterable[str]:
         return () if self.decay is None else (KEY,)
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: Entry, what: str) -> None:
         average = entry.state.get(KEY)
         if self.decay is not None and isinstance(average, Tensor):
             cls = type(entry.rule).__name__
-            checks.check_state(cls, KEY, average, entry.param, entry.param.shape, None, entry.what)
+            checks.check_state(cls, KEY, average, entry.param, entry.param.shape, None, what)
 
     def fields(self, entry: Entry) -> dict[str, Any]:
         if self.decay is None:
@@ -122,8 +122,11 @@ def follow(weight: Tensor, average: Tensor | None, copy: Tensor | None, share: f
 
 
 @contextlib.contextmanager
-def swapped(optimizer: FusedOptimizer, ema: Ema) -> Iterator[None]:
-    """Exchange the parameters with their averages, and back."""
+def swapped(optimizer: FusedOptimizer, ema: Ema, followers: Iterable[Kind]) -> Iterator[None]:
+    """Exchange the parameters with their averages, and back.
+
+    ``followers``: the kinds that must be possible for every parameter.
+    """
     if ema.decay is None:
         raise RuntimeError("there are no averages of the weights; give the optimizer ema_decay")
     if ema.swapped:
@@ -132,7 +135,9 @@ def swapped(optimizer: FusedOptimizer, ema: Ema) -> Iterator[None]:
     params = dict.fromkeys(param for group in optimizer.param_groups for param in group["params"])
     pairs = [(param, optimizer.state[param][KEY]) for param in params if KEY in optimizer.state.get(param, ())]
     for index, param in enumerate(params):
-        ema.check(Entry(optimizer, {}, index, None, None, param, optimizer.state.get(param, {})))
+        entry = Entry(optimizer, {}, index, None, None, param, optimizer.state.get(param, {}))
+        for kind in followers:
+            kind.check(entry, entry.what)
     exchanged: list[tuple[Tensor, Tensor, Tensor | None]] = []
     ema.swapped = True
     try:

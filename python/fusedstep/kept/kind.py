@@ -30,7 +30,7 @@ class Entry(NamedTuple):
 
     @property
     def what(self) -> str:
-        """The parameter's name in an error."""
+        """The parameter's name in an error; made anew each time."""
         return checks.describe(self.index, self.name, self.param)
 
     def usable(self, value: Tensor) -> Tensor | None:
@@ -51,8 +51,8 @@ class Kind:
     def check_param(self, entry: Entry, reduces: bool) -> None:
         """Raise ValueError if the options of this kind cannot be had for the parameter, or by a rule that reduces."""
 
-    def check(self, entry: Entry) -> None:
-        """Raise RuntimeError if what the state has of this kind cannot go with the parameter. Nothing is changed."""
+    def check(self, entry: Entry, what: str) -> None:
+        """Raise RuntimeError if what the state has of this kind cannot go with the parameter, which ``what`` names."""
 
     def make(self, entry: Entry) -> None:
         """Make what there must be before the first step, where a rule has states from its construction on."""
@@ -78,15 +78,21 @@ class Kind:
         return ()
 
 
-def copied(value: Any, param: Tensor) -> Any:
-    """A loaded value as our own, on the device of its parameter and, if it has its shape, in its layout."""
+def copied(value: Any, device: torch.device) -> Any:
+    """A loaded value as our own, on that device; a sparse one dense."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
-    value = value.to_dense() if value.is_sparse else value
-    if value.shape == param.shape and not layout.is_wrapper(value) and not layout.is_wrapper(param):
-        return layout.dense_like(param, value.dtype).copy_(value)
-    return value.to(param.device, copy=True)
+    return (value.to_dense() if value.is_sparse else value).to(device, copy=True)
+
+
+def copied_like(value: Any, param: Tensor) -> Any:
+    """The same on the parameter's device and, if it has its shape, in its layout."""
+    plain = isinstance(value, Tensor) and not layout.is_wrapper(value) and not layout.is_wrapper(param)
+    if not plain or value.shape != param.shape:
+        return copied(value, param.device)
+    value = value.detach()
+    return layout.dense_like(param, value.dtype).copy_(value.to_dense() if value.is_sparse else value)
 
 
 def mismatch(

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import checks, codecs, layout
-from .kind import Entry, Kind, copied, mismatch, refuse_reduces
+from .kind import Entry, Kind, copied, copied_like, mismatch, refuse_reduces
 from .weights import HALVES, Weights
 
 StateDtype = torch.dtype | Literal["8bit"] | None
 
 MIN_8BIT = 4096  # elements; states of smaller parameters stay in fp32, as in bitsandbytes
-WIDE_STATES = ("emb", "wte", "wpe")
 CODES = (torch.int8, torch.uint8)  # of 8-bit states, with and without a sign
 NARROWABLE = (torch.float32, *HALVES)  # dtypes of parameters whose states may be narrower or wider than they
 
@@ -33,9 +32,7 @@ def is_coded(value: Any) -> bool:
 class States(Kind):
     """The options state_dtype and wide_states, as `fusedstep.Options` describes them."""
 
-    def __init__(
-        self, weights: Weights, state_dtype: StateDtype = None, wide_states: Sequence[str] = WIDE_STATES
-    ) -> None:
+    def __init__(self, weights: Weights, state_dtype: StateDtype, wide_states: Sequence[str | re.Pattern[str]]) -> None:
         super().__init__()
         if state_dtype not in (None, "8bit", torch.float32, torch.bfloat16):
             raise ValueError(
@@ -82,7 +79,7 @@ class States(Kind):
                 f"state_dtype='8bit' does not support {type(entry.param).__name__} parameters ({entry.what})"
             )
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: Entry, what: str) -> None:
         rule, param, state = entry.rule, entry.param, entry.state
         cls = type(rule).__name__
         for key in rule.states_of(entry.group):
@@ -90,11 +87,11 @@ class States(Kind):
             if is_coded(value):
                 if wrong := self._mismatch(key, entry, state):
                     name, found, expected = wrong
-                    raise RuntimeError(f"{cls}: state '{name}' {found}, expected {expected} for {entry.what}")
+                    raise RuntimeError(f"{cls}: state '{name}' {found}, expected {expected} for {what}")
             elif isinstance(value, Tensor):
                 shape = rule.state_shape(key, entry.group, entry.name, param)
                 if shape is not None:
-                    checks.check_state(cls, key, value, param, shape, entry.backend.dtypes, entry.what)
+                    checks.check_state(cls, key, value, param, shape, entry.backend.dtypes, what)
 
     @staticmethod
     def _mismatch(key: str, entry: Entry, state: dict[str, Any]) -> tuple[str, str, str] | None:
@@ -186,8 +183,8 @@ class States(Kind):
             if is_coded(value):
                 codes, scales = (t.to(param.device) for t in (value, loaded.pop(scale_name(name))))
                 value, scales = laid_out_as(codes, scales, layout.dense_like(param))
-                taken[scale_name(name)] = copied(scales, param)
-            taken[name] = copied(value, param)
+                taken[scale_name(name)] = copied(scales, param.device)
+            taken[name] = copied_like(value, param)
         return taken
 
     def report(self, loaded: list[Entry]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import codecs, layout
-from .kind import Entry, Kind, mismatch, refuse_reduces
+from .kind import Entry, Kind, copied, mismatch, refuse_reduces
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -111,10 +111,10 @@ class Weights(Kind):
 
     def __init__(
         self,
-        master_weights: bool | Literal["split"] = False,
-        kahan: bool = False,
-        rounding: Literal["nearest", "stochastic"] = "nearest",
-        rounding_seed: int = 0,
+        master_weights: bool | Literal["split"],
+        kahan: bool,
+        rounding: Literal["nearest", "stochastic"],
+        rounding_seed: int,
     ) -> None:
         super().__init__()
         if not (isinstance(master_weights, bool) or master_weights == "split"):
@@ -171,12 +171,10 @@ class Weights(Kind):
                 f"({entry.what}); use master_weights=True"
             )
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: Entry, what: str) -> None:
         if wrong := _mismatch(entry.state, entry.param):
             name, found, expected = wrong
-            raise RuntimeError(
-                f"{type(entry.rule).__name__}: state '{name}' {found}, expected {expected} for {entry.what}"
-            )
+            raise RuntimeError(f"{type(entry.rule).__name__}: state '{name}' {found}, expected {expected} for {what}")
 
     def fields(self, entry: Entry) -> dict[str, Any]:
         made = self.format_of(entry.param)
@@ -224,11 +222,7 @@ class Weights(Kind):
         if wrong is not None:
             name, found, expected = wrong
             raise ValueError(f"loaded state dict: '{name}' of parameter {key} {found}, expected {expected}")
-        return {
-            name: loaded.pop(name).detach().to(entry.param.device, copy=True)
-            for name in [*loaded]
-            if name in COMPANIONS
-        }
+        return {name: copied(loaded.pop(name), entry.param.device) for name in [*loaded] if name in COMPANIONS}
 
     def report(self, loaded: list[Entry]) -> Iterator[str]:
         for entry in loaded:

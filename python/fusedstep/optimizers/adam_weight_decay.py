@@ -114,7 +114,7 @@ class AdamWeightDecay(Adam):
         """Limit the norm of all gradients, without torch's 1e-6, and with TensorFlow's answer to an infinite norm."""
         self.stepper.gradients.options = dataclasses.replace(
             self.stepper.gradients.options,
-            max_grad_norm=self.stepper.options.get("max_grad_norm") if limit is None else limit,
+            max_grad_norm=self.stepper.options["max_grad_norm"] if limit is None else limit,
             epsilon=GradientOptions.epsilon if limit is None else 0.0,
             nan_if_nonfinite=limit is not None,
         )
@@ -141,7 +141,7 @@ class AdamWeightDecay(Adam):
         for key, value in own.items():
             checks.check_positive(f"{key} value", value)
             checks.as_number(f"{key} value", value)
-        given = self.stepper.options.get("max_grad_norm")
+        given = self.stepper.options["max_grad_norm"]
         if own and given is not None:
             raise ValueError(
                 f"max_grad_norm={given} and {', '.join(f'{k}={v}' for k, v in own.items())} contradict each other: "
