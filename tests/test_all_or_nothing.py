@@ -519,3 +519,27 @@ def check_skipped(backend, how, left, names):
                 assert not param.grad.to_dense().any(), name
             elif scaler is None or not how.startswith("torch"):
                 assert torch.equal(param.grad.to_dense(), before[name]), name
+
+
+def test_a_step_that_fails_late_does_not_count(monkeypatch):
+    """Where momentum begins in mid-training, the steps that were done without it are remembered: once."""
+    from fusedstep.backends.reference import ReferencePlan
+
+    param = torch.nn.Parameter(torch.ones(4))
+    optimizer = fusedstep.SGD([param], 0.1, backend="reference")
+    param.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.step()
+    optimizer.param_groups[0].update(momentum=0.9, dampening=0.5)
+
+    def fail(self, hyper):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReferencePlan, "foresee", fail)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step()
+    assert optimizer.schedule_step == 2
+    optimizer.step()
+    assert optimizer.schedule_step == 3

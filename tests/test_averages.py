@@ -137,6 +137,9 @@ def test_complex_parameters():
     refused = fusedstep.SGD([param], 0.1, weights_copy=torch.bfloat16, backend="reference")
     with pytest.raises(RuntimeError, match="cannot copy a complex parameter"):
         refused.step()
+    both = fusedstep.SGD([param], 0.1, ema_decay=0.5, weights_copy=torch.bfloat16, backend="reference")
+    with pytest.raises(RuntimeError, match="cannot copy a complex parameter"), both.swap_ema():
+        pass
 
 
 def test_a_parameter_that_joins_late_or_misses_a_step(backend):

@@ -155,6 +155,23 @@ def test_the_count_of_plain_sgd_is_not_moved(backend):
     assert optimizer.schedule_step == 5
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("listed", [1, 2])
+def test_to_ask_for_a_parameter_that_is_listed_twice_changes_nothing(listed, backend):
+    weights = []
+    for asked in (False, True):
+        model = torch.nn.Linear(3, 1, bias=False)
+        torch.nn.init.ones_(model.weight)
+        optimizer = fusedstep.SGD([model.weight] * listed, 0.1, momentum=0.9, dampening=0.5, backend=backend)
+        if asked:
+            get_optimizer_state_dict(model, optimizer)
+        for _ in range(2):
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+        weights.append(model.weight.detach())
+    assert torch.equal(*weights)
+
+
 def test_weights_that_are_loaded_after_the_question_are_what_averages_and_masters_begin_with(backend):
     options = {"ema_decay": 0.5, "weights_copy": torch.float16, "backend": backend}
     for own in ({"master_weights": True}, {"master_weights": "split"}, {"kahan": True}):

@@ -156,6 +156,18 @@ def test_an_option_that_holds_for_all_groups_is_refused_in_one(case, option):
     assert parameters_of(optimizer) == [first]
 
 
+@pytest.mark.parametrize("option", sorted(fusedstep.Options.__annotations__))
+def test_an_option_that_a_group_repeats_is_taken(option):
+    """Whether the constructor was given it or not, as a copy of an optimizer's groups has it."""
+    default = fusedstep.SGD([torch.zeros(2, requires_grad=True)], 0.1).stepper.options[option]
+    chosen = {"max_grad_norm": 1.0, "ema_decay": 0.5, "rounding_seed": 3, "kahan": True}.get(option, default)
+    for options in ({}, {option: default}, {option: chosen}):
+        first, second = parameters([(2,), (3,)])
+        groups = [{"params": [param], option: options.get(option, default)} for param in (first, second)]
+        optimizer = fusedstep.SGD(groups, 0.1, **options)
+        assert parameters_of(optimizer) == [first, second]
+
+
 def not_a_leaf():
     return [torch.ones(2, requires_grad=True) * 2]
 

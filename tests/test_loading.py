@@ -231,6 +231,18 @@ def test_what_is_said(change, words):
         optimizer.load_state_dict(saved)
 
 
+def test_a_tensor_of_the_users_own_keeps_its_layout(backend):
+    param = torch.nn.Parameter(torch.zeros(3, 4))
+    optimizer = fusedstep.AdamW([param], backend=backend)
+    step(optimizer)
+    saved = optimizer.state_dict()
+    saved["state"][0]["mine"] = torch.arange(12).view(4, 3).t()
+    optimizer.load_state_dict(saved)
+    mine = optimizer.state[param]["mine"]
+    assert torch.equal(mine, saved["state"][0]["mine"])
+    assert mine.stride() == (1, 3)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_a_sparse_state_of_a_rule_that_reduces(backend):
     param = torch.nn.Parameter(torch.ones(3, 4, 5))
