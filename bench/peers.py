@@ -20,6 +20,7 @@ import fusedstep
 
 from .. import backends
 from ..cases import PRECISION
+from ..codecs import BLOCK, QUANTIZERS
 from . import chain
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -77,8 +78,8 @@ class Optimizer:
     def our_tolerance(self) -> float | None:
         """What ours is allowed, where the precision options make it more."""
         options = PRECISION.get(self.precision, {})
-        if options.get("state_dtype") == "8bit":
-            return LOW_PRECISION
+        if options.get("state_dtype") in QUANTIZERS:
+            return QUANTIZED_STEPS[QUANTIZERS[options["state_dtype"]].bits]
         if options.get("rounding") == "stochastic":
             return 2 * BF16_STEPS
         return BF16_STEPS if options.get("state_dtype") == torch.bfloat16 else None
@@ -91,7 +92,8 @@ class Optimizer:
         options = PRECISION.get(precision, {})
         companion = {True: 4, "split": 2}.get(options.get("master_weights"), 2 * options.get("kahan", False))
         state_dtype = options.get("state_dtype") or (torch.float32 if "master_weights" in options else dtype)
-        state = 1 + 4 / 256 if state_dtype == "8bit" else state_dtype.itemsize
+        quantizer = QUANTIZERS.get(state_dtype)
+        state = state_dtype.itemsize if quantizer is None else quantizer.bits / 8 + 4 / BLOCK
         return dtype.itemsize * (2 + self.grad_reads) + 2 * companion + 2 * self.states * state
 
 
@@ -104,7 +106,7 @@ _ADAM = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.5}
 _SGD = {"lr": 0.1, "weight_decay": 0.5}
 
 BF16_STEPS = 3 * 2.0**-7  # the error of three steps that round to bf16 once each
-LOW_PRECISION = 0.1  # and of those that keep states in 8 bits
+QUANTIZED_STEPS = {8: 0.1, 4: 0.4}  # and of those that keep states in so many bits
 
 # A norm that is summed up in fp32, as torch does on the CPU, is off by this much for the 38 M elements of an embedding.
 FP32_SUMS = 5e-3
@@ -303,19 +305,25 @@ PEERS: tuple[Peer, ...] = (
     Peer(
         *("bitsandbytes 8-bit", "bitsandbytes", "bitsandbytes.optim", ("cuda",)),
         {"AdamW": ("AdamW8bit", {})},
-        tolerance=LOW_PRECISION,
+        tolerance=QUANTIZED_STEPS[8],
         precision="8-bit states",
     ),
     Peer(
         *("torchao 8-bit", "torchao", "torchao.optim", ("cuda",)),
         {"AdamW": ("AdamW8bit", {})},
-        tolerance=LOW_PRECISION,
+        tolerance=QUANTIZED_STEPS[8],
         precision="8-bit states",
+    ),
+    Peer(
+        *("torchao 4-bit", "torchao", "torchao.optim", ("cuda",)),
+        {"AdamW": ("AdamW4bit", {})},
+        tolerance=QUANTIZED_STEPS[4],
+        precision="4-bit states",
     ),
     Peer(
         *("torchao 8-bit stochastic", "torchao", "torchao.optim", ("cuda",)),
         {"AdamW": ("AdamW8bit", {"bf16_stochastic_round": True})},
-        tolerance=LOW_PRECISION,
+        tolerance=QUANTIZED_STEPS[8],
         dtypes=(torch.bfloat16,),
         precision="stochastic, 8-bit states",
     ),
@@ -334,7 +342,7 @@ PEERS: tuple[Peer, ...] = (
     Peer(
         *("flashoptim", "flashoptim", "flashoptim", ("cuda",)),  # which splits bf16 weights unless told otherwise
         {"AdamW": ("FlashAdamW", {})},
-        tolerance=LOW_PRECISION,
+        tolerance=QUANTIZED_STEPS[8],
         dtypes=(torch.bfloat16,),
         precision="split, 8-bit states",
     ),

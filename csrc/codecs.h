@@ -110,12 +110,12 @@ FUSEDSTEP_FN S lost(float x, S narrowed) {
   return narrow<S>(finite ? x - wide : 0.0f);
 }
 
-// 8-bit states. A number is stored as a multiple of its block's scale, the largest magnitude in it, and that multiple
-// as one of 127 (with its sign) or 256 evenly spaced values of its root: the square root for numbers with a sign, the
-// fourth root for those that are never negative, whose dynamic range is the square of the gradient's. The root is taken
-// as x86's famous trick does, by halving the exponent and the fraction together: an integer shift, exactly invertible.
-// Without a sign no code stands for zero (in a block that has a scale): a second moment that vanishes while the first
-// does not would make the step explode.
+// Quantized states. A number is stored as a multiple of its block's scale, the largest magnitude in it, and that
+// multiple as one of evenly spaced values of its root: the square root for numbers with a sign, the fourth root for
+// those that are never negative, whose dynamic range is the square of the gradient's. The root is taken as x86's famous
+// trick does, by halving the exponent and the fraction together: an integer shift, exactly invertible. Without a sign
+// no code stands for zero (in a block that has a scale): a second moment that vanishes while the first does not would
+// make the step explode.
 //
 // A block whose largest magnitude is below the smallest normal number is all zeros; one with an infinity or a NaN
 // becomes all NaN, for its scale is.
@@ -135,49 +135,121 @@ struct Block {
   }
 };
 
-// The code is the lowest byte of the result. F and W are float and uint32_t, or vectors of them. relative: the
-// magnitude as a multiple of the scale; bits: the number's, for the sign.
-template <class W, class F>
-FUSEDSTEP_FN W encode_relative_signed(F relative, W bits) {
-  const W root = ((bit_cast<W>(relative) >> 1) + 0x1fc00000u) | (bits & 0x80000000u);
-  return bit_cast<W>(bit_cast<F>(root) * 127.0f + 0x1.8p23f);  // rounded to a whole number by the addition
-}
-template <class W, class F>
-FUSEDSTEP_FN W encode_relative_unsigned(F relative) {
-  const F root = bit_cast<F>((bit_cast<W>(relative) >> 2) + (0x2fa00000u + (8u << 23)));  // 256 times the root
-  const W code = bit_cast<W>(root + 0x1p23f) - 1u, first = W{} + 0x4b000000u;
-  return code > first ? code : first;
-}
-template <class W, class F>
-FUSEDSTEP_FN W encode_signed(F x, const Block& block) {
-  const W bits = bit_cast<W>(x);
-  return encode_relative_signed<W, F>(bit_cast<F>(bits & block.keep) * block.inverse, bits);
-}
-template <class W, class F>
-FUSEDSTEP_FN W encode_unsigned(F x, const Block& block) {
-  return encode_relative_unsigned<W, F>(bit_cast<F>(bit_cast<W>(x) & block.keep) * block.inverse);
-}
+// Codes of kBits bits: with a sign 2^kBits - 1 values around zero, without one 2^kBits values above zero.
+// F and W are float and uint32_t, or vectors of them.
+template <int kBits_, bool kSigned_>
+struct Quantizer {
+  static constexpr int kBits = kBits_;
+  static constexpr bool kSigned = kSigned_;
+  // Into how many steps the root of the scale is divided.
+  static constexpr float kSteps = kSigned ? (1 << (kBits - 1)) - 1 : 1 << kBits;
+  // What the root of 1 lacks after its shift: a half or three quarters of its exponent.
+  static constexpr uint32_t kRootBias = kSigned ? 0x1fc00000u : 0x2fa00000u;
+  // The same, and the exponent that multiplies the root by kSteps, without a sign.
+  static constexpr uint32_t kStepBias = kRootBias + (static_cast<uint32_t>(kBits) << 23);
 
-// code: a signed one as a number.
-template <class W, class F>
-FUSEDSTEP_FN W relative_nonzero(F code) {
-  const W root = bit_cast<W>(code * (1.0f / 127.0f));
-  return ((root - 0x1fc00000u) << 1) | (root & 0x80000000u);
-}
-template <class W, class F>
-FUSEDSTEP_FN F decode_nonzero(F code, float scale) {
-  return bit_cast<F>(relative_nonzero<W>(code)) * scale;
-}
-template <class W, class F>
-FUSEDSTEP_FN F decode_signed(F code, float scale) {
-  const W relative = relative_nonzero<W>(code), zero{};
-  return bit_cast<F>(code == F{} ? zero : relative) * scale;
-}
-// code: an unsigned one as a number, plus 1.
-template <class W, class F>
-FUSEDSTEP_FN F decode_unsigned(F code, float scale) {
-  return bit_cast<F>((bit_cast<W>(code) - (0x2fa00000u + (8u << 23))) << 2) * scale;
+  // Code i of an array from the byte that has it, as decode() takes it; and that byte with another code in it.
+  FUSEDSTEP_FN static float code_in(uint8_t byte, int64_t i) {
+    const int at = static_cast<int>(i) * kBits % 8, code = byte >> at & ((1 << kBits) - 1);
+    constexpr int kHalf = 1 << (kBits - 1);
+    return static_cast<float>(kSigned ? (code ^ kHalf) - kHalf : code + 1);
+  }
+  FUSEDSTEP_FN static uint8_t with_code(uint8_t byte, int64_t i, uint32_t code) {
+    const int at = static_cast<int>(i) * kBits % 8;
+    constexpr uint32_t kMask = (1u << kBits) - 1;
+    return static_cast<uint8_t>((byte & ~(kMask << at)) | (code & kMask) << at);
+  }
+
+  // The code is the lowest bits of the result. relative: the magnitude as a multiple of the scale; bits: the number's,
+  // for the sign.
+  template <class W, class F>
+  FUSEDSTEP_FN static W encode_relative(F relative, W bits) {
+    if constexpr (kSigned) {
+      const W root = ((bit_cast<W>(relative) >> 1) + kRootBias) | (bits & 0x80000000u);
+      return bit_cast<W>(bit_cast<F>(root) * kSteps + 0x1.8p23f);  // rounded to a whole number by the addition
+    } else {
+      const F root = bit_cast<F>((bit_cast<W>(relative) >> 2) + kStepBias);
+      const W code = bit_cast<W>(root + 0x1p23f) - 1u, first = W{} + 0x4b000000u;
+      return code > first ? code : first;
+    }
+  }
+  template <class W, class F>
+  FUSEDSTEP_FN static W encode(F x, const Block& block) {
+    const W bits = bit_cast<W>(x);
+    return encode_relative<W, F>(bit_cast<F>(bits & block.keep) * block.inverse, bits);
+  }
+
+  // code: a signed one as a number; an unsigned one as a number, plus 1.
+  template <class W, class F>
+  FUSEDSTEP_FN static F decode_nonzero(F code, float scale) {
+    return bit_cast<F>(relative_nonzero<W>(code)) * scale;
+  }
+  template <class W, class F>
+  FUSEDSTEP_FN static F decode(F code, float scale) {
+    const W relative = relative_nonzero<W>(code), zero{};
+    return bit_cast<F>(kSigned && code == F{} ? zero : relative) * scale;
+  }
+
+ private:
+  template <class W, class F>
+  FUSEDSTEP_FN static W relative_nonzero(F code) {
+    if constexpr (kSigned) {
+      const W root = bit_cast<W>(code * (1.0f / kSteps));
+      return ((root - kRootBias) << 1) | (root & 0x80000000u);
+    } else {
+      return (bit_cast<W>(code) - kStepBias) << 2;
+    }
+  }
+};
+
+// Where codes lie, from one that begins a byte on.
+template <class Q>
+struct Codes {
+  uint8_t* bytes;
+
+  FUSEDSTEP_FN Codes operator+(int64_t n) const { return {bytes + n * Q::kBits / 8}; }
+  // Bytes that n of them take.
+  FUSEDSTEP_FN static constexpr int64_t size(int64_t n) { return (n * Q::kBits + 7) / 8; }
+};
+
+// Calls visit with the Quantizer whose codes have that dtype; false: it is none of a quantized state.
+template <class Visit>
+FUSEDSTEP_FN bool visit_quantizer(Dtype dtype, Visit&& visit) {
+  switch (dtype) {
+    case Dtype::kI8:
+      visit(Quantizer<8, true>{});
+      return true;
+    case Dtype::kU8:
+      visit(Quantizer<8, false>{});
+      return true;
+    case Dtype::kI4:
+      visit(Quantizer<4, true>{});
+      return true;
+    case Dtype::kU4:
+      visit(Quantizer<4, false>{});
+      return true;
+    case Dtype::kF32:
+    case Dtype::kBF16:
+    case Dtype::kF16:
+    case Dtype::kF64:
+    case Dtype::kI16:
+      return false;
+  }
+  __builtin_unreachable();
 }
 
 }  // namespace FUSEDSTEP_ISA
+
+// The dtype of the codes of quantized states, and back.
+constexpr Dtype code_dtype(int bits, bool is_signed) {
+  return bits == 8 ? (is_signed ? Dtype::kI8 : Dtype::kU8) : (is_signed ? Dtype::kI4 : Dtype::kU4);
+}
+constexpr bool is_signed_code(Dtype dtype) {
+  return dtype == Dtype::kI8 || dtype == Dtype::kI4;
+}
+constexpr bool is_quantized(Dtype dtype) {
+  return is_signed_code(dtype) || dtype == Dtype::kU8 || dtype == Dtype::kU4;
+}
+constexpr int kPackedBits[] = {4};  // of codes that share a byte
+
 }  // namespace fusedstep

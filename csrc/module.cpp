@@ -178,7 +178,7 @@ py::dict record_fields() {
   add("seed", "u8", precision + offsetof(Precision, seed));
   add("index", "u4", precision + offsetof(Precision, index));
   add("form", "u1", precision + offsetof(Precision, form));
-  add("in_blocks", "?", precision + offsetof(Precision, in_blocks));
+  add("state_bits", "u1", precision + offsetof(Precision, state_bits));
   add("batch", "i8", matrices + offsetof(Matrices, batch));
   add("rows", "i8", matrices + offsetof(Matrices, rows));
   add("columns", "i8", matrices + offsetof(Matrices, columns));

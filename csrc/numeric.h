@@ -19,24 +19,41 @@
 
 namespace fusedstep {
 
-// The last three are no numbers by themselves, but codes (codecs.h).
-enum class Dtype : uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2, kF64 = 3, kI8 = 4, kU8 = 5, kI16 = 6 };
+// The last five are no numbers by themselves, but codes (codecs.h).
+enum class Dtype : uint8_t {
+  kF32 = 0,
+  kBF16 = 1,
+  kF16 = 2,
+  kF64 = 3,
+  kI8 = 4,
+  kU8 = 5,
+  kI16 = 6,
+  kI4 = 7,  // two in a byte, the first one in its lower half
+  kU4 = 8,
+};
 
-constexpr int64_t size_of(Dtype dtype) {
+constexpr int bits_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::kF64:
-      return 8;
+      return 64;
     case Dtype::kF32:
-      return 4;
+      return 32;
     case Dtype::kBF16:
     case Dtype::kF16:
     case Dtype::kI16:
-      return 2;
+      return 16;
     case Dtype::kI8:
     case Dtype::kU8:
-      return 1;
+      return 8;
+    case Dtype::kI4:
+    case Dtype::kU4:
+      return 4;
   }
   __builtin_unreachable();
+}
+// Bytes that n numbers take.
+constexpr int64_t size_of(Dtype dtype, int64_t n = 1) {
+  return (n * bits_of(dtype) + 7) / 8;
 }
 
 inline namespace FUSEDSTEP_ISA {
@@ -64,6 +81,8 @@ FUSEDSTEP_FN decltype(auto) visit_number(Dtype dtype, Visit&& visit) {
     case Dtype::kI8:
     case Dtype::kU8:
     case Dtype::kI16:
+    case Dtype::kI4:
+    case Dtype::kU4:
       break;
   }
   __builtin_unreachable();

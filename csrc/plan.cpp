@@ -21,19 +21,23 @@ bool matches(const std::string& name, const std::vector<std::string>& state_name
 
 Variant find_variant(const std::string& name, const std::vector<std::string>& state_names) {
   for (int id = 0; id < static_cast<int>(RuleId::kCount); ++id) {
-    Variant variant{false, id, 0, {}, {}};
-    const bool found = visit_rule(static_cast<RuleId>(id),
-                                  [&](auto rule) { return matches<decltype(rule)>(name, state_names, &variant); });
+    Variant variant{false, id, 0, {}, {}, {}};
+    const bool found = visit_rule(static_cast<RuleId>(id), [&](auto rule) {
+      if (!matches<decltype(rule)>(name, state_names, &variant)) return false;
+      for (const int k : variant.places) variant.codes.push_back(decltype(rule)::kCodes[static_cast<size_t>(k)]);
+      return true;
+    });
     variant.spans.assign(variant.places.size(), Span::kElement);
     if (found) return variant;
   }
   for (int id = 0; id < static_cast<int>(ReducingRuleId::kCount); ++id) {
-    Variant variant{true, id, 0, {}, {}};
+    Variant variant{true, id, 0, {}, {}, {}};
     const bool found = visit_reducing_rule(static_cast<ReducingRuleId>(id), [&](auto rule) {
       if (!matches<decltype(rule)>(name, state_names, &variant)) return false;
       for (const int k : variant.places) variant.spans.push_back(decltype(rule)::kSpans[k]);
       return true;
     });
+    variant.codes.assign(variant.places.size(), Code::kNone);
     if (found) return variant;
   }
   std::string states;

@@ -22,6 +22,7 @@ struct Variant {
   int n_hyper;
   std::vector<int> places;  // of the states that it has, among all that it names
   std::vector<Span> spans;  // of these; all kElement for an elementwise rule
+  std::vector<Code> codes;  // of these; all kNone for a rule that reduces
 };
 
 class Plan {
@@ -112,6 +113,7 @@ class Plan {
     const int64_t* const shape = dims_.data() + layouts_[i].begin;
     return same_layout(view, layouts_[i].ndim, shape, shape + layouts_[i].ndim);
   }
+  bool has_packed_param(const TensorView& view, size_t i, int64_t count) const;
   // Whether a kernel can take these numbers beside parameter i.
   bool fits_param(const TensorView& view, size_t i) const {
     return view.dtype_known && is_on_device(view) && has_layout_of_param(view, i);

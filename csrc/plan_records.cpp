@@ -138,6 +138,24 @@ void Plan::add_matrices(size_t i, const py::object& given) {
   if (!contiguous(layouts_[i].ndim, shape, shape + layouts_[i].ndim)) reject(i, "param", "is not contiguous");
 }
 
+// Whether bytes lie as `count` elements of the parameter each do: along its memory in a flat tensor if that is
+// contiguous, or else along its innermost dimension, in a tensor that has as many times less of that.
+bool Plan::has_packed_param(const TensorView& view, size_t i, int64_t count) const {
+  const int64_t numel = records_[i].numel;
+  const int32_t ndim = layouts_[i].ndim;
+  const int64_t *const shape = dims_.data() + layouts_[i].begin, *const strides = shape + ndim;
+  if (numel < 2 || view.numel() != (numel + count - 1) / count) return false;
+  if (view.ndim == 1) return view.strides[0] == 1 && contiguous(ndim, shape, strides);
+  if (view.ndim != ndim) return false;
+  for (int32_t d = 0; d < ndim; ++d) {
+    if (shape[d] == 1) continue;
+    const bool innermost = strides[d] == 1;
+    if (view.shape[d] * (innermost ? count : 1) != shape[d]) return false;
+    if (view.shape[d] > 1 && view.strides[d] * (innermost ? 1 : count) != strides[d]) return false;
+  }
+  return true;
+}
+
 void Plan::add_states(size_t i, const py::tuple& states) {
   Record& record = records_[i];
   if (states.size() != variant_.places.size()) reject(i, "states", "are not as many as the rule needs");
@@ -146,11 +164,16 @@ void Plan::add_states(size_t i, const py::tuple& states) {
     const int64_t numel = state_numel(variant_.spans[n], record.matrices, record.numel);
     if (tensor.is_none() != (numel < 0)) reject(i, "states", "are not those that the rule needs for it");
     if (numel < 0) continue;
-    const TensorView state = watched(i, tensor, "state");
+    TensorView state = watched(i, tensor, "state");
     if (!(state.dtype_known || (state.is_code && state.dtype != Dtype::kI16)))
       reject(i, "state", "has a dtype that no kernel knows");
-    const bool fits = variant_.reduces ? state.numel() == numel && contiguous(state.ndim, state.shape, state.strides)
-                                       : has_layout_of_param(state, i);
+    bool fits = variant_.reduces ? state.numel() == numel && contiguous(state.ndim, state.shape, state.strides)
+                                 : has_layout_of_param(state, i);
+    for (const int bits : kPackedBits) {
+      if (fits || variant_.reduces || state.dtype != Dtype::kU8 || !has_packed_param(state, i, 8 / bits)) continue;
+      state.dtype = code_dtype(bits, variant_.codes[n] == Code::kSigned);
+      fits = true;
+    }
     if (!fits) reject(i, "state", "is laid out differently");
     record.states[variant_.places[n]] = state.data;
     record.state_dtypes[variant_.places[n]] = state.dtype;
@@ -181,17 +204,21 @@ void Plan::add_scales(size_t i, const py::tuple& scales) {
   for (size_t n = 0; n < variant_.places.size(); ++n) {
     const int k = variant_.places[n];
     const py::object tensor = scales.empty() ? py::object(py::none()) : py::object(scales[n]);
-    const bool coded = record.state_dtypes[k] == Dtype::kI8 || record.state_dtypes[k] == Dtype::kU8;
-    if (tensor.is_none() == coded) reject(i, "scales", "are there for a state that is not in 8 bits, or are missing");
-    if (!coded) continue;
+    const bool quantized = is_quantized(record.state_dtypes[k]);
+    if (tensor.is_none() == quantized)
+      reject(i, "scales", "are there for a state that is not quantized, or are missing");
+    if (!quantized) continue;
     const TensorView seen = watched(i, tensor, "scales");
     const bool fits = seen.dtype_known && seen.dtype == Dtype::kF32 && seen.ndim == 1 &&
                       (seen.shape[0] <= 1 || seen.strides[0] == 1) &&
                       seen.shape[0] == (record.numel + kBlock - 1) / kBlock;
     if (!fits) reject(i, "scales", "are not one fp32 number for each block");
-    if (variant_.reduces || record.param_dtype == Dtype::kF64) reject(i, "states", "cannot be in 8 bits");
+    if (variant_.reduces || record.param_dtype == Dtype::kF64) reject(i, "states", "cannot be quantized");
+    const auto bits = static_cast<uint8_t>(bits_of(record.state_dtypes[k]));
+    if (record.precision.state_bits != 0 && record.precision.state_bits != bits)
+      reject(i, "states", "are quantized in several ways");
     record.precision.scales[k] = static_cast<float*>(seen.data);
-    record.precision.in_blocks = true;
+    record.precision.state_bits = bits;
   }
 }
 

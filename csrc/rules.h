@@ -4,9 +4,9 @@
 // A rule whose option adds a state takes that option as a template flag; an option that only changes a number is a
 // hyperparameter. T is the number that update() works on: float, double, or a vector of them; S holds the scalars, of
 // plain float or double. update() names every state that the rule can have, in one fixed order; kPresent says which
-// there are, and an absent one (its flag is off) is a dummy that the compiler removes; kCodes says how 8 bits store
-// each. Operations are written one by one because all backends keep this order: they agree bit for bit in fp32 (no
-// contraction into FMA, IEEE division and square root).
+// there are, and an absent one (its flag is off) is a dummy that the compiler removes; kCodes says how few bits
+// store each. Operations are written one by one because all backends keep this order: they agree bit for bit in fp32
+// (no contraction into FMA, IEEE division and square root).
 #pragma once
 
 #include <array>

@@ -13,9 +13,9 @@ struct Precision {
   void* companion;  // of the weight, as its form says
   uint32_t index;   // of the parameter among its optimizer's
   Form form;
-  bool in_blocks;             // whether a state is in 8 bits
+  uint8_t state_bits;         // of the codes of quantized states; 0: no state is quantized
   uint64_t seed;              // of stochastic rounding
-  float* scales[kMaxStates];  // of 8-bit states, one for each block
+  float* scales[kMaxStates];  // of quantized states, one for each block
 };
 
 // Updates are counted in one fp32 number, as torch has it. Above 2^24, where adding 1 would change it no more, it moves
@@ -58,7 +58,7 @@ struct Record {
 
 // Whether every number of a record is stored in its dtype, one after the other.
 FUSEDSTEP_FN bool is_plain(const Record& record) {
-  return record.precision.form == Form::kPlain && !record.precision.in_blocks;
+  return record.precision.form == Form::kPlain && record.precision.state_bits == 0;
 }
 
 }  // namespace fusedstep

@@ -33,6 +33,7 @@ STATES = {
     "fp32": {"state_dtype": torch.float32},
     "bf16": {"state_dtype": torch.bfloat16},
     "8bit": {"state_dtype": "8bit"},
+    "4bit": {"state_dtype": "4bit"},
 }
 
 

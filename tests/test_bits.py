@@ -12,7 +12,7 @@ from support import WITH_STATES, by_case, by_kind_in_engines, examples, parametr
 import fusedstep
 from fusedstep import _C
 from fusedstep.cases import CASES, PRECISION, gradient, layouts
-from fusedstep.kept.states import MIN_8BIT
+from fusedstep.kept.states import MIN_QUANTIZED
 from fusedstep.verification import same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -188,7 +188,7 @@ def test_extreme_numbers_have_the_references_bits_in_every_format(name, dtype):
     values = torch.cat((ordinary, values, ordinary, values)).repeat(2)
     grads = torch.cat((ordinary.roll(9), grads, ordinary.roll(3), grads)).repeat(2)
     grads[300] = float("inf")  # alone in its block
-    assert values.numel() >= MIN_8BIT  # states of smaller ones are not in 8 bits
+    assert values.numel() >= MIN_QUANTIZED  # states of smaller ones are not in 8 bits
     assert values.numel() % 256
     before = _C.cpu_isa()
     try:

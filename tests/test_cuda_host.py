@@ -15,7 +15,7 @@ from kinds import ALL, CHOOSING, choosing_grads
 from support import WITH_STATES, by_case, by_kind_in_engines, each, parametrize_cases
 
 import fusedstep
-from fusedstep import _C, schedules
+from fusedstep import _C, codecs, schedules
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES
 from fusedstep.counts import count_of
@@ -43,6 +43,14 @@ def address_of(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def tag_of(state, param, signed):
+    """How csrc/numeric.h's Dtype numbers the format of a state."""
+    if state is None:
+        return TAG[param.dtype]
+    packed = codecs.quantizer_of(state, param) is codecs.FOUR_BITS
+    return (7 if signed else 8) if packed else TAG[state.dtype]
+
+
 def fill(record, optimizer, index, param, grad):
     """Make a record of a parameter, as a plan does."""
     options, state = optimizer.stepper.kept.weights, optimizer.state[param]
@@ -52,11 +60,15 @@ def fill(record, optimizer, index, param, grad):
     record["grad_dtype"] = TAG[param.dtype if grad is None else grad.dtype]
     record["step"] = state.get("step", optimizer.stepper.kept.step.beside.get(param)).data_ptr()
     record["states"][: len(states)] = [address_of(value) for value in states]
-    record["state_dtypes"][: len(states)] = [TAG[param.dtype if v is None else v.dtype] for v in states]
+    record["state_dtypes"][: len(states)] = [
+        tag_of(v, param, name not in optimizer.non_negative)
+        for v, name in zip(states, optimizer.state_names, strict=True)
+    ]
     record["companion"] = address_of(state.get(form.key))
     record["scales"][: len(states)] = [address_of(state.get(scale_name(name))) for name in optimizer.state_names]
     record["seed"], record["index"], record["form"] = options.seed, index, form.number
-    record["in_blocks"] = record["scales"].any()
+    quantizers = {codecs.quantizer_of(v, param) for v, scale in zip(states, record["scales"], strict=False) if scale}
+    record["state_bits"] = max((quantizer.bits for quantizer in quantizers), default=0)
 
 
 def run_on_host(

@@ -14,7 +14,7 @@ from fusedstep.kept.states import scale_name
 from fusedstep.kept.weights import COMPANIONS
 from fusedstep.verification import same_bits
 
-MODES = precision_modes("own", "bf16", "8bit")
+MODES = precision_modes("own", "bf16", "8bit", "4bit")
 MODES.pop("plain-own")
 SIZES = [0, 1, 7, 8, 9, 255, 256, 257, 1024, 4095, 4096, 4097, 5000]
 CODES = (torch.int8, torch.uint8, torch.int16)
@@ -98,7 +98,7 @@ def test_every_form_has_the_references_bits(library, mode, offset, general):  # 
         pair.assert_same()
 
 
-@pytest.mark.parametrize("state", ["bf16", "8bit"])
+@pytest.mark.parametrize("state", ["bf16", "8bit", "4bit"])
 def test_fp32_weights_with_narrow_states_have_the_references_bits(library, state):  # noqa: F811
     for case in CASES:
         generator = torch.Generator().manual_seed(3)
@@ -108,7 +108,9 @@ def test_fp32_weights_with_narrow_states_have_the_references_bits(library, state
         pair.assert_same()
 
 
-@each(in_reverse=[False, True], threads=[32, 96, 128], mode=["split-8bit", "stochastic-8bit", "kahan-own"])
+@each(
+    in_reverse=[False, True], threads=[32, 96, 128], mode=["split-8bit", "split-4bit", "stochastic-8bit", "kahan-own"]
+)
 @pytest.mark.parametrize("case", [ADAMW, next(c for c in CASES if c.options.get("amsgrad"))], ids=str)
 def test_any_order_and_number_of_threads_has_the_references_bits(library, case, mode, threads, in_reverse):  # noqa: F811
     library.set_reverse(in_reverse)

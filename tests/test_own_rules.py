@@ -37,7 +37,7 @@ def test_rules_of_any_number_of_states_have_the_real_ones_bits(sources, tmp_path
     assert done.returncode == 0, done.stderr
     ran = subprocess.run([tmp_path / "program"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
-    assert ran.stdout == "0 of 760 differ\n"
+    assert ran.stdout == "0 of 880 differ\n"
 
 
 def test_a_rule_with_more_states_than_a_record_has_places_for_does_not_compile():

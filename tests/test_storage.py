@@ -15,10 +15,19 @@ from fusedstep.cases import CASES, gradient, layouts
 from fusedstep.verification import same_bits
 
 HALVES = (torch.bfloat16, torch.float16)
-MODES = precision_modes("own", "fp32", "bf16", "8bit")
+MODES = precision_modes("own", "fp32", "bf16", "8bit", "4bit")
 SIZES = [0, 1, 7, 8, 9, 255, 256, 257, 4095, 4096, 4097, 4352, 9001]
 
-FEW_MODES = ["plain-8bit", "split-8bit", "kahan-bf16", "stochastic-own", "stochastic-8bit", "master-own"]
+FEW_MODES = [
+    "plain-8bit",
+    "split-8bit",
+    "plain-4bit",
+    "split-4bit",
+    "kahan-bf16",
+    "stochastic-own",
+    "stochastic-8bit",
+    "master-own",
+]
 
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 

@@ -15,7 +15,7 @@ from fusedstep.verification import same_bits
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-MODES = precision_modes("own", "bf16", "8bit")
+MODES = precision_modes("own", "bf16", "8bit", "4bit")
 MODES.pop("plain-own")
 SIZES = [0, 1, 9, 257, 4095, 4097, 16_384 + 4096 + 3]
 # A rule without states, with a state of its own step count, with a state that has a sign and one that has none.

@@ -3,9 +3,24 @@
 import triton
 import triton.language as tl
 
-from .numeric import BF16, I8, divide, narrow, widen
+from .numeric import BF16, I8, U8, divide, narrow, widen
 
-BLOCK_8BIT = tl.constexpr(256)  # numbers that share a scale
+SCALE_BLOCK = tl.constexpr(256)  # numbers that share a scale
+I4, U4 = tl.constexpr(7), tl.constexpr(8)  # codes from I4 on share a byte; csrc/numeric.h's Dtype
+
+
+@triton.jit
+def pack(codes, N: tl.constexpr):
+    """The bytes of N codes, of which the first one of a pair is in the lower half."""
+    first, second = tl.split(tl.reshape(codes, (N // 2, 2)))
+    return ((first & 15) | ((second & 15) << 4)).to(tl.uint8)
+
+
+@triton.jit
+def unpack(pairs, DTYPE: tl.constexpr, N: tl.constexpr):
+    bits = pairs.to(tl.int32)
+    codes = tl.reshape(tl.join(bits & 15, bits >> 4), (N,))
+    return (codes ^ 8) - 8 if DTYPE == I4 else codes
 
 
 @triton.jit
@@ -66,36 +81,47 @@ def compensate(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def encode(x, exists, DTYPE: tl.constexpr, N: tl.constexpr):
-    """The codes of N numbers, I8 with a sign, U8 without, and the scales of their blocks."""
-    bits = tl.reshape(x.to(tl.uint32, bitcast=True), (N // BLOCK_8BIT, BLOCK_8BIT))
+    """The codes of N numbers, I8 or I4 with a sign, U8 or U4 without, and the scales of their blocks.
+
+    Codes of 8 bits are in that, those of 4 bits the lowest bits of an int32. What does not exist has the code zero.
+    """
+    counts = tl.reshape(exists, (N // SCALE_BLOCK, SCALE_BLOCK))
+    bits = tl.where(counts, tl.reshape(x.to(tl.uint32, bitcast=True), (N // SCALE_BLOCK, SCALE_BLOCK)), 0).to(tl.uint32)
     magnitude = bits & 0x7FFFFFFF
-    counted = tl.where(tl.reshape(exists, (N // BLOCK_8BIT, BLOCK_8BIT)), magnitude, 0).to(tl.int32)
-    largest = tl.max(counted, 1)
+    largest = tl.max(magnitude.to(tl.int32), 1)
     coded = (largest >= 0x00800000) & (largest < 0x7F800000)
     scale = tl.where(coded, largest, tl.where(largest < 0x7F800000, 0, 0x7FC00000)).to(tl.float32, bitcast=True)
     divisor = tl.where(coded, scale, 1.0)
     inverse = tl.where(coded, divide(divisor * 0.0 + 1.0, divisor), 0.0)
     kept = tl.where(coded[:, None], magnitude, 0).to(tl.uint32).to(tl.float32, bitcast=True)
     relative = (kept * inverse[:, None]).to(tl.uint32, bitcast=True)
-    if DTYPE == I8:
+    if DTYPE == I8 or DTYPE == I4:
         root = ((relative >> 1) + 0x1FC00000) | (bits & 0x80000000)
-        number = (root.to(tl.float32, bitcast=True) * 127.0 + 12582912.0).to(tl.uint32, bitcast=True)
-        codes = (number & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True)
+        steps = 127.0 if DTYPE == I8 else 7.0
+        number = (root.to(tl.float32, bitcast=True) * steps + 12582912.0).to(tl.uint32, bitcast=True)
     else:
-        root = (relative >> 2) + 0x33A00000  # 256 times the root
+        root = (relative >> 2) + (0x33A00000 if DTYPE == U8 else 0x31A00000)  # 256 or 16 times the root
         number = (root.to(tl.float32, bitcast=True) + 8388608.0).to(tl.uint32, bitcast=True)
-        codes = (tl.maximum(number, 0x4B000001) - 0x4B000001).to(tl.uint8)
+        number = tl.maximum(number, 0x4B000001) - 0x4B000001
+    if DTYPE == I8:
+        codes = (number & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True)
+    elif DTYPE == U8:
+        codes = number.to(tl.uint8)
+    else:
+        codes = number.to(tl.int32, bitcast=True)
     return tl.reshape(codes, (N,)), scale
 
 
 @triton.jit
 def decode(codes, scale, DTYPE: tl.constexpr):
     """The numbers of codes, each with its scale."""
-    if DTYPE == I8:
+    if DTYPE == I8 or DTYPE == I4:
         number = codes.to(tl.float32)
-        root = (number * 0.007874015718698502).to(tl.uint32, bitcast=True)  # 1 / 127 in fp32
+        step = 0.007874015718698502 if DTYPE == I8 else 0.1428571492433548  # 1 / 127 and 1 / 7 in fp32
+        root = (number * step).to(tl.uint32, bitcast=True)
         relative = ((root - 0x1FC00000) << 1) | (root & 0x80000000)
         return tl.where(codes == 0, 0, relative).to(tl.uint32).to(tl.float32, bitcast=True) * scale
     else:
         number = (codes.to(tl.int32) + 1).to(tl.float32).to(tl.uint32, bitcast=True)
-        return ((number - 0x33A00000) << 2).to(tl.float32, bitcast=True) * scale
+        bias = 0x33A00000 if DTYPE == U8 else 0x31A00000
+        return ((number - bias) << 2).to(tl.float32, bitcast=True) * scale

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 # How numbers are stored: csrc/numeric.h's Dtype. Numbers, because Triton before 3.8 takes no strings in a tuple.
-# From I8 on they are codes.
+# From I8 on they are codes; codecs.py has those of states that share a byte.
 FP32, BF16, FP16, FP64, I8, U8, BITS = (tl.constexpr(k) for k in range(7))
 NONE = tl.constexpr(-1)  # there is nothing
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .codecs import BLOCK_8BIT, compensate, decode, encode, join, narrow_stochastic, random_16, split
+from .codecs import I4, SCALE_BLOCK, compensate, decode, encode, join, narrow_stochastic, pack, random_16, split, unpack
 from .numeric import BF16, BITS, FP16, FP32, FP64, I8, NONE, U8, load_several, narrow, widen
 from .records import AVERAGE, COMPANION, COPY, INDEX, PARAM, SCALES, SEED, STATES
 
@@ -130,16 +130,43 @@ def store_weight(
 
 
 @triton.jit
+def load_codes(address, begin, lanes, mask, STATE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr):
+    if STATE >= I4:
+        pairs = tl.arange(0, N // 2)
+        return unpack(load_stored(address, begin // 2, pairs, pairs_there(mask, WHOLE, N), U8, WHOLE), STATE, N)
+    else:
+        return load_stored(address, begin, lanes, mask, STATE, WHOLE)
+
+
+@triton.jit
+def store_codes(address, begin, lanes, mask, codes, STATE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr):
+    if STATE >= I4:
+        pairs = tl.arange(0, N // 2)
+        store_stored(address, begin // 2, pairs, pairs_there(mask, WHOLE, N), pack(codes, N), U8, WHOLE)
+    else:
+        store_stored(address, begin, lanes, mask, codes, STATE, WHOLE)
+
+
+@triton.jit
+def pairs_there(mask, WHOLE: tl.constexpr, N: tl.constexpr):
+    """Which pairs of elements have a first one that exists."""
+    if WHOLE:
+        return None
+    else:
+        return tl.max(tl.reshape(mask, (N // 2, 2)).to(tl.int32), 1) != 0
+
+
+@triton.jit
 def load_state(
     address, scales, begin, lanes, mask, STATE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
-    if STATE == I8 or STATE == U8:
-        codes = load_stored(address, begin, lanes, mask, STATE, WHOLE)
-        blocks = tl.arange(0, N // BLOCK_8BIT)
+    if STATE >= I8:
+        codes = load_codes(address, begin, lanes, mask, STATE, WHOLE, N)
+        blocks = tl.arange(0, N // SCALE_BLOCK)
         there = blocks_there(mask, WHOLE, N)
-        of_blocks = tl.load(pointer(scales, FP32) + begin // BLOCK_8BIT + blocks, mask=there)
-        each = tl.reshape(tl.broadcast_to(of_blocks[:, None], (N // BLOCK_8BIT, BLOCK_8BIT)), (N,))
+        of_blocks = tl.load(pointer(scales, FP32) + begin // SCALE_BLOCK + blocks, mask=there)
+        each = tl.reshape(tl.broadcast_to(of_blocks[:, None], (N // SCALE_BLOCK, SCALE_BLOCK)), (N,))
         return decode(codes, each, STATE)
     else:
         return load(address, begin, lanes, mask, STATE, ARITHMETIC, WHOLE)
@@ -147,11 +174,11 @@ def load_state(
 
 @triton.jit
 def store_state(address, scales, begin, lanes, mask, x, STATE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr):
-    if STATE == I8 or STATE == U8:
+    if STATE >= I8:
         codes, of_blocks = encode(x, lanes >= 0 if WHOLE else mask, STATE, N)
-        store_stored(address, begin, lanes, mask, codes, STATE, WHOLE)
-        blocks = tl.arange(0, N // BLOCK_8BIT)
-        tl.store(pointer(scales, FP32) + begin // BLOCK_8BIT + blocks, of_blocks, mask=blocks_there(mask, WHOLE, N))
+        store_codes(address, begin, lanes, mask, codes, STATE, WHOLE, N)
+        blocks = tl.arange(0, N // SCALE_BLOCK)
+        tl.store(pointer(scales, FP32) + begin // SCALE_BLOCK + blocks, of_blocks, mask=blocks_there(mask, WHOLE, N))
     else:
         store(address, begin, lanes, mask, x, STATE, WHOLE)
 
@@ -184,6 +211,6 @@ def store_states(row, begin, lanes, mask, states, STATES: tl.constexpr, WHOLE: t
 def blocks_there(mask, WHOLE: tl.constexpr, N: tl.constexpr):
     """Which blocks that share a scale have elements that exist."""
     if WHOLE:
-        return tl.arange(0, N // BLOCK_8BIT) >= 0
+        return tl.arange(0, N // SCALE_BLOCK) >= 0
     else:
-        return tl.max(tl.reshape(mask, (N // BLOCK_8BIT, BLOCK_8BIT)).to(tl.int32), 1) != 0
+        return tl.max(tl.reshape(mask, (N // SCALE_BLOCK, SCALE_BLOCK)).to(tl.int32), 1) != 0

@@ -182,7 +182,7 @@ int64_t block_start(const Call& call, int64_t i, const Predicate& by_blocks) {
 }  // namespace
 
 bool can_split_at(const Call& call, int64_t i) {
-  return block_start(call, i, [](const Precision& precision) { return precision.in_blocks; }) == i;
+  return block_start(call, i, [](const Precision& precision) { return precision.state_bits != 0; }) == i;
 }
 
 namespace {
@@ -226,7 +226,7 @@ void share_out(int threads, int64_t numel, const Share& share) {
 void step(const Call& call, int threads) {
   const RunFunction run = current().run;
   share_out(threads, call.numel, [&](int index, int size) {
-    const auto by_blocks = [](const Precision& p) { return p.in_blocks || p.form == Form::kStochastic; };
+    const auto by_blocks = [](const Precision& p) { return p.state_bits != 0 || p.form == Form::kStochastic; };
     const auto boundary = [&](int64_t i) {
       return i == size ? call.numel
                        : block_start(call, call.numel / size * i / kSplitMultiple * kSplitMultiple, by_blocks);

@@ -108,10 +108,10 @@ int64_t update_as(Format, const Record& record, const void* grad_data, int64_t b
   const typename Format::Grad grad{static_cast<decltype(Format::Grad::data)>(const_cast<void*>(grad_data))};
   int64_t i = begin;
   if (Format::Weight::kByBlocks && begin % kBlock != 0) return begin;
-  if constexpr (std::is_same_v<typename Format::State, Coded>) {
-    CodedStates<Rule, Format::kOrder> coded(record, begin, given_change, scalars);
-    for (; i + kBlock <= end; i += kBlock) coded.update(weight, grad, i);
-    coded.finish();
+  if constexpr (kIsQuantized<typename Format::State>) {
+    QuantizedStates<Rule, Format::State::kBits, Format::kOrder> quantized(record, begin, given_change, scalars);
+    for (; i + kBlock <= end; i += kBlock) quantized.update(weight, grad, i);
+    quantized.finish();
   } else {
     using Stored = WideStored<typename Format::State, Format::kOrder>;
     const auto s = scalars;
@@ -194,16 +194,18 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
                    &update);
     };
     if constexpr (kHeld<Rule> > 0) {
-      if (record.precision.in_blocks) {
-        CodedStates<Rule, Order::kInOrder> coded(record, begin, change, scalars);
-        tiles(false, [&](const Record& tile, float* grad, int64_t n) {
-          PlainWeight<float, Order::kInOrder> weight(tile, prepared.step);
-          const WideStored<float, Order::kInOrder> grads{grad};
-          int64_t i = 0;
-          for (; i + kBlock <= n; i += kBlock) coded.update(weight, grads, i);
-          if (i < n) coded.update_part(weight.data + i, grad + i, n - i);
+      if (record.precision.state_bits != 0) {
+        return visit_bits(record.precision.state_bits, [&](auto state) {
+          QuantizedStates<Rule, decltype(state)::kBits, Order::kInOrder> quantized(record, begin, change, scalars);
+          tiles(false, [&](const Record& tile, float* grad, int64_t n) {
+            PlainWeight<float, Order::kInOrder> weight(tile, prepared.step);
+            const WideStored<float, Order::kInOrder> grads{grad};
+            int64_t i = 0;
+            for (; i + kBlock <= n; i += kBlock) quantized.update(weight, grads, i);
+            if (i < n) quantized.update_part(weight.data + i, grad + i, n - i);
+          });
+          quantized.finish();
         });
-        return coded.finish();
       }
     }
     tiles(!states_are<Rule>(record, Dtype::kF32), [&](const Record& tile, float* grad, int64_t n) {

@@ -28,7 +28,7 @@ using RunFunction = void (*)(const Call& call, int64_t first, int64_t last);
 // Updates everything on up to `threads` threads and then advances the step counters.
 void step(const Call& call, int threads);
 
-// Whether ranges may meet before element i: 8-bit blocks are not shared.
+// Whether ranges may meet before element i: blocks that share a scale are not divided.
 bool can_split_at(const Call& call, int64_t i);
 
 // Updates elements [first, last) on this thread and leaves the step counters alone.

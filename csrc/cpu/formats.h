@@ -2,15 +2,29 @@
 // tiles.
 #pragma once
 
-#include "coded.h"
+#include "quantized.h"
 #include "weights.h"
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
 
-struct Coded {};  // states in 8 bits, in place of a dtype
+// States in codes of kBits bits, in place of a dtype.
+template <int kBits_>
+struct Quantized {
+  static constexpr int kBits = kBits_;
+};
+// Calls visit(Quantized<bits>{}); bits: a record's.
+template <class Visit>
+FUSEDSTEP_FN void visit_bits(int bits, const Visit& visit) {
+  if (bits == 8) return visit(Quantized<8>{});
+  if (bits == 4) return visit(Quantized<4>{});
+}
+template <class S>
+constexpr bool kIsQuantized = false;
+template <int kBits>
+constexpr bool kIsQuantized<Quantized<kBits>> = true;
 
-// S: the dtype of all states, or Coded.
+// S: the dtype of all states, or Quantized.
 template <class W, class G, class S, Order order>
 struct Format {
   using Weight = W;
@@ -32,22 +46,24 @@ FUSEDSTEP_FN void visit_format(const Record& record, const Visit& visit) {
   constexpr bool kHasStates = kHeld<Rule> > 0;
   constexpr Order kEvenOdd = Order::kEvenOdd, kInOrder = Order::kInOrder;
   if (record.grad_dtype != record.param_dtype) return;
-  const bool coded = kHasStates && record.precision.in_blocks;
-  const bool in_bf16 = !coded && states_are<Rule>(record, Dtype::kBF16);
-  [[maybe_unused]] const bool in_f16 = !coded && states_are<Rule>(record, Dtype::kF16);
-  [[maybe_unused]] const bool in_f32 = !coded && states_are<Rule>(record, Dtype::kF32);
+  const int bits = kHasStates ? record.precision.state_bits : 0;
+  const bool in_bf16 = bits == 0 && states_are<Rule>(record, Dtype::kBF16);
+  [[maybe_unused]] const bool in_f16 = bits == 0 && states_are<Rule>(record, Dtype::kF16);
+  [[maybe_unused]] const bool in_f32 = bits == 0 && states_are<Rule>(record, Dtype::kF32);
   const Form form = record.precision.form;
   switch (record.param_dtype) {
     case Dtype::kF32:
       if constexpr (kHasStates) {
-        if (coded) return visit(Format<PlainWeight<float, kInOrder>, float, Coded, kInOrder>{});
+        if (bits == 8) return visit(Format<PlainWeight<float, kInOrder>, float, Quantized<8>, kInOrder>{});
+        if (bits == 4) return visit(Format<PlainWeight<float, kInOrder>, float, Quantized<4>, kInOrder>{});
         if (in_bf16) return visit(Format<PlainWeight<float, kInOrder>, float, BF16, kInOrder>{});
       }
       return;
     case Dtype::kF16:
       if constexpr (kConvertsF16) {  // number by number there would be nothing to win, and much to compile
         if constexpr (kHasStates) {
-          if (coded && form == Form::kPlain) return visit(Format<PlainWeight<F16, kInOrder>, F16, Coded, kInOrder>{});
+          if (bits == 8 && form == Form::kPlain)
+            return visit(Format<PlainWeight<F16, kInOrder>, F16, Quantized<8>, kInOrder>{});
           if (in_f32 && form == Form::kMaster)
             return visit(Format<MasterWeight<F16, kInOrder>, F16, float, kInOrder>{});
         }
@@ -58,10 +74,16 @@ FUSEDSTEP_FN void visit_format(const Record& record, const Visit& visit) {
       return;
     case Dtype::kBF16:
       if constexpr (kHasStates) {
-        if (coded && form == Form::kPlain) return visit(Format<PlainWeight<BF16, kEvenOdd>, BF16, Coded, kEvenOdd>{});
-        if (coded && form == Form::kSplit) return visit(Format<SplitWeight<kEvenOdd>, BF16, Coded, kEvenOdd>{});
-        if (coded && form == Form::kStochastic)
-          return visit(Format<StochasticWeight<BF16, kEvenOdd>, BF16, Coded, kEvenOdd>{});
+        if (bits == 8 && form == Form::kPlain)
+          return visit(Format<PlainWeight<BF16, kEvenOdd>, BF16, Quantized<8>, kEvenOdd>{});
+        if (bits == 8 && form == Form::kSplit)
+          return visit(Format<SplitWeight<kEvenOdd>, BF16, Quantized<8>, kEvenOdd>{});
+        if (bits == 8 && form == Form::kStochastic)
+          return visit(Format<StochasticWeight<BF16, kEvenOdd>, BF16, Quantized<8>, kEvenOdd>{});
+        if (bits == 4 && form == Form::kPlain)
+          return visit(Format<PlainWeight<BF16, kEvenOdd>, BF16, Quantized<4>, kEvenOdd>{});
+        if (bits == 4 && form == Form::kSplit)
+          return visit(Format<SplitWeight<kEvenOdd>, BF16, Quantized<4>, kEvenOdd>{});
         if (in_f32 && form == Form::kSplit) return visit(Format<SplitWeight<kInOrder>, BF16, float, kInOrder>{});
         if (in_f32 && form == Form::kMaster)
           return visit(Format<MasterWeight<BF16, kInOrder>, BF16, float, kInOrder>{});
@@ -76,6 +98,8 @@ FUSEDSTEP_FN void visit_format(const Record& record, const Visit& visit) {
     case Dtype::kI8:
     case Dtype::kU8:
     case Dtype::kI16:
+    case Dtype::kI4:
+    case Dtype::kU4:
       return;
   }
 }

@@ -250,7 +250,7 @@ void update_tiles(const Record& record, const void* grad, int64_t begin, int64_t
       if (widens_states)
         tile.states[k] = state[k].load(at, n);
       else
-        tile.states[k] = static_cast<char*>(record.states[k]) + at * size_of(record.state_dtypes[k]);
+        tile.states[k] = static_cast<char*>(record.states[k]) + size_of(record.state_dtypes[k], at);
     }
     update(tile, wide_grad, n, context);
     weight.store(at, n, step, wide);

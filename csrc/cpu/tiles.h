@@ -10,8 +10,8 @@ inline namespace FUSEDSTEP_ISA {
 // The loop on n elements of a tile, whose param and grad are fp32.
 using UpdateTile = void (*)(const Record& tile, float* grad, int64_t n, const void* context);
 
-// Updates elements [begin, end) of a tensor whose arithmetic is in fp32. 8-bit states: `begin` and `end` must lie at
-// the boundaries of their blocks.
+// Updates elements [begin, end) of a tensor whose arithmetic is in fp32. Quantized states: `begin` and `end` must lie
+// at the boundaries of their blocks.
 //
 // states: bit k says whether the rule has state k. step: the number of this step, from 1. writes_grad: whether
 // `update` changes the gradient. widens_states: it takes them in fp32 as well; otherwise as they are.

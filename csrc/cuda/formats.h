@@ -10,8 +10,8 @@ namespace fusedstep::cuda {
 
 // The last four are bf16 beside something else, or rounded in another way (Form in codecs.h).
 enum class WeightFormat : uint8_t { kF32, kBF16, kF16, kSplit, kMaster, kKahan, kStochastic };
-// k8Bit: in the codes that the rule names; a state that it does not code is fp32.
-enum class StateFormat : uint8_t { kF32, kBF16, kF16, k8Bit };
+// k8Bit, k4Bit: in codes, where the rule says that a state can be; any other is fp32.
+enum class StateFormat : uint8_t { kF32, kBF16, kF16, k8Bit, k4Bit };
 
 enum class CompiledFor : uint8_t { kEveryRule, kWidelyUsedRules };
 
@@ -35,11 +35,15 @@ constexpr Format kFormats[] = {
      false},
     {"fp32, 8-bit states", WeightFormat::kF32, Dtype::kF32, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, false,
      false},
+    {"fp32, 4-bit states", WeightFormat::kF32, Dtype::kF32, StateFormat::k4Bit, CompiledFor::kWidelyUsedRules, false,
+     false},
     // 16-bit weights
     {"bf16", WeightFormat::kBF16, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kEveryRule, true, true},
     {"bf16, fp32 states", WeightFormat::kBF16, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true,
      false},
     {"bf16, 8-bit states", WeightFormat::kBF16, Dtype::kBF16, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, false,
+     false},
+    {"bf16, 4-bit states", WeightFormat::kBF16, Dtype::kBF16, StateFormat::k4Bit, CompiledFor::kWidelyUsedRules, false,
      false},
     {"fp16", WeightFormat::kF16, Dtype::kF16, StateFormat::kF16, CompiledFor::kWidelyUsedRules, false, false},
     // bf16 weights beside an fp32 number's other half, or all of it
@@ -48,6 +52,8 @@ constexpr Format kFormats[] = {
      false},
     {"split, 8-bit states", WeightFormat::kSplit, Dtype::kBF16, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, true,
      false},
+    {"split, 4-bit states", WeightFormat::kSplit, Dtype::kBF16, StateFormat::k4Bit, CompiledFor::kWidelyUsedRules,
+     false, false},
     {"master", WeightFormat::kMaster, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true, false},
     // bf16 weights that are rounded in other ways
     {"kahan", WeightFormat::kKahan, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, false, false},
@@ -65,10 +71,14 @@ constexpr int kGeneral = kNumFormats;  // in place of an index
 struct FormatRange {
   int first, end;
 };
-constexpr FormatRange kFP32Weights{0, 4}, k16BitWeights{4, 8}, kFullWeights{8, 12}, kRoundedWeights{12, 16};
+constexpr FormatRange kFP32Weights{0, 5}, k16BitWeights{5, 10}, kFullWeights{10, 15}, kRoundedWeights{15, 19};
 static_assert(kRoundedWeights.end == kNumFormats, "each format belongs to a family");
 
-// How many numbers of each array a thread holds: 16 bytes of the narrowest, 8 bytes of codes.
+constexpr bool is_quantized(StateFormat states) {
+  return states == StateFormat::k8Bit || states == StateFormat::k4Bit;
+}
+
+// How many numbers of each array a thread holds: 16 bytes of the narrowest, 8 or 4 bytes of codes.
 constexpr int numbers_per_thread(const Format& format) {
   return format.weight == WeightFormat::kF32 && format.grad == Dtype::kF32 && format.states == StateFormat::kF32 ? 4
                                                                                                                  : 8;
@@ -77,7 +87,7 @@ constexpr int kGeneralNumbers = 8;
 // Tiles (what all threads of a block hold at a time) of one block at most: enough to hide what comes before the first,
 // few enough that fresh blocks' loads overlap with the stores of old ones.
 constexpr int most_tiles(int format) {
-  return format != kGeneral && kFormats[format].states == StateFormat::k8Bit ? 8 : 4;
+  return format != kGeneral && is_quantized(kFormats[format].states) ? 8 : 4;
 }
 
 // The dtype of state k in this format.
@@ -89,9 +99,10 @@ constexpr Dtype state_dtype(StateFormat format, int k) {
     case StateFormat::kF16:
       return Dtype::kF16;
     case StateFormat::k8Bit:
-      return Rule::kCodes[k] == Code::kSigned        ? Dtype::kI8
-             : Rule::kCodes[k] == Code::kNonNegative ? Dtype::kU8
-                                                     : Dtype::kF32;
+    case StateFormat::k4Bit:
+      return Rule::kCodes[k] == Code::kNone
+                 ? Dtype::kF32
+                 : code_dtype(format == StateFormat::k8Bit ? 8 : 4, Rule::kCodes[k] == Code::kSigned);
     case StateFormat::kF32:
       return Dtype::kF32;
   }

@@ -73,29 +73,23 @@ __device__ __forceinline__ void follow_one(const Record& record, int64_t i, T we
 }
 
 template <class T>
-__device__ __forceinline__ T load_coded(const Record& record, int k, int64_t i, float scale) {
-  const Dtype dtype = record.state_dtypes[k];
-  if (dtype == Dtype::kI8) {
-    const int code = global(static_cast<const int8_t*>(record.states[k]))[i];
-    return decode_signed<uint32_t>(static_cast<float>(code), scale);
-  }
-  if (dtype == Dtype::kU8) {
-    const int code = global(static_cast<const uint8_t*>(record.states[k]))[i];
-    return decode_unsigned<uint32_t>(static_cast<float>(code + 1), scale);
-  }
-  return load_any<T>(record.states[k], dtype, i);
+__device__ __forceinline__ T load_state(const Record& record, int k, int64_t i, float scale) {
+  T value;
+  const bool quantized = visit_quantizer(record.state_dtypes[k], [&](auto quantizer) {
+    using Q = decltype(quantizer);
+    const uint8_t byte = global(static_cast<const uint8_t*>(record.states[k]))[i * Q::kBits / 8];
+    value = Q::template decode<uint32_t>(Q::code_in(byte, i), scale);
+  });
+  return quantized ? value : load_any<T>(record.states[k], record.state_dtypes[k], i);
 }
 template <class T>
-__device__ __forceinline__ void store_coded(const Record& record, int k, int64_t i, T value, const Block& block) {
-  const Dtype dtype = record.state_dtypes[k];
-  if (dtype == Dtype::kI8)
-    global(static_cast<int8_t*>(record.states[k]))[i] =
-        static_cast<int8_t>(encode_signed<uint32_t>(static_cast<float>(value), block));
-  else if (dtype == Dtype::kU8)
-    global(static_cast<uint8_t*>(record.states[k]))[i] =
-        static_cast<uint8_t>(encode_unsigned<uint32_t>(static_cast<float>(value), block));
-  else
-    store_any(record.states[k], dtype, i, value);
+__device__ __forceinline__ void store_state(const Record& record, int k, int64_t i, T value, const Block& block) {
+  const bool quantized = visit_quantizer(record.state_dtypes[k], [&](auto quantizer) {
+    using Q = decltype(quantizer);
+    uint8_t* const byte = global(static_cast<uint8_t*>(record.states[k])) + i * Q::kBits / 8;
+    *byte = Q::with_code(*byte, i, Q::template encode<uint32_t>(static_cast<float>(value), block));
+  });
+  if (!quantized) store_any(record.states[k], record.state_dtypes[k], i, value);
 }
 
 template <class R>
@@ -146,13 +140,13 @@ struct General {
   __device__ __forceinline__ void update_as(const Record& record, void* grad,
                                             const typename Rule::template Scalars<T>& s, const GradChange<T>& change,
                                             uint32_t step, int64_t at, int n, T average_weight) {
-    const bool in_blocks = record.precision.in_blocks;
+    const bool in_blocks = record.precision.state_bits != 0;
     float scales[kMaxStates] = {};
     uint32_t largest[kMaxStates] = {};
     Block blocks[kMaxStates];
 #pragma unroll
     for (int k = 0; k < kNamed<Rule>; ++k) {
-      if (has_state<Rule>(k) && is_coded(record, k) && static_cast<int>(at % kBlock) + n > 0)
+      if (has_state<Rule>(k) && is_quantized(record.state_dtypes[k]) && static_cast<int>(at % kBlock) + n > 0)
         scales[k] = global(record.precision.scales[k])[at / kBlock];
     }
     // States that share scales are computed twice: the largest of a block is known only after the first time.
@@ -166,7 +160,7 @@ struct General {
         T states[kMaxStates] = {};
 #pragma unroll
         for (int k = 0; k < kNamed<Rule>; ++k)
-          if (has_state<Rule>(k)) states[k] = load_coded<T>(record, k, i, scales[k]);
+          if (has_state<Rule>(k)) states[k] = load_state<T>(record, k, i, scales[k]);
         update_with<Rule>(param, g, states, s);
         if (pass == 0) {
 #pragma unroll
@@ -184,7 +178,7 @@ struct General {
         if (change.write) store_any(grad, record.grad_dtype, i, g * change.sign);
 #pragma unroll
         for (int k = 0; k < kNamed<Rule>; ++k)
-          if (has_state<Rule>(k)) store_coded(record, k, i, states[k], blocks[k]);
+          if (has_state<Rule>(k)) store_state(record, k, i, states[k], blocks[k]);
         if (record.has_followers()) follow_one<T>(record, i, average_weight);
       }
       if (pass == 0) {
@@ -198,12 +192,9 @@ struct General {
     }
 #pragma unroll
     for (int k = 0; k < kNamed<Rule>; ++k) {
-      if (has_state<Rule>(k) && is_coded(record, k) && at % kBlock == 0 && n > 0)
+      if (has_state<Rule>(k) && is_quantized(record.state_dtypes[k]) && at % kBlock == 0 && n > 0)
         global(record.precision.scales[k])[at / kBlock] = Block::scale(largest[k]);
     }
-  }
-  __device__ __forceinline__ static bool is_coded(const Record& record, int k) {
-    return record.state_dtypes[k] == Dtype::kI8 || record.state_dtypes[k] == Dtype::kU8;
   }
 };
 

@@ -7,7 +7,8 @@
 #include "formats.h"
 #include "kernel.cuh"
 #include "quick.cuh"
-#include "stored.cuh"
+#include "states.cuh"
+#include "weights.cuh"
 
 namespace fusedstep::cuda {
 
@@ -120,7 +121,7 @@ struct Tile {
   __device__ __forceinline__ void begin(const Record& record, const void* gradient) {
     // Chunks begin at multiples of 16 elements, so that the tensors' own addresses decide.
     uint64_t bits = reinterpret_cast<uint64_t>(gradient) | followers.address_bits(record);
-    const auto add = [&](auto&, auto* data, bool = true) { bits |= reinterpret_cast<uint64_t>(data); };
+    const auto add = [&](auto&, auto data, bool = true) { bits |= address_bits(data); };
     weight.for_arrays(record, add);
     states.for_each([&](int k, auto& state) { state.for_arrays(record, k, add); });
     // These are numbers' addresses. To look at them has them loaded now, beside the others, not one by one later.
@@ -132,7 +133,7 @@ struct Tile {
 
   // Asks for everything, before anything is used. n: how many numbers there are from element i on, 0 or less included.
   __device__ __forceinline__ void ask(const Record& record, const void* gradient, int64_t i, int n) {
-    if (whole(n)) for_loaded(record, gradient, [&](auto& array, auto* data) { array.load(data + i); });
+    if (whole(n)) for_loaded(record, gradient, [&](auto& array, auto data) { array.load(data + i); });
     // A lane behind the last element may still be in the last block. A whole warp behind it takes any.
     const uint32_t block = static_cast<int>(place_in_block(i)) + n > 0 ? block_of(i) : 0;
     states.for_each([&](int k, auto& state) { state.load_scale(record, k, block); });
@@ -149,7 +150,7 @@ struct Tile {
     const bool stores_grad = prepared.stores;
     if (!whole(n) || !compute<Quick>(prepared, param, values)) {
       forget_addresses();
-      for_loaded(record, gradient, [&](auto& array, auto* data) {
+      for_loaded(record, gradient, [&](auto& array, auto data) {
         if (whole(n))
           array.load(data + i);
         else
@@ -162,9 +163,9 @@ struct Tile {
     states.for_each([&](int k, auto& state) { state.split(values[k], record, k, i, n); });
     forget_addresses();
     if (whole(n) && !stores_grad)
-      return store(record, param, average_weight, [&](auto& array, auto* data, bool = true) { array.store(data + i); });
+      return store(record, param, average_weight, [&](auto& array, auto data, bool = true) { array.store(data + i); });
     if (stores_grad) store_changed(gradient, prepared.change, i, n);
-    store(record, param, average_weight, [&](auto& array, auto* data, bool = true) {
+    store(record, param, average_weight, [&](auto& array, auto data, bool = true) {
       if (whole(n))
         array.store(data + i);
       else
@@ -178,7 +179,7 @@ struct Tile {
   __device__ __forceinline__ bool whole(int n) const { return n >= whole_from; }
   template <class Visitor>
   __device__ __forceinline__ void for_loaded(const Record& record, const void* gradient, Visitor&& visitor) {
-    const auto visit = [&](auto& array, auto* data, bool loaded = true) {
+    const auto visit = [&](auto& array, auto data, bool loaded = true) {
       if (loaded) visitor(array, data);
     };
     weight.for_arrays(record, visit);

@@ -7,6 +7,7 @@ triton_kernels/codecs.py hold the same functions; csrc/codecs.h explains the for
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 INFINITY, SMALLEST_NORMAL, QUIET_NAN = 0x7F800000, 0x00800000, 0x7FC00000
 ROOT_BIAS = {True: (1, 0x1FC00000), False: (2, 0x2FA00000)}  # signed: shift, and what makes the root of 1 be 1
+CODES = (torch.int8, torch.uint8)
 
 
 def bits_of(x: Tensor) -> Tensor:
@@ -109,24 +111,118 @@ def blocks_of(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
+class Quantizer(NamedTuple):
+    """A way to store states in codes of ``bits`` bits, with a scale for each block: csrc/codecs.h's Quantizer.
+
+    Codes of 4 bits lie two in a byte, along the memory of what they stand for, the first one in the lower half. Their
+    tensor has half of the innermost dimension; or it is flat, where that dimension is odd and the order is the logical
+    one.
+    """
+
+    name: str  # as the option state_dtype has it
+    bits: int
+
+    def steps(self, signed: bool) -> float:
+        """Into how many steps the root of a scale is divided."""
+        return float((1 << self.bits - 1) - 1 if signed else 1 << self.bits)
+
+    def code(self, signed: bool) -> torch.dtype:
+        return torch.int8 if signed and self.bits == 8 else torch.uint8
+
+    def place(self, like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Shape and strides of the codes of a tensor like the dense ``like``; None: it cannot be stored in this way."""
+        shape, strides, numel = list(like.shape), list(like.stride()), like.numel()
+        if self.bits == 8:
+            return tuple(shape), tuple(strides)
+        inner = next((d for d in range(like.dim()) if shape[d] > 1 and strides[d] == 1), None)
+        if numel < 2 or inner is None:
+            return None
+        if shape[inner] % 2:
+            return (((numel + 1) // 2,), (1,)) if like.is_contiguous() else None
+        shape[inner] //= 2
+        return tuple(shape), tuple(stride if d == inner else stride // 2 for d, stride in enumerate(strides))
+
+    def pack(self, numbers: Tensor) -> Tensor:
+        """Bytes of codes in a row, given as whole numbers."""
+        if self.bits == 8:
+            return numbers
+        pairs = torch.nn.functional.pad(numbers, (0, numbers.numel() % 2)).view(-1, 2) & 0xF
+        return pairs[:, 0] | pairs[:, 1] << 4
+
+    def unpack(self, codes: Tensor, signed: bool, numel: int) -> Tensor:
+        """Codes in a row as whole numbers."""
+        if self.bits == 8:
+            return codes.to(torch.int32)
+        pairs = codes.to(torch.int32)
+        numbers = torch.stack([pairs & 0xF, pairs >> 4], dim=1).view(-1)[:numel]
+        return (numbers ^ 8) - 8 if signed else numbers
+
+
+EIGHT_BITS, FOUR_BITS = Quantizer("8bit", 8), Quantizer("4bit", 4)
+QUANTIZERS = {quantizer.name: quantizer for quantizer in (EIGHT_BITS, FOUR_BITS)}
+
+
+def quantizer_for(name: str, like: Tensor) -> Quantizer:
+    """The quantizer of that name, or of more bits where a tensor like the dense ``like`` cannot be stored in it."""
+    quantizer = QUANTIZERS[name]
+    return EIGHT_BITS if quantizer.place(like) is None else quantizer
+
+
+def quantizer_of(codes: Tensor, like: Tensor) -> Quantizer | None:
+    """How a tensor like ``like`` is stored in these codes; None: they are none of it."""
+    if codes.dtype not in CODES:
+        return None
+    if codes.shape == like.shape:
+        return EIGHT_BITS
+    is_pairs = codes.dtype == torch.uint8 and strides_of(codes, FOUR_BITS, like) is not None
+    return FOUR_BITS if is_pairs else None
+
+
+def strides_of(codes: Tensor, quantizer: Quantizer, like: Tensor) -> tuple[int, ...] | None:
+    """The strides of what dense codes of a tensor like ``like`` stand for; None: they are none of it."""
+    if quantizer.bits == 8:
+        return codes.stride() if codes.shape == like.shape else None
+    numel = like.numel()
+    if numel < 2 or codes.numel() != (numel + 1) // 2:
+        return None
+    if codes.dim() == 1:
+        return torch.empty(like.shape, device="meta").stride()
+    halved = [d for d, (a, b) in enumerate(zip(codes.shape, like.shape, strict=False)) if a != b]
+    if codes.dim() != like.dim() or len(halved) != 1 or codes.shape[halved[0]] * 2 != like.shape[halved[0]]:
+        return None
+    inner = halved[0]
+    if not layout.is_dense(codes) or (codes.shape[inner] > 1 and codes.stride(inner) != 1):
+        return None
+    return tuple(1 if d == inner else 2 * stride for d, stride in enumerate(codes.stride()))
+
+
+def are_laid_out_as(codes: Tensor, quantizer: Quantizer, like: Tensor) -> bool:
+    """Whether dense codes are in the order of the memory of the dense ``like``."""
+    if quantizer.bits == 8:
+        return layout.same_layout(codes, like)
+    place = quantizer.place(like)
+    return place is not None and layout.same_layout(codes, torch.empty_strided(*place, device="meta"))
+
+
 def pieces(values: Tensor, codes: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Whole blocks of a tensor at a time, in the order of its memory."""
-    return zip(flat(values).split(PIECE), flat(codes).split(PIECE), scales.split(PIECE // BLOCK), strict=True)
+    size = PIECE if codes.numel() == values.numel() else PIECE // 2
+    return zip(flat(values).split(PIECE), flat(codes).split(size), scales.split(PIECE // BLOCK), strict=True)
 
 
-def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """A dense fp32 tensor as 8-bit codes in its layout, and one fp32 scale for each block along its memory."""
-    dtype = torch.int8 if signed else torch.uint8
-    codes = torch.empty_strided(values.shape, values.stride(), dtype=dtype, device=values.device)
+def encode(values: Tensor, quantizer: Quantizer, signed: bool) -> tuple[Tensor, Tensor]:
+    """A dense fp32 tensor as codes along its memory, and one fp32 scale for each block of them."""
+    shape, strides = quantizer.place(values)
+    codes = torch.empty_strided(shape, strides, dtype=quantizer.code(signed), device=values.device)
     scales = torch.empty(blocks_of(values.numel()), dtype=torch.float32, device=values.device)
     for wide, target, target_scales in pieces(values, codes, scales):
-        some_codes, some_scales = encode_blocks(wide, signed)
-        target.copy_(some_codes)
+        some_codes, some_scales = encode_blocks(wide, quantizer, signed)
+        target.copy_(quantizer.pack(some_codes))
         target_scales.copy_(some_scales)
     return codes, scales
 
 
-def encode_blocks(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+def encode_blocks(values: Tensor, quantizer: Quantizer, signed: bool) -> tuple[Tensor, Tensor]:
     """The codes of some numbers in a row, and their scales."""
     numel = values.numel()
     padded = torch.zeros(blocks_of(numel) * BLOCK, dtype=torch.float32, device=values.device)
@@ -140,7 +236,7 @@ def encode_blocks(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     relative = bits_of(magnitude.view(torch.float32) * inverse[:, None])
     shift, bias = ROOT_BIAS[signed]
     root = ((relative >> shift) + bias).view(torch.float32)
-    nearest = bits_of(root * (127.0 if signed else 256.0) + 2.0**23) - 0x4B000000
+    nearest = bits_of(root * quantizer.steps(signed) + 2.0**23) - 0x4B000000
     if signed:
         codes = torch.where(bits < 0, -nearest, nearest)
     else:
@@ -148,24 +244,25 @@ def encode_blocks(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     return torch.where(coded[:, None], codes, 0).view(-1)[:numel], scales
 
 
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """The fp32 numbers, in the layout of the dense ``codes``; their dtype tells the code: int8 has a sign."""
-    values = torch.empty_strided(codes.shape, codes.stride(), dtype=torch.float32, device=codes.device)
+def decode(codes: Tensor, scales: Tensor, quantizer: Quantizer, signed: bool, like: Tensor) -> Tensor:
+    """The fp32 numbers of a tensor like ``like``, in the layout of the dense ``codes``."""
+    strides = strides_of(codes, quantizer, like)
+    values = torch.empty_strided(like.shape, strides, dtype=torch.float32, device=codes.device)
     for target, some_codes, some_scales in pieces(values, codes, scales):
-        target.copy_(decode_blocks(some_codes, some_scales))
+        numbers = quantizer.unpack(some_codes, signed, target.numel())
+        target.copy_(decode_blocks(numbers, some_scales, quantizer, signed))
     return values
 
 
-def decode_blocks(codes: Tensor, scales: Tensor) -> Tensor:
+def decode_blocks(numbers: Tensor, scales: Tensor, quantizer: Quantizer, signed: bool) -> Tensor:
     """The numbers of some codes in a row."""
-    number = codes.to(torch.int32)
-    signed = codes.dtype == torch.int8
+    steps = quantizer.steps(signed)
     shift, bias = ROOT_BIAS[signed]
     if signed:
-        root = number.abs().to(torch.float32) * torch.tensor(1.0 / 127.0, dtype=torch.float32, device=codes.device)
-        relative = torch.where(number == 0, 0, (bits_of(root) - bias) << shift).view(torch.float32)
-        relative = torch.where(number < 0, -relative, relative)
+        root = numbers.abs().to(torch.float32) * torch.tensor(1.0 / steps, dtype=torch.float32, device=numbers.device)
+        relative = torch.where(numbers == 0, 0, (bits_of(root) - bias) << shift).view(torch.float32)
+        relative = torch.where(numbers < 0, -relative, relative)
     else:
-        root = (number + 1).to(torch.float32) * (1.0 / 256.0)
+        root = (numbers + 1).to(torch.float32) * (1.0 / steps)
         relative = ((bits_of(root) - bias) << shift).view(torch.float32)
-    return relative * scales.repeat_interleave(BLOCK)[: codes.numel()]
+    return relative * scales.repeat_interleave(BLOCK)[: numbers.numel()]

@@ -20,14 +20,18 @@ class Options(TypedDict, total=False):
     Args:
         backend: "auto" (default), "cuda", "triton", "cpu" or "reference".
         state_dtype: what states are stored in. None (default): the parameter's dtype, as torch, or what was loaded;
-            fp32 beside master weights. ``torch.float32`` or ``torch.bfloat16``. "8bit": one byte for each number and
-            one fp32 scale (the largest magnitude) for each block of 256 along the memory, as ``exp_avg`` and
-            ``exp_avg_scale``; int8 with square root spacing, uint8 with fourth root spacing for states that are never
-            negative; an infinity or a NaN makes its whole block NaN. ``torch.optim`` cannot read 8-bit states, though
-            it loads them. States of fp64 and complex parameters keep their dtype, and states whose difference a
-            rule takes the root of (a centered variance) are in fp32 at least.
-        wide_states: regular expressions, as strings or compiled. With "8bit", the states of parameters that one of them
-            is found in the name of stay in fp32, as do those of parameters with fewer than 4,096 elements. Default
+            fp32 beside master weights. ``torch.float32`` or ``torch.bfloat16``. "8bit" and "4bit": a code of that many
+            bits for each number and one fp32 scale (the largest magnitude) for each block of 256 along the memory, as
+            ``exp_avg`` and ``exp_avg_scale``. Codes have square root spacing, or fourth root spacing for states that
+            are never negative; an infinity or a NaN makes its whole block NaN. Codes of 8 bits are int8, or uint8
+            without a sign, in the parameter's shape. Codes of 4 bits (Li et al., arXiv 2309.01507, use other spacings)
+            lie two in a uint8, the first in its lower half, in a tensor that has half of the dimension that is
+            innermost in memory; where that is odd, in a flat one of (numel + 1) // 2 for a contiguous parameter,
+            and in 8 bits for any other. ``torch.optim`` cannot read such states, though it loads them. States of fp64
+            and complex parameters keep their dtype, and states whose difference a rule takes the root of (a centered
+            variance) are in fp32 at least.
+        wide_states: regular expressions, as strings or compiled. With "8bit" and "4bit", the states of parameters that
+            one of them is found in the name of stay in fp32, as do those with fewer than 4,096 elements. Default
             ``("emb", "wte", "wpe")``: embeddings by their usual names. A parameter has a name if the optimizer was
             given named parameters.
         master_weights: True keeps an fp32 copy of each 16-bit parameter, ``master_weight`` (4 bytes); "split" keeps the
@@ -65,7 +69,7 @@ class Options(TypedDict, total=False):
     """
 
     backend: str | None
-    state_dtype: torch.dtype | Literal["8bit"] | None
+    state_dtype: torch.dtype | Literal["8bit", "4bit"] | None
     wide_states: Sequence[str]
     master_weights: bool | Literal["split"]
     kahan: bool

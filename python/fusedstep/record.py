@@ -26,7 +26,7 @@ class Record(NamedTuple):
     copy: Tensor | None = None  # of the weight, in a narrower dtype
     form: WeightFormat = PLAIN
     companion: Tensor | None = None  # of the weight, as its form says
-    scales: tuple[Tensor | None, ...] = ()  # of each state; None: not in 8 bits. Empty: none is
+    scales: tuple[Tensor | None, ...] = ()  # of each state; None: not quantized. Empty: none is
     seed: int = 0  # of stochastic rounding
 
     @property

@@ -42,7 +42,7 @@ class Rule:
     step_form: ClassVar[Literal["tensor", "int", "absent"]] = "tensor"  # of "step" in the parent class's state_dict
     state_at_construction: ClassVar[bool] = False  # whether the parent class has states before the first step
 
-    non_negative: ClassVar[tuple[str, ...]] = ()  # states that an 8-bit code stores without a sign
+    non_negative: ClassVar[tuple[str, ...]] = ()  # states that are quantized without a sign
 
     variant_options: ClassVar[tuple[str, ...]] = ()  # keys of a group that `variant_of` looks at
 

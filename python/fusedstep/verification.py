@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import backends
 from .cases import Case, chain_cases, gradient, layouts, precision_cases, reduces, select_cases
+from .codecs import QUANTIZERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -109,7 +110,10 @@ def _check(case: Case, dtype_name: str, backend: str, device: torch.device, step
     exact = _Run(case, dtype, device, "reference", wide=True)
     sums = reduces(case)
     # Below fp32 each step's rounding moves the next step's start: only the first can be compared with float64.
-    narrow = dtype in (torch.bfloat16, torch.float16) or case.options.get("state_dtype") in (torch.bfloat16, "8bit")
+    narrow = dtype in (torch.bfloat16, torch.float16) or case.options.get("state_dtype") in (
+        torch.bfloat16,
+        *QUANTIZERS,
+    )
     scale = [param.detach().clone() for param in reference.params]
     # A device is not waited for until everything has been queued.
     worst = torch.zeros((), dtype=torch.float64, device=device)

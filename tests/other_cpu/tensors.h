@@ -61,7 +61,7 @@ inline uint64_t hashed(Bytes bytes, Dtype dtype, uint64_t hash) {
   return hash;
 }
 
-enum class States { kFp32, kFp64, kBf16, kFp16, kCoded };
+enum class States { kFp32, kFp64, kBf16, kFp16, k8Bit, k4Bit };
 
 struct Format {
   const char* name;
@@ -73,22 +73,25 @@ constexpr Format kFormats[] = {
     {"fp64", Dtype::kF64, Form::kPlain, States::kFp64},
     {"fp32", Dtype::kF32, Form::kPlain, States::kFp32},
     {"fp32, bf16 states", Dtype::kF32, Form::kPlain, States::kBf16},
-    {"fp32, 8-bit states", Dtype::kF32, Form::kPlain, States::kCoded},
+    {"fp32, 8-bit states", Dtype::kF32, Form::kPlain, States::k8Bit},
+    {"fp32, 4-bit states", Dtype::kF32, Form::kPlain, States::k4Bit},
     {"bf16", Dtype::kBF16, Form::kPlain, States::kBf16},
     {"bf16, fp32 states", Dtype::kBF16, Form::kPlain, States::kFp32},
-    {"bf16, 8-bit states", Dtype::kBF16, Form::kPlain, States::kCoded},
+    {"bf16, 8-bit states", Dtype::kBF16, Form::kPlain, States::k8Bit},
+    {"bf16, 4-bit states", Dtype::kBF16, Form::kPlain, States::k4Bit},
     {"fp16", Dtype::kF16, Form::kPlain, States::kFp16},
-    {"fp16, 8-bit states", Dtype::kF16, Form::kPlain, States::kCoded},
+    {"fp16, 8-bit states", Dtype::kF16, Form::kPlain, States::k8Bit},
     {"split", Dtype::kBF16, Form::kSplit, States::kFp32},
     {"split, bf16 states", Dtype::kBF16, Form::kSplit, States::kBf16},
-    {"split, 8-bit states", Dtype::kBF16, Form::kSplit, States::kCoded},
+    {"split, 8-bit states", Dtype::kBF16, Form::kSplit, States::k8Bit},
     {"master bf16", Dtype::kBF16, Form::kMaster, States::kFp32},
     {"master fp16", Dtype::kF16, Form::kMaster, States::kFp32},
     {"kahan bf16", Dtype::kBF16, Form::kKahan, States::kBf16},
     {"kahan fp16", Dtype::kF16, Form::kKahan, States::kFp16},
     {"stochastic bf16", Dtype::kBF16, Form::kStochastic, States::kBf16},
     {"stochastic fp16", Dtype::kF16, Form::kStochastic, States::kFp16},
-    {"stochastic, 8-bit states", Dtype::kBF16, Form::kStochastic, States::kCoded},
+    {"stochastic, 8-bit states", Dtype::kBF16, Form::kStochastic, States::k8Bit},
+    {"stochastic, 4-bit states", Dtype::kBF16, Form::kStochastic, States::k4Bit},
 };
 
 inline Dtype companion_dtype(const Format& format) {
@@ -105,7 +108,7 @@ struct Tensor {
   Record record{};
 
   Tensor(const Format& given, int64_t n, Random& random) : format(given) {
-    const auto memory = [&](Dtype dtype) { return Bytes(static_cast<size_t>(n * size_of(dtype))); };
+    const auto memory = [&](Dtype dtype) { return Bytes(static_cast<size_t>(size_of(dtype, n))); };
     param = memory(format.param), grad = param, companion = memory(companion_dtype(format));
     record.param = param.data();
     record.step = &step;
@@ -120,11 +123,12 @@ struct Tensor {
                     : format.states == States::kBf16 ? Dtype::kBF16
                     : format.states == States::kFp16 ? Dtype::kF16
                                                      : Dtype::kF32;
-      if (format.states == States::kCoded && Rule::kCodes[k] != Code::kNone) {
-        dtype = Rule::kCodes[k] == Code::kSigned ? Dtype::kI8 : Dtype::kU8;
+      const int bits = format.states == States::k8Bit ? 8 : format.states == States::k4Bit ? 4 : 0;
+      if (bits != 0 && Rule::kCodes[k] != Code::kNone) {
+        dtype = code_dtype(bits, Rule::kCodes[k] == Code::kSigned);
         scales[k].resize(static_cast<size_t>((n + kBlock - 1) / kBlock));
         record.precision.scales[k] = scales[k].data();
-        record.precision.in_blocks = true;
+        record.precision.state_bits = static_cast<uint8_t>(bits);
       }
       states[k] = memory(dtype);
       record.states[k] = states[k].data();

@@ -113,7 +113,7 @@ class ReferencePlan(Plan):
         scalars = numerics.narrowed(rule.prepare(step.hyper, count), arithmetic)
         stored = Stored(record, memory, arithmetic)
         places = [(k, name) for k, name in enumerate(self.states) if record.states[k] is not None]
-        states = {name: stored.state(k, record.states[k]) for k, name in places}
+        states = {name: stored.state(k, name not in rule.non_negative) for k, name in places}
         if rule.reduces:
             param, states = reference_reducing.update(rule, stored.weight(), grad, states, record.matrices, scalars)
         else:
@@ -126,7 +126,7 @@ class ReferencePlan(Plan):
         if layout.is_wrapper(record.param):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(record.param)
         for k, name in places:
-            stored.set_state(k, record.states[k], states[name])
+            stored.set_state(k, name not in rule.non_negative, states[name])
 
 
 class Stored:
@@ -155,23 +155,25 @@ class Stored:
     def followed(self) -> Tensor:
         return self.weight() if self.record.form.is_exact else self.memory
 
-    def state(self, place: int, state: Tensor) -> Tensor:
-        scales = self._scales(place)
-        if scales is not None:
-            return codecs.decode(state, scales)
-        return real_memory(state).to(self.arithmetic)
+    def state(self, index: int, signed: bool) -> Tensor:
+        state, scales = self._stored_state(index)
+        if scales is None:
+            return real_memory(state).to(self.arithmetic)
+        return codecs.decode(state, scales, codecs.quantizer_of(state, self.memory), signed, self.memory)
 
-    def set_state(self, place: int, state: Tensor, value: Tensor) -> None:
-        scales = self._scales(place)
+    def set_state(self, index: int, signed: bool, value: Tensor) -> None:
+        state, scales = self._stored_state(index)
         if scales is None:
             real_memory(state).copy_(value)
             return
-        codes, fresh = codecs.encode(layout.laid_out_as(value, state), state.dtype == torch.int8)
+        quantizer = codecs.quantizer_of(state, self.memory)
+        wide = torch.empty_strided(value.shape, codecs.strides_of(state, quantizer, value), device=value.device)
+        codes, fresh = codecs.encode(wide.copy_(value), quantizer, signed)
         state.copy_(codes)
         scales.copy_(fresh)
 
-    def _scales(self, place: int) -> Tensor | None:
-        return self.record.scales[place] if self.record.scales else None
+    def _stored_state(self, index: int) -> tuple[Tensor, Tensor | None]:
+        return self.record.states[index], self.record.scales[index] if self.record.scales else None
 
 
 def real_memory(tensor: Tensor) -> Tensor:

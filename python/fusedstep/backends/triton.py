@@ -243,15 +243,19 @@ class TritonPlan(KernelPlan):
 
     def _launches(self) -> list[Launch]:
         groups: dict[tuple[tuple[int, ...], tuple[int, int], str], list[int]] = {}
-        grad_dtypes = self.native_records()["grad_dtype"].tolist()
+        native = self.native_records()
+        grad_dtypes, state_dtypes = native["grad_dtype"].tolist(), native["state_dtypes"].tolist()
         for index, record in enumerate(self.records):
             if record.param is not None:
                 pairs = zip(self.states, record.states, strict=True)
-                states = {name: DTYPES[state.dtype] for name, state in pairs if state is not None}
                 if self.reduces:
+                    states = {name: DTYPES[state.dtype] for name, state in pairs if state is not None}
                     named = dtypes_of(states, self.functions, record.matrices is not None)
                 else:
-                    named = [states.get(name, NONE) for name in self.optimizer.state_names]
+                    there = {name for name, state in pairs if state is not None}
+                    names = self.optimizer.state_names
+                    dtypes_here = zip(names, state_dtypes[index], strict=False)
+                    named = [dtype if name in there else NONE for name, dtype in dtypes_here]
                 dtypes = (DTYPES[record.param.dtype], grad_dtypes[index], *named)
                 followers = tuple(NONE if t is None else DTYPES[t.dtype] for t in (record.average, record.copy))
                 groups.setdefault((dtypes, followers, record.form.name), []).append(index)

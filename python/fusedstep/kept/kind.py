@@ -33,9 +33,12 @@ class Entry(NamedTuple):
         """The parameter's name in an error; made anew each time."""
         return checks.describe(self.index, self.name, self.param)
 
-    def usable(self, value: Tensor) -> Tensor | None:
-        """``value`` as the backend can take it beside the parameter's memory; None: it must be laid out anew."""
-        return self.backend.state_memory(value, self.memory)
+    def usable(self, value: Tensor, beside: Tensor | None = None) -> Tensor | None:
+        """``value`` as the backend can take it; None: it must be laid out anew.
+
+        ``beside``: the memory whose layout it must have, None for the parameter's.
+        """
+        return self.backend.state_memory(value, self.memory if beside is None else beside)
 
 
 class Kind:

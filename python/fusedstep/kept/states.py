@@ -1,10 +1,10 @@
-"""The states that a rule names, in the dtype or 8-bit code that the options ask for."""
+"""The states that a rule names, in the dtype or the codes that the options ask for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +13,19 @@ from .. import checks, codecs, layout
 from .kind import Entry, Kind, copied, copied_like, mismatch, refuse_reduces
 from .weights import HALVES, Weights
 
-StateDtype = torch.dtype | Literal["8bit"] | None
+StateDtype = torch.dtype | str | None
 
-MIN_8BIT = 4096  # elements; states of smaller parameters stay in fp32, as in bitsandbytes
-CODES = (torch.int8, torch.uint8)  # of 8-bit states, with and without a sign
+MIN_QUANTIZED = 4096  # elements; states of smaller parameters stay in fp32, as in bitsandbytes
 NARROWABLE = (torch.float32, *HALVES)  # dtypes of parameters whose states may be narrower or wider than they
 
 
 def scale_name(state: str) -> str:
-    """The key of the scales of an 8-bit state."""
+    """The key of the scales of a quantized state."""
     return f"{state}_scale"
 
 
-def is_coded(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in CODES
+def is_quantized(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in codecs.CODES
 
 
 class States(Kind):
@@ -34,9 +33,10 @@ class States(Kind):
 
     def __init__(self, weights: Weights, state_dtype: StateDtype, wide_states: Sequence[str | re.Pattern[str]]) -> None:
         super().__init__()
-        if state_dtype not in (None, "8bit", torch.float32, torch.bfloat16):
+        if state_dtype not in (None, *codecs.QUANTIZERS, torch.float32, torch.bfloat16):
+            names = " or ".join(map(repr, codecs.QUANTIZERS))
             raise ValueError(
-                f"Invalid state_dtype: {state_dtype!r} (it must be None, torch.float32, torch.bfloat16 or '8bit')"
+                f"Invalid state_dtype: {state_dtype!r} (it must be None, torch.float32, torch.bfloat16, {names})"
             )
         if isinstance(wide_states, str):
             raise ValueError(f"Invalid wide_states: {wide_states!r} (it must be a sequence of regular expressions)")
@@ -60,10 +60,13 @@ class States(Kind):
             return torch.float32 if self.weights.format_of(param).is_exact else None
         if exact:
             return torch.float32
-        if self.state_dtype != "8bit":
+        if self.state_dtype not in codecs.QUANTIZERS:
             return self.state_dtype
         named_wide = name is not None and any(pattern.search(name) for pattern in self.wide_states)
-        return torch.float32 if param.numel() < MIN_8BIT or named_wide else "8bit"
+        if param.numel() < MIN_QUANTIZED or named_wide:
+            return torch.float32
+        dense = param if layout.is_dense(param) or layout.is_wrapper(param) else layout.dense_like(param)
+        return codecs.quantizer_for(self.state_dtype, dense).name
 
     def keys(self, entry: Entry) -> Iterable[str]:
         rule, group, param = entry.rule, entry.group, entry.param
@@ -74,9 +77,10 @@ class States(Kind):
             return
         if reduces:
             refuse_reduces(entry)
-        if layout.is_wrapper(entry.param) and self.format_of(entry.param, entry.name) == "8bit":
+        if layout.is_wrapper(entry.param) and self.format_of(entry.param, entry.name) in codecs.QUANTIZERS:
             raise ValueError(
-                f"state_dtype='8bit' does not support {type(entry.param).__name__} parameters ({entry.what})"
+                f"state_dtype={self.state_dtype!r} does not support {type(entry.param).__name__} parameters "
+                f"({entry.what})"
             )
 
     def check(self, entry: Entry, what: str) -> None:
@@ -84,7 +88,7 @@ class States(Kind):
         cls = type(rule).__name__
         for key in rule.states_of(entry.group):
             value = state.get(key)
-            if is_coded(value):
+            if is_quantized(value):
                 if wrong := self._mismatch(key, entry, state):
                     name, found, expected = wrong
                     raise RuntimeError(f"{cls}: state '{name}' {found}, expected {expected} for {what}")
@@ -95,12 +99,14 @@ class States(Kind):
 
     @staticmethod
     def _mismatch(key: str, entry: Entry, state: dict[str, Any]) -> tuple[str, str, str] | None:
-        """What of an 8-bit state cannot be the parameter's: its key, what was found, what is expected."""
+        """What of a quantized state cannot be the parameter's: its key, what was found, what is expected."""
         param, scales = entry.param, scale_name(key)
-        code = torch.uint8 if key in entry.rule.non_negative else torch.int8
-        if wrong := mismatch(key, state[key], param, (code,), param.shape):
+        quantizer = codecs.quantizer_of(state[key], param)
+        code = (quantizer or codecs.EIGHT_BITS).code(key not in entry.rule.non_negative)
+        shape = param.shape if quantizer is None else state[key].shape
+        if wrong := mismatch(key, state[key], param, (code,), shape):
             name, found, expected = wrong
-            return name, found, f"{expected} (or a float dtype)"
+            return name, found, f"{expected} (or 4 bits each, or a float dtype)"
         blocks = codecs.blocks_of(param.numel())
         if scales not in state:
             return scales, "is missing", f"torch.float32, shape ({blocks},)"
@@ -141,27 +147,34 @@ class States(Kind):
         if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
             like = param if target in (None, param.dtype) else _like(param, torch.float32)
             value = state[key] = entry.rule.init_state(key, entry.group, entry.name, like)
-        wanted = target or (param.dtype if value.dtype in CODES else value.dtype)
-        signed = key not in entry.rule.non_negative
-        if value.dtype == ((torch.int8 if signed else torch.uint8) if wanted == "8bit" else wanted):
+        found = codecs.quantizer_of(value, param)
+        wanted = target or (value.dtype if found is None else param.dtype)
+        if wanted == (value.dtype if found is None else found.name):
             return
+        signed = key not in entry.rule.non_negative
         scales = state.pop(scale_name(key), None)
-        if value.dtype in CODES:
-            value = codecs.decode(value, scales)
-        if wanted != "8bit":
+        if found is not None:
+            value = codecs.decode(value, scales, found, signed, param)
+        quantizer = codecs.QUANTIZERS.get(wanted)
+        if quantizer is None:
             state[key] = value.to(wanted)
         else:
             wide = value if layout.is_dense(value) else layout.laid_out_as(value, layout.dense_like(param))
-            state[key], state[scale_name(key)] = codecs.encode(wide.float(), signed)
+            if quantizer.place(wide) is None:  # it was loaded in another layout than the parameter's
+                wide = layout.laid_out_as(wide, layout.dense_like(param))
+            state[key], state[scale_name(key)] = codecs.encode(wide.float(), quantizer, signed)
 
     @staticmethod
     def _laid_out(entry: Entry, key: str, elementwise: bool) -> tuple[Tensor, Tensor | None]:
         """A state and its scales as the backend can take them beside the parameter's memory."""
         state, memory, scale = entry.state, entry.memory, None
-        if state[key].dtype in CODES:
+        if is_quantized(state[key]):
             dense = memory if layout.is_dense(memory) else layout.dense_like(memory)
-            state[key], scale = laid_out_as(state[key], state[scale_name(key)], dense)
+            signed = key not in entry.rule.non_negative
+            codes, scale = laid_out_as(state[key], state[scale_name(key)], signed, dense)
             scale = state[scale_name(key)] = scale.contiguous()
+            state[key] = codes if entry.usable(codes, codes) is not None else codes.clone()
+            return state[key], scale
         usable = entry.usable(state[key])
         if usable is None:
             usable = layout.laid_out_as(state[key], memory if elementwise else state[key].contiguous())
@@ -173,18 +186,20 @@ class States(Kind):
         for name in entry.rule.state_names:
             if name not in loaded:
                 continue
-            if is_coded(loaded[name]) and (wrong := self._mismatch(name, entry, loaded)):
+            if is_quantized(loaded[name]) and (wrong := self._mismatch(name, entry, loaded)):
                 odd, found, expected = wrong
                 raise ValueError(f"loaded state dict: '{odd}' of parameter {key} {found}, expected {expected}")
             value = loaded.pop(name)
             shape = entry.rule.state_shape(name, entry.group, entry.name, param)
             if shape is not None:
-                checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape, CODES)
-            if is_coded(value):
-                codes, scales = (t.to(param.device) for t in (value, loaded.pop(scale_name(name))))
-                value, scales = laid_out_as(codes, scales, layout.dense_like(param))
-                taken[scale_name(name)] = copied(scales, param.device)
-            taken[name] = copied_like(value, param)
+                shape = value.shape if is_quantized(value) else shape
+                checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape, codecs.CODES)
+            if not is_quantized(value):
+                taken[name] = copied_like(value, param)
+                continue
+            codes, scales = (t.to(param.device) for t in (value, loaded.pop(scale_name(name))))
+            laid_out = laid_out_as(codes, scales, name not in entry.rule.non_negative, layout.dense_like(param))
+            taken[name], taken[scale_name(name)] = (copied(t, param.device) for t in laid_out)
         return taken
 
     def report(self, loaded: list[Entry]) -> Iterator[str]:
@@ -194,9 +209,10 @@ class States(Kind):
                 value = entry.state.get(key)
                 if not isinstance(value, Tensor):
                     continue
-                here = "8bit" if is_coded(value) else value.dtype
+                quantizer = codecs.quantizer_of(value, entry.param)
+                here = value.dtype if quantizer is None else quantizer.name
                 target = self.format_of(entry.param, entry.first_name, key in exact)
-                wanted = target or (entry.param.dtype if here == "8bit" else here)
+                wanted = target or (here if quantizer is None else entry.param.dtype)
                 if here != wanted:
                     yield f"{key} in {here} becomes {wanted}"
 
@@ -205,10 +221,11 @@ def _like(param: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
-def laid_out_as(codes: Tensor, scales: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """An 8-bit state with the strides of the dense ``like``: blocks run along the memory."""
+def laid_out_as(codes: Tensor, scales: Tensor, signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A quantized state as that of the dense ``like``: blocks run along the memory."""
+    quantizer = codecs.quantizer_of(codes, like)
     codes = codes if layout.is_dense(codes) else codes.contiguous()
-    if layout.same_layout(codes, like):
+    if codecs.are_laid_out_as(codes, quantizer, like):
         return codes, scales
-    values = layout.laid_out_as(codecs.decode(codes, scales), like)
-    return codecs.encode(values, codes.dtype == torch.int8)
+    values = layout.laid_out_as(codecs.decode(codes, scales, quantizer, signed, like), like)
+    return codecs.encode(values, codecs.quantizer_for(quantizer.name, like), signed)

@@ -1,26 +1,26 @@
-// 8-bit states: a block of them is decoded and updated in one pass; encoding needs the block's largest magnitude first,
-// and so is done in the pass of a later block, whose divisions and square roots hide it.
+// Quantized states: a block of them is decoded and updated in one pass; encoding needs the block's largest magnitude
+// first, and so is done in the pass of a later block, whose divisions and square roots hide it.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "codes.h"
+#include "quantizer.h"
 #include "weights.h"
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
 
-// The states of one rule in 8 bits, and the blocks of fp32 numbers on their way into them. kOrder: of whatever is
-// loaded and stored with them.
-template <class Rule, Order kOrder>
-class CodedStates {
+// The states of one rule in codes of kBits bits, and the blocks of fp32 numbers on their way into them. kOrder: of
+// whatever is loaded and stored with them.
+template <class Rule, int kBits, Order kOrder>
+class QuantizedStates {
  public:
   using Scalars = typename Rule::template Scalars<float>;
 
   // begin: the first element to update, at the boundary of a block.
-  CodedStates(const Record& record, int64_t begin, const GradChange<float>& change, const Scalars& scalars)
+  QuantizedStates(const Record& record, int64_t begin, const GradChange<float>& change, const Scalars& scalars)
       : record_(record), change_(change), scalars_(scalars), block_(begin / kBlock) {}
 
   // The next block, whose elements begin at `at` in weight and gradient.
@@ -43,22 +43,22 @@ class CodedStates {
     std::memcpy(grads, grad, bytes);
     Record copy = record_;
     copy.param = params;
-    visit_states(block_, [&](int k, auto* numbers) {
-      copy.states[k] = std::memcpy(states[k], numbers, count * sizeof(*numbers));
+    visit_states(block_, [&](int k, auto numbers) {
+      copy.states[k] = std::memcpy(states[k], address_of(numbers), bytes_of(numbers, n));
       copy.precision.scales[k] += block_;
     });
-    CodedStates part(copy, 0, change_, scalars_);
+    QuantizedStates part(copy, 0, change_, scalars_);
     const PlainWeight<float, kOrder> weight(copy, 0);
     part.template pass<false, false>(weight, WideStored<float, kOrder>{grads}, 0);
-    visit_states(0, [&](int k, auto* numbers) {
-      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
+    visit_states(0, [&](int k, auto numbers) {
+      if constexpr (kIsCodes<decltype(numbers)>) {
         float* const fresh = part.fresh_[0].numbers[k];
         std::fill(fresh + n, fresh + kBlock, 0.0f);  // what is behind the last number does not count
         part.close(k, largest_magnitude(fresh));
       }
     });
     part.encode_block(0);
-    visit_states(block_, [&](int k, auto* to) { std::memcpy(to, states[k], count * sizeof(*to)); });
+    visit_states(block_, [&](int k, auto to) { std::memcpy(address_of(to), states[k], bytes_of(to, n)); });
     std::memcpy(param, params, bytes);
     if (change_.zero || change_.write) std::memcpy(grad, grads, bytes);
   }
@@ -77,11 +77,30 @@ class CodedStates {
     float inverses[kPlaces];
   };
 
-  // Whether a state's numbers are codes; what 8 bits cannot hold is in fp32.
-  template <class Number>
-  static constexpr bool kCoded = !std::is_same_v<Number, float>;
+  // Where a state's numbers lie: codes, or fp32 numbers where codes cannot hold them.
+  template <class Numbers>
+  static constexpr bool kIsCodes = !std::is_same_v<Numbers, float*>;
+  FUSEDSTEP_FN static void* address_of(float* numbers) { return numbers; }
+  FUSEDSTEP_FN static size_t bytes_of(float*, int64_t n) { return static_cast<size_t>(n) * sizeof(float); }
+  template <class Q>
+  FUSEDSTEP_FN static void* address_of(Codes<Q> codes) {
+    return codes.bytes;
+  }
+  template <class Q>
+  FUSEDSTEP_FN static size_t bytes_of(Codes<Q>, int64_t n) {
+    return static_cast<size_t>(Codes<Q>::size(n));
+  }
+  template <class Q>
+  static Q quantizer_of(Codes<Q>);
+  template <class Numbers>
+  FUSEDSTEP_FN static Numbers numbers_at(void* address) {
+    if constexpr (kIsCodes<Numbers>)
+      return Numbers{static_cast<uint8_t*>(address)};
+    else
+      return static_cast<float*>(address);
+  }
 
-  // Calls visit(k, the numbers of block b) for each state, so that their type is known.
+  // Calls visit(k, where the numbers of block b lie) for each state, so that their type is known.
   template <class Visit>
   FUSEDSTEP_FN static void visit_states(const Record& record, int64_t b, const Visit& visit) {
     static_assert(std::size(Rule::kCodes) == kNamed<Rule>, "every state has a code");
@@ -95,9 +114,9 @@ class CodedStates {
   template <int k, class Visit>
   FUSEDSTEP_FN static void visit_state(const Record& record, int64_t b, const Visit& visit) {
     if constexpr (has_state<Rule>(k)) {
-      using Byte = std::conditional_t<Rule::kCodes[k] == Code::kSigned, int8_t, uint8_t>;
-      using Number = std::conditional_t<Rule::kCodes[k] == Code::kNone, float, Byte>;
-      visit(k, static_cast<Number*>(record.states[k]) + b * kBlock);
+      using Q = Quantizer<kBits, Rule::kCodes[k] == Code::kSigned>;
+      using Numbers = std::conditional_t<Rule::kCodes[k] == Code::kNone, float*, Codes<Q>>;
+      visit(k, numbers_at<Numbers>(record.states[k]) + b * kBlock);
     }
   }
   template <class Visit>
@@ -107,7 +126,7 @@ class CodedStates {
 
   // What a pass over a block needs, in variables that stores into tensors do not change.
   struct Pass {
-    void* places[kPlaces];  // of the block's numbers
+    void* states[kPlaces];  // the block's numbers
     float* fresh[kPlaces];
     float scales[kPlaces];
     const float* old[kPlaces];  // numbers that are to be encoded
@@ -130,9 +149,9 @@ class CodedStates {
     pass.scalars = scalars_;
     pass.change = change_;
     Most most;
-    visit_states(block_, [&](int k, auto* numbers) FUSEDSTEP_INLINE {
-      pass.places[k] = numbers;
-      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
+    visit_states(block_, [&](int k, auto numbers) FUSEDSTEP_INLINE {
+      pass.states[k] = address_of(numbers);
+      if constexpr (kIsCodes<decltype(numbers)>) {
         pass.scales[k] = record_.precision.scales[k][block_];
         pass.fresh[k] = now.numbers[k];
         pass.old[k] = old.numbers[k];
@@ -142,15 +161,15 @@ class CodedStates {
     for (int64_t i = 0; i < kBlock; i += kWide) {
       if (!step<false>(weight, grad, at + i, i, pass, most)) most = step_exactly(weight, grad, at + i, i, pass, most);
       if (!kEncodes) continue;
-      visit_states(Record{}, 0, [&](int k, auto* type) FUSEDSTEP_INLINE {
-        if constexpr (kCoded<std::remove_pointer_t<decltype(type)>>)
-          encode<kOrder>(static_cast<decltype(type)>(pass.places[k]) - kDelay * kBlock + i, load_fresh(pass.old[k] + i),
-                         pass.inverses[k]);
+      visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
+        if constexpr (kIsCodes<decltype(type)>)
+          encode<kOrder>(numbers_at<decltype(type)>(pass.states[k]) + (i - kDelay * kBlock),
+                         load_fresh(pass.old[k] + i), pass.inverses[k]);
       });
     }
     if (!kCloses) return;
-    visit_states(block_, [&](int k, auto* numbers) FUSEDSTEP_INLINE {
-      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) close(k, largest_of(most.of[k]));
+    visit_states(block_, [&](int k, auto numbers) FUSEDSTEP_INLINE {
+      if constexpr (kIsCodes<decltype(numbers)>) close(k, largest_of(most.of[k]));
     });
     ++block_;
   }
@@ -162,13 +181,13 @@ class CodedStates {
     Wide p = weight.template load<kExact>(at);
     const Wide stored = grad.template load<kExact>(at), g{pass.change(stored.a), pass.change(stored.b)};
     FloatPack a[kMaxStates] = {}, b[kMaxStates] = {};
-    visit_states(Record{}, 0, [&](int k, auto* type) FUSEDSTEP_INLINE {
-      const auto* const numbers = static_cast<decltype(type)>(pass.places[k]) + i;
+    visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
+      const auto numbers = numbers_at<decltype(type)>(pass.states[k]) + i;
       Wide state;
-      if constexpr (kCoded<std::remove_pointer_t<decltype(type)>>)
+      if constexpr (kIsCodes<decltype(type)>)
         state = decode<kOrder>(numbers, pass.scales[k]);
       else
-        state = WideStored<float, kOrder>{const_cast<float*>(numbers)}.template load<kExact>(0);
+        state = WideStored<float, kOrder>{numbers}.template load<kExact>(0);
       a[k] = state.a;
       b[k] = state.b;
     });
@@ -179,14 +198,14 @@ class CodedStates {
     if (!kExact && __builtin_expect(doubt.any(), 0)) return false;
     if (pass.change.zero || pass.change.write) store_grads(grad, at, g, pass.change);
     weight.store(at, narrowed);
-    visit_states(Record{}, 0, [&](int k, auto* type) FUSEDSTEP_INLINE {
-      if constexpr (kCoded<std::remove_pointer_t<decltype(type)>>) {
-        constexpr uint32_t mask = std::is_signed_v<std::remove_pointer_t<decltype(type)>> ? 0x7fffffffu : 0xffffffffu;
+    visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
+      if constexpr (kIsCodes<decltype(type)>) {
+        constexpr uint32_t mask = decltype(quantizer_of(type))::kSigned ? 0x7fffffffu : 0xffffffffu;
         most.of[k] = larger(most.of[k], larger((WordPack)a[k] & mask, (WordPack)b[k] & mask));
         store_pack<float, float>(pass.fresh[k] + i, a[k]);
         store_pack<float, float>(pass.fresh[k] + i + kLanes<float>, b[k]);
       } else {
-        WideStored<float, kOrder>{static_cast<float*>(pass.places[k])}.store(i, {a[k], b[k]});
+        WideStored<float, kOrder>{static_cast<float*>(pass.states[k])}.store(i, {a[k], b[k]});
       }
     });
     return true;
@@ -231,8 +250,8 @@ class CodedStates {
 
   void encode_block(int64_t b) const {
     const Fresh& old = fresh_[b % kGenerations];
-    visit_states(b, [&](int k, auto* numbers) FUSEDSTEP_INLINE {
-      if constexpr (kCoded<std::remove_pointer_t<decltype(numbers)>>) {
+    visit_states(b, [&](int k, auto numbers) FUSEDSTEP_INLINE {
+      if constexpr (kIsCodes<decltype(numbers)>) {
         for (int64_t i = 0; i < kBlock; i += kWide)
           encode<kOrder>(numbers + i, load_fresh(old.numbers[k] + i), old.inverses[k]);
       }
