@@ -14,12 +14,20 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fusedstep
+from fusedstep import codecs
 
 SIZE = 4
+FOLDER = sys.argv[-1]  # for checkpoints
 SCENARIOS = {}
 SHAPES = ((8, 6), (7, 5), (3,), (2, 33), (16, 256))
 ROWS, COLUMNS, COPIES = [Shard(0)], [Shard(1)], [Replicate()]
@@ -128,6 +136,20 @@ class Pair:
                 assert (part.dtype, part.shape) == (expected.dtype, expected.shape), what
                 assert torch.equal(part, expected), f"{what}: {part} {expected}"
 
+    def assert_same_numbers(self):
+        """Of states, as a state_dict shows them; each is compared as numbers."""
+        for i, (part, whole) in enumerate(zip(self.parts, self.whole, strict=True)):
+            assert torch.equal(local(part), local(self.part(whole, i))), i
+            mine, expected = (each.state_dict()["state"].get(i, {}) for each in (self.mine, self.expected))
+            for key in expected:
+                other = expected[key]
+                if other.dtype in (torch.int8, torch.uint8):
+                    other = codecs.decode(other, expected[f"{key}_scale"])
+                if other.shape == whole.shape:
+                    assert torch.equal(local(mine[key]), local(self.part(other, i))), (key, i)
+                elif key == "step":
+                    assert mine[key] == other
+
 
 def local(tensor):
     tensor = tensor.detach()
@@ -203,6 +225,139 @@ def a_schedule_on_the_device():
     for _ in range(4):
         pair.step()
     pair.assert_same()
+
+
+# 8-bit states, whose blocks are those of a part.
+
+BLOCKS = ((16, 512), (3, 5))
+
+
+@scenario(where=("two", "three", "four", "HSDP", "FSDP and TP", "replicated"))
+def blocks_of_whole_rows(where):
+    """Where the last dimension is made of blocks, the blocks are those of the whole tensor, and so are all bits."""
+    if takes_part(where):
+        for given in ({}, {"backend": "reference"}, {**HALF, "rounding": "stochastic"}):
+            pair = Pair(fusedstep.AdamW, where, BLOCKS, state_dtype="8bit", **given)
+            for _ in range(3):
+                pair.step()
+            mine, expected = (each.state_dict()["state"][0] for each in (pair.mine, pair.expected))
+            assert torch.equal(local(pair.parts[0]), local(pair.part(pair.whole[0], 0)))
+            for key in ("exp_avg", "exp_avg_sq"):
+                numbers = codecs.decode(expected[key], expected[f"{key}_scale"])
+                assert torch.equal(local(mine[key]), local(pair.part(numbers, 0)))
+
+
+@scenario(where=("two", "three", "columns"))
+def blocks_of_other_parts(where):
+    """They are those that an optimizer of the part alone would have."""
+    if takes_part(where):
+        pair = Pair(fusedstep.AdamW, where, ((41, 700),), state_dtype="8bit", ema_decay=0.5)
+        alone = torch.nn.Parameter(local(pair.parts[0]).clone())
+        expected = fusedstep.AdamW([alone], state_dtype="8bit", ema_decay=0.5)
+        for _ in range(3):
+            pair.give()
+            alone.grad = local(pair.parts[0].grad).clone()
+            pair.mine.step()
+            expected.step()
+        assert torch.equal(local(pair.parts[0]), alone)
+        for key, value in expected.state[alone].items():
+            assert torch.equal(local(pair.mine.state[pair.parts[0]][key]), value), key
+        again = copy.deepcopy(pair.mine)
+        again.load_state_dict(pair.mine.state_dict())
+        for optimizer in (pair.mine, again):
+            for param in optimizer.param_groups[0]["params"]:
+                param.grad = pair.parts[0].grad.clone()
+            optimizer.step()
+        for a, b in zip(pair.mine.state.values(), again.state.values(), strict=True):
+            assert all(torch.equal(local(a[key]), local(b[key])) for key in a)
+
+
+# Checkpoints.
+
+KEPT = {
+    "plain": {},
+    "split and average": {**HALF, "master_weights": "split", "ema_decay": 0.75},
+    "stochastic": {**HALF, "rounding": "stochastic", "rounding_seed": 2**40 + 17, "state_dtype": torch.bfloat16},
+    "schedule": {"lr": "schedule", "max_grad_norm": 100.0},
+    "8bit": {"state_dtype": "8bit", "shapes": BLOCKS},
+}
+
+
+class Model(torch.nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        for i, param in enumerate(params):
+            self.register_parameter(f"p{i}", param)
+
+
+def checkpoint(model, optimizer, form):
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer, options=form)}
+
+
+def pair_of(where, kept, seed=None):
+    options = dict(KEPT[kept])
+    if options.get("lr") == "schedule":
+        options["lr"] = fusedstep.schedules.CosineScheduler(max_update=9, base_lr=0.1, warmup_steps=2)
+    if seed is not None and "rounding_seed" in options:
+        options["rounding_seed"] = seed
+    return Pair(fusedstep.AdamW, where, **options)
+
+
+@scenario(kept=KEPT)
+def from_one_number_of_processes_to_another(kept):
+    """On each a step, as one process goes on alone; parameter 1 has no gradient before the third stage."""
+    flat = kept != "plain"
+    form = StateDictOptions(flatten_optimizer_state_dict=flat)
+    stages = [None, "two", "three", "FSDP and TP", "four", None]
+    if kept == "8bit":
+        stages = stages[1:-1]  # the codes of a whole tensor are in no checkpoint of parts
+    whole = pair_of(None, kept)
+    for number, where in enumerate(stages):
+        skip = (1,) if number < 2 else ()
+        if (where is None and dist.get_rank() == 0) or (where is not None and takes_part(where)):
+            group = mesh(*MESHES[where][0]).get_group() if where in ("two", "three") else None  # None: of all
+            how = {"no_dist": True} if where is None else {"process_group": group}
+            pair = pair_of(where, kept, seed=number or None)
+            pair.number = number
+            pair.whole, pair.expected = whole.whole, whole.expected
+            model = Model(pair.parts)
+            before = snapshot(pair)
+            template = checkpoint(model, pair.mine, form)
+            assert pair.mine.schedule_step == 0
+            assert all(map(torch.equal, snapshot(pair)[0], before[0]))
+            if number:
+                dcp.load(template, checkpoint_id=f"{FOLDER}/{kept}{number - 1}", **how)
+                model.load_state_dict(template["model"])
+                set_optimizer_state_dict(model, pair.mine, template["optimizer"], options=form)
+                assert pair.mine.schedule_step == number
+            pair.step(skip=skip)
+            pair.assert_same_numbers()
+            dcp.save(checkpoint(model, pair.mine, form), checkpoint_id=f"{FOLDER}/{kept}{number}", **how)
+        else:
+            whole.number = number
+            whole.give(skip=skip)
+            whole.expected.step()
+        dist.barrier()
+
+
+@scenario
+def codes_of_a_whole_tensor_are_no_part():
+    """Neither through a state_dict nor through a checkpoint, which would be read as if codes were numbers."""
+    form = StateDictOptions(flatten_optimizer_state_dict=True)
+    pair = Pair(fusedstep.AdamW, "four", BLOCKS, state_dtype="8bit")
+    pair.step()
+    found = raised(ValueError, lambda: pair.mine.load_state_dict(pair.expected.state_dict()))
+    assert "'exp_avg' of parameter 0 is in 8 bits for a whole tensor" in found, found
+    if dist.get_rank() == 0:
+        dcp.save(
+            get_optimizer_state_dict(Model(pair.whole), pair.expected, options=form),
+            checkpoint_id=f"{FOLDER}/whole",
+            no_dist=True,
+        )
+    dist.barrier()
+    template = get_optimizer_state_dict(Model(pair.parts), pair.mine, options=form)
+    found = raised(BaseException, lambda: dcp.load(template, checkpoint_id=f"{FOLDER}/whole"))
+    assert "exp_avg_scale" in found, found
 
 
 # Norms.
@@ -460,12 +615,14 @@ def main(rank, size, folder):
 
             mine = f"process {rank}: {error!r}\n{traceback.format_exc()}"
         texts = [None] * size
-        with contextlib.suppress(RuntimeError):  # of a scenario that another process has left with an error
+        with contextlib.suppress(RuntimeError):  # another process has left the scenario with an error
             dist.all_gather_object(texts, mine)
         results[name] = "\n".join(text for text in (*texts, mine) if text is not None)
         if rank == 0:
             with open(f"{folder}/results.json", "w") as file:
                 json.dump(results, file)
+        if results[name]:
+            break  # who left a collective early is in none of the next ones with the others
     dist.destroy_process_group()
 
 

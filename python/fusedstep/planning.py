@@ -13,6 +13,7 @@ from torch import Tensor
 from . import backends, checks, exchange, layout, sharding
 from .backends.plan import Plan
 from .kept import Entry
+from .kept.states import is_coded
 from .record import Record
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _check_kept(entry: Entry, what: str) -> None:
             if value.layout != torch.strided:
                 raise RuntimeError(f"{cls}: state '{key}' has layout {value.layout}, it must be dense like {what}")
             checks.check_memory(cls, f"state '{key}' of {what},", value)
-            if value.shape == entry.param.shape and value.dim():  # else it is a count or a scale
+            if value.shape == entry.param.shape and value.dim() and not is_coded(value):  # else a count, or a scale
                 exchange.refuse_other_parts(cls, f"state '{key}'", value, entry.param, what)
     for kind in entry.rule.stepper.kept:
         kind.check(entry, what)

@@ -82,6 +82,14 @@ def place_of(param: Tensor, what: str) -> Place:
     return Place(first, run, runs, stride, outer)
 
 
+def keeps_rows(param: Tensor, size: int) -> bool:
+    """Whether each ``size`` elements of a part, from a multiple of that on, are such ones of the whole tensor."""
+    if not is_sharded(param):
+        return False
+    memory = layout.local(param.detach())
+    return param.dim() > 0 and memory.is_contiguous() and param.shape[-1] % size == memory.shape[-1] % size == 0
+
+
 def _dims(memory: Tensor) -> list[tuple[int, int]]:
     return list(zip(memory.stride(), memory.shape, strict=True))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import checks, codecs, layout
+from .. import checks, codecs, layout, shards
 from .kind import Entry, Kind, copied, copied_like, mismatch, refuse_reduces
 from .weights import HALVES, Weights
 
@@ -74,7 +74,8 @@ class States(Kind):
             return
         if reduces:
             refuse_reduces(entry)
-        if layout.is_wrapper(entry.param) and self.format_of(entry.param, entry.name) == "8bit":
+        known = shards.is_sharded(entry.param) or not layout.is_wrapper(entry.param)
+        if not known and self.format_of(entry.param, entry.name) == "8bit":
             raise ValueError(
                 f"state_dtype='8bit' does not support {type(entry.param).__name__} parameters ({entry.what})"
             )
@@ -96,7 +97,7 @@ class States(Kind):
     @staticmethod
     def _mismatch(key: str, entry: Entry, state: dict[str, Any]) -> tuple[str, str, str] | None:
         """What of an 8-bit state cannot be the parameter's: its key, what was found, what is expected."""
-        param, scales = entry.param, scale_name(key)
+        param, scales = own_part(entry.param), scale_name(key)
         code = torch.uint8 if key in entry.rule.non_negative else torch.int8
         if wrong := mismatch(key, state[key], param, (code,), param.shape):
             name, found, expected = wrong
@@ -149,22 +150,23 @@ class States(Kind):
         if value.dtype in CODES:
             value = codecs.decode(value, scales)
         if wanted != "8bit":
-            state[key] = value.to(wanted)
+            state[key] = as_part(value, param).to(wanted)
         else:
+            value, param = own_part(value), own_part(param)
             wide = value if layout.is_dense(value) else layout.laid_out_as(value, layout.dense_like(param))
             state[key], state[scale_name(key)] = codecs.encode(wide.float(), signed)
 
     @staticmethod
     def _laid_out(entry: Entry, key: str, elementwise: bool) -> tuple[Tensor, Tensor | None]:
         """A state and its scales as the backend can take them beside the parameter's memory."""
-        state, memory, scale = entry.state, entry.memory, None
+        state, memory, scale = entry.state, own_part(entry.memory), None
         if state[key].dtype in CODES:
             dense = memory if layout.is_dense(memory) else layout.dense_like(memory)
             state[key], scale = laid_out_as(state[key], state[scale_name(key)], dense)
             scale = state[scale_name(key)] = scale.contiguous()
         usable = entry.usable(state[key])
         if usable is None:
-            usable = layout.laid_out_as(state[key], memory if elementwise else state[key].contiguous())
+            usable = layout.laid_out_as(state[key], entry.memory if elementwise else state[key].contiguous())
             state[key] = usable
         return usable, scale
 
@@ -173,6 +175,12 @@ class States(Kind):
         for name in entry.rule.state_names:
             if name not in loaded:
                 continue
+            if is_coded(loaded[name]) and shards.is_sharded(param):
+                raise ValueError(
+                    f"loaded state dict: '{name}' of parameter {key} is in 8 bits for a whole tensor, the parameter is "
+                    "a DTensor: load it into an optimizer of whole tensors with state_dtype=torch.float32, make a "
+                    "step, and save that"
+                )
             if is_coded(loaded[name]) and (wrong := self._mismatch(name, entry, loaded)):
                 odd, found, expected = wrong
                 raise ValueError(f"loaded state dict: '{odd}' of parameter {key} {found}, expected {expected}")
@@ -180,6 +188,8 @@ class States(Kind):
             shape = entry.rule.state_shape(name, entry.group, entry.name, param)
             if shape is not None:
                 checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape, CODES)
+            if shards.is_sharded(param):
+                loaded.pop(scale_name(name), None)  # as `shown_as_numbers` has it
             if is_coded(value):
                 codes, scales = (t.to(param.device) for t in (value, loaded.pop(scale_name(name))))
                 value, scales = laid_out_as(codes, scales, layout.dense_like(param))
@@ -197,7 +207,9 @@ class States(Kind):
                 here = "8bit" if is_coded(value) else value.dtype
                 target = self.format_of(entry.param, entry.first_name, key in exact)
                 wanted = target or (entry.param.dtype if here == "8bit" else here)
-                if here != wanted:
+                # A part is saved as numbers in any case; whole blocks of the tensor become what they were.
+                as_saved = wanted == "8bit" and here == torch.float32 and shards.keeps_rows(entry.param, codecs.BLOCK)
+                if here != wanted and not as_saved:
                     yield f"{key} in {here} becomes {wanted}"
 
 
@@ -212,3 +224,36 @@ def laid_out_as(codes: Tensor, scales: Tensor, like: Tensor) -> tuple[Tensor, Te
         return codes, scales
     values = layout.laid_out_as(codecs.decode(codes, scales), like)
     return codecs.encode(values, codes.dtype == torch.int8)
+
+
+# 8-bit states of a DTensor are plain tensors for the part that a process has, whose blocks are its own. Nobody else
+# knows of which part they are: what leaves the optimizer are numbers, in DTensors.
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process has; any other tensor as it is."""
+    return layout.local(tensor.detach()) if shards.is_sharded(tensor) else tensor
+
+
+def as_part(value: Tensor, param: Tensor) -> Tensor:
+    """The values of a part as a DTensor like ``param``, if that is one."""
+    if not shards.is_sharded(param) or shards.is_sharded(value):
+        return value
+    made = _like(param, value.dtype)
+    layout.local(made).copy_(value)
+    return made
+
+
+def shown_as_numbers(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a DTensor as a state_dict has it: codes as fp32 numbers, beside a scale of 1.
+
+    That keeps them apart from the codes of a whole tensor, which have many scales: DCP does not compare dtypes.
+    """
+    if not shards.is_sharded(param):
+        return state
+    shown = dict(state)
+    for key, value in state.items():
+        if is_coded(value):
+            shown[key] = as_part(codecs.decode(value, state[scale_name(key)]), param)
+            shown[scale_name(key)] = torch.ones(1, dtype=torch.float32, device=value.device)
+    return shown
