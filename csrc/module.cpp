@@ -177,6 +177,12 @@ py::dict record_fields() {
   add("scales", (states + "i8").c_str(), precision + offsetof(Precision, scales));
   add("seed", "u8", precision + offsetof(Precision, seed));
   add("index", "u4", precision + offsetof(Precision, index));
+  constexpr size_t place = precision + offsetof(Precision, place);
+  add("first_element", "i8", place + offsetof(Place, first));
+  add("run", "i8", place + offsetof(Place, run));
+  add("runs", "i8", place + offsetof(Place, runs));
+  add("run_stride", "i8", place + offsetof(Place, stride));
+  add("outer_stride", "i8", place + offsetof(Place, outer));
   add("form", "u1", precision + offsetof(Precision, form));
   add("state_bits", "u1", precision + offsetof(Precision, state_bits));
   add("batch", "i8", matrices + offsetof(Matrices, batch));

@@ -53,7 +53,7 @@ void Plan::add_records() {
   // The names of python/fusedstep/record.py's Record.
   const py::str owner("owner"), param("param"), step("step"), states("states"), matrices("matrices"),
       average("average"), copy("copy"), form("form"), companion("companion"), scales("scales"), seed("seed"),
-      index("index");
+      index("index"), place("place");
   for (size_t i = 0; i < records_.size(); ++i) {
     const py::handle given = given_[i];
     Record& record = records_[i];
@@ -70,6 +70,10 @@ void Plan::add_records() {
     add_scales(i, given.attr(scales));
     record.precision.seed = py::cast<uint64_t>(given.attr(seed));
     record.precision.index = py::cast<uint32_t>(given.attr(index));
+    const auto [first, run, runs, stride, outer] =
+        given.attr(place).cast<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>>();
+    if (first < 0 || run < 0 || runs < 1) reject(i, "place", "is none");
+    record.precision.place = Place{first, run, runs, stride, outer};
     Dtype dtype = Dtype::kF32;
     record.average = add_follower(i, given.attr(average), "average", &dtype);
     if (record.average != nullptr && dtype != (record.param_dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32))

@@ -7,6 +7,23 @@
 
 namespace fusedstep {
 
+// Which element of the whole tensor, in the order of its memory, element i of a part of it is: the elements lie in runs
+// of `run`, of which `runs` begin `stride` apart from each other, and groups of these `outer` apart. A run of 0 never
+// ends. python/fusedstep/shards.py is the same.
+struct Place {
+  int64_t first, run, runs, stride, outer;
+
+  FUSEDSTEP_FN int64_t element(int64_t i) const {
+    if (run == 0) return first + i;
+    const int64_t begun = i / run;
+    return first + i % run + begun % runs * stride + begun / runs * outer;
+  }
+  // How many elements from i on lie one after the other, at least.
+  FUSEDSTEP_FN int64_t together(int64_t i) const { return run == 0 ? INT64_MAX : run - i % run; }
+  // Whether those that share a random counter here do so in the whole tensor.
+  constexpr bool keeps_groups() const { return ((first | run | stride | outer) & (kPhiloxElements - 1)) == 0; }
+};
+
 // How a record's weight and states are stored where dtypes alone do not tell; all zero: they do. What every step reads
 // comes first.
 struct Precision {
@@ -15,6 +32,7 @@ struct Precision {
   Form form;
   uint8_t state_bits;         // of the codes of quantized states; 0: no state is quantized
   uint64_t seed;              // of stochastic rounding
+  Place place;                // of the memory in the whole parameter, by whose elements it is random
   float* scales[kMaxStates];  // of quantized states, one for each block
 };
 

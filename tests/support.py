@@ -16,6 +16,7 @@ from kinds import (  # noqa: F401 - for the test modules
 from parents import parent
 
 import fusedstep
+from fusedstep import codecs
 
 ADAMW, MOMENTUM = KINDS["two states"], KINDS["no step"]
 WITH_STATES = [KINDS[kind] for kind in ("no step", "two states", "three states")]
@@ -40,6 +41,14 @@ STATES = {
 def precision_modes(*states):
     """Every way to store weights with each of ``states``, by name."""
     return {f"{w}-{s}": {**WEIGHTS[w], **STATES[s]} for w in WEIGHTS for s in states}
+
+
+def numbers_of(optimizer, state, key, like):
+    """A state of a tensor like ``like`` as numbers, quantized or not."""
+    quantizer = codecs.quantizer_of(state[key], like)
+    if quantizer is None:
+        return state[key]
+    return codecs.decode(state[key], state[f"{key}_scale"], quantizer, key not in optimizer.non_negative, like)
 
 
 SHAPES = ((3, 5), (7,), (), (2, 3, 4))

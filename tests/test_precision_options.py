@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from kinds import by_case, each, examples
+from support import numbers_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedstep
@@ -295,7 +296,7 @@ def test_quantized_numbers_are_within_their_bound(quantizer, signed, values, see
     assert (error <= bound * (1 + 1e-5)).all()
     assert (back[~coded] == 0).all()
     assert (back[coded] * x[coded] >= 0).all()
-    assert signed or (back[coded] > 0).all()
+    assert signed or (back[scale > 2.0**-90] > 0).all()  # of smaller scales a 2^-32th is none
     again, same, _ = back_and_forth(back, quantizer, signed)
     assert torch.equal(again, codes)
     assert torch.equal(same, scales)
@@ -537,14 +538,6 @@ def format_of(state, param):
     return state.dtype if quantizer is None else quantizer.name
 
 
-def numbers_of(state, key, param):
-    """A state of AdamW as fp32 numbers."""
-    quantizer = codecs.quantizer_of(state[key], param)
-    if quantizer is None:
-        return state[key].float()
-    return codecs.decode(state[key], state[f"{key}_scale"], quantizer, key == "exp_avg", param)
-
-
 def check_loading(old, new):
     start = normal(70, 80, dtype=torch.bfloat16)
     first = make(ADAMW, [start], **old)
@@ -585,7 +578,7 @@ def check_loading(old, new):
     ) | ({made.key} if made.key is not None else set())
     for key, dtype in expected.items():
         assert kept[key].dtype == dtype
-        values = [numbers_of(s, key, param) for s in (before, kept)]
+        values = [numbers_of(first, s, key, param).float() for s in (before, kept)]
         assert (values[0] - values[1]).norm() <= (0.16 if wanted == "4bit" else 0.02) * values[0].norm()
     if made.key is not None:
         now = made.join(q.detach(), kept[made.key])
@@ -652,7 +645,7 @@ def test_a_quantized_state_keeps_its_numbers_in_another_layout(quantizer, shape)
         second.load_state_dict(first.state_dict())
     kept, moved = first.state[param], second.state[params_of(second)[0]]
     assert (tuple(moved["exp_avg"].shape), moved["exp_avg"].stride()) == expected.place(params_of(second)[0])
-    a, b = (numbers_of(s, "exp_avg", param) for s in (kept, moved))
+    a, b = (numbers_of(first, s, "exp_avg", param) for s in (kept, moved))
     share = 0.16 if quantizer.bits == 4 else 0.02
     assert (a - b).norm() < share * a.norm()
     # A parameter whose memory is laid out anew takes its state along.
@@ -660,7 +653,7 @@ def test_a_quantized_state_keeps_its_numbers_in_another_layout(quantizer, shape)
     param.grad = None
     step([first], [torch.zeros(*shape)])
     assert (tuple(first.state[param]["exp_avg"].shape), first.state[param]["exp_avg"].stride()) == expected.place(param)
-    c = numbers_of(first.state[param], "exp_avg", param)
+    c = numbers_of(first, first.state[param], "exp_avg", param)
     assert (a * 0.85 - c).norm() < 2 * share * a.norm()
 
 
@@ -669,7 +662,7 @@ def test_a_quantized_state_keeps_its_numbers_in_another_layout(quantizer, shape)
     [
         (
             lambda s: s.update(exp_avg=s["exp_avg"][:-1]),
-            r"'exp_avg' of parameter 0 is torch.uint8, shape \(69, 40\), expected torch.int8, shape \(70, 80\) \(or 4 bits",
+            r"'exp_avg' of parameter 0 is torch.uint8, shape \(69, 40\), expected .*shape \(70, 80\) \(or 4 bits",
         ),
         (lambda s: s.update(exp_avg=s["exp_avg"].to(torch.int8)), r"'exp_avg' of parameter 0 .*torch.int8"),
         (lambda s: s.pop("exp_avg_scale"), r"'exp_avg_scale' of parameter 0 is missing"),

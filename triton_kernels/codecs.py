@@ -24,12 +24,25 @@ def unpack(pairs, DTYPE: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def random_16(seed, index, step, first, lanes, N: tl.constexpr):
-    """16 random bits for each element ``first + lanes``, N of them; ``first`` is a multiple of 8."""
-    group = first // 8 + tl.arange(0, N // 8)
+def philox(seed, index, step, group):
     low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
     none = low * 0
-    w0, w1, w2, w3 = tl.philox(seed, low, high, none + index.to(tl.uint32), none + step.to(tl.uint32), 10)
+    return tl.philox(seed, low, high, none + index.to(tl.uint32), none + step.to(tl.uint32), 10)
+
+
+@triton.jit
+def random_16_of(seed, index, step, element):
+    """16 random bits for each of some elements, wherever they are."""
+    w0, w1, w2, w3 = philox(seed, index, step, element // 8)
+    place = element % 8
+    words = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
+    return tl.where(place % 2 == 0, words & 0xFFFF, words >> 16)
+
+
+@triton.jit
+def random_16(seed, index, step, group, N: tl.constexpr):
+    """16 random bits for each element of some groups of eight, N elements."""
+    w0, w1, w2, w3 = philox(seed, index, step, group)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (N // 8, 4))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (N,))
 

@@ -197,7 +197,8 @@ def constants(
     ``maximize``: whether gradients are negated.
     ``left`` in the gradients: "" for what was there, "zero", or "changed" for what the rule used.
     ``block``: elements that a program updates at a time.
-    ``form``: how weights are stored: "plain", "master", "split", "kahan" or "stochastic".
+    ``form``: how weights are stored: "plain", "master", "split", "kahan", "stochastic", or "scattered" for a stochastic
+    one whose groups of eight elements are none of the whole tensor's.
     """
     param, grad, *states = dtypes
     return {

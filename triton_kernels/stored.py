@@ -5,9 +5,22 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .codecs import I4, SCALE_BLOCK, compensate, decode, encode, join, narrow_stochastic, pack, random_16, split, unpack
+from .codecs import (
+    I4,
+    SCALE_BLOCK,
+    compensate,
+    decode,
+    encode,
+    join,
+    narrow_stochastic,
+    pack,
+    random_16,
+    random_16_of,
+    split,
+    unpack,
+)
 from .numeric import BF16, BITS, FP16, FP32, FP64, I8, NONE, U8, load_several, narrow, widen
-from .records import AVERAGE, COMPANION, COPY, INDEX, PARAM, SCALES, SEED, STATES
+from .records import AVERAGE, COMPANION, COPY, INDEX, PARAM, PLACE, SCALES, SEED, STATES
 
 
 class Row(NamedTuple):
@@ -19,6 +32,7 @@ class Row(NamedTuple):
     scales: tl.tuple
     seed: tl.tensor
     index: tl.tensor
+    place: tl.tuple
     average: tl.tensor
     copy: tl.tensor
 
@@ -33,9 +47,21 @@ def open_row(row_ptr, N_STATES: tl.constexpr):
         load_several(row_ptr + SCALES, N_STATES),
         tl.load(row_ptr + SEED),
         tl.load(row_ptr + INDEX) & 0xFFFFFFFF,
+        load_several(row_ptr + PLACE, 5),
         tl.load(row_ptr + AVERAGE),
         tl.load(row_ptr + COPY),
     )
+
+
+@triton.jit
+def element_of(place, i):
+    """Which element of the whole tensor element ``i`` of a part is; csrc/table.h's Place."""
+    first, run, runs, stride, outer = place
+    element = first + i
+    if run > 0:
+        begun = i // run
+        element = first + i % run + begun % runs * stride + begun // runs * outer
+    return element
 
 
 @triton.jit
@@ -118,8 +144,12 @@ def store_weight(
         store_stored(row.param, begin, lanes, mask, narrowed, PARAM, WHOLE)
         store_stored(row.companion, begin, lanes, mask, rest, PARAM, WHOLE)
         return widen(narrowed, PARAM, ARITHMETIC)
-    elif FORM == "stochastic":
-        random = random_16(row.seed, row.index, step, begin, lanes, N)
+    elif FORM == "stochastic" or FORM == "scattered":
+        if FORM == "stochastic":
+            group = element_of(row.place, begin + 8 * tl.arange(0, N // 8)) // 8
+            random = random_16(row.seed, row.index, step, group, N)
+        else:
+            random = random_16_of(row.seed, row.index, step, element_of(row.place, begin + lanes))
         narrowed = narrow_stochastic(x, random, PARAM)
         store_stored(row.param, begin, lanes, mask, narrowed, PARAM, WHOLE)
         return widen(narrowed, PARAM, ARITHMETIC)

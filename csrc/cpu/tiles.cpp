@@ -184,9 +184,8 @@ struct Weight {
           narrow_compensated(param + at, static_cast<S*>(companion) + at, n, wide);
         });
       case Form::kStochastic: {
-        const Precision& precision = record.precision;
         RandomBlock random;
-        random.fill(precision.seed, precision.index, static_cast<uint32_t>(step), at / kBlock);
+        random.fill(record.precision, static_cast<uint32_t>(step), at / kBlock * kBlock);
         return visit_half([&](auto* param) { narrow_at_random(param + at, random.bits + at % kBlock, n, wide); });
       }
       case Form::kPlain:

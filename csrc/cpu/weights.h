@@ -16,7 +16,29 @@ class RandomBlock {
  public:
   alignas(64) uint16_t bits[kBlock];
 
-  FUSEDSTEP_FN void fill(uint64_t seed, uint32_t index, uint32_t step, int64_t block) {
+  // For the elements of a record from i on, where a block of it begins.
+  FUSEDSTEP_FN void fill(const Precision& p, uint32_t step, int64_t i) {
+    const int64_t element = p.place.element(i);
+    if (element % kBlock == 0 && p.place.together(i) >= kBlock)
+      fill_block(p.seed, p.index, step, element / kBlock);
+    else
+      fill_runs(p, step, i);
+  }
+
+ private:
+  void fill_runs(const Precision& p, uint32_t step, int64_t i) {
+    for (int64_t j = 0; j < kBlock;) {
+      int64_t element = p.place.element(i + j);
+      const int64_t left = p.place.together(i + j), end = left < kBlock - j ? j + left : kBlock;
+      while (j < end) {
+        const Philox random(p.seed, p.index, step, static_cast<uint64_t>(element) / kPhiloxElements);
+        for (int64_t k = element % kPhiloxElements; k < kPhiloxElements && j < end; ++k, ++j, ++element)
+          bits[j] = static_cast<uint16_t>(random.bits(static_cast<int>(k)));
+      }
+    }
+  }
+
+  FUSEDSTEP_FN void fill_block(uint64_t seed, uint32_t index, uint32_t step, int64_t block) {
     const uint64_t first = static_cast<uint64_t>(block) * kCounters;  // a multiple of 32: its lower word does not wrap
     LongPack lanes;
     for (int i = 0; i < kLanes64; ++i) lanes[i] = static_cast<uint64_t>(i);
@@ -41,7 +63,6 @@ class RandomBlock {
     }
   }
 
- private:
   static constexpr int kCounters = kBlock / kPhiloxElements;
   static constexpr int kLanes64 = kPackBytes / 8, kPacks = kCounters / kLanes64;
   typedef uint64_t LongPack __attribute__((vector_size(kPackBytes)));
@@ -183,7 +204,7 @@ struct StochasticWeight : WideStored<S, kOrder> {
         precision(record.precision),
         step(static_cast<uint32_t>(step)) {}
 
-  FUSEDSTEP_FN void begin_block(int64_t i) { random.fill(precision.seed, precision.index, step, i / kBlock); }
+  FUSEDSTEP_FN void begin_block(int64_t i) { random.fill(precision, step, i); }
 
   template <bool kExact>
   FUSEDSTEP_FN WordPack narrow(int64_t i, const Wide& x, Doubt& doubt) const {

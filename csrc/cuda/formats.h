@@ -165,6 +165,7 @@ constexpr bool is_stored_as(const Record& record, const Format& format) {
 template <class Rule>
 int format_of(const Record& record) {
   if (record.copy != nullptr && record.copy_dtype == Dtype::kF64) return kGeneral;
+  if (record.precision.form == Form::kStochastic && !record.precision.place.keeps_groups()) return kGeneral;
   for (int i = 0; i < kNumFormats; ++i) {
     if (is_compiled<Rule>(i, record.has_followers()) && is_stored_as<Rule>(record, kFormats[i])) return i;
   }

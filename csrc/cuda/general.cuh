@@ -32,8 +32,8 @@ __device__ __forceinline__ void store_compensated(const Record& record, int64_t 
   global(static_cast<S*>(record.precision.companion))[i] = lost(param, narrowed);
 }
 template <class S>
-__device__ __forceinline__ void store_at_random(const Record& record, int64_t i, float param, const Philox& random) {
-  global(static_cast<S*>(record.param))[i] = narrow_stochastic<S>(param, random.bits(static_cast<int>(i) % 8));
+__device__ __forceinline__ void store_at_random(const Record& record, int64_t i, float param, uint32_t bits) {
+  global(static_cast<S*>(record.param))[i] = narrow_stochastic<S>(param, bits);
 }
 
 __device__ __forceinline__ void store_formed(const Record& record, int64_t i, float param, uint32_t step) {
@@ -52,8 +52,10 @@ __device__ __forceinline__ void store_formed(const Record& record, int64_t i, fl
     case Form::kKahan:
       return bf16 ? store_compensated<BF16>(record, i, param) : store_compensated<F16>(record, i, param);
     case Form::kStochastic: {
-      const Philox random(p.seed, p.index, step, static_cast<uint64_t>(i) / kPhiloxElements);
-      return bf16 ? store_at_random<BF16>(record, i, param, random) : store_at_random<F16>(record, i, param, random);
+      const int64_t element = p.place.element(i);
+      const Philox random(p.seed, p.index, step, static_cast<uint64_t>(element) / kPhiloxElements);
+      const uint32_t bits = random.bits(static_cast<int>(element % kPhiloxElements));
+      return bf16 ? store_at_random<BF16>(record, i, param, bits) : store_at_random<F16>(record, i, param, bits);
     }
     case Form::kPlain:
       return store_any(record.param, record.param_dtype, i, param);

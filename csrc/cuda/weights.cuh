@@ -128,7 +128,7 @@ struct StochasticWeight : PlainWeight<BF16, kN> {
   __device__ __forceinline__ void split(float* from, const Record& record, int64_t i, uint32_t step) {
     static_assert(kN == kPhiloxElements, "a thread's numbers share a counter");
     const Philox random(record.precision.seed, record.precision.index, step,
-                        static_cast<uint64_t>(i) / kPhiloxElements);
+                        static_cast<uint64_t>(record.precision.place.element(i)) / kPhiloxElements);
 #pragma unroll
     for (int j = 0; j < kN; j += 2) {
       const uint32_t low = stochastic_upper_half<uint32_t>(from[j], random.bits(j));

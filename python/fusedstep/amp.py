@@ -64,7 +64,7 @@ class GradScaler(torch.amp.GradScaler):
         finds_nonfinite = (
             is_ready
             and not optimizer.clips()  # it works on copies, which need not be finite where the gradients are not
-            and optimizer.stepper.gradients.are_local(optimizer)
+            and optimizer.stepper.gradients.can_sum(optimizer)
         )
         if finds_nonfinite:
             found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import StateDict
 from . import dcp
 from .counts import as_counts, count_of
 from .kept import SEED, Entry
-from .kept.states import scale_name
+from .kept.states import scale_name, shown_as_numbers
 from .planning import check_loaded_group, entries
 
 if TYPE_CHECKING:
@@ -25,11 +25,15 @@ def written(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     optimizer.stepper.kept.write_seed(state_dict)
     dcp.write_numbers(optimizer, state_dict["param_groups"])
     _write_counts(optimizer, state_dict)
+    ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    pairs = list(zip(ids, params, strict=True))
+    for key, param in pairs:
+        if key in state_dict["state"]:
+            state_dict["state"][key] = shown_as_numbers(optimizer, param, state_dict["state"][key])
     if optimizer.step_form == "absent":
         # A parameter whose every step was skipped has buffers but has not started.
-        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        for key, param in zip(ids, params, strict=True):
+        for key, param in pairs:
             counter = optimizer.stepper.kept.step.beside.get(param)
             if key in state_dict["state"] and counter is not None and counter.item() == 0:
                 buffers = {*optimizer.state_names, *map(scale_name, optimizer.state_names)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import counts, layout
+from . import counts, exchange, layout, shards
 from .options import Options
 
 if TYPE_CHECKING:
@@ -298,6 +298,7 @@ def check_grad(cls: type[FusedOptimizer], group: dict[str, Any], param: Tensor, 
         raise RuntimeError(f"{optimizer} does not support gradients of layout {grad.layout} ({what})")
     if grad.shape != param.shape:
         raise RuntimeError(f"{optimizer}: the gradient has shape {tuple(grad.shape)}, it must be that of {what}")
+    exchange.refuse_other_parts(optimizer, "the gradient", grad, param, what)
     if grad.device != param.device:
         raise RuntimeError(f"{optimizer}: the gradient is on {grad.device}, it must be on the device of {what}")
     if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
@@ -305,9 +306,9 @@ def check_grad(cls: type[FusedOptimizer], group: dict[str, Any], param: Tensor, 
     check_memory(optimizer, f"the gradient of {what},", grad)
 
 
-def check_norm_is_local(cls: type[FusedOptimizer], param: Tensor, what: str) -> None:
-    """Raise if the gradient of ``param`` is spread over processes, where its norm is not known."""
-    if layout.is_wrapper(param):
+def check_norm_is_known(cls: type[FusedOptimizer], param: Tensor, what: str) -> None:
+    """Raise if ``param`` wraps others in a way that is none of torch's: its gradient may be a part of another one."""
+    if layout.is_wrapper(param) and not shards.is_sharded(param):
         raise RuntimeError(
             f"{cls.__name__}: the norm of gradients of {type(param).__name__} parameters ({what}) would be that of the "
             "local part alone; call torch.nn.utils.clip_grad_norm_ before step()"

@@ -11,8 +11,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import layout
+from . import checks, layout, shards
 from .backends.native import extension_reasons
+from .backends.norm import sums
+from .exchange import ODD, Exchange, over, refuse_other_parts
 from .gradients import raise_nonfinite
 
 
@@ -30,6 +32,9 @@ def clip_grad_norm_(
     one scales them, which is left out if they are within the limit. Gradients on other devices, sparse ones, other
     orders of the norm and ``foreach=False`` are torch's own function's.
 
+    Of DTensors it takes the norm of the whole gradients, also beside plain ones and on several meshes: every process
+    must call it with the same parameters, whether they have gradients there or not.
+
     An optimizer of this package does not need it: its option ``max_grad_norm`` clips within the step.
 
     Args:
@@ -43,7 +48,8 @@ def clip_grad_norm_(
         The norm before clipping.
 
     Raises:
-        RuntimeError: the norm is not finite, with ``error_if_nonfinite``; nothing is changed then.
+        RuntimeError: the norm is not finite, with ``error_if_nonfinite``, or a gradient is not shared out to processes
+            as its parameter is; nothing is changed then.
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
@@ -57,16 +63,18 @@ def clip_grad_norm_(
             )
     grads = [param.grad for param in parameters if param.grad is not None]
     order = float(norm_type)
-    sums = None
+    if order in (2.0, math.inf) and any(map(shards.is_sharded, parameters)):
+        return _clip_parts(parameters, float(max_norm), order, error_if_nonfinite)
+    found = None
     if grads and foreach is not False and order in (2.0, math.inf) and not extension_reasons():
         from . import _C
 
         threads = torch.get_num_threads()
         if not any(map(layout.is_wrapper, grads)):
-            sums = _C.cpu_sums(grads, 1.0, threads)
-    if sums is None:
+            found = _C.cpu_sums(grads, 1.0, threads)
+    if found is None:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-    sum_of_squares, largest = sums
+    sum_of_squares, largest = found
     norm = largest if order == math.inf else math.sqrt(sum_of_squares)
     if error_if_nonfinite and not math.isfinite(norm):
         raise_nonfinite(order)
@@ -74,3 +82,33 @@ def clip_grad_norm_(
     if not coefficient >= 1.0:  # NaN too
         _C.cpu_scale(grads, coefficient, threads)
     return torch.tensor(norm, dtype=functools.reduce(torch.promote_types, {grad.dtype for grad in grads}))
+
+
+def _clip_parts(parameters: list[Tensor], max_norm: float, order: float, error_if_nonfinite: bool) -> Tensor:
+    """The same where processes have parts of the gradients; the host waits for the device only if it may raise."""
+    sharers, by_largest = Exchange(parameters), order == math.inf
+    parts: list[tuple[Tensor, Tensor]] = []  # a gradient, and its part
+    numbers = sharers.numbers()
+    for index, param in enumerate(parameters):
+        if param.grad is not None:
+            refuse_other_parts(
+                "clip_grad_norm_", "the gradient", param.grad, param, checks.describe(index, None, param)
+            )
+            part = layout.local(param.grad)
+            parts.append((param.grad, part))
+            sharers.add(numbers, over(param), *sums([part], None, part.device), by_largest)
+    sharers.share(numbers, by_largest)
+    if by_largest:
+        norm = torch.where(numbers[ODD] > 0, math.nan, numbers[:ODD].amax())
+    else:
+        norm = numbers[:ODD].sum().sqrt()
+    if error_if_nonfinite and not math.isfinite(norm.item()):
+        raise_nonfinite(order)
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad, part in parts:
+        part.mul_(coefficient.to(part.device, torch.promote_types(part.dtype, torch.float32)))
+        if part is not grad:
+            torch.autograd.graph.increment_version(grad)
+    if not parts:
+        return norm.float()
+    return norm.to(functools.reduce(torch.promote_types, {grad.dtype for grad, _ in parts}))

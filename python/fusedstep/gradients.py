@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checks, layout
+from . import checks, layout, shards
 from .backends.norm import Limits, Norm, sums
 from .backends.plan import SharedGrads
+from .exchange import FAIL, ODD, SKIP, STOP, Exchange, Over, over
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -108,7 +109,8 @@ class Gradients:
         self.last: Norm | None = None  # of the last step that needed it
         self.any_seen = False  # whether that step had gradients
         self.shared = SharedGrads()
-        self._local: bool | None = None  # None: not looked at yet
+        self.sharers: Exchange | None = None  # the processes that have parts of the same tensors; None: no others
+        self.to_come: list[tuple[bool, Sequence[Over] | None]] = []  # of this step, what those will wait in
 
     def __getstate__(self) -> tuple[GradientOptions, Norm | None]:
         return self.options, self.last
@@ -126,11 +128,34 @@ class Gradients:
         twice = all(param.dtype in (torch.float64, torch.complex128) for param in _params(groups))
         return self.last.norm.to(torch.float64 if twice else torch.float32, copy=True)
 
-    def are_local(self, optimizer: FusedOptimizer) -> bool:
-        """Whether all of the gradients are in this process."""
-        if self._local is None or optimizer.stepper.plans is None:
-            self._local = not any(map(layout.is_wrapper, _params(optimizer.param_groups)))
-        return self._local
+    def look_for_sharers(self, optimizer: FusedOptimizer) -> None:
+        """Find the other processes, of a new or changed optimizer; raise RuntimeError in all if they differ."""
+        found = Exchange(_params(optimizer.param_groups))
+        if not found.groups:
+            self.sharers = None
+        elif self.sharers is None or found.kinds != self.sharers.kinds:
+            found.check_agreement(optimizer)
+            self.sharers = found
+
+    @staticmethod
+    def can_sum(optimizer: FusedOptimizer) -> bool:
+        """Whether it is known of which tensors the parameters are parts."""
+        return not any(layout.is_wrapper(p) and not shards.is_sharded(p) for p in _params(optimizer.param_groups))
+
+    def expect(self, exchanges: list[tuple[bool, Sequence[Over] | None]]) -> None:
+        """Before anything of a step can fail: what other processes will enter, as `Exchange.share` takes it."""
+        self.to_come = [] if self.sharers is None else exchanges
+
+    def give_up(self, cls: str, error: Exception) -> None:
+        """After an error: enter what other processes wait in, so that they can raise too, or skip the step."""
+        to_come, self.to_come, sharers = self.to_come, [], self.sharers
+        for by_largest, kinds in to_come:
+            numbers = sharers.numbers(kinds)
+            numbers[STOP] = FAIL
+            sharers.share(numbers, by_largest, kinds)
+            if sharers.device.type == "cpu":
+                return sharers.raise_failure(cls, error)
+            # There the others do not wait for the device, and go on as in a step that is skipped.
 
     def _at(self, device: torch.device) -> Norm:
         if device not in self.norms:
@@ -158,7 +183,7 @@ class Gradients:
         last = self.last
         self._check_finite()
         coefficient = None if limits.max_norm == math.inf else last.coefficient
-        if not limits.skips:
+        if not limits.skips and self.sharers is None:
             return calls, coefficient, found_inf
         if limits.find_nonfinite:
             found_inf.copy_(last.found_inf, non_blocking=found_inf.is_cuda)
@@ -167,52 +192,107 @@ class Gradients:
     def _reduce(
         self, plans: Sequence[Plan], limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> int:
-        places: dict[tuple[Backend, torch.device], list[Plan]] = {}
+        places: dict[tuple[Backend, torch.device, Over], list[Plan]] = {}
         for plan in plans:
             for part in (plan, plan.rows_plan):
                 if part is not None and (device := part.norm_device()) is not None:
-                    places.setdefault((part.backend, device), []).append(part)
-        self.any_seen = bool(places)
-        if not places:
-            self._take_sums([], limits, grad_scale, found_inf)
-            return 0
-        (backend, device), *others = places
-        self.last = self._at(device)
-        if not others:
-            return backend.norm(places[backend, device], self.last, limits, grad_scale, found_inf)
+                    places.setdefault((part.backend, device, part.over), []).append(part)
+        self.any_seen = bool(places) or self.sharers is not None
+        if self.sharers is None:
+            if not places:
+                self._take_sums([], limits, grad_scale, found_inf)
+                return 0
+            ((backend, device, _), members), *others = places.items()
+            self.last = self._at(device)
+            if not others:
+                return backend.norm(members, self.last, limits, grad_scale, found_inf)
         calls, parts = 0, []
-        for (backend, device), members in places.items():
+        for (backend, device, kind), members in places.items():
             part = self._at(device)
             calls += backend.norm(members, part, None, grad_scale, None)
-            parts.append((part.sum_of_squares.clone(), part.largest.clone()))
+            parts.append((kind, part.sum_of_squares.clone(), part.largest.clone()))
         self._take_sums(parts, limits, grad_scale, found_inf)
         return calls
 
     def _take_sums(
         self,
-        parts: list[tuple[Tensor, Tensor]],
+        parts: list[tuple[Over, Tensor, Tensor]],
         limits: Limits,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
         """Add up the sums over parts of the gradients, on the device of the first part."""
+        if self.sharers is not None:
+            return self._share_sums(self.sharers, parts, limits, grad_scale, found_inf)
         if self.last is None or parts:
-            self.last = self._at(parts[0][0].device if parts else torch.device("cpu"))
+            self.last = self._at(parts[0][1].device if parts else torch.device("cpu"))
         self.last.numbers.zero_()
-        for part in parts:
+        for _, *part in parts:
             self.last.add(*part)
         self.last.finish(limits, grad_scale, found_inf)
+
+    def _share_sums(
+        self,
+        sharers: Exchange,
+        parts: list[tuple[Over, Tensor, Tensor]],
+        limits: Limits,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """The same where other processes have parts too: they skip a step if this one does."""
+        numbers = sharers.numbers()
+        for part in parts:
+            sharers.add(numbers, *part, limits.by_largest)
+        if found_inf is not None:
+            numbers[STOP] = torch.where(found_inf.to(numbers.device).reshape(()) != 0, SKIP, 0.0)
+        self._enter(sharers, numbers, limits.by_largest)
+        self.last = self._at(sharers.device)
+        self.last.numbers.zero_()
+        if limits.by_largest:
+            self.last.largest.copy_(torch.where(numbers[ODD] > 0, math.nan, numbers[:ODD].amax()))
+        else:
+            self.last.sum_of_squares.copy_(numbers[:ODD].sum())
+            self.last.largest.copy_(torch.where(numbers[ODD] > 0, math.inf, 0.0))
+        self.last.finish(limits, grad_scale, numbers[STOP])
+
+    def _enter(self, sharers: Exchange, numbers: Tensor, by_largest: bool, kinds: Sequence[Over] | None = None) -> None:
+        """Share numbers; raise RuntimeError if another process cannot make the step."""
+        del self.to_come[:1]
+        sharers.share(numbers, by_largest, kinds)
+        if numbers.device.type == "cpu" and numbers[STOP] >= FAIL:
+            self.to_come = []
+            sharers.raise_failure("step()", None)
+
+    def single_norms(self, grads: Sequence[tuple[int, Tensor]], kinds: Sequence[Over]) -> list[Tensor]:
+        """The norm of each of some whole gradients, of which this process has these parts.
+
+        Args:
+            grads: each with the index of its parameter.
+            kinds: of all parameters.
+        """
+        parts = {
+            index: torch.linalg.vector_norm(grad, dtype=torch.float64 if kinds[index] else None)
+            for index, grad in grads
+        }
+        if self.sharers is not None:
+            numbers = self.sharers.numbers(kinds)
+            for index, norm in parts.items():
+                numbers[index] = norm.square()
+            self._enter(self.sharers, numbers, False, kinds)
+            parts |= {index: numbers[index].sqrt() for index in parts if kinds[index]}
+        return [parts[index].to(grad) for index, grad in grads]
 
     @torch.no_grad()
     def measure(
         self, optimizer: FusedOptimizer, limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Take the norm where there are no plans, as `reduce` does."""
-        if not self.are_local(optimizer):
+        if not self.can_sum(optimizer):
             return
-        grads = _grads(optimizer.param_groups)
-        self.any_seen = bool(grads)
-        self._take_sums([sums([grad], grad_scale, grad.device) for grad in grads], limits, grad_scale, found_inf)
+        params = [param for param in _params(optimizer.param_groups) if param.grad is not None]
+        self.any_seen = bool(params) or self.sharers is not None
+        parts = [(over(param), *sums([layout.local(param.grad)], grad_scale, param.device)) for param in params]
+        self._take_sums(parts, limits, grad_scale, found_inf)
 
     @torch.no_grad()
     def skip_unplanned(
@@ -226,8 +306,8 @@ class Gradients:
             RuntimeError: the norm is not finite, with ``error_if_nonfinite``.
         """
         raises = self.options.error_if_nonfinite
-        if not (raises or limits.skips) or not self.are_local(optimizer):
-            return False
+        if not (raises or limits.skips) or self.sharers is not None or not self.can_sum(optimizer):
+            return False  # other processes may have plans, and enter the exchange once
         if not raises and any(grad.is_cuda for grad in _grads(optimizer.param_groups)):
             return False
         self.measure(optimizer, limits, grad_scale, found_inf)

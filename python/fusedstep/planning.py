@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import backends, checks, layout, sharding
+from . import backends, checks, exchange, layout, sharding
 from .backends.plan import Plan
 from .kept import Entry
+from .kept.states import is_quantized
 from .record import Record
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Chosen]]:
                 checks.check_grad(type(optimizer), group, param, param.grad, what)
                 any_reduces = any_reduces or optimizer.rule_of(variant)[1]
                 if by_norm:
-                    checks.check_norm_is_local(type(optimizer), param, what)
+                    checks.check_norm_is_known(type(optimizer), param, what)
             row.append((entry, backend, variant))
         chosen.append(row)
         for variant in {variant for _, backend, variant in row if backend is not None}:
@@ -134,6 +135,8 @@ def _check_kept(entry: Entry, what: str) -> None:
             if value.layout != torch.strided:
                 raise RuntimeError(f"{cls}: state '{key}' has layout {value.layout}, it must be dense like {what}")
             checks.check_memory(cls, f"state '{key}' of {what},", value)
+            if value.shape == entry.param.shape and value.dim() and not is_quantized(value):  # else a count, or a scale
+                exchange.refuse_other_parts(cls, f"state '{key}'", value, entry.param, what)
     for kind in entry.rule.stepper.kept:
         kind.check(entry, what)
 
@@ -185,7 +188,7 @@ def undo_of(optimizer: FusedOptimizer) -> Callable[[], None]:
 def build(optimizer: FusedOptimizer, chosen: list[list[Chosen]]) -> list[Plan]:
     """Create missing states, and plan one kernel call per group, backend and device."""
     _forget_replaced(optimizer)
-    planned: list[tuple[tuple[Any, ...], bool, list[Record]]] = []
+    planned: list[tuple[tuple[Any, ...], exchange.Over, bool, list[Record]]] = []
     bystanders: list[Record] = []
     for group_index, (group, row) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
         states = optimizer.states_of(group)
@@ -202,18 +205,20 @@ def build(optimizer: FusedOptimizer, chosen: list[list[Chosen]]) -> list[Plan]:
             # to its gradient.
             seen[param] += 1
             is_last = seen[param] == listed[param]
-            bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)
+            over = exchange.over(param)
+            bucket = (backend, variant, param.device, backend.bucket(param), over, seen[param], is_last)
             if param.grad is not None or started(optimizer, param):
                 record = record._replace(**fields(entry, backend, optimizer.rule_of(variant)[1]))
             buckets.setdefault(bucket, []).append(record)
-        for (backend, variant, *_, is_last), records in buckets.items():
-            planned.append(((backend, group_index, group, variant, states), is_last, records))
+        for (backend, variant, *_, over, _, is_last), records in buckets.items():
+            planned.append(((backend, group_index, group, variant, states), over, is_last, records))
     if planned:
         planned[0][-1].extend(bystanders)  # any plan notices a gradient that comes later
     options, common = optimizer.stepper.gradients.options, optimizer.stepper.kept.step_fields()
     plans = []
-    for (backend, *shared), is_last, records in planned:
+    for (backend, *shared), over, is_last, records in planned:
         plan = backend.plan(type(optimizer), *shared, records)
+        plan.over = over
         plan.grads_change = optimizer.stepper.gradients.writes
         plan.zero_grads = is_last and options.zero_grads
         plan.write_grads = is_last and options.write_grads

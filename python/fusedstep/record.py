@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .kept.weights import PLAIN, WeightFormat
+from .shards import WHOLE, Place
 
 
 class Record(NamedTuple):
@@ -28,6 +29,7 @@ class Record(NamedTuple):
     companion: Tensor | None = None  # of the weight, as its form says
     scales: tuple[Tensor | None, ...] = ()  # of each state; None: not quantized. Empty: none is
     seed: int = 0  # of stochastic rounding
+    place: Place = WHOLE  # of the memory in the whole parameter, by whose elements it is random
 
     @property
     def target(self) -> Tensor:

@@ -118,8 +118,15 @@ class Rule:
         """Whether `clip` takes the norm of each gradient of a group."""
         return False
 
-    def clip(self, grads: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
-        """The gradients as a step shall take them, from unscaled ones, each with its group."""
+    def clip(
+        self, grads: list[tuple[dict[str, Any], Tensor]], norms: Callable[[list[Tensor | None]], list[Tensor | None]]
+    ) -> list[Tensor]:
+        """The gradients as a step shall take them, from unscaled ones, each with its group.
+
+        Args:
+            norms: gives the norm of each whole gradient whose part, changed already, stands in its place; None: it is
+                not asked for. To be called once where `clips_by_norm` holds for a group, with gradients or without.
+        """
         raise NotImplementedError
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, dcp, planning
+from . import backends, checks, dcp, exchange, planning
 from .backends import cpu
 from .backends.lifetime import CHANGED, Graphs, refuse_capture
 from .gradients import GradientOptions, Gradients
@@ -19,6 +19,7 @@ from .schedules import on_device
 
 if TYPE_CHECKING:
     from .accumulate import GradientAccumulator
+    from .backends.norm import Limits
     from .backends.plan import Plan
     from .optimizer import FusedOptimizer
     from .record import Step
@@ -143,15 +144,19 @@ class Stepper:
         found_inf = getattr(optimizer, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # torch's own protocol has the number 0 where there are no gradients
             found_inf = None
-        elif found_inf.device.type == "cpu" and found_inf.item() != 0:
+        groups, coefficient, undo = optimizer.param_groups, None, None
+        clips = optimizer.clips()
+        norm_of_each = clips and any(map(optimizer.clips_by_norm, groups))
+        self._expect(optimizer, limits, clips, norm_of_each)
+        # Where other processes wait in an exchange, they get to know there that the step is skipped.
+        skipped = found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0
+        if skipped and not gradients.to_come:
             if limits is not None:
                 gradients.measure(optimizer, limits, grad_scale, found_inf)
-            return gradients.skip(optimizer.param_groups)
-        self.learning_rates.begin_step(optimizer.param_groups, optimizer.most_steps)
-        groups, coefficient, undo = optimizer.param_groups, None, None
+            return gradients.skip(groups)
         try:
-            clips = optimizer.clips()
-            needs_norm = limits is not None or (clips and any(map(optimizer.clips_by_norm, groups)))
+            self.learning_rates.begin_step(optimizer.param_groups, optimizer.most_steps)
+            needs_norm = limits is not None or norm_of_each
             as_they_are = limits is None and not clips and grad_scale is None and found_inf is None
             if as_they_are and self.at_once and self.step_at_once(optimizer):
                 optimizer.kernel_calls += self.learning_rates.end_step(None)
@@ -176,7 +181,7 @@ class Stepper:
                 if limits is not None:  # what is not finite may be finite once it is clipped
                     given = limits._replace(max_norm=math.inf)
                     optimizer.kernel_calls, _, found_inf = gradients.reduce(plans, given, grad_scale, found_inf)
-                    limits = None if limits.max_norm == math.inf else limits._replace(skip_nonfinite=False)
+                    limits = limits_of_clipped(limits)
                 self.clip(optimizer, plans, grad_scale)
                 grad_scale = None
             if limits is not None:
@@ -188,8 +193,12 @@ class Stepper:
             self.plans = None  # and with the plans their references to the gradients
             if undo is not None:
                 undo()
-            if isinstance(error, (ArithmeticError, RuntimeError, TypeError, ValueError)):
-                checks.check_options(groups)
+            try:
+                if isinstance(error, (ArithmeticError, RuntimeError, TypeError, ValueError)):
+                    checks.check_options(groups)
+            finally:
+                if isinstance(error, Exception):
+                    gradients.give_up(type(optimizer).__name__, error)
             raise
         # Whatever may fail is behind; from here on things are written.
         for plan, step in steps:
@@ -200,18 +209,42 @@ class Stepper:
     @torch.no_grad()
     def clip(self, optimizer: FusedOptimizer, plans: list[Plan], grad_scale: Tensor | None) -> None:
         """Put unscaled and clipped gradients into the plans."""
+        groups = optimizer.param_groups
         places, grads = [], []
         for plan in plans:
             if optimizer.clips_by_norm(optimizer.param_groups[plan.group]):
-                plan.check_norm_is_local()
+                plan.check_norm_is_known()
             for i, grad in plan.grads_in_use():
                 grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
                 places.append((plan, i))
                 grads.append(
                     (optimizer.param_groups[plan.group], grad if grad_scale is None else grad / grad_scale.to(grad))
                 )
-        for (plan, i), grad in zip(places, optimizer.clip(grads), strict=True):
+
+        def norms(grads: list[Tensor | None]) -> list[Tensor | None]:
+            asked = [k for k, grad in enumerate(grads) if grad is not None]
+            parts = [(places[k][0].records[places[k][1]].index, grads[k]) for k in asked]
+            found = dict(zip(asked, self.gradients.single_norms(parts, kinds_of(groups)), strict=True))
+            return [found.get(k) for k in range(len(grads))]
+
+        for (plan, i), grad in zip(places, optimizer.clip(grads, norms), strict=True):
             plan.replace_grad(i, grad)
+
+    def _expect(self, optimizer: FusedOptimizer, limits: Limits | None, clips: bool, norm_of_each: bool) -> None:
+        """Tell `gradients` in what order a step enters exchanges with other processes, if there are others."""
+        if self.plans is None:
+            self.gradients.look_for_sharers(optimizer)
+        if self.gradients.sharers is None:
+            return
+        exchanges: list[tuple[bool, Any]] = []
+        if clips and limits is not None:
+            exchanges.append((limits.by_largest, None))
+            limits = limits_of_clipped(limits)
+        if norm_of_each:
+            exchanges.append((False, kinds_of(optimizer.param_groups)))
+        if limits is not None:
+            exchanges.append((limits.by_largest, None))
+        self.gradients.expect(exchanges)
 
     def hyper_of(self, optimizer: FusedOptimizer, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:
         """`hyper`, after a look at what the user may have put into the group since."""
@@ -223,3 +256,13 @@ class Stepper:
         except (TypeError, ValueError) as error:
             index = next(index for index, other in enumerate(optimizer.param_groups) if other is group)
             raise type(error)(f"{error} (parameter group {index})") from None
+
+
+def limits_of_clipped(limits: Limits) -> Limits | None:
+    """What is left to decide by the norm of gradients that were clipped otherwise, once that of the given ones is."""
+    return None if limits.max_norm == math.inf else limits._replace(skip_nonfinite=False)
+
+
+def kinds_of(groups: list[dict[str, Any]]) -> list[exchange.Over]:
+    """Over which processes the parts of each parameter add up."""
+    return [exchange.over(param) for group in groups for param in group["params"]]

@@ -217,7 +217,7 @@ CPU = [
     Fault(
         "stochastic rounding draws the same numbers in each tile",
         "csrc/cpu/tiles.cpp",
-        "static_cast<uint32_t>(step), at / kBlock);",
+        "static_cast<uint32_t>(step), at / kBlock * kBlock);",
         "static_cast<uint32_t>(step), 0);",
         STORAGE,
     ),
@@ -308,8 +308,8 @@ CPU = [
     Fault(
         "stochastic rounding draws the same numbers in each whole block",
         "csrc/cpu/weights.h",
-        "random.fill(precision.seed, precision.index, step, i / kBlock);",
-        "random.fill(precision.seed, precision.index, step, 0);",
+        "void begin_block(int64_t i) { random.fill(precision, step, i); }",
+        "void begin_block(int64_t) { random.fill(precision, step, 0); }",
         STORAGE,
     ),
     Fault(
@@ -551,8 +551,8 @@ HOST = [
     Fault(
         "a clipped step ignores the scale of its gradients",
         "python/fusedstep/gradients.py",
-        "return backend.norm(places[backend, device], self.last, limits, grad_scale, found_inf)",
-        "return backend.norm(places[backend, device], self.last, limits, None, found_inf)",
+        "return backend.norm(members, self.last, limits, grad_scale, found_inf)",
+        "return backend.norm(members, self.last, limits, None, found_inf)",
         "tests/test_clip.py tests/test_scaler.py",
     ),
     Fault(
@@ -573,7 +573,8 @@ HOST = [
         "loaded states are not copies",
         "python/fusedstep/kept/kind.py",
         "    value = value.detach()\n    return layout.dense_like(param, value.dtype)",
-        "    if value.stride() == param.stride():\n        return value\n    return layout.dense_like(param, value.dtype)",
+        "    if value.stride() == param.stride():\n        return value\n"
+        "    return layout.dense_like(param, value.dtype)",
         "tests/test_state_dict.py",
     ),
     Fault(
@@ -663,8 +664,8 @@ HOST = [
     Fault(
         "a parameter listed twice keeps the state of its second place",
         "python/fusedstep/planning.py",
-        "bucket = (backend, variant, param.device, backend.bucket(param), seen[param], is_last)",
-        "bucket = (backend, variant, param.device, backend.bucket(param))",
+        "bucket = (backend, variant, param.device, backend.bucket(param), over, seen[param], is_last)",
+        "bucket = (backend, variant, param.device, backend.bucket(param), over)",
         "tests/test_step.py tests/test_clip.py",
     ),
 ]

@@ -17,6 +17,7 @@ from ..record import Record, Step, memory_layout
 from .lifetime import Graphs, Streams
 
 if TYPE_CHECKING:
+    from ..exchange import Over
     from ..optimizer import FusedOptimizer
     from . import Backend
     from .sparse import Rows
@@ -31,6 +32,7 @@ class Plan(ABC):
     steps_at_once = False  # whether `cpu.gather_and_step` may take the place of `gather` and `step`
     grads_moved = True  # whether a gradient may not be where it was in the last step
     average_weight = 0.0  # of the new parameter in its average
+    over: Over = ()  # the process groups over which parts of its tensors add up
 
     def __init__(
         self,
@@ -98,21 +100,21 @@ class Plan(ABC):
         """The records of which a step reads a copy of the gradient, and writes the gradient itself only then."""
         return [index for index, _ in self.grads_in_use()]
 
-    def check_norm_is_local(self) -> None:
-        """Raise RuntimeError if gradients that `gather` found are spread over processes, where no norm is known."""
+    def check_norm_is_known(self) -> None:
+        """Raise RuntimeError if gradients that `gather` found may be parts of others, in a way that nobody knows."""
         for index, _ in self.grads_in_use():
             record = self.records[index]
             if layout.is_wrapper(record.target):
                 what = checks.describe(record.index, record.name, record.owner)
-                checks.check_norm_is_local(self.optimizer, record.target, what)
+                checks.check_norm_is_known(self.optimizer, record.target, what)
 
     def norm_device(self) -> torch.device | None:
         """Where the gradients that `gather` found are; None: there are none.
 
         Raises:
-            RuntimeError: they are spread over processes.
+            RuntimeError: they may be parts of others, in a way that nobody knows.
         """
-        self.check_norm_is_local()
+        self.check_norm_is_known()
         active = self.grads_in_use()
         return active[0][1].device if active else None
 
@@ -141,7 +143,7 @@ class Plan(ABC):
         if self.rows:
             records = [rows.record for rows in self.rows]
             plan = self.backend.plan(self.optimizer, self.group, self.options, self.variant, self.states, records)
-            plan.write_grads = self.write_grads
+            plan.write_grads, plan.over = self.write_grads, self.over
             plan.gather()
             for i, rows in enumerate(self.rows):
                 plan.replace_grad(i, rows.grad)

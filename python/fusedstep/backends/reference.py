@@ -146,7 +146,8 @@ class Stored:
     def set_weight(self, weight: Tensor) -> None:
         record, memory, random = self.record, self.memory, None
         if record.form.is_random:
-            random = codecs.random_16(codecs.elements_of(memory), record.seed, record.index, count_of(record.step))
+            elements = record.place.elements(codecs.elements_of(memory))
+            random = codecs.random_16(elements, record.seed, record.index, count_of(record.step))
         narrowed, companion = record.form.split(weight, memory.dtype, random)
         memory.copy_(narrowed)
         if self.companion is not None:

@@ -258,7 +258,9 @@ class TritonPlan(KernelPlan):
                     named = [dtype if name in there else NONE for name, dtype in dtypes_here]
                 dtypes = (DTYPES[record.param.dtype], grad_dtypes[index], *named)
                 followers = tuple(NONE if t is None else DTYPES[t.dtype] for t in (record.average, record.copy))
-                groups.setdefault((dtypes, followers, record.form.name), []).append(index)
+                scattered = record.form.is_random and not record.place.keeps_groups
+                form = "scattered" if scattered else record.form.name
+                groups.setdefault((dtypes, followers, form), []).append(index)
         kind = ReducingLaunch if self.reduces else Launch
         return [kind(dtypes, indices, self, followers, form) for (dtypes, followers, form), indices in groups.items()]
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import checks, codecs, layout
+from .. import checks, codecs, layout, shards
 from .kind import Entry, Kind, copied, copied_like, mismatch, refuse_reduces
 from .weights import HALVES, Weights
+
+if TYPE_CHECKING:
+    from ..rule import Rule
 
 StateDtype = torch.dtype | str | None
 
@@ -65,7 +68,8 @@ class States(Kind):
         named_wide = name is not None and any(pattern.search(name) for pattern in self.wide_states)
         if param.numel() < MIN_QUANTIZED or named_wide:
             return torch.float32
-        dense = param if layout.is_dense(param) or layout.is_wrapper(param) else layout.dense_like(param)
+        part = own_part(param)
+        dense = part if layout.is_dense(part) or layout.is_wrapper(part) else layout.dense_like(part)
         return codecs.quantizer_for(self.state_dtype, dense).name
 
     def keys(self, entry: Entry) -> Iterable[str]:
@@ -77,7 +81,8 @@ class States(Kind):
             return
         if reduces:
             refuse_reduces(entry)
-        if layout.is_wrapper(entry.param) and self.format_of(entry.param, entry.name) in codecs.QUANTIZERS:
+        known = shards.is_sharded(entry.param) or not layout.is_wrapper(entry.param)
+        if not known and self.format_of(entry.param, entry.name) in codecs.QUANTIZERS:
             raise ValueError(
                 f"state_dtype={self.state_dtype!r} does not support {type(entry.param).__name__} parameters "
                 f"({entry.what})"
@@ -100,7 +105,7 @@ class States(Kind):
     @staticmethod
     def _mismatch(key: str, entry: Entry, state: dict[str, Any]) -> tuple[str, str, str] | None:
         """What of a quantized state cannot be the parameter's: its key, what was found, what is expected."""
-        param, scales = entry.param, scale_name(key)
+        param, scales = own_part(entry.param), scale_name(key)
         quantizer = codecs.quantizer_of(state[key], param)
         code = (quantizer or codecs.EIGHT_BITS).code(key not in entry.rule.non_negative)
         shape = param.shape if quantizer is None else state[key].shape
@@ -147,27 +152,28 @@ class States(Kind):
         if not isinstance(value, Tensor):  # the parent class may have a number where it has not started
             like = param if target in (None, param.dtype) else _like(param, torch.float32)
             value = state[key] = entry.rule.init_state(key, entry.group, entry.name, like)
-        found = codecs.quantizer_of(value, param)
+        part = own_part(param)
+        found = codecs.quantizer_of(value, part)
         wanted = target or (value.dtype if found is None else param.dtype)
         if wanted == (value.dtype if found is None else found.name):
             return
         signed = key not in entry.rule.non_negative
         scales = state.pop(scale_name(key), None)
         if found is not None:
-            value = codecs.decode(value, scales, found, signed, param)
+            value = codecs.decode(value, scales, found, signed, part)
         quantizer = codecs.QUANTIZERS.get(wanted)
         if quantizer is None:
-            state[key] = value.to(wanted)
+            state[key] = as_part(value, param).to(wanted)
         else:
-            wide = value if layout.is_dense(value) else layout.laid_out_as(value, layout.dense_like(param))
-            if quantizer.place(wide) is None:  # it was loaded in another layout than the parameter's
-                wide = layout.laid_out_as(wide, layout.dense_like(param))
+            wide = own_part(value)
+            if not layout.is_dense(wide) or quantizer.place(wide) is None:  # it was loaded in another layout
+                wide = layout.laid_out_as(wide, layout.dense_like(part))
             state[key], state[scale_name(key)] = codecs.encode(wide.float(), quantizer, signed)
 
     @staticmethod
     def _laid_out(entry: Entry, key: str, elementwise: bool) -> tuple[Tensor, Tensor | None]:
         """A state and its scales as the backend can take them beside the parameter's memory."""
-        state, memory, scale = entry.state, entry.memory, None
+        state, memory, scale = entry.state, own_part(entry.memory), None
         if is_quantized(state[key]):
             dense = memory if layout.is_dense(memory) else layout.dense_like(memory)
             signed = key not in entry.rule.non_negative
@@ -177,7 +183,7 @@ class States(Kind):
             return state[key], scale
         usable = entry.usable(state[key])
         if usable is None:
-            usable = layout.laid_out_as(state[key], memory if elementwise else state[key].contiguous())
+            usable = layout.laid_out_as(state[key], entry.memory if elementwise else state[key].contiguous())
             state[key] = usable
         return usable, scale
 
@@ -186,6 +192,12 @@ class States(Kind):
         for name in entry.rule.state_names:
             if name not in loaded:
                 continue
+            if is_quantized(loaded[name]) and shards.is_sharded(param):
+                raise ValueError(
+                    f"loaded state dict: '{name}' of parameter {key} is in codes of a whole tensor, the parameter "
+                    "is a DTensor: load it into an optimizer of whole tensors with state_dtype=torch.float32, make a "
+                    "step, and save that"
+                )
             if is_quantized(loaded[name]) and (wrong := self._mismatch(name, entry, loaded)):
                 odd, found, expected = wrong
                 raise ValueError(f"loaded state dict: '{odd}' of parameter {key} {found}, expected {expected}")
@@ -194,6 +206,8 @@ class States(Kind):
             if shape is not None:
                 shape = value.shape if is_quantized(value) else shape
                 checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape, codecs.CODES)
+            if shards.is_sharded(param):
+                loaded.pop(scale_name(name), None)  # as `shown_as_numbers` has it
             if not is_quantized(value):
                 taken[name] = copied_like(value, param)
                 continue
@@ -209,11 +223,13 @@ class States(Kind):
                 value = entry.state.get(key)
                 if not isinstance(value, Tensor):
                     continue
-                quantizer = codecs.quantizer_of(value, entry.param)
+                quantizer = codecs.quantizer_of(value, own_part(entry.param))
                 here = value.dtype if quantizer is None else quantizer.name
                 target = self.format_of(entry.param, entry.first_name, key in exact)
                 wanted = target or (here if quantizer is None else entry.param.dtype)
-                if here != wanted:
+                # A part is saved as numbers in any case; whole blocks of the tensor become what they were.
+                quantizes = wanted in codecs.QUANTIZERS and here == torch.float32
+                if here != wanted and not (quantizes and shards.keeps_rows(entry.param, codecs.BLOCK)):
                     yield f"{key} in {here} becomes {wanted}"
 
 
@@ -229,3 +245,38 @@ def laid_out_as(codes: Tensor, scales: Tensor, signed: bool, like: Tensor) -> tu
         return codes, scales
     values = layout.laid_out_as(codecs.decode(codes, scales, quantizer, signed, like), like)
     return codecs.encode(values, codecs.quantizer_for(quantizer.name, like), signed)
+
+
+# Quantized states of a DTensor are plain tensors for the part that a process has, whose blocks are its own. Nobody else
+# knows of which part they are: what leaves the optimizer are numbers, in DTensors.
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process has; any other tensor as it is."""
+    return layout.local(tensor.detach()) if shards.is_sharded(tensor) else tensor
+
+
+def as_part(value: Tensor, param: Tensor) -> Tensor:
+    """The values of a part as a DTensor like ``param``, if that is one."""
+    if not shards.is_sharded(param) or shards.is_sharded(value):
+        return value
+    made = _like(param, value.dtype)
+    layout.local(made).copy_(value)
+    return made
+
+
+def shown_as_numbers(rule: Rule, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a DTensor as a state_dict has it: codes as fp32 numbers, beside a scale of 1.
+
+    That keeps them apart from the codes of a whole tensor, which have many scales: DCP does not compare dtypes.
+    """
+    if not shards.is_sharded(param):
+        return state
+    shown = dict(state)
+    for key, value in state.items():
+        if is_quantized(value):
+            part, scales, signed = own_part(param), state[scale_name(key)], key not in rule.non_negative
+            numbers = codecs.decode(value, scales, codecs.quantizer_of(value, part), signed, part)
+            shown[key] = as_part(numbers, param)
+            shown[scale_name(key)] = torch.ones(1, dtype=torch.float32, device=value.device)
+    return shown

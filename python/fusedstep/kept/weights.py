@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import codecs, layout
+from .. import codecs, layout, shards
 from .kind import Entry, Kind, copied, mismatch, refuse_reduces
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -185,7 +185,10 @@ class Weights(Kind):
             if companion is None:
                 companion = layout.laid_out_as(entry.state[made.key], entry.memory)
                 entry.state[made.key] = companion
-        return {} if made is PLAIN else {"form": made, "companion": companion, "seed": self.seed}
+        if made is PLAIN:
+            return {}
+        fields = {"form": made, "companion": companion, "seed": self.seed}
+        return {**fields, "place": shards.place_of(entry.param, entry.what)} if made.is_random else fields
 
     def _convert(self, entry: Entry, made: WeightFormat) -> None:
         """Bring what is kept beside the parameter into these options' format, whatever format it was in."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -199,16 +198,23 @@ class AdamWeightDecay(Adam):
     def clips_by_norm(self, group: dict[str, Any]) -> bool:
         return group["clipnorm"] is not None
 
-    def clip(self, grads: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
-        clipped = []
-        for group, grad in grads:
-            if group["clipvalue"] is not None:
-                grad = grad.clamp(-group["clipvalue"], group["clipvalue"])
-            limit = group["clipnorm"]
-            if limit is not None and (isinstance(limit, Tensor) or limit != math.inf):  # the norm may be infinite too
-                grad = grad * (limit / torch.linalg.vector_norm(grad)).clamp(max=1)
-            clipped.append(grad)
+    def clip(
+        self, grads: list[tuple[dict[str, Any], Tensor]], norms: Callable[[list[Tensor | None]], list[Tensor | None]]
+    ) -> list[Tensor]:
+        limits = [group["clipnorm"] for group, _ in grads]
+        # The norm may be infinite too.
+        limits = [limit if isinstance(limit, Tensor) or limit != math.inf else None for limit in limits]
+        clipped = [_clamped(grad, group["clipvalue"]) for group, grad in grads]
+        if any(map(self.clips_by_norm, self.param_groups)):
+            by_norm = [grad if limit is not None else None for grad, limit in zip(clipped, limits, strict=True)]
+            for i, norm in enumerate(norms(by_norm)):
+                if norm is not None:
+                    clipped[i] = clipped[i] * (limits[i] / norm).clamp(max=1)
         return clipped
+
+
+def _clamped(grad: Tensor, limit: float | None) -> Tensor:
+    return grad if limit is None else grad.clamp(-limit, limit)
 
 
 def _refuse_two_norms(group: dict[str, Any]) -> None:

@@ -1,0 +1,192 @@
+"""What processes tell each other that have parts of the same tensors: sums, whether they agree, and errors.
+
+Nothing here depends on which gradients a process has: all of them enter every collective, in the order of the
+parameters. Sums travel in float64, and stay on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import layout, shards
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .optimizer import FusedOptimizer
+
+Over: TypeAlias = "tuple[ProcessGroup, ...]"  # the groups over which the parts of a tensor add up; empty: it is whole
+
+# The last two of the numbers that travel together reach everybody: whether a gradient is not finite, or is NaN; and
+# whether the step is to be skipped, or cannot be made. Before them are sums of squares, or largest absolute values.
+ODD, STOP = -2, -1
+SKIP, FAIL = 1.0, 2.0**30
+
+
+def over(tensor: Tensor) -> Over:
+    """The process groups over which the parts of a tensor add up."""
+    if not shards.is_sharded(tensor) or tensor.device_mesh.get_coordinate() is None:
+        return ()
+    mesh = tensor.device_mesh
+    split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    return tuple(mesh.get_group(dim) for dim in split if mesh.size(dim) > 1)
+
+
+class Exchange:
+    """Between the processes that share some tensors out."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.kinds: dict[Over, int] = {(): 0}  # the place of each among numbers
+        device = None
+        for param in params:
+            groups = over(param)
+            if groups and device is None:
+                device = layout.local(param.detach()).device
+            self.kinds.setdefault(groups, len(self.kinds))
+        self.device: torch.device = device or torch.device("cpu")
+        self.groups: Over = tuple(dict.fromkeys(group for kind in self.kinds for group in kind))
+        self._members: dict[tuple[Over, ...], list[tuple[ProcessGroup, Tensor | None]]] = {}
+
+    def numbers(self, kinds: Sequence[Over] | None = None) -> Tensor:
+        """A zero for each of these kinds, or of all, and the last two."""
+        return torch.zeros(len(self.kinds if kinds is None else kinds) + 2, dtype=torch.float64, device=self.device)
+
+    def add(self, numbers: Tensor, kind: Over, sum_of_squares: Tensor, largest: Tensor, by_largest: bool) -> None:
+        """Add sums over gradients of this process."""
+        number = numbers[self.kinds[kind]]
+        if by_largest:
+            odd = largest.isnan()
+            number.copy_(torch.maximum(number, torch.where(odd, 0.0, largest).to(self.device)))
+        else:
+            odd = ~largest.isfinite()
+            number += sum_of_squares.to(self.device)
+        numbers[ODD] += odd.to(self.device)
+
+    def share(self, numbers: Tensor, by_largest: bool, kinds: Sequence[Over] | None = None) -> None:
+        """Add up numbers of these kinds, or take the largest, over all processes that have parts of the tensors."""
+        from torch.distributed import ReduceOp, all_reduce
+
+        for group, indices in self._members_of((*(self.kinds if kinds is None else kinds), self.groups, self.groups)):
+            part = numbers if indices is None else numbers.index_select(0, indices)
+            all_reduce(part, op=ReduceOp.MAX if by_largest else ReduceOp.SUM, group=group)
+            if indices is not None:
+                numbers.index_copy_(0, indices, part)
+
+    def _members_of(self, kinds: tuple[Over, ...]) -> list[tuple[ProcessGroup, Tensor | None]]:
+        """Each group with the places of the numbers that go through it; None: all."""
+        if kinds not in self._members:
+            found = []
+            for group in self.groups:
+                indices = [i for i, kind in enumerate(kinds) if group in kind]
+                every = len(indices) == len(kinds)
+                found.append((group, None if every else torch.tensor(indices, device=self.device)))
+            self._members[kinds] = found
+        return self._members[kinds]
+
+    def tell(self, mine: Any) -> list[tuple[int, Any]]:
+        """What each process that shares tensors with this one, or with one of those, tells, with its rank."""
+        from torch.distributed import all_gather_object, get_rank, get_world_size
+
+        told = {get_rank(): mine}
+        for group in self.groups:
+            others: list[Any] = [None] * get_world_size(group)
+            all_gather_object(others, told, group=group)
+            for other in others:
+                told |= other
+        return sorted(told.items())
+
+    def raise_failure(self, cls: str, mine: BaseException | None) -> None:
+        """Once all know that a process cannot make the step: each raises, and names the error."""
+        told = self.tell(None if mine is None else f"{type(mine).__name__}: {mine}")
+        if mine is None:
+            rank, text = next((rank, text) for rank, text in told if text is not None)
+            raise RuntimeError(f"{cls}: process {rank} could not make this step, so no process did: {text}")
+
+    def check_agreement(self, optimizer: FusedOptimizer) -> None:
+        """Raise RuntimeError, in all processes, if they differ in parameters or options: they would wait for ever."""
+        from torch.distributed import ReduceOp, all_reduce
+
+        described = descriptions(optimizer)
+        digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:7], "big")
+        seen = torch.tensor([digest, -digest], dtype=torch.int64, device=self.device)
+        for group in self.groups:
+            all_reduce(seen, op=ReduceOp.MAX, group=group)
+        highest, lowest = seen.tolist()
+        if highest == -lowest:
+            return
+        told = self.tell(described)
+        (first, ours), *others = told
+        for rank, theirs in others:
+            for one, other in zip(ours, theirs, strict=False):
+                if one != other:
+                    raise _disagreement(first, one, rank, other)
+            if len(ours) != len(theirs):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}: process {first} has {len(ours) - 1} parameters, process {rank} "
+                    f"{len(theirs) - 1}; every process must give the same ones"
+                )
+
+
+def descriptions(optimizer: FusedOptimizer) -> list[tuple[str, dict[str, str]]]:
+    """What must be equal in all processes: of the optimizer, and of each parameter by name."""
+    from .planning import named
+
+    own = {key: _shown(value) for key, value in optimizer.stepper.options.items() if key != "backend"}
+    found = [(type(optimizer).__name__, own)]
+    for group in optimizer.param_groups:
+        options = {key: _shown(value) for key, value in group.items() if key not in ("params", "param_names")}
+        for name, param in named(group):
+            what = f"parameter {len(found) - 1}" + ("" if name is None else f" '{name}'")
+            placed = {"shape": str(tuple(param.shape)), "dtype": str(param.dtype)}
+            if shards.is_sharded(param):
+                placed |= {"placements": str(param.placements), "mesh": str(tuple(param.device_mesh.shape))}
+            found.append((what, placed | options))
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_shown, value))}]"
+    plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+    return repr(value) if plain else type(value).__name__
+
+
+def _disagreement(first: int, one: Any, rank: int, other: Any) -> RuntimeError:
+    (what, mine), (others_what, theirs) = one, other
+    if what != others_what:
+        return RuntimeError(f"processes have different parameters: {what} in process {first}, {others_what} in {rank}")
+    key = next(key for key in (mine | theirs) if mine.get(key) != theirs.get(key))
+    return RuntimeError(
+        f"processes differ in {key} of {what}: {mine.get(key)} in process {first}, {theirs.get(key)} in process "
+        f"{rank}; every process must give the same parameters and options"
+    )
+
+
+def refuse_other_parts(owner: str, subject: str, tensor: Tensor, param: Tensor, what: str) -> None:
+    """Raise RuntimeError unless ``tensor``, which ``subject`` names, is shared out to processes as ``param`` is."""
+    is_part, of_part = shards.is_sharded(tensor), shards.is_sharded(param)
+    if not (is_part or of_part):
+        return
+    if not (is_part and of_part):
+        found, expected = ("DTensor", "plain tensor") if is_part else ("plain tensor", "DTensor")
+        raise RuntimeError(f"{owner}: {subject} is a {found}, it must be a {expected} like {what}")
+    if tensor._spec is param._spec:
+        return
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise RuntimeError(
+            f"{owner}: {subject} has placements {tensor.placements}, a sum over processes that is still to be made, of "
+            f"{what}; call .redistribute(placements={param.placements}) on it"
+        )
+    if tensor.device_mesh != param.device_mesh:
+        raise RuntimeError(
+            f"{owner}: {subject} lies on {tensor.device_mesh}, it must be on {param.device_mesh}, the mesh of {what}"
+        )
+    if tensor.placements != param.placements:
+        raise RuntimeError(
+            f"{owner}: {subject} has placements {tensor.placements}, they must be {param.placements}, those of {what}"
+        )

@@ -1,0 +1,628 @@
+"""What several processes do together, for test_ranks.py: each scenario runs in all of them, one after the other.
+
+``python ranks.py RANK SIZE FOLDER`` is one process of them. Each compares its parts with what one process makes of the
+whole tensors, which all of them compute for themselves.
+"""
+
+import contextlib
+import copy
+import functools
+import json
+import sys
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import fusedstep
+
+SIZE = 4
+FOLDER = sys.argv[-1]  # for checkpoints
+SCENARIOS = {}
+SHAPES = ((8, 6), (7, 5), (3,), (2, 33), (16, 256))
+ROWS, COLUMNS, COPIES = [Shard(0)], [Shard(1)], [Replicate()]
+
+
+def scenario(function=None, **values):
+    """Registers a function, once for each of some ``values`` of one argument."""
+    if function is None:
+        return functools.partial(scenario, **values)
+    for name, some in values.items():
+        for value in some:
+            label = value if isinstance(value, str) else getattr(value, "__name__", str(value))
+            SCENARIOS[f"{function.__name__}[{label}]"] = functools.partial(function, **{name: value})
+    if not values:
+        SCENARIOS[function.__name__] = function
+    return function
+
+
+@functools.cache
+def mesh(*shape):
+    """Of the first processes; all must ask for it in the same order."""
+    numel = torch.Size(shape).numel()
+    return DeviceMesh("cpu", torch.arange(numel).reshape(shape))
+
+
+MESHES = {  # with the placements of matrices
+    "two": ((2,), ROWS),
+    "three": ((3,), ROWS),
+    "four": ((4,), ROWS),
+    "columns": ((3,), COLUMNS),
+    "replicated": ((2,), COPIES),
+    "HSDP": ((2, 2), [Replicate(), Shard(0)]),
+    "FSDP and TP": ((2, 2), [Shard(0), Shard(1)]),
+}
+
+
+def takes_part(where):
+    return mesh(*MESHES[where][0]).get_coordinate() is not None
+
+
+def distributed(values, where):
+    shape, placements = MESHES[where]
+    placements = [Shard(0) if isinstance(p, Shard) and p.dim >= values.dim() else p for p in placements]
+    return distribute_tensor(values.clone(), mesh(*shape), placements, src_data_rank=None)
+
+
+def numbers(*shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Pair:
+    """An optimizer of parts and one of whole tensors, with equal parameters and gradients.
+
+    ``where``: a key of `MESHES` for each parameter, or one for all; None: a plain tensor.
+    """
+
+    def __init__(self, cls, where, shapes=SHAPES, dtype=torch.float32, **options):
+        self.where = where if isinstance(where, (list, tuple)) else [where] * len(shapes)
+        values = [numbers(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+        self.whole = [torch.nn.Parameter(v.clone()) for v in values]
+        self.parts = [torch.nn.Parameter(self.part(v, i)) for i, v in enumerate(values)]
+        self.expected = cls([(f"p{i}", p) for i, p in enumerate(self.whole)], **options)
+        self.mine = cls([(f"p{i}", p) for i, p in enumerate(self.parts)], **options)
+        self.number = 0
+
+    def part(self, value, index):
+        where = self.where[index]
+        return value.detach().clone() if where is None else distributed(value.detach(), where)
+
+    def give(self, skip=(), change=None, scale=1.0):
+        """New gradients; ``change(index, grad)`` makes others of them."""
+        self.number += 1
+        for i, (part, whole) in enumerate(zip(self.parts, self.whole, strict=True)):
+            part.grad = whole.grad = None
+            if i not in skip:
+                grad = numbers(*whole.shape, seed=100 * self.number + i) * scale
+                grad = (grad if change is None else change(i, grad)).to(whole.dtype)
+                whole.grad, part.grad = grad.clone(), self.part(grad, i)
+
+    def step(self, **given):
+        self.give(**given)
+        self.expected.step()
+        self.mine.step()
+
+    def each(self):
+        """(part, what it must be) of parameters and states."""
+        for i, (part, whole) in enumerate(zip(self.parts, self.whole, strict=True)):
+            yield f"p{i}", part, self.part(whole, i)
+            states, expected = self.mine.state.get(part, {}), self.expected.state.get(whole, {})
+            assert states.keys() == expected.keys(), (i, states.keys(), expected.keys())
+            for key, state in states.items():
+                other = expected[key]
+                if other.shape == whole.shape and whole.dim():
+                    assert isinstance(state, DTensor) == (self.where[i] is not None), key
+                    other = self.part(other, i)
+                yield f"{key} of p{i}", state, other
+            if self.mine.stepper.kept.copy.dtype is not None:
+                yield f"copy of p{i}", self.mine.copies[part], self.part(self.expected.copies[whole], i)
+
+    def assert_same(self, **tolerance):
+        for what, part, expected in self.each():
+            part, expected = (local(t) for t in (part, expected))
+            if tolerance:
+                torch.testing.assert_close(part, expected, **tolerance, msg=lambda text, what=what: f"{what}: {text}")
+            else:
+                assert (part.dtype, part.shape) == (expected.dtype, expected.shape), what
+                assert torch.equal(part, expected), f"{what}: {part} {expected}"
+
+    def assert_same_numbers(self):
+        """Of states, as a state_dict shows them; each is compared as numbers."""
+        for i, (part, whole) in enumerate(zip(self.parts, self.whole, strict=True)):
+            assert torch.equal(local(part), local(self.part(whole, i))), i
+            mine, expected = (each.state_dict()["state"].get(i, {}) for each in (self.mine, self.expected))
+            for key in expected:
+                other = numbers_of(self.expected, expected, key, whole)
+                if other.shape == whole.shape:
+                    assert torch.equal(local(mine[key]), local(self.part(other, i))), (key, i)
+                elif key == "step":
+                    assert mine[key] == other
+
+
+def local(tensor):
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def raised(error, call):
+    """The text of the error that ``call`` must raise."""
+    try:
+        call()
+    except error as found:
+        return str(found)
+    raise AssertionError(f"no {error.__name__}")
+
+
+def snapshot(pair):
+    return [local(p).clone() for p in pair.parts], [
+        {k: local(v).clone() for k, v in pair.mine.state.get(p, {}).items()} for p in pair.parts
+    ]
+
+
+def assert_untouched(pair, before):
+    params, states = snapshot(pair)
+    assert all(map(torch.equal, params, before[0]))
+    for now, then in zip(states, before[1], strict=True):
+        assert now.keys() == then.keys()
+        assert all(torch.equal(now[key], then[key]) for key in now)
+
+
+# The bits of one process.
+
+from kinds import ELEMENTWISE  # noqa: E402 - pytest is not needed before
+from support import numbers_of  # noqa: E402
+
+HALF = {"dtype": torch.bfloat16}
+OPTIONS = {
+    "plain": {},
+    "double": {"dtype": torch.float64},
+    "average and copy": {"ema_decay": 0.75, "weights_copy": torch.bfloat16},
+    "zero": {"zero_grads": True},
+    "master": {**HALF, "master_weights": True, "ema_decay": 0.5},
+    "split": {**HALF, "master_weights": "split", "state_dtype": torch.bfloat16},
+    "kahan": {**HALF, "kahan": True},
+    "stochastic": {**HALF, "rounding": "stochastic", "rounding_seed": 2**40 + 17, "weights_copy": torch.float16},
+    "reference": {"backend": "reference", **HALF, "rounding": "stochastic"},
+}
+
+
+@scenario(where=MESHES)
+def rules(where):
+    """Every kind of rule; one parameter has no gradient at first, another one never."""
+    if takes_part(where):
+        for case in ELEMENTWISE:
+            pair = Pair(getattr(fusedstep, case.optimizer), where, **case.options)
+            for number in range(3):
+                pair.step(skip=(2,) if number else (0, 2))
+            pair.assert_same()
+
+
+@scenario(option=OPTIONS)
+def options(option):
+    for where in MESHES:
+        if takes_part(where):
+            pair = Pair(fusedstep.AdamW, where, lr=0.01, weight_decay=0.1, **OPTIONS[option])
+            for _ in range(3):
+                pair.step()
+            pair.assert_same()
+
+
+@scenario
+def a_schedule_on_the_device():
+    schedule = fusedstep.schedules.CosineScheduler(max_update=5, base_lr=0.1, final_lr=0.01, warmup_steps=2)
+    pair = Pair(fusedstep.AdamW, "four", lr=schedule)
+    for _ in range(4):
+        pair.step()
+    pair.assert_same()
+
+
+# 8-bit states, whose blocks are those of a part.
+
+BLOCKS = ((16, 512), (3, 5))
+
+
+@scenario(where=("two", "three", "four", "HSDP", "FSDP and TP", "replicated"))
+def blocks_of_whole_rows(where):
+    """Where the last dimension is made of blocks, the blocks are those of the whole tensor, and so are all bits."""
+    if takes_part(where):
+        for given in ({}, {"backend": "reference"}, {**HALF, "rounding": "stochastic"}, {"state_dtype": "4bit"}):
+            pair = Pair(fusedstep.AdamW, where, BLOCKS, **{"state_dtype": "8bit", **given})
+            for _ in range(3):
+                pair.step()
+            mine, expected = (each.state_dict()["state"][0] for each in (pair.mine, pair.expected))
+            assert torch.equal(local(pair.parts[0]), local(pair.part(pair.whole[0], 0)))
+            for key in ("exp_avg", "exp_avg_sq"):
+                numbers = numbers_of(pair.expected, expected, key, pair.whole[0])
+                assert torch.equal(local(mine[key]), local(pair.part(numbers, 0)))
+
+
+@scenario(where=("two", "three", "columns"))
+def blocks_of_other_parts(where):
+    """They are those that an optimizer of the part alone would have."""
+    if takes_part(where):
+        pair = Pair(fusedstep.AdamW, where, ((41, 700),), state_dtype="8bit", ema_decay=0.5)
+        alone = torch.nn.Parameter(local(pair.parts[0]).clone())
+        expected = fusedstep.AdamW([alone], state_dtype="8bit", ema_decay=0.5)
+        for _ in range(3):
+            pair.give()
+            alone.grad = local(pair.parts[0].grad).clone()
+            pair.mine.step()
+            expected.step()
+        assert torch.equal(local(pair.parts[0]), alone)
+        for key, value in expected.state[alone].items():
+            assert torch.equal(local(pair.mine.state[pair.parts[0]][key]), value), key
+        again = copy.deepcopy(pair.mine)
+        again.load_state_dict(pair.mine.state_dict())
+        for optimizer in (pair.mine, again):
+            for param in optimizer.param_groups[0]["params"]:
+                param.grad = pair.parts[0].grad.clone()
+            optimizer.step()
+        for a, b in zip(pair.mine.state.values(), again.state.values(), strict=True):
+            assert all(torch.equal(local(a[key]), local(b[key])) for key in a)
+
+
+# Checkpoints.
+
+KEPT = {
+    "plain": {},
+    "split and average": {**HALF, "master_weights": "split", "ema_decay": 0.75},
+    "stochastic": {**HALF, "rounding": "stochastic", "rounding_seed": 2**40 + 17, "state_dtype": torch.bfloat16},
+    "schedule": {"lr": "schedule", "max_grad_norm": 100.0},
+    "8bit": {"state_dtype": "8bit", "shapes": BLOCKS},
+}
+
+
+class Model(torch.nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        for i, param in enumerate(params):
+            self.register_parameter(f"p{i}", param)
+
+
+def checkpoint(model, optimizer, form):
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer, options=form)}
+
+
+def pair_of(where, kept, seed=None):
+    options = dict(KEPT[kept])
+    if options.get("lr") == "schedule":
+        options["lr"] = fusedstep.schedules.CosineScheduler(max_update=9, base_lr=0.1, warmup_steps=2)
+    if seed is not None and "rounding_seed" in options:
+        options["rounding_seed"] = seed
+    return Pair(fusedstep.AdamW, where, **options)
+
+
+@scenario(kept=KEPT)
+def from_one_number_of_processes_to_another(kept):
+    """On each a step, as one process goes on alone; parameter 1 has no gradient before the third stage."""
+    flat = kept != "plain"
+    form = StateDictOptions(flatten_optimizer_state_dict=flat)
+    stages = [None, "two", "three", "FSDP and TP", "four", None]
+    if kept == "8bit":
+        stages = stages[1:-1]  # the codes of a whole tensor are in no checkpoint of parts
+    whole = pair_of(None, kept)
+    for number, where in enumerate(stages):
+        skip = (1,) if number < 2 else ()
+        if (where is None and dist.get_rank() == 0) or (where is not None and takes_part(where)):
+            group = mesh(*MESHES[where][0]).get_group() if where in ("two", "three") else None  # None: of all
+            how = {"no_dist": True} if where is None else {"process_group": group}
+            pair = pair_of(where, kept, seed=number or None)
+            pair.number = number
+            pair.whole, pair.expected = whole.whole, whole.expected
+            model = Model(pair.parts)
+            before = snapshot(pair)
+            template = checkpoint(model, pair.mine, form)
+            assert pair.mine.schedule_step == 0
+            assert all(map(torch.equal, snapshot(pair)[0], before[0]))
+            if number:
+                dcp.load(template, checkpoint_id=f"{FOLDER}/{kept}{number - 1}", **how)
+                model.load_state_dict(template["model"])
+                set_optimizer_state_dict(model, pair.mine, template["optimizer"], options=form)
+                assert pair.mine.schedule_step == number
+            pair.step(skip=skip)
+            pair.assert_same_numbers()
+            dcp.save(checkpoint(model, pair.mine, form), checkpoint_id=f"{FOLDER}/{kept}{number}", **how)
+        else:
+            whole.number = number
+            whole.give(skip=skip)
+            whole.expected.step()
+        dist.barrier()
+
+
+@scenario
+def codes_of_a_whole_tensor_are_no_part():
+    """Neither through a state_dict nor through a checkpoint, which would be read as if codes were numbers."""
+    form = StateDictOptions(flatten_optimizer_state_dict=True)
+    pair = Pair(fusedstep.AdamW, "four", BLOCKS, state_dtype="8bit")
+    pair.step()
+    found = raised(ValueError, lambda: pair.mine.load_state_dict(pair.expected.state_dict()))
+    assert "'exp_avg' of parameter 0 is in codes of a whole tensor" in found, found
+    if dist.get_rank() == 0:
+        dcp.save(
+            get_optimizer_state_dict(Model(pair.whole), pair.expected, options=form),
+            checkpoint_id=f"{FOLDER}/whole",
+            no_dist=True,
+        )
+    dist.barrier()
+    template = get_optimizer_state_dict(Model(pair.parts), pair.mine, options=form)
+    found = raised(BaseException, lambda: dcp.load(template, checkpoint_id=f"{FOLDER}/whole"))
+    assert "exp_avg_scale" in found, found
+
+
+# Norms.
+
+CLOSE = {"rtol": 1e-6, "atol": 1e-7}
+SEVERAL = ["FSDP and TP", None, "four", "HSDP", "four"]  # several meshes and a plain tensor
+CLIPS = {
+    "2": (fusedstep.SGD, {"lr": 0.1, "momentum": 0.9, "max_grad_norm": 0.5}),
+    "inf": (fusedstep.SGD, {"lr": 0.1, "momentum": 0.9, "max_grad_norm": 0.5, "norm_type": float("inf")}),
+    "write": (fusedstep.AdamW, {"max_grad_norm": 0.5, "write_grads": True}),
+    "reference": (fusedstep.SGD, {"lr": 0.1, "max_grad_norm": 0.5, "backend": "reference"}),
+    "global_clipnorm": (fusedstep.AdamWeightDecay, {"global_clipnorm": 0.5, "epsilon": 1e-3}),
+    "clipnorm": (fusedstep.AdamWeightDecay, {"clipnorm": 0.5, "epsilon": 1e-3}),
+    "clipvalue and clipnorm": (fusedstep.AdamWeightDecay, {"clipvalue": 0.9, "clipnorm": 0.5, "epsilon": 1e-3}),
+    "clipnorm, checked": (
+        fusedstep.AdamWeightDecay,
+        {"clipvalue": 0.9, "clipnorm": 0.5, "skip_nonfinite": True, "epsilon": 1e-3},
+    ),
+}
+
+
+@scenario(clip=CLIPS)
+def clipped(clip):
+    cls, given = CLIPS[clip]
+    for where in (*MESHES, SEVERAL):
+        if where is SEVERAL or takes_part(where):
+            pair = Pair(cls, where, **given)
+            for number in range(3):
+                pair.step(skip=(number,))
+            pair.assert_same(**CLOSE)
+            if pair.mine.grad_norm is not None:
+                torch.testing.assert_close(pair.mine.grad_norm, pair.expected.grad_norm, rtol=1e-6, atol=0)
+            if "write_grads" in given:
+                for i, (part, whole) in enumerate(zip(pair.parts, pair.whole, strict=True)):
+                    if whole.grad is not None:
+                        torch.testing.assert_close(local(part.grad), local(pair.part(whole.grad, i)), **CLOSE)
+
+
+@scenario
+def every_process_has_the_same_norm():
+    pair = Pair(fusedstep.SGD, SEVERAL, lr=0.1, max_grad_norm=0.1)
+    for _ in range(5):
+        pair.step()
+        norms = [None] * SIZE
+        dist.all_gather_object(norms, pair.mine.grad_norm.item())
+        assert len(set(norms)) == 1, norms
+
+
+@scenario
+def gradients_on_some_processes_alone():
+    """As of experts without tokens: the others' parts count as zeros, and nobody waits for ever."""
+    pair = Pair(fusedstep.SGD, "four", lr=0.1, max_grad_norm=1e-3)
+    pair.give()
+    if dist.get_rank() in (0, 2):
+        for param in pair.parts:
+            param.grad = None
+    squares = sum(local(p.grad).double().square().sum() for p in pair.parts if p.grad is not None)
+    squares = torch.as_tensor(squares, dtype=torch.float64)
+    dist.all_reduce(squares)
+    for _ in range(2):
+        pair.mine.step()
+        torch.testing.assert_close(pair.mine.grad_norm.double(), squares.sqrt(), rtol=1e-6, atol=0)
+
+
+@scenario(order=(2.0, float("inf")))
+def clip_grad_norm(order):
+    for where in (*MESHES, SEVERAL):
+        if where is SEVERAL or takes_part(where):
+            pair = Pair(fusedstep.SGD, where)
+            pair.give(skip=(1,))
+            norm = fusedstep.clip_grad_norm_(iter(pair.parts), 0.5, order)
+            expected = torch.nn.utils.clip_grad_norm_(pair.whole, 0.5, order)
+            torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+            for i, (part, whole) in enumerate(zip(pair.parts, pair.whole, strict=True)):
+                if whole.grad is not None:
+                    torch.testing.assert_close(local(part.grad), local(pair.part(whole.grad, i)), **CLOSE)
+
+
+@scenario
+def clip_grad_norm_of_what_is_not_finite():
+    pair = Pair(fusedstep.SGD, SEVERAL)
+    pair.give(change=lambda i, grad: grad.index_fill(0, torch.tensor([0]), torch.inf) if i == 2 else grad)
+    grads = [local(p.grad).clone() for p in pair.parts]
+    assert "non-finite" in raised(RuntimeError, lambda: fusedstep.clip_grad_norm_(pair.parts, 1.0, 2.0, True))
+    assert all(torch.equal(local(p.grad), grad) for p, grad in zip(pair.parts, grads, strict=True))
+    assert fusedstep.clip_grad_norm_(pair.parts, 1.0) == torch.inf
+
+
+def overflow(value):
+    """In one element of one process's part."""
+
+    def change(index, grad):
+        if index == 4:
+            grad[-1, -1] = value
+        return grad
+
+    return change
+
+
+@scenario(value=("inf", "nan"))
+def an_overflow_on_one_process_skips_on_all(value):
+    for where in ("four", "FSDP and TP", SEVERAL):
+        for given in ({"skip_nonfinite": True}, {"skip_nonfinite": True, "max_grad_norm": 1.0, "norm_type": torch.inf}):
+            pair = Pair(fusedstep.AdamW, where, **given)
+            pair.step()
+            before = snapshot(pair)
+            pair.step(change=overflow(float(value)))
+            assert_untouched(pair, before)
+            pair.step()
+            pair.assert_same(**CLOSE)
+
+
+@scenario
+def an_error_for_what_is_not_finite_is_raised_by_all():
+    pair = Pair(fusedstep.AdamWeightDecay, "four", error_if_nonfinite=True, clipnorm=1.0)
+    pair.step()
+    before = snapshot(pair)
+    pair.give(change=overflow(torch.inf))
+    assert "non-finite" in raised(RuntimeError, pair.mine.step)
+    assert_untouched(pair, before)
+    pair.step()
+
+
+@scenario
+def an_overflow_is_seen_by_the_scaler_of_all():
+    pair = Pair(fusedstep.AdamW, "four", max_grad_norm=1.0)
+    scaler = fusedstep.GradScaler("cpu", init_scale=4.0)
+    for number in range(4):
+        before = snapshot(pair)
+        scaler.scale(torch.ones(()))
+        scale = scaler.get_scale()
+        pair.give(change=overflow(torch.inf) if number == 2 else None)
+        for param in (*pair.parts, *pair.whole):
+            if param.grad is not None:
+                local(param.grad).mul_(scale)
+        if number != 2:
+            for param in pair.whole:
+                param.grad.div_(scale)
+            pair.expected.step()
+        scaler.step(pair.mine)
+        scaler.update()
+        if number == 2:
+            assert_untouched(pair, before)
+            assert scaler.get_scale() == scale / 2
+    pair.assert_same(**CLOSE)
+
+
+@scenario
+def a_flag_of_one_process_skips_on_all():
+    for given in ({"skip_nonfinite": True}, {"clipnorm": 1.0, "skip_nonfinite": True}):
+        pair = Pair(fusedstep.AdamWeightDecay, "four", **given)
+        pair.step()
+        before = snapshot(pair)
+        pair.give()
+        pair.mine.found_inf = torch.tensor(float(dist.get_rank() == 1))
+        pair.mine.step()
+        del pair.mine.found_inf
+        assert_untouched(pair, before)
+
+
+# Mistakes.
+
+
+@scenario
+def gradients_that_are_not_placed_as_parameters():
+    for given in ({}, {"max_grad_norm": 1.0}):
+        pair = Pair(fusedstep.AdamW, "four", **given)
+        pair.step()
+        before = snapshot(pair)
+        wrong = {
+            "a plain tensor": lambda p: torch.zeros(p.shape),
+            "those of parameter 0 'p0'": lambda p: distribute_tensor(torch.zeros(p.shape), mesh(4), COPIES),
+            r"call .redistribute(placements=": lambda p: DTensor.from_local(torch.zeros(p.shape), mesh(4), [Partial()]),
+            "the mesh of parameter 0 'p0'": lambda p: distribute_tensor(
+                torch.zeros(p.shape), mesh(2, 2), ROWS + COPIES
+            ),
+        }
+        for text, make in wrong.items():
+            pair.give()
+            pair.parts[0].grad = make(pair.parts[0])
+            found = raised(RuntimeError, pair.mine.step)
+            assert text in found, found
+            assert "parameter 0 'p0'" in found, found
+            assert_untouched(pair, before)
+
+
+@scenario
+def an_error_of_one_process_is_raised_by_all():
+    for given in ({"max_grad_norm": 1.0}, {"clipnorm": 1.0, "skip_nonfinite": True}):
+        pair = Pair(fusedstep.AdamWeightDecay, "four", **given)
+        pair.step()
+        before = snapshot(pair)
+        pair.give()
+        if dist.get_rank() == 2:
+            pair.parts[1].grad = torch.zeros(pair.parts[1].shape)
+        found = raised(RuntimeError, pair.mine.step)
+        assert "the gradient is a plain tensor, it must be a DTensor like parameter 1 'p1'" in found, found
+        assert ("process 2 could not" in found) == (dist.get_rank() != 2), found
+        assert_untouched(pair, before)
+        pair.give()
+        pair.mine.step()
+
+
+@scenario
+def states_of_another_mesh():
+    pair = Pair(fusedstep.AdamW, "four")
+    pair.step()
+    state = pair.mine.state[pair.parts[1]]
+    for other in (distribute_tensor(torch.zeros(7, 5), mesh(2, 2), ROWS + COPIES), torch.zeros(7, 5)):
+        before = copy.copy(state)
+        state["exp_avg"] = other
+        pair.give()
+        found = raised(RuntimeError, pair.mine.step)
+        assert found.startswith("AdamW: state 'exp_avg' "), found
+        assert "parameter 1 'p1'" in found, found
+        state.update(before)
+    pair.mine.step()
+
+
+@scenario
+def processes_that_disagree():
+    odd = dist.get_rank() == 3
+    own = {
+        "max_grad_norm of AdamW: None in process 0, 1.0 in process 3": {"max_grad_norm": 1.0},
+        "lr of parameter 0 'p0': 0.001 in process 0, 0.5 in process 3": {"lr": 0.5},
+        "rounding_seed of AdamW": {"rounding_seed": 3},
+        "process 0 has 5 parameters, process 3 4": {"shapes": SHAPES[:4]},
+        "shape of parameter 1 'p1': (7, 5) in process 0, (7, 6)": {"shapes": ((8, 6), (7, 6), *SHAPES[2:])},
+    }
+    for text, given in own.items():
+        for where in ("four", "FSDP and TP"):
+            pair = Pair(fusedstep.AdamW, where, **(given if odd else {}))
+            before = snapshot(pair)
+            pair.give()
+            found = raised(RuntimeError, pair.mine.step)
+            assert text in found, found
+            assert_untouched(pair, before)
+
+
+def main(rank, size, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", rank=rank, world_size=size, store=store, timeout=timedelta(seconds=30))
+    for shape, _ in MESHES.values():
+        mesh(*shape)
+    results = {}
+    for name, run in SCENARIOS.items():
+        mine = None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                run()
+        except BaseException as error:
+            import traceback
+
+            mine = f"process {rank}: {error!r}\n{traceback.format_exc()}"
+        texts = [None] * size
+        with contextlib.suppress(RuntimeError):  # another process has left the scenario with an error
+            dist.all_gather_object(texts, mine)
+        results[name] = "\n".join(text for text in (*texts, mine) if text is not None)
+        if rank == 0:
+            with open(f"{folder}/results.json", "w") as file:
+                json.dump(results, file)
+        if results[name]:
+            break  # who left a collective early is in none of the next ones with the others
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
