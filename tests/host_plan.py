@@ -14,7 +14,7 @@ import pytest
 import torch
 from compiling import ROOT, linked
 
-from fusedstep import _C
+from fusedstep import _C, backends
 from fusedstep.backends.cpu import CpuBackend
 from fusedstep.backends.plan import KernelPlan
 from fusedstep.record import memory_layout
@@ -107,3 +107,10 @@ class ElementwiseHostPlan(HostPlan):
 class ElementwiseHostBackend(CpuBackend):
     def plan(self, *args):
         return ElementwiseHostPlan(self, *args)
+
+
+def run_on_the_host(monkeypatch):
+    """Makes backend="cpu" run the CUDA kernels of elementwise rules on the host."""
+    monkeypatch.setattr(HostPlan, "library", step_library())
+    monkeypatch.setitem(backends.BACKENDS, "cpu", ElementwiseHostBackend())
+    monkeypatch.setattr(backends, "_selected", {})
