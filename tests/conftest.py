@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from on_gpu import DEVICE, DRY
+from on_gpu import DRY, REQUIRED, running
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -52,16 +52,12 @@ def engine(request, monkeypatch):
             pytest.skip("; ".join(reasons))
     if request.param != "cuda on the host":
         return request.param
-    from host_plan import ElementwiseHostBackend, HostPlan, step_library
+    from host_plan import run_on_the_host
 
-    monkeypatch.setattr(HostPlan, "library", step_library())
-    monkeypatch.setitem(backends.BACKENDS, "cpu", ElementwiseHostBackend())
-    monkeypatch.setattr(backends, "_selected", {})
+    run_on_the_host(monkeypatch)
     return "cpu"
 
 
-# Where a GPU is there to be tested, a test that cannot run is a failure.
-REQUIRED = os.environ.get("FUSEDSTEP_REQUIRE_GPU") == "1"
 ENGINES = [
     pytest.param("cuda", marks=pytest.mark.cuda_engine),
     pytest.param("triton", marks=pytest.mark.triton_engine),
@@ -71,16 +67,35 @@ ENGINES = [
 @pytest.fixture(params=ENGINES)
 def kernel(request):
     """The backends that run on a GPU."""
-    from fusedstep.backends import BACKENDS
-
-    name = "cpu" if DRY else request.param
-    reasons = BACKENDS[name].reasons(torch.device(DEVICE))
-    if reasons:
-        (pytest.fail if REQUIRED else pytest.skip)("; ".join(reasons))
-    return name
+    return running(request.param)
 
 
-def pytest_collection_modifyitems(items):
+def of_one_kind_on_the_reference(items):
+    """The items without those that show a feature on the reference with one more case.
+
+    All that surrounds a rule there is one text, and engines have its bits with every case. What a test tries besides,
+    like another kind of gradient, is tried on every backend; so is everything of a test that lists backends itself.
+    """
+    kept, seen = [], set()
+    for item in reversed(items):
+        params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        listed = any("backend" in mark.args[0] for mark in item.iter_markers("parametrize"))
+        if params.pop("backend", None) == "reference" and params.pop("case", None) and not listed:
+            key = item.path, item.originalname, str(params)
+            if key in seen:
+                continue
+            seen.add(key)
+        kept.append(item)
+    return kept[::-1]
+
+
+def pytest_collection_modifyitems(config, items):
+    from kinds import ALL  # which imports the package, and so Triton
+
+    if not ALL:
+        kept = of_one_kind_on_the_reference(items)
+        config.hook.pytest_deselected(items=[*{*items} - {*kept}])
+        items[:] = kept
     if REQUIRED or DRY or torch.cuda.is_available():
         return
     for item in items:

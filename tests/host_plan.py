@@ -5,24 +5,20 @@ the plan that a GPU would have. It proves nothing of a GPU.
 """
 
 import ctypes
-import fcntl
 import functools
-import os
 import shutil
-import subprocess
 from abc import abstractmethod
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiling import ROOT, linked
 
-from fusedstep import _C
+from fusedstep import _C, backends
 from fusedstep.backends.cpu import CpuBackend
 from fusedstep.backends.plan import KernelPlan
 from fusedstep.record import memory_layout
 
-ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TAG = {dtype: tag for tag, dtype in enumerate((*FLOATS, torch.int8, torch.uint8))}
 MAX_HYPER = 10
@@ -41,32 +37,12 @@ FLAGS = [
 
 @functools.cache
 def built(name, *sources):
-    """A library of the kernels' source for the host, from files of ``tests/cuda_host`` and ``csrc``.
-
-    It lies in ``build``, where all processes of a run, and the next run, find what one of them has compiled.
-    """
+    """A library of the kernels' source for the host, from files of ``tests/cuda_host`` and ``csrc``."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    ninja = pytest.importorskip("ninja")
-    folder = ROOT / "build" / "cuda_host" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    compile_one = f"{compiler} {' '.join(FLAGS)} -MMD -MF $out.d -c $in -o $out"
-    lines = ["rule compile", f"  command = {compile_one}", "  deps = gcc", "  depfile = $out.d"]
-    # Another run may have loaded the old file.
-    lines += ["rule link", f"  command = {compiler} -shared -o $out.new $in && mv $out.new $out"]
     paths = [next(p for p in (ROOT / "tests/cuda_host" / s, ROOT / "csrc" / s) if p.exists()) for s in sources]
-    objects = [f"{path.stem}.o" for path in paths]
-    for path, made in zip(paths, objects, strict=True):
-        lines.append(f"build {made}: compile {os.path.relpath(path, folder)}")
-    lines.append(f"build library.so: link {' '.join(objects)}")
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert done.returncode == 0, done.stdout
-        loaded = ctypes.CDLL(str(folder / "library.so"))
+    loaded = ctypes.CDLL(str(linked(name, [(path, [compiler, *FLAGS]) for path in paths], [compiler, "-shared"])))
     assert loaded.record_size() == memory_layout().itemsize
     return loaded
 
@@ -131,3 +107,10 @@ class ElementwiseHostPlan(HostPlan):
 class ElementwiseHostBackend(CpuBackend):
     def plan(self, *args):
         return ElementwiseHostPlan(self, *args)
+
+
+def run_on_the_host(monkeypatch):
+    """Makes backend="cpu" run the CUDA kernels of elementwise rules on the host."""
+    monkeypatch.setattr(HostPlan, "library", step_library())
+    monkeypatch.setitem(backends.BACKENDS, "cpu", ElementwiseHostBackend())
+    monkeypatch.setattr(backends, "_selected", {})

@@ -13,8 +13,21 @@ import torch
 
 DRY = os.environ.get("FUSEDSTEP_GPU_DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
+# Where a GPU is there to be tested, a test that cannot run is a failure.
+REQUIRED = os.environ.get("FUSEDSTEP_REQUIRE_GPU") == "1"
 
 needs_cuda = pytest.mark.skipif(DRY, reason="a dry run has no streams, graphs and device memory")
+
+
+def running(name):
+    """The backend under test for an engine on a GPU; the test ends if it cannot run."""
+    from fusedstep.backends import BACKENDS
+
+    name = "cpu" if DRY else name
+    reasons = BACKENDS[name].reasons(torch.device(DEVICE))
+    if reasons:
+        (pytest.fail if REQUIRED else pytest.skip)("; ".join(reasons))
+    return name
 
 
 def on_device(values, dtype=torch.float32):

@@ -9,6 +9,7 @@ from kinds import (  # noqa: F401 - for the test modules
     by_kind,
     by_kind_in_engines,
     by_kind_of_state,
+    cases_of,
     each,
     examples,
     parametrize_cases,

@@ -99,6 +99,7 @@ def assert_same(mine, expected, **tolerance):
 
 
 @by_case
+@pytest.mark.parametrize("backend", ["cpu", "reference"])  # each with every case: the parent judges both texts
 def test_25_steps_in_float64_are_those_of_the_parent(case, backend):
     params = parameters()
     pair = ours(case.optimizer, params, backend, **case.options), parent(case.optimizer, copies(params), **case.options)

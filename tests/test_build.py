@@ -362,20 +362,18 @@ class TestPackage:
 
     @pytest.mark.slow
     def test_a_wheel_without_cuda_holds_the_package_and_imports(self, tmp_path):
-        # From a copy, so that the objects of the checkout's own build stay. Those that fit are taken along, and what is
-        # compiled besides is kept for the next time.
+        # From a copy, so that the objects of the checkout's own build stay. Those that fit are taken along: all of a
+        # build without CUDA, and all engines of another.
         ignored = shutil.ignore_patterns(".*", "build", "dist", "__pycache__", "*.so", "*.egg-info", "results")
-        source, kept = tmp_path / "source", ROOT / "build" / "wheel-without-cuda"
+        source = tmp_path / "source"
         shutil.copytree(ROOT, source, ignore=ignored)
-        objects = kept if kept.exists() else ROOT / "build" / sysconfig.get_platform()
-        if objects.exists():
-            shutil.copytree(objects, source / "build" / sysconfig.get_platform())
+        objects = Path("build") / sysconfig.get_platform()
+        if (ROOT / objects).exists():
+            shutil.copytree(ROOT / objects, source / objects)
         pip = shlex.split("-m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist ./source")
         environ = {**os.environ, "FUSEDSTEP_CUDA": "0"}
         result = subprocess.run([sys.executable, *pip], cwd=tmp_path, env=environ, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.move(source / "build" / sysconfig.get_platform(), kept)
         (wheel,) = (tmp_path / "dist").glob("fusedstep-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()

@@ -7,14 +7,12 @@ engine and run by qemu, where both are installed (Debian: g++-aarch64-linux-gnu 
 import importlib.util
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from compiling import ROOT, linked
 
 from fusedstep import _C
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = ROOT / "tests" / "other_cpu" / "steps.cpp"
 CROSS, QEMU = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 
@@ -65,24 +63,7 @@ def test_sums_have_the_bits_of_plain_loops(setup_py, isa, tmp_path):
 
 
 @pytest.mark.skipif(not (shutil.which(CROSS) and QEMU), reason=f"needs {CROSS} and qemu-aarch64")
-def test_aarch64_makes_the_same_of_every_format(setup_py, expected, tmp_path):
-    steps = [
-        [
-            CROSS,
-            *setup_py.CXX_FLAGS,
-            "-Werror",
-            "-DFUSEDSTEP_X86=0",
-            *isa,
-            "-c",
-            path,
-            "-o",
-            tmp_path / f"{path.stem}.o",
-        ]
-        for path in [STEPS, *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
-        for isa in [["-DFUSEDSTEP_ISA=base"] if path.stem in ("engine", "tiles", "reducing", "norm") else []]
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda command: subprocess.run(command, check=True), steps))
-    program = tmp_path / "steps"
-    subprocess.run([CROSS, "-fopenmp", "-static", *tmp_path.glob("*.o"), "-o", program], check=True)
-    assert output(QEMU, program) == expected
+def test_aarch64_makes_the_same_of_every_format(setup_py, expected):
+    compiler = [CROSS, *setup_py.CXX_FLAGS, "-Werror", "-DFUSEDSTEP_X86=0", "-DFUSEDSTEP_ISA=base"]
+    units = [(path, compiler) for path in [STEPS, *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]]
+    assert output(QEMU, linked("steps_on_aarch64", units, [CROSS, "-fopenmp", "-static"])) == expected

@@ -91,11 +91,12 @@ def test_forms_and_what_is_done_around_a_step_have_the_references_bits(tested, m
 
     def values():
         generator = torch.Generator().manual_seed(3)
-        return [value for dtype in dtypes for value in layouts(dtype, "cpu", generator).values()]
+        found = [value for dtype in dtypes for value in layouts(dtype, "cpu", generator).values()]
+        return found[::3] if tested == "triton" else found  # whose interpreter takes its time
 
     optimizers = [make(case, values(), backend, **mode, **chain) for backend in (tested, "reference")]
     generator = torch.Generator().manual_seed(4)
-    for number in range(3):
+    for number in range(2 if tested == "triton" else 3):
         grads = []
         for index, param in enumerate(parameters_of(optimizers[0])):
             dtype = (param.dtype, torch.float32, torch.bfloat16)[index % 3]
