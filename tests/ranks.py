@@ -507,8 +507,12 @@ def an_overflow_is_seen_by_the_scaler_of_all():
 
 @scenario
 def a_flag_of_one_process_skips_on_all():
-    for given in ({"skip_nonfinite": True}, {"clipnorm": 1.0, "skip_nonfinite": True}):
-        pair = Pair(fusedstep.AdamWeightDecay, "four", **given)
+    for where, given in (
+        ("four", {"skip_nonfinite": True}),
+        ("four", {"clipnorm": 1.0, "skip_nonfinite": True}),
+        ("HSDP", {"skip_nonfinite": True}),
+    ):
+        pair = Pair(fusedstep.AdamWeightDecay, where, **given)
         pair.step()
         before = snapshot(pair)
         pair.give()
@@ -546,8 +550,12 @@ def gradients_that_are_not_placed_as_parameters():
 
 @scenario
 def an_error_of_one_process_is_raised_by_all():
-    for given in ({"max_grad_norm": 1.0}, {"clipnorm": 1.0, "skip_nonfinite": True}):
-        pair = Pair(fusedstep.AdamWeightDecay, "four", **given)
+    for where, given in (
+        ("four", {"max_grad_norm": 1.0}),
+        ("four", {"clipnorm": 1.0, "skip_nonfinite": True}),
+        ("HSDP", {"max_grad_norm": 1.0}),
+    ):
+        pair = Pair(fusedstep.AdamWeightDecay, where, **given)
         pair.step()
         before = snapshot(pair)
         pair.give()
@@ -588,7 +596,7 @@ def processes_that_disagree():
         "shape of parameter 1 'p1': (7, 5) in process 0, (7, 6)": {"shapes": ((8, 6), (7, 6), *SHAPES[2:])},
     }
     for text, given in own.items():
-        for where in ("four", "FSDP and TP"):
+        for where in ("four", "FSDP and TP", "HSDP"):
             pair = Pair(fusedstep.AdamW, where, **(given if odd else {}))
             before = snapshot(pair)
             pair.give()

@@ -30,11 +30,16 @@ SKIP, FAIL = 1.0, 2.0**30
 
 def over(tensor: Tensor) -> Over:
     """The process groups over which the parts of a tensor add up."""
+    return _groups(tensor, copies=False)
+
+
+def _groups(tensor: Tensor, copies: bool) -> Over:
+    """Those along the dimensions of a tensor's mesh; ``copies``: also along those where others have the same part."""
     if not shards.is_sharded(tensor) or tensor.device_mesh.get_coordinate() is None:
         return ()
     mesh = tensor.device_mesh
-    split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    return tuple(mesh.get_group(dim) for dim in split if mesh.size(dim) > 1)
+    taken = [dim for dim, placement in enumerate(tensor.placements) if copies or not placement.is_replicate()]
+    return tuple(mesh.get_group(dim) for dim in taken if mesh.size(dim) > 1)
 
 
 class Exchange:
@@ -42,14 +47,16 @@ class Exchange:
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.kinds: dict[Over, int] = {(): 0}  # the place of each among numbers
+        groups: dict[ProcessGroup, None] = {}
         device = None
         for param in params:
-            groups = over(param)
-            if groups and device is None:
-                device = layout.local(param.detach()).device
-            self.kinds.setdefault(groups, len(self.kinds))
+            self.kinds.setdefault(over(param), len(self.kinds))
+            found = _groups(param, copies=True)
+            if found and device is None:
+                device = layout.local(param).device
+            groups |= dict.fromkeys(found)
         self.device: torch.device = device or torch.device("cpu")
-        self.groups: Over = tuple(dict.fromkeys(group for kind in self.kinds for group in kind))
+        self.groups: Over = tuple(groups)  # through which goes what all must know
         self._members: dict[tuple[Over, ...], list[tuple[ProcessGroup, Tensor | None]]] = {}
 
     def numbers(self, kinds: Sequence[Over] | None = None) -> Tensor:
