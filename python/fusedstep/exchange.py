@@ -184,16 +184,16 @@ def refuse_other_parts(owner: str, subject: str, tensor: Tensor, param: Tensor, 
         raise RuntimeError(f"{owner}: {subject} is a {found}, it must be a {expected} like {what}")
     if tensor._spec is param._spec:
         return
-    if any(placement.is_partial() for placement in tensor.placements):
-        raise RuntimeError(
-            f"{owner}: {subject} has placements {tensor.placements}, a sum over processes that is still to be made, of "
-            f"{what}; call .redistribute(placements={param.placements}) on it"
-        )
-    if tensor.device_mesh != param.device_mesh:
-        raise RuntimeError(
-            f"{owner}: {subject} lies on {tensor.device_mesh}, it must be on {param.device_mesh}, the mesh of {what}"
-        )
-    if tensor.placements != param.placements:
-        raise RuntimeError(
-            f"{owner}: {subject} has placements {tensor.placements}, they must be {param.placements}, those of {what}"
-        )
+    mesh = param.device_mesh
+    if tensor.device_mesh != mesh:
+        raise RuntimeError(f"{owner}: {subject} lies on {tensor.device_mesh}, it must be on {mesh}, the mesh of {what}")
+    # Along a dimension of one process all placements are the same.
+    pairs = enumerate(zip(tensor.placements, param.placements, strict=True))
+    differ = [own for dim, (own, other) in pairs if own != other and mesh.size(dim) > 1]
+    if not differ:
+        return
+    to_sum = ", a sum that is still to be made" if any(placement.is_partial() for placement in differ) else ""
+    raise RuntimeError(
+        f"{owner}: {subject} has placements {tensor.placements}{to_sum}; they must be "
+        f"{param.placements}, those of {what}: call .redistribute(placements=...) on it"
+    )
