@@ -232,6 +232,7 @@ PYBIND11_MODULE(_C, m) {
       .def("odd_grads", &Plan::odd_grads)
       .def("drop_grad", &Plan::drop_grad)
       .def("set_grad", &Plan::set_grad)
+      .def("watch_part", &Plan::watch_part, "look at what owner i wraps, a DTensor, and its gradient, in every step")
       .def("release_grads", &Plan::release_grads)
       .def("increment_written", &Plan::increment_written, py::arg("grads_too"))
       .def("records", &records, "the bytes of all records, laid out as record_fields() says")

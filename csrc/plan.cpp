@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <structmember.h>
+
 #include <algorithm>
 #include <iterator>
 #include <stdexcept>
@@ -139,6 +141,110 @@ inline bool Plan::param_unchanged(const Words& at, size_t i) const {
   return memory.unchanged(at, layout.ndim, dims_.data() + layout.begin, kinds_[layout.kind].kind);
 }
 
+namespace {
+
+// An attribute of DTensors, which are asked for it in every step: read in its slot, if the class has one for it.
+class Attribute {
+ public:
+  explicit Attribute(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+  // A borrowed reference: the tensor has it.
+  PyObject* of(PyObject* tensor) {
+    if (Py_TYPE(tensor) != type_) find_slot(Py_TYPE(tensor));
+    if (offset_ >= 0) {
+      PyObject* const value = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset_);
+      if (value != nullptr) return value;
+    }
+    PyObject* const value = PyObject_GetAttr(tensor, name_);
+    if (value == nullptr) throw py::error_already_set();
+    Py_DECREF(value);
+    return value;
+  }
+
+ private:
+  void find_slot(PyTypeObject* type) {
+    const py::object slot = py::getattr(reinterpret_cast<PyObject*>(type), name_, py::none());
+    const bool known = Py_TYPE(slot.ptr()) == &PyMemberDescr_Type;
+    offset_ = known ? reinterpret_cast<PyMemberDescrObject*>(slot.ptr())->d_member->offset : -1;
+    type_ = type;
+  }
+
+  PyObject* name_;
+  PyTypeObject* type_ = nullptr;
+  Py_ssize_t offset_ = -1;
+};
+
+struct Attributes {
+  Attribute local{"_local_tensor"}, spec{"_spec"};
+};
+
+Attributes& attributes() {
+  static Attributes found;
+  return found;
+}
+
+}  // namespace
+
+void Plan::watch_part(int64_t i) {
+  const size_t n = static_cast<size_t>(i);
+  const py::object owner = owners_[n];
+  if (n >= size() || layouts_[n].watch < 0) throw std::invalid_argument("the plan has no memory of this owner");
+  const py::object spec = py::reinterpret_borrow<py::object>(attributes().spec.of(owner.ptr()));
+  if (!wraps_param(n)) throw std::invalid_argument("the plan's parameter is not what its owner wraps");
+  parts_.resize(size());
+  parts_[n] = std::make_unique<Part>(
+      Part{spec, spec.attr("mesh"), spec.attr("placements"), py::object(owner.attr("shape")), spec});
+  all_written_.append(owner);
+}
+
+bool Plan::wraps_param(size_t i) const {
+  PyObject* const owner = PyList_GET_ITEM(owners_.ptr(), i);
+  return attributes().local.of(owner) == PyList_GET_ITEM(params_.ptr(), i);
+}
+
+// Nearly always by identity: torch makes one description for all gradients of a parameter, or its very own.
+bool Plan::is_such_part(Part& part, PyObject* tensor) {
+  PyObject* const found = attributes().spec.of(tensor);
+  if (found == part.spec.ptr() || found == part.seen.ptr()) return true;
+  const py::object spec = py::reinterpret_borrow<py::object>(found);
+  const py::object mesh = spec.attr("mesh"), placements = spec.attr("placements"),
+                   shape = py::handle(tensor).attr("shape");
+  if (!mesh.is(part.mesh) && !mesh.equal(part.mesh)) return false;
+  if (!placements.equal(part.placements) || !shape.equal(part.shape)) return false;
+  part.seen = spec;
+  return true;
+}
+
+PyObject* Plan::part_of(PyObject* grad, size_t i) {
+  if (Py_TYPE(grad) != Py_TYPE(PyList_GET_ITEM(owners_.ptr(), i)) || !is_such_part(*parts_[i], grad)) return nullptr;
+  PyObject* const local = attributes().local.of(grad);
+  const bool plain = Py_TYPE(local) == Py_TYPE(PyList_GET_ITEM(params_.ptr(), i));  // not one still on its way
+  return plain ? Py_NewRef(local) : nullptr;
+}
+
+// Takes what is inside a DTensor as this step's gradient i, once it was looked at as gather() does. False: it is odd.
+bool Plan::take_part(const Words& at, size_t i, PyObject* wrapper) {
+  Grad& grad = grads_[i];
+  PyObject* const local = part_of(wrapper, i);
+  if (local == nullptr) return false;
+  if (at.grad_known()) {
+    const Impl impl = at.impl_of(local);
+    if (looks_like_before(at, i, Sight{impl, static_cast<Impl>(impl[at.storage])}, &grad.data)) {
+      Py_XSETREF(grad.tensor, local);
+      return true;
+    }
+  }
+  TensorView view;
+  if (!view_tensor(local, &view) || !fits_param(view, i)) {
+    Py_DECREF(local);
+    return false;
+  }
+  grad.data = view.data;
+  set_grad_dtype(i, view.dtype);
+  grad_kinds_[i] = kind_of(local, view);
+  Py_XSETREF(grad.tensor, local);
+  return true;
+}
+
 void Plan::set_grad_dtype(size_t i, Dtype dtype) {
   if (records_[i].grad_dtype == dtype) return;
   records_[i].grad_dtype = dtype;
@@ -157,11 +263,12 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
     if (!memory.unchanged(at)) return Gathered::kStale;
   }
   const bool borrows = borrow && brief_, looks = borrows && at.grad_known(), counts = in_place_ && at.version_known();
+  const bool finds_parts = !parts_.empty() && grads.is_none() && at.python_known();
   Sight sights[kTogether];
   for (size_t i = 0; i < records_.size(); ++i) {
     if (looks && i % kTogether == 0) look(at, i, std::min(i + kTogether, size()), sights);
     Grad& grad = grads_[i];
-    if (looks) {
+    if (looks && !is_part(i)) {
       const Sight& sight = sights[i % kTogether];
       if (sight.grad == nullptr) continue;
       if (looks_like_before(at, i, sight, &grad.data)) {
@@ -172,6 +279,16 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
       }
     }
     PyObject* const owner = PyList_GET_ITEM(owners_.ptr(), i);
+    if (finds_parts && is_part(i)) {  // to ask torch for the gradient of a DTensor takes as long as all the rest
+      const Impl found = at.grad_of(at.impl_of(owner));
+      if (found == nullptr) continue;
+      PyObject* const wrapper = at.python_of(found);
+      if (wrapper != nullptr && take_part(at, i, wrapper)) {
+        holds_grads_ = grad.active = any_active_ = true;
+        if (!param_unchanged(at, i) || !wraps_param(i)) return Gathered::kStale;
+        continue;
+      }
+    }
     grad.tensor = grads.is_none() ? grad_of(owner) : Py_NewRef(PyList_GET_ITEM(grads.ptr(), i));
     if (grad.tensor == nullptr) throw py::error_already_set();
     holds_grads_ = true;
@@ -181,6 +298,11 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
     }
     grad.active = any_active_ = true;
     if (!param_unchanged(at, i)) return Gathered::kStale;
+    if (is_part(i)) {
+      if (!wraps_param(i)) return Gathered::kStale;
+      if (!take_part(at, i, grad.tensor)) odd_grads_.push_back(static_cast<int64_t>(i));
+      continue;
+    }
     TensorView view;
     if (!view_tensor(grad.tensor, &view) || !fits_param(view, i)) {
       odd_grads_.push_back(static_cast<int64_t>(i));
@@ -248,7 +370,9 @@ void Plan::increment_written(bool grads_too) const {
   for (size_t i = 0; i < records_.size(); ++i) all = all && active(i);
   if (!all) {
     for (size_t i = 0; i < records_.size(); ++i) {
-      if (active(i)) written.append(params_[i]);
+      if (!active(i)) continue;
+      written.append(params_[i]);
+      if (is_part(i)) written.append(owners_[i]);
     }
   }
   increment_versions(all ? all_written_ : written);

@@ -1,6 +1,8 @@
 // A plan: the tensors of one parameter group on one device, looked up once and checked at every step.
 #pragma once
 
+#include <memory>
+
 #include "table.h"
 #include "tensor.h"
 
@@ -53,6 +55,10 @@ class Plan {
   // Uses `grad`, laid out as tensor i, in place of the owner's gradient in this step.
   void set_grad(int64_t i, const py::object& grad);
 
+  // From now on owner i is asked what it wraps in every step: it is a DTensor around the parameter's memory, and so is
+  // its gradient, around a part of the same kind.
+  void watch_part(int64_t i);
+
   // Drops the references to this step's gradients.
   void release_grads();
   // Bumps the version counters of what a step wrote; of gradients, those that are held.
@@ -94,12 +100,23 @@ class Plan {
   struct Sight {
     Impl grad, storage;
   };
+  // A DTensor whose memory a record has: how it is shared out to processes.
+  struct Part {
+    py::object spec, mesh, placements, shape;
+    py::object seen;  // another description of the same, which a gradient had
+  };
   struct Grad {
     PyObject* tensor;  // a reference of ours; null: none, or borrowed
     const void* data;
     bool active;  // takes part in this step
   };
 
+  bool is_part(size_t i) const { return !parts_.empty() && parts_[i] != nullptr; }
+  bool wraps_param(size_t i) const;
+  bool is_such_part(Part& part, PyObject* tensor);
+  // The memory inside a gradient of a part, as a new reference; null without an error: it is odd.
+  PyObject* part_of(PyObject* grad, size_t i);
+  bool take_part(const Words& at, size_t i, PyObject* wrapper);
   bool grads_moved();
   KindIndex kind_of(PyObject* tensor, const TensorView& view);
   void set_grad_dtype(size_t i, Dtype dtype);
@@ -153,6 +170,7 @@ class Plan {
   bool any_active_ = false, borrowed_ = false, holds_grads_ = false, brief_ = true;
   bool in_place_ = true;  // the memory of no tensor is asked for through torch
   py::list all_written_;
+  std::vector<std::unique_ptr<Part>> parts_;  // of each record; empty: there are none
 };
 
 }  // namespace fusedstep

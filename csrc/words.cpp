@@ -177,6 +177,27 @@ void find_grad(Words* found) {
   found->no_grad = no_grad;
 }
 
+// Also of a gradient that nothing but its parameter holds, whose Python object is then the C++ one's.
+void find_python(Words* found) {
+  if (!found->grad_known()) return;
+  const py::object empty = torch_module().attr("empty"), first = empty(3), second = empty(5);
+  int64_t slot = -1;
+  for (int i = 0; i < kTensorWords && slot < 0; ++i) {
+    if (Words::untagged(impl_of(first)[i]) == first.ptr()) slot = i;
+  }
+  if (slot < 0) return;
+  Words at = *found;
+  at.python = slot;
+  py::object holder = empty(3);
+  holder.attr("requires_grad_")();
+  holder.attr("grad") = empty(3);
+  const Impl grad = at.grad_of(impl_of(holder));
+  if (grad == nullptr) return;
+  const PyObject* const seen = at.python_of(grad);
+  const py::object asked = holder.attr("grad");
+  if (at.python_of(impl_of(second)) == second.ptr() && seen == asked.ptr()) *found = at;
+}
+
 // A tensor shares its version counter with what detach() makes of it, not with its `.data`; an inference tensor has
 // none.
 void find_version(Words* found) {
@@ -219,7 +240,7 @@ void find_version(Words* found) {
 
 Words find_words() {
   Words found;
-  for (const auto find : {find_object, find_memory, find_layout, find_grad, find_version}) {
+  for (const auto find : {find_object, find_memory, find_layout, find_grad, find_python, find_version}) {
     try {
       find(&found);
     } catch (py::error_already_set&) {

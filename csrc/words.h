@@ -1,6 +1,8 @@
 // Where torch keeps what a plan looks at in every step, found by value. libtorch is neither included nor linked.
 #pragma once
 
+#include <Python.h>
+
 #include <cstdint>
 
 namespace fusedstep {
@@ -25,16 +27,29 @@ struct Words {
   uintptr_t kind_mask = 0;             // what lies behind them is padding, never written
   int64_t autograd = -1, grad = -1;    // the pointer to what autograd knows, and in that the one to the gradient
   const void* no_grad = nullptr;       // what stands for "no gradient"
+  int64_t python = -1;                 // the pointer to the Python object, whose lowest bit says who owns whom
   int64_t version = -1, counter = -1;  // the pointer to the version counter, and the 32-bit number in that
 
   bool objects_known() const { return object >= 0; }
   bool memory_known() const { return storage >= 0 && objects_known(); }
   bool layout_known() const { return memory_known() && kind >= 0; }
   bool grad_known() const { return layout_known() && grad >= 0; }
+  bool python_known() const { return grad_known() && python >= 0; }
   bool version_known() const { return objects_known() && version >= 0; }
 
   // The C++ object behind a Python tensor; only if it is known where that is.
   Impl impl_of(const void* tensor) const { return static_cast<Impl>(static_cast<Impl>(tensor)[object]); }
+  // The Python object of a C++ one, which may be owned by it: not to be kept. Null: it has none.
+  PyObject* python_of(Impl impl) const { return untagged(impl[python]); }
+  static PyObject* untagged(const void* word) {
+    return reinterpret_cast<PyObject*>(reinterpret_cast<uintptr_t>(word) & ~uintptr_t{1});
+  }
+  // The C++ object of a tensor's gradient; null: there is none. Only if grad_known().
+  Impl grad_of(Impl impl) const {
+    const auto* const known = static_cast<Impl>(impl[autograd]);
+    const void* const found = known == nullptr ? nullptr : known[grad];
+    return found == no_grad ? nullptr : static_cast<Impl>(found);
+  }
   bool is_negated(Impl impl) const { return (reinterpret_cast<uintptr_t>(impl[keys]) & negation) != 0; }
 
   // Whether a tensor has these sizes and these strides.

@@ -20,8 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fusedstep
 
@@ -505,8 +507,12 @@ def an_overflow_is_seen_by_the_scaler_of_all():
 
 @scenario
 def a_flag_of_one_process_skips_on_all():
-    for given in ({"skip_nonfinite": True}, {"clipnorm": 1.0, "skip_nonfinite": True}):
-        pair = Pair(fusedstep.AdamWeightDecay, "four", **given)
+    for where, given in (
+        ("four", {"skip_nonfinite": True}),
+        ("four", {"clipnorm": 1.0, "skip_nonfinite": True}),
+        ("HSDP", {"skip_nonfinite": True}),
+    ):
+        pair = Pair(fusedstep.AdamWeightDecay, where, **given)
         pair.step()
         before = snapshot(pair)
         pair.give()
@@ -514,6 +520,52 @@ def a_flag_of_one_process_skips_on_all():
         pair.mine.step()
         del pair.mine.found_inf
         assert_untouched(pair, before)
+
+
+# As models are sharded.
+
+
+def layers():
+    generator = torch.Generator().manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator))
+    return model
+
+
+def fsdp(model):
+    return fully_shard(model, mesh=mesh(4))
+
+
+def fsdp_with_copies(model):
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")))
+
+
+def fsdp_and_tp(model):
+    names = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, names["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    return fully_shard(model, mesh=names["dp"])
+
+
+@scenario(shard=(fsdp, fsdp_with_copies, fsdp_and_tp))
+def models(shard):
+    """All processes have the same data, so that the mean of their gradients is that of one."""
+    for given in ({}, {"max_grad_norm": 0.1}):
+        whole, parts = layers(), shard(layers())
+        expected = fusedstep.AdamW(whole.parameters(), lr=0.01, **given)
+        mine = fusedstep.AdamW(parts.parameters(), lr=0.01, **given)
+        for number in range(4):
+            data = numbers(5, 6, seed=number)
+            for model, optimizer in ((whole, expected), (parts, mine)):
+                model(data).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=number % 2 == 0)
+        for a, b in zip(parts.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(a.full_tensor().detach(), b.detach(), rtol=1e-5, atol=1e-6)
+        if given:
+            torch.testing.assert_close(mine.grad_norm, expected.grad_norm, rtol=1e-5, atol=0)
+        assert not mine.stepper.plans[0].places
 
 
 # Mistakes.
@@ -528,7 +580,7 @@ def gradients_that_are_not_placed_as_parameters():
         wrong = {
             "a plain tensor": lambda p: torch.zeros(p.shape),
             "those of parameter 0 'p0'": lambda p: distribute_tensor(torch.zeros(p.shape), mesh(4), COPIES),
-            r"call .redistribute(placements=": lambda p: DTensor.from_local(torch.zeros(p.shape), mesh(4), [Partial()]),
+            "a sum that is still to be made": lambda p: DTensor.from_local(torch.zeros(p.shape), mesh(4), [Partial()]),
             "the mesh of parameter 0 'p0'": lambda p: distribute_tensor(
                 torch.zeros(p.shape), mesh(2, 2), ROWS + COPIES
             ),
@@ -544,8 +596,12 @@ def gradients_that_are_not_placed_as_parameters():
 
 @scenario
 def an_error_of_one_process_is_raised_by_all():
-    for given in ({"max_grad_norm": 1.0}, {"clipnorm": 1.0, "skip_nonfinite": True}):
-        pair = Pair(fusedstep.AdamWeightDecay, "four", **given)
+    for where, given in (
+        ("four", {"max_grad_norm": 1.0}),
+        ("four", {"clipnorm": 1.0, "skip_nonfinite": True}),
+        ("HSDP", {"max_grad_norm": 1.0}),
+    ):
+        pair = Pair(fusedstep.AdamWeightDecay, where, **given)
         pair.step()
         before = snapshot(pair)
         pair.give()
@@ -586,7 +642,7 @@ def processes_that_disagree():
         "shape of parameter 1 'p1': (7, 5) in process 0, (7, 6)": {"shapes": ((8, 6), (7, 6), *SHAPES[2:])},
     }
     for text, given in own.items():
-        for where in ("four", "FSDP and TP"):
+        for where in ("four", "FSDP and TP", "HSDP"):
             pair = Pair(fusedstep.AdamW, where, **(given if odd else {}))
             before = snapshot(pair)
             pair.give()

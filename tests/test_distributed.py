@@ -1,6 +1,8 @@
 """DTensor parameters, and the state_dict functions of torch.distributed.checkpoint, in one process."""
 
 import copy
+import gc
+import sys
 
 import pytest
 import torch
@@ -172,3 +174,76 @@ def test_zero_redundancy_optimizer(backend, mesh):
         step(mine, expected)
     for a, b in zip(*map(parameters_of, (mine, expected)), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
+
+
+def given(mesh, n=20, **options):
+    """An optimizer of small matrices on a mesh, with gradients, after some steps."""
+    params = distributed([torch.randn(4, 4) for _ in range(n)], mesh)
+    optimizer = fusedstep.AdamW(params, backend="cpu", **options)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("options", [{}, {"zero_grads": True}, {"max_grad_norm": 1.0}], ids=str)
+def test_a_steady_step_asks_nothing_of_dtensors(options, mesh):
+    from torch.distributed.tensor import DTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append((function, types))
+            return function(*args, **(kwargs or {}))
+
+    optimizer, seen = given(mesh, **options), []
+    with Watching():
+        torch.ones_like(parameters_of(optimizer)[0])
+        assert seen.pop(0)[1] == (DTensor,)
+        seen.clear()
+        optimizer.step()
+    assert not [types for _, types in seen if DTensor in types]
+    assert optimizer.kernel_calls == 1 + ("max_grad_norm" in options)
+    assert all(count == 4 for count in (optimizer.state[p]["step"] for p in parameters_of(optimizer)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_steady_steps_keep_no_object(mesh):
+    optimizer = given(mesh)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(200):
+        optimizer.step()
+    assert sys.getallocatedblocks() - before < len(parameters_of(optimizer))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_gradient_that_nothing_but_its_parameter_holds(keep, mesh):
+    """Its Python object may then be torch's, and another one in the next step."""
+    optimizer = given(mesh)
+    plain = ours(ADAMW, [torch.nn.Parameter(p.full_tensor().detach().clone()) for p in parameters_of(optimizer)])
+    optimizer = ours(ADAMW, parameters_of(optimizer))
+    kept = []
+    for number in range(5):
+        for a, b in zip(*map(parameters_of, (optimizer, plain)), strict=True):
+            a.grad = None
+            b.grad = torch.full((4, 4), float(number))
+            a.grad = torch.distributed.tensor.distribute_tensor(b.grad, mesh, a.placements)
+            if keep:
+                kept.append(a.grad)
+        if not keep:
+            gc.collect()
+        versions = [p._version for p in parameters_of(optimizer)]
+        optimizer.step()
+        plain.step()
+        assert all(p._version > v for p, v in zip(parameters_of(optimizer), versions, strict=True))
+    for a, b in zip(*map(parameters_of, (optimizer, plain)), strict=True):
+        assert torch.equal(a.full_tensor(), b)
+        a.grad = None
+    optimizer.step()
+    for a, b in zip(*map(parameters_of, (optimizer, plain)), strict=True):
+        assert torch.equal(a.full_tensor(), b)
+    assert all(torch.equal(grad.full_tensor(), torch.full((4, 4), float(i // 20))) for i, grad in enumerate(kept))

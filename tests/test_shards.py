@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from support import ADAMW, KINDS, WEIGHTS, examples, ours
+from support import ADAMW, ELEMENTWISE, KINDS, WEIGHTS, examples, ours
 
 from fusedstep import shards
 
@@ -112,6 +112,47 @@ def test_too_scattered_parts_are_refused():
         with pytest.raises(ValueError, match=r"'stochastic' does not support .*parameter 0 'experts'.*shard fewer"):
             mine.step()
         assert not mine.state
+
+
+OPTIONS = [
+    {},
+    {"ema_decay": 0.5, "weights_copy": torch.float16},
+    {"master_weights": "split"},
+    {"kahan": True, "state_dtype": torch.float32},
+    WEIGHTS["stochastic"],
+    {**WEIGHTS["stochastic"], "state_dtype": torch.bfloat16, "ema_decay": 0.5},
+]
+
+
+@hypothesis.given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    mesh_shape=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    case=st.sampled_from(ELEMENTWISE),
+    options=st.sampled_from(OPTIONS),
+    data=st.data(),
+)
+@examples(100)
+def test_parts_have_the_bits_of_one_process(shape, mesh_shape, case, options, data):
+    dims = st.sampled_from(["r", *map(str, range(len(shape)))])
+    placements = data.draw(st.lists(dims, min_size=len(mesh_shape), max_size=len(mesh_shape)))
+    values, *grads = torch.randn(4, *shape).bfloat16()
+    whole = torch.nn.Parameter(values.clone())
+    expected = ours(case, [("weight", whole)], "cpu", **options)
+    for grad in grads:
+        whole.grad = grad.clone()
+        expected.step()
+    for _ in every_rank(mesh_shape):
+        param = distributed(values.clone(), mesh_shape, placements).requires_grad_()
+        mine = ours(case, [("weight", param)], "cpu", **options)
+        for grad in grads:
+            param.grad = distributed(grad.clone(), mesh_shape, placements)
+            mine.step()
+        pairs = [(param, whole)]
+        pairs += [(mine.state[param][key], state) for key, state in expected.state.get(whole, {}).items()]
+        for part, state in pairs:
+            if state.dim():
+                part, state = part.detach().to_local(), distributed(state.detach(), mesh_shape, placements).to_local()
+            assert torch.equal(part, state)
 
 
 @by_layout

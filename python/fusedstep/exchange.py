@@ -30,11 +30,16 @@ SKIP, FAIL = 1.0, 2.0**30
 
 def over(tensor: Tensor) -> Over:
     """The process groups over which the parts of a tensor add up."""
+    return _groups(tensor, copies=False)
+
+
+def _groups(tensor: Tensor, copies: bool) -> Over:
+    """Those along the dimensions of a tensor's mesh; ``copies``: also along those where others have the same part."""
     if not shards.is_sharded(tensor) or tensor.device_mesh.get_coordinate() is None:
         return ()
     mesh = tensor.device_mesh
-    split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    return tuple(mesh.get_group(dim) for dim in split if mesh.size(dim) > 1)
+    taken = [dim for dim, placement in enumerate(tensor.placements) if copies or not placement.is_replicate()]
+    return tuple(mesh.get_group(dim) for dim in taken if mesh.size(dim) > 1)
 
 
 class Exchange:
@@ -42,14 +47,16 @@ class Exchange:
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.kinds: dict[Over, int] = {(): 0}  # the place of each among numbers
+        groups: dict[ProcessGroup, None] = {}
         device = None
         for param in params:
-            groups = over(param)
-            if groups and device is None:
-                device = layout.local(param.detach()).device
-            self.kinds.setdefault(groups, len(self.kinds))
+            self.kinds.setdefault(over(param), len(self.kinds))
+            found = _groups(param, copies=True)
+            if found and device is None:
+                device = layout.local(param).device
+            groups |= dict.fromkeys(found)
         self.device: torch.device = device or torch.device("cpu")
-        self.groups: Over = tuple(dict.fromkeys(group for kind in self.kinds for group in kind))
+        self.groups: Over = tuple(groups)  # through which goes what all must know
         self._members: dict[tuple[Over, ...], list[tuple[ProcessGroup, Tensor | None]]] = {}
 
     def numbers(self, kinds: Sequence[Over] | None = None) -> Tensor:
@@ -177,16 +184,16 @@ def refuse_other_parts(owner: str, subject: str, tensor: Tensor, param: Tensor, 
         raise RuntimeError(f"{owner}: {subject} is a {found}, it must be a {expected} like {what}")
     if tensor._spec is param._spec:
         return
-    if any(placement.is_partial() for placement in tensor.placements):
-        raise RuntimeError(
-            f"{owner}: {subject} has placements {tensor.placements}, a sum over processes that is still to be made, of "
-            f"{what}; call .redistribute(placements={param.placements}) on it"
-        )
-    if tensor.device_mesh != param.device_mesh:
-        raise RuntimeError(
-            f"{owner}: {subject} lies on {tensor.device_mesh}, it must be on {param.device_mesh}, the mesh of {what}"
-        )
-    if tensor.placements != param.placements:
-        raise RuntimeError(
-            f"{owner}: {subject} has placements {tensor.placements}, they must be {param.placements}, those of {what}"
-        )
+    mesh = param.device_mesh
+    if tensor.device_mesh != mesh:
+        raise RuntimeError(f"{owner}: {subject} lies on {tensor.device_mesh}, it must be on {mesh}, the mesh of {what}")
+    # Along a dimension of one process all placements are the same.
+    pairs = enumerate(zip(tensor.placements, param.placements, strict=True))
+    differ = [own for dim, (own, other) in pairs if own != other and mesh.size(dim) > 1]
+    if not differ:
+        return
+    to_sum = ", a sum that is still to be made" if any(placement.is_partial() for placement in differ) else ""
+    raise RuntimeError(
+        f"{owner}: {subject} has placements {tensor.placements}{to_sum}; they must be "
+        f"{param.placements}, those of {what}: call .redistribute(placements=...) on it"
+    )

@@ -85,7 +85,10 @@ def local(tensor: Tensor) -> Tensor:
     """The plain memory of a wrapper, such as a DTensor or a tensor still on its way; any other tensor as it is."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return tensor
-    if is_wrapper(tensor):
+    inside = getattr(tensor, "_local_tensor", None)  # a DTensor's own; asked for a parameter's, it makes a view of it
+    if inside is not None:
+        tensor = inside
+    elif is_wrapper(tensor):
         with torch.no_grad():
             tensor = tensor.to_local()
     return tensor.wait() if hasattr(tensor, "wait") else tensor

@@ -43,7 +43,8 @@ class Options(TypedDict, total=False):
             before the next update, also to a weight that something else has written meanwhile.
         rounding: "nearest" (default), or "stochastic": a 16-bit parameter is rounded up with the probability of what
             rounding down would cut off, with random numbers that depend on the seed, the parameter's index, the
-            element's place in memory and the parameter's step alone (Philox4x32-10).
+            element's place in memory and the parameter's step alone (Philox4x32-10). The place is that in the memory of
+            the whole tensor: a DTensor is rounded as in one process.
         rounding_seed: of stochastic rounding, 0 (default) or larger. It is a part of the state_dict, and a loaded one
             counts. Not drawn from torch's generator, so that the copies of a model in a data-parallel run stay equal.
         max_grad_norm: the norm of all gradients together, of all groups, is brought down to this (0 or larger, in the

@@ -44,6 +44,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return layout.is_wrapper(tensor) and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
+def wraps(tensor: Tensor, memory: Tensor | None) -> bool:
+    """Whether a DTensor is made of ``memory`` in the way that csrc/plan.cpp knows."""
+    return is_sharded(tensor) and getattr(tensor, "_local_tensor", None) is memory and hasattr(tensor, "_spec")
+
+
 def place_of(param: Tensor, what: str) -> Place:
     """Where the local memory of a parameter lies in the whole one, which ``what`` describes.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks, layout
+from .. import checks, layout, shards
 from ..kept.ema import follow
 from ..record import Record, Step, memory_layout
 from .lifetime import Graphs, Streams
@@ -211,9 +211,12 @@ class KernelPlan(Plan):
             for i, record in enumerate(self.records)
             if record.param is not None and record.param is not layout.local(record.target)
         ]
-        self.wrappers = [
-            (i, record.target) for i, record in enumerate(self.records) if layout.is_wrapper(record.target)
-        ]
+        self.wrappers = []
+        for i, record in enumerate(self.records):
+            if record.into is None and shards.wraps(record.owner, record.param):
+                self.native.watch_part(i)
+            elif record.param is not None and layout.is_wrapper(record.target):
+                self.wrappers.append((i, record.target))
         # The compiled plan sees the memory that it updates; whether that still stands for the parameter is seen here.
         apart = [record.target for _, record in self.stand_ins] + [target for _, target in self.wrappers]
         self.places = [(target, layout.place(layout.local(target))) for target in apart]
