@@ -20,7 +20,7 @@ import fusedstep
 from fusedstep import _C
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES, REDUCING, gradient, layouts
-from fusedstep.kept.states import MIN_8BIT
+from fusedstep.kept.states import MIN_QUANTIZED
 from fusedstep.verification import same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,7 +40,7 @@ EDGES = [
     -65519.0,
     6e-8,
 ]
-MODES = precision_modes("own", "fp32", "bf16", "8bit")
+MODES = precision_modes("own", "fp32", "bf16", "8bit", "4bit")
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 ENGINES = [
     *(f"cpu {isa}" for isa in _C.cpu_isas()),
@@ -345,7 +345,7 @@ def test_extreme_numbers_have_the_references_bits_in_every_format(mode, engine):
     numbers = torch.cat((ordinary, numbers, ordinary, numbers)).repeat(2)
     grads = torch.cat((ordinary.roll(9), grads, ordinary.roll(3), grads)).repeat(2)
     grads[300] = math.inf  # alone in its block
-    assert numbers.numel() >= MIN_8BIT  # states of smaller ones are not in 8 bits
+    assert numbers.numel() >= MIN_QUANTIZED  # states of smaller ones are not in 8 bits
     assert numbers.numel() % 256
     dtypes = stored_as(mode)
 
