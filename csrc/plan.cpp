@@ -163,8 +163,10 @@ class Attribute {
  private:
   void find_slot(PyTypeObject* type) {
     const py::object slot = py::getattr(reinterpret_cast<PyObject*>(type), name_, py::none());
-    const bool known = Py_TYPE(slot.ptr()) == &PyMemberDescr_Type;
-    offset_ = known ? reinterpret_cast<PyMemberDescrObject*>(slot.ptr())->d_member->offset : -1;
+    const PyMemberDef* const member = Py_TYPE(slot.ptr()) == &PyMemberDescr_Type
+                                          ? reinterpret_cast<PyMemberDescrObject*>(slot.ptr())->d_member
+                                          : nullptr;
+    offset_ = member != nullptr && member->type == T_OBJECT_EX ? member->offset : -1;
     type_ = type;
   }
 

@@ -595,6 +595,22 @@ def gradients_that_are_not_placed_as_parameters():
 
 
 @scenario
+def gradients_that_look_like_the_parameters_part():
+    """Another part of the same shape, and a sum that is still to be made."""
+    for given in ({}, {"max_grad_norm": 1.0}, {"backend": "reference"}):
+        for where, placements in (("HSDP", [Shard(0), Replicate()]), ("HSDP", [Partial(), Shard(0)])):
+            pair = Pair(fusedstep.AdamW, where, **given)
+            pair.step()
+            before = snapshot(pair)
+            pair.give()
+            pair.parts[0].grad = DTensor.from_local(local(pair.parts[0].grad), mesh(2, 2), placements)
+            found = raised(RuntimeError, pair.mine.step)
+            assert f"AdamW: the gradient has placements {tuple(placements)}" in found, found
+            assert "those of parameter 0 'p0'" in found, found
+            assert_untouched(pair, before)
+
+
+@scenario
 def an_error_of_one_process_is_raised_by_all():
     for where, given in (
         ("four", {"max_grad_norm": 1.0}),

@@ -308,8 +308,8 @@ CPU = [
     Fault(
         "stochastic rounding draws the same numbers in each whole block",
         "csrc/cpu/weights.h",
-        "void begin_block(int64_t i) { random.fill(precision, step, i); }",
-        "void begin_block(int64_t) { random.fill(precision, step, 0); }",
+        "random.fill(precision, step, i);",
+        "random.fill(precision, step, 0);",
         STORAGE,
     ),
     Fault(
@@ -664,9 +664,61 @@ HOST = [
     Fault(
         "a parameter listed twice keeps the state of its second place",
         "python/fusedstep/planning.py",
-        "bucket = (backend, variant, param.device, backend.bucket(param), over, seen[param], is_last)",
-        "bucket = (backend, variant, param.device, backend.bucket(param), over)",
+        "backend.bucket(param), over, seen[param], is_last)",
+        "backend.bucket(param), over, True, True)",
         "tests/test_step.py tests/test_clip.py",
+    ),
+]
+
+SHARDED = [
+    Fault(
+        "stochastic rounding: every part begins with the first element of the whole tensor",
+        "python/fusedstep/shards.py",
+        "        first += int(indices[0]) * strides[dim]\n",
+        "",
+        "tests/test_shards.py",
+    ),
+    Fault(
+        "norms: what is replicated counts for each process",
+        "python/fusedstep/exchange.py",
+        "return _groups(tensor, copies=False)",
+        "return _groups(tensor, copies=True)",
+        "tests/test_ranks.py",
+    ),
+    Fault(
+        "norms: a step that is skipped in one process is made in the others",
+        "python/fusedstep/gradients.py",
+        "numbers[STOP] = torch.where(",
+        "torch.where(",
+        "tests/test_ranks.py",
+    ),
+    Fault(
+        "an infinity in one process is not known to the others",
+        "python/fusedstep/exchange.py",
+        "numbers[ODD] += odd.to(self.device)",
+        "pass",
+        "tests/test_ranks.py",
+    ),
+    Fault(
+        "8-bit states of a DTensor leave the optimizer as codes",
+        "python/fusedstep/checkpoint.py",
+        'shown_as_numbers(param, state_dict["state"][key])',
+        'state_dict["state"][key]',
+        "tests/test_ranks.py",
+    ),
+    Fault(
+        "a gradient may be placed otherwise than its parameter",
+        "csrc/plan.cpp",
+        "if (!placements.equal(part.placements) || !shape.equal(part.shape)) return false;",
+        "if (!shape.equal(part.shape)) return false;",
+        "tests/test_ranks.py",
+    ),
+    Fault(
+        "the memory inside a DTensor may be exchanged",
+        "csrc/plan.cpp",
+        "if (!param_unchanged(at, i) || !wraps_param(i)) return",
+        "if (!param_unchanged(at, i)) return",
+        "tests/test_distributed.py",
     ),
 ]
 
@@ -677,4 +729,5 @@ GROUPS = {
     "CUDA source, run on the host": CUDA_ENGINE,
     "Triton's kernels, interpreted": TRITON_ENGINE,
     "Around the step": HOST,
+    "Parts of tensors": SHARDED,
 }
