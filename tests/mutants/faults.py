@@ -622,15 +622,15 @@ HOST = [
     Fault(
         "the mean of micro-batches is their sum",
         "python/fusedstep/accumulate.py",
-        "        if self.mean:\n            self._scale(1.0 / self._weight)\n",
+        "        if self.mean:\n            self._sums.scale(1.0 / self._weight)\n",
         "",
         "tests/test_accumulate.py",
     ),
     Fault(
         "a second round of accumulation adds to the first",
-        "python/fusedstep/accumulate.py",
-        "        self._seen.clear()\n        for _, counters in self._plans or ():\n            counters.zero_()\n",
-        "        self._seen.clear()\n",
+        "python/fusedstep/gradient_sums.py",
+        "        self.seen.clear()\n        for _, counters in self.plans or ():\n            counters.zero_()\n",
+        "        self.seen.clear()\n",
         "tests/test_accumulate.py",
     ),
     Fault(
