@@ -1,6 +1,8 @@
 // A plan: the tensors of one parameter group on one device, looked up once and checked at every step.
 #pragma once
 
+#include "reducing_rules.h"
+#include "rules.h"
 #include "table.h"
 #include "tensor.h"
 

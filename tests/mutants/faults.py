@@ -156,14 +156,14 @@ RULES = [
     ),
     Fault(
         "Amos: the gradient is clipped above only",
-        "csrc/rules.h",
+        "csrc/amos.h",
         "maximum(minimum(grad, zero + s.clip_value), zero - s.clip_value) : grad",
         "minimum(grad, zero + s.clip_value) : grad",
         BITS,
     ),
     Fault(
         "a maximum that loses a NaN",
-        "csrc/rules.h",
+        "csrc/arithmetic.h",
         "return ((b > a) | (b != b)) ? b : a;",
         "return b > a ? b : a;",
         BITS,
