@@ -4,7 +4,7 @@
 //
 // The arithmetic is the package's, for that is fixed. How numbers get into registers and back is the lab's own.
 #include "../csrc/codecs.h"
-#include "../csrc/reducing_rules.h"
+#include "../csrc/rules.h"
 
 namespace lab {
 

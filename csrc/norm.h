@@ -1,7 +1,7 @@
 // The norm of all gradients of a step, and what follows from it: one for the CPU and CUDA engines.
 #pragma once
 
-#include "rules.h"
+#include "arithmetic.h"
 
 namespace fusedstep {
 

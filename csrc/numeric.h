@@ -96,22 +96,6 @@ FUSEDSTEP_FN To bit_cast(From from) {
   return to;
 }
 
-#if defined(__CUDA_ARCH__)
-FUSEDSTEP_FN float square_root(float x) {
-  return __fsqrt_rn(x);
-}
-FUSEDSTEP_FN double square_root(double x) {
-  return __dsqrt_rn(x);
-}
-#else
-FUSEDSTEP_FN float square_root(float x) {
-  return __builtin_sqrtf(x);
-}
-FUSEDSTEP_FN double square_root(double x) {
-  return __builtin_sqrt(x);
-}
-#endif
-
 FUSEDSTEP_FN float widen(float x) {
   return x;
 }

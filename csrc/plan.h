@@ -3,6 +3,8 @@
 
 #include <memory>
 
+#include "reducing_rules.h"
+#include "rules.h"
 #include "table.h"
 #include "tensor.h"
 

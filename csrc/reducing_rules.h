@@ -23,7 +23,9 @@
 
 #include <cmath>
 
-#include "rules.h"
+#include "amos.h"
+#include "arithmetic.h"
+#include "rule.h"
 
 namespace fusedstep {
 
@@ -51,12 +53,6 @@ enum class Span : uint8_t {
 };
 
 inline namespace FUSEDSTEP_ISA {
-
-// From `a` to `b` as torch.lerp goes: exactly there for a weight of 1.
-template <class T, class W>
-FUSEDSTEP_FN T interpolate(T a, T b, W weight) {
-  return weight < W(0.5) ? a + weight * (b - a) : b - (b - a) * (W(1) - weight);
-}
 
 // Adafactor (arXiv 1804.04235) as transformers.Adafactor computes it.
 template <bool kMomentum>

@@ -1,29 +1,16 @@
 // Every elementwise update rule: its hyperparameters, its states, prepare() once per tensor and step in float64, and
-// update() of one element. Nothing here knows about dtypes, layouts, threads or devices: the engines load, call, store.
-//
-// A rule whose option adds a state takes that option as a template flag; an option that only changes a number is a
-// hyperparameter. T is the number that update() works on: float, double, or a vector of them; S holds the scalars, of
-// plain float or double. update() names every state that the rule can have, in one fixed order; kPresent says which
-// there are, and an absent one (its flag is off) is a dummy that the compiler removes; kCodes says how few bits
-// store each. Operations are written one by one because all backends keep this order: they agree bit for bit in fp32
-// (no contraction into FMA, IEEE division and square root).
+// update() of one element. rule.h says what a rule has. Nothing here knows about dtypes, layouts, threads or devices:
+// the engines load, call, store.
 #pragma once
 
 #include <array>
-#include <cstddef>
-#include <iterator>
 #include <type_traits>
-#include <utility>
 
-#include "numeric.h"
+#include "amos.h"
+#include "arithmetic.h"
+#include "rule.h"
 
 namespace fusedstep {
-
-constexpr int kMaxHyper = 10;
-constexpr int kMaxStates = 5;
-
-// How a state is stored in 8 bits (codecs.h): not at all, with a sign, or without one.
-enum class Code : uint8_t { kNone, kSigned, kNonNegative };
 
 // The list of all rules; visit_rule below gives each its type.
 enum class RuleId : int {
@@ -46,26 +33,6 @@ enum class RuleId : int {
 };
 
 inline namespace FUSEDSTEP_ISA {
-
-// base^exponent by squaring: only IEEE multiplications, hence the same bits wherever it runs.
-FUSEDSTEP_FN double power(double base, int64_t exponent) {
-  double result = 1.0;
-  for (; exponent > 0; exponent >>= 1) {
-    if (exponent & 1) result *= base;
-    base *= base;
-  }
-  return result;
-}
-
-template <class T>
-FUSEDSTEP_FN T maximum(T a, T b) {  // NaN wins, as in torch.maximum
-  return ((b > a) | (b != b)) ? b : a;
-}
-
-template <class T>
-FUSEDSTEP_FN T minimum(T a, T b) {
-  return ((b < a) | (b != b)) ? b : a;
-}
 
 // Stochastic gradient descent as torch.optim.SGD computes it: the first buffer is the gradient itself.
 template <bool kMomentum>
@@ -341,78 +308,6 @@ struct AdaBelief {
   }
 };
 
-// Amos (arXiv 2210.11693, algorithm 1) with statistics for each element: exp_avg_sq is v, decay is b.
-template <bool kMomentum>
-struct Amos {
-  static constexpr const char* kName = "amos";
-  static constexpr const char* kHyper[] = {"lr",       "eta",    "beta",   "momentum", "clip_value",
-                                           "extra_l2", "c_coef", "d_coef", "eps"};
-  static constexpr const char* kStateNames[] = {"exp_avg_sq", "decay", "exp_avg"};
-  static constexpr bool kPresent[] = {true, true, kMomentum};
-  static constexpr Code kCodes[] = {Code::kNonNegative, Code::kNonNegative, Code::kSigned};
-
-  template <class T>
-  struct Scalars {
-    T beta, one_minus_beta, bias_correction, lr_squared, init_lr, c, d, extra_l2, eps, momentum, one_minus_momentum;
-    T clip_value;
-  };
-
-  template <class T>
-  static FUSEDSTEP_FN Scalars<T> prepare(const double* hyper, int64_t step) {
-    const double lr = hyper[0], eta = hyper[1], beta = hyper[2], momentum = hyper[3], clip_value = hyper[4];
-    const double extra_l2 = hyper[5], c_coef = hyper[6], d_coef = hyper[7], eps = hyper[8];
-    const double init_lr = lr * eta;
-    Scalars<T> s;
-    s.beta = static_cast<T>(beta);
-    s.one_minus_beta = static_cast<T>(1.0 - beta);
-    s.bias_correction = static_cast<T>(1.0 - power(beta, step));
-    s.lr_squared = static_cast<T>(lr * lr);
-    s.init_lr = static_cast<T>(init_lr);
-    s.c = static_cast<T>(c_coef * square_root(lr));
-    s.d = static_cast<T>(d_coef * square_root(init_lr));
-    s.extra_l2 = static_cast<T>(extra_l2);
-    s.eps = static_cast<T>(eps);
-    s.momentum = static_cast<T>(momentum);
-    s.one_minus_momentum = static_cast<T>(1.0 - momentum);
-    s.clip_value = static_cast<T>(clip_value);
-    return s;
-  }
-
-  template <class T, class S>
-  static FUSEDSTEP_FN T clip(T grad, const S& s) {
-    const T zero{};
-    return s.clip_value != 0 ? maximum(minimum(grad, zero + s.clip_value), zero - s.clip_value) : grad;
-  }
-
-  // What an update makes of its statistics.
-  template <class T>
-  struct Factors {
-    T reciprocal_root, l2, divisor;
-  };
-  template <class T, class S>
-  static FUSEDSTEP_FN Factors<T> advance(T grad_sq, T& exp_avg_sq, T& decay, const S& s) {
-    const T zero{}, one = zero + 1.0f, half = zero + 0.5f;
-    exp_avg_sq = s.beta * exp_avg_sq + s.one_minus_beta * grad_sq;
-    const T reciprocal = s.bias_correction / maximum(exp_avg_sq, zero + s.eps);
-    const T gamma = s.lr_squared * (reciprocal * grad_sq) / square_root(one + s.c * decay);
-    const Factors<T> factors{square_root(reciprocal), half * gamma + s.extra_l2, one + s.d * decay};
-    decay = decay + gamma * (one + decay);
-    return factors;
-  }
-
-  template <class T, class S>
-  static FUSEDSTEP_FN void update(T& param, T grad, T& exp_avg_sq, T& decay, T& exp_avg, const S& s) {
-    grad = clip(grad, s);
-    const Factors<T> f = advance(T(grad * grad), exp_avg_sq, decay, s);
-    T delta = (s.init_lr * (f.reciprocal_root * grad) + f.l2 * param) / f.divisor;
-    if constexpr (kMomentum) {
-      exp_avg = s.momentum * exp_avg + s.one_minus_momentum * delta;
-      delta = exp_avg;
-    }
-    param = param - delta;
-  }
-};
-
 // A weighted sum over micro-batches: the parameter is the sum, and its first gradient overwrites whatever is there.
 struct Accumulate {
   static constexpr const char* kName = "accumulate";
@@ -483,44 +378,12 @@ auto visit_rule(RuleId rule, Visitor&& visitor) {
   __builtin_unreachable();
 }
 
-// How many states a rule names, how many of them it has, and which: as bits, because device code reads no arrays of the
-// host's.
-template <class Rule>
-constexpr int kNamed = [] {
-  constexpr size_t n = std::size(Rule::kPresent);
-  static_assert(n <= kMaxStates, "a record has places for kMaxStates states: enlarge it");
-  static_assert(std::size(Rule::kStateNames) == n, "every state has a name");
-  return static_cast<int>(n);
-}();
-template <class Rule>
-constexpr uint32_t kPresentBits = [] {
-  uint32_t bits = 0;
-  for (int k = 0; k < kNamed<Rule>; ++k) bits |= Rule::kPresent[k] ? 1u << k : 0u;
-  return bits;
-}();
-template <class Rule>
-constexpr int kHeld = __builtin_popcount(kPresentBits<Rule>);
-template <class Rule>
-FUSEDSTEP_FN constexpr bool has_state(int k) {
-  return (kPresentBits<Rule> >> k & 1u) != 0;
-}
-
 // Whether an engine that is compiled for each way to store a parameter has this rule in all of them; of the others it
 // has the usual ones.
 template <class Rule>
 constexpr bool kWidelyUsed =
     std::is_same_v<Rule, Sgd<false>> || std::is_same_v<Rule, Sgd<true>> || std::is_same_v<Rule, Adam<false>> ||
     std::is_same_v<Rule, Lion> || std::is_same_v<Rule, Accumulate>;
-
-// Rule::update with its states, as many as it names, in an array.
-template <class Rule, class T, class S, size_t... k>
-FUSEDSTEP_FN void update_with(T& param, T grad, [[maybe_unused]] T* states, const S& s, std::index_sequence<k...>) {
-  Rule::update(param, grad, states[k]..., s);
-}
-template <class Rule, class T, class S>
-FUSEDSTEP_FN void update_with(T& param, T grad, T* states, const S& s) {
-  update_with<Rule>(param, grad, states, s, std::make_index_sequence<kNamed<Rule>>{});
-}
 
 }  // namespace FUSEDSTEP_ISA
 }  // namespace fusedstep

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "rules.h"
+#include "arithmetic.h"
 
 namespace fusedstep {
 

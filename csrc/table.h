@@ -3,7 +3,7 @@
 #pragma once
 
 #include "codecs.h"
-#include "reducing_rules.h"
+#include "rule.h"
 
 namespace fusedstep {
 

@@ -70,7 +70,7 @@ def test_an_accumulator_keeps_nothing_of_a_replaced_parameter(make, set_to_none,
     optimizer = make([new(), new()], lr=0.1, **options)
     accumulator = fusedstep.GradientAccumulator(optimizer, set_to_none=set_to_none)
     step(optimizer, accumulator)
-    buffers = [weakref.ref(buffer) for buffer in accumulator._buffers.values()]
+    buffers = [weakref.ref(buffer) for buffer in accumulator._sums.buffers.values()]
     old = optimizer.param_groups[0]["params"][1]
     optimizer.state.pop(old, None)
     references = [weakref.ref(old), buffers[1]]
@@ -79,7 +79,7 @@ def test_an_accumulator_keeps_nothing_of_a_replaced_parameter(make, set_to_none,
     step(optimizer, accumulator if again or not options else None)
     assert_freed(references)
     assert buffers[0]() is not None
-    assert len(accumulator._buffers) == (2 if again or not options else 1)
+    assert len(accumulator._sums.buffers) == (2 if again or not options else 1)
 
 
 def test_an_accumulator_that_is_never_called_keeps_nothing(backend):

@@ -25,6 +25,13 @@ by_rule = pytest.mark.parametrize("cls", RULES, ids=lambda cls: cls.__name__)
 by_any_rule = pytest.mark.parametrize("cls", [*RULES, *REDUCING_CLASSES], ids=lambda cls: cls.__name__)
 
 
+def compiled_text(cls):
+    """The C++ text of a class's rule, from its name on."""
+    texts = [(ROOT / "csrc" / name).read_text() for name in ("rules.h", "reducing_rules.h", "amos.h")]
+    (found,) = [after for _, name, after in (text.partition(f'kName = "{cls.rule}"') for text in texts) if name]
+    return found
+
+
 def test_every_exported_optimizer_has_cases():
     classes = {name: getattr(fusedstep, name) for name in fusedstep.__all__}
     exported = {n for n, c in classes.items() if isinstance(c, type) and issubclass(c, fusedstep.FusedOptimizer)}
@@ -42,16 +49,14 @@ def test_names_are_those_of_the_compiled_rule(rule):
 def test_update_names_its_arguments_as_the_compiled_rule_does(cls):
     arguments = list(inspect.signature(cls.update).parameters)
     assert arguments == ["param", "grad", *cls.state_names, "s", "has"]
-    source = (ROOT / "csrc" / "rules.h").read_text()
-    struct = source[source.index(f'kName = "{cls.rule}"') :]
+    struct = compiled_text(cls)
     signature = re.search(r"void update\((.*?)\)", struct, re.DOTALL).group(1)
     assert [argument.split()[-1].strip("&") for argument in signature.split(",")] == arguments[:-1]
 
 
 @by_rule
 def test_8_bit_codes_are_those_of_the_compiled_rule(cls):
-    source = (ROOT / "csrc" / "rules.h").read_text()
-    struct = source[source.index(f'kName = "{cls.rule}"') :]
+    struct = compiled_text(cls)
     codes = re.search(r"kCodes(?:\[\] = )?\{(.*?)\};", struct).group(1)
     unsigned = [name for name, code in zip(cls.state_names, codes.split(","), strict=False) if "NonNegative" in code]
     assert tuple(unsigned) == getattr(cls, "non_negative", ())
@@ -59,8 +64,7 @@ def test_8_bit_codes_are_those_of_the_compiled_rule(cls):
 
 @by_any_rule
 def test_scalars_are_those_of_the_compiled_rule(cls):
-    source = (ROOT / "csrc" / ("reducing_rules.h" if cls in REDUCING_CLASSES else "rules.h")).read_text()
-    struct = source[source.index(f'kName = "{cls.rule}"') :]
+    struct = compiled_text(cls)
     body = re.search(r"struct Scalars \{(.*?)\};", struct, re.DOTALL).group(1)
     lines = re.findall(r"(T|double|bool) ([^;]+);", body)
     types = {"T": float, "double": Double, "bool": bool}
@@ -72,8 +76,7 @@ def test_scalars_are_those_of_the_compiled_rule(cls):
 def test_update_of_a_reducing_rule_names_its_states(cls):
     arguments = list(inspect.signature(cls.update).parameters)
     assert arguments == ["param", "grad", "factor", *cls.names_of("element"), "s", "f", "has"]
-    source = (ROOT / "csrc" / "reducing_rules.h").read_text()
-    struct = source[source.index(f'kName = "{cls.rule}"') :]
+    struct = compiled_text(cls)
     spans = re.findall(r"Span::k(\w+)", re.search(r"kSpans\[\] = \{(.*?)\};", struct).group(1))
     assert cls.spans == dict(zip(cls.state_names, map(str.lower, spans), strict=True))
 
@@ -83,7 +86,7 @@ GENERIC = [
     *(ROOT / "python").rglob("*.py"),
     *(ROOT / "triton_kernels").glob("*.py"),
 ]
-OWN = {"rules.h", "reducing_rules.h", "cases.py", "__init__.py"}
+OWN = {"rules.h", "reducing_rules.h", "amos.h", "cases.py", "__init__.py"}
 OWN |= {f"{cls.__module__.split('.')[-1]}.py" for cls in ALL_CLASSES}
 OWN |= {"recipe.py", "tuning.py"}  # of one optimizer
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../rules.h"
 #include "step.h"
 
 namespace fusedstep::cpu {

@@ -1,8 +1,7 @@
 // Sums over gradients, compiled once per instruction set (FUSEDSTEP_ISA). No threads, no rules.
-// clang-format off
-#include "lanes.h"  // first: the rules that norm.h brings in then find packs' square root
 #include "norm.h"
-// clang-format on
+
+#include "lanes.h"
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {

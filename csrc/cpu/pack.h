@@ -1,8 +1,8 @@
 // Packs of numbers that fill a vector register, and how each stored format is loaded into and stored from them.
-// Must come before rules.h: the rules then work on packs as they do on single numbers.
+// Must come before rules.h and reducing_rules.h: the rules then work on packs as they do on single numbers.
 #pragma once
 
-#include "../numeric.h"
+#include "../arithmetic.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>

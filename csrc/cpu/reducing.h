@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "../reducing_rules.h"
 #include "step.h"
 
 namespace fusedstep::cpu {

@@ -1,15 +1,14 @@
 // Widening and narrowing of tiles, compiled once per instruction set (FUSEDSTEP_ISA). It knows storage formats, but no
 // rule. The loops over elements are plain ones that the compiler turns into vector code.
-// clang-format off
-#include "stored.h"  // first, as in engine.cpp
 #include "tiles.h"
-#include "weights.h"
-// clang-format on
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <utility>
+
+#include "stored.h"
+#include "weights.h"
 
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../rules.h"
 #include "../table.h"
 #include "tuning.h"
 

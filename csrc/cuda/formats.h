@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "../rules.h"
 #include "../table.h"
 
 namespace fusedstep::cuda {

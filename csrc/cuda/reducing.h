@@ -5,6 +5,7 @@
 // own shape and dtypes alone.
 #pragma once
 
+#include "../reducing_rules.h"
 #include "engine.h"
 
 namespace fusedstep::cuda {

@@ -1,9 +1,11 @@
-"""Gradient accumulation over micro-batches, in the arithmetic dtype and in one kernel call."""
+"""Gradient accumulation over micro-batches: a round from its first micro-batch to the gradients that it hands over.
+
+How sums are kept and added to is in `gradient_sums`; no plan and no kernel is known here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain, repeat
 from numbers import Real
 from operator import is_
 from typing import Any, NamedTuple
@@ -11,17 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, layout
-from .backends.lifetime import Graphs, refuse_capture
-from .backends.plan import Plan, SharedGrads
+from . import backends, checks, layout, planning
 from .compiler import keep_from_compiler
+from .gradient_sums import GradientSums
 from .numerics import where
 from .optimizer import FusedOptimizer
-from .record import Record
 from .rule import Rule
 
 STATE_KEYS = ("step", "weight", "gradients")
-BUCKET = 1 << 23  # elements that `all_reduce` sends at a time
 
 
 class Hyper(NamedTuple):
@@ -100,20 +99,15 @@ class GradientAccumulator(Rule):
         self._round = self._optimizer is not None and not isinstance(params, FusedOptimizer)
         if backend is None and isinstance(params, FusedOptimizer):
             backend = params.stepper.backend
-        self._backend = backends.check_choice(backend)
+        self._sums = GradientSums(type(self), backends.check_choice(backend))
         self.mean = mean
         self.set_to_none = set_to_none
         self.kernel_calls = 0  # of a compiled kernel, in the last call of the accumulator
         self._step = 0
         self._weight = 0.0
-        self._buffers: dict[Tensor, Tensor] = {}
-        self._seen: set[Tensor] = set()  # parameters with a gradient since reset()
         self._closed = False  # from all_reduce() or assign() to reset()
         # Parameter, its ``.grad``, and what was that before.
         self._assigned: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self._graphs = Graphs()
-        self._shared = SharedGrads()
-        self._plans: list[tuple[Plan, Tensor]] | None = None  # with the counters of each plan's parameters
         self._listed: list[Tensor] = []
         self._params: dict[Tensor, str | None] = {}
         self._list(params)
@@ -122,7 +116,7 @@ class GradientAccumulator(Rule):
             if not param.is_leaf:
                 what = checks.describe(index, name, param)
                 raise ValueError(f"can't accumulate the gradient of a non-leaf Tensor: {what}")
-            backends.select(self._backend, param.device, _sum_dtype(param.dtype))
+            self._sums.backend_of(param)
 
     def _list(self, params: Any = None) -> None:
         """Look up the parameters; the same one listed twice counts once, for it has one gradient."""
@@ -133,8 +127,7 @@ class GradientAccumulator(Rule):
             listed = [param for group in groups for param in group["params"]]
             if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
                 return
-            names = [group.get("param_names") or repeat(None, len(group["params"])) for group in groups]
-            named = zip(chain.from_iterable(names), listed, strict=True)
+            names = planning.first_names(groups)
         else:
             if isinstance(params, Tensor) or not isinstance(params, Iterable):
                 raise TypeError(
@@ -146,15 +139,12 @@ class GradientAccumulator(Rule):
                 if not isinstance(param, Tensor):
                     raise TypeError(f"GradientAccumulator can only take Tensors, but one of the params is {param!r}")
             listed = [param for _, param in named]
+            names = {param: name for name, param in named}
         if not listed:
             raise ValueError("GradientAccumulator got an empty parameter list")
         self._listed = listed
-        self._params = {param: name for name, param in named}
-        self._plans = None
-        self._shared.apart = None
-        self._seen &= self._params.keys()
-        for param in self._buffers.keys() - self._params.keys():
-            del self._buffers[param]
+        self._params = names
+        self._sums.follow(names)
 
     def _make_known(self) -> None:
         if isinstance(self._optimizer, FusedOptimizer):
@@ -191,7 +181,7 @@ class GradientAccumulator(Rule):
             ValueError: nothing was accumulated yet.
         """
         self._check_called()
-        sums = [self._buffers[param] if param in self._seen else None for param in self._params]
+        sums = self._sums.totals()
         if not self.mean or self._assigned or self._weight == 1:
             return sums
         return [None if total is None else total * (1.0 / self._weight) for total in sums]
@@ -199,6 +189,11 @@ class GradientAccumulator(Rule):
     def _check_called(self) -> None:
         if self._step == 0:
             raise ValueError("The accumulator should be called first to initialize the gradients")
+
+    @staticmethod
+    def _refuse_if(handed_over: Any, then: str = "accumulating again") -> None:
+        if handed_over:
+            raise RuntimeError(f"the accumulated gradients were handed over; call reset() before {then}")
 
     def __call__(self, gradients: Sequence[Tensor | None] | None = None, *, weight: float = 1.0) -> None:
         """Add the gradients of one micro-batch.
@@ -220,8 +215,7 @@ class GradientAccumulator(Rule):
             raise TypeError(f"Invalid weight: {weight!r} is a {type(weight).__name__}; it must be a number")
         if not 0.0 < checks.as_float("weight", weight) < float("inf"):
             raise ValueError(f"Invalid weight: {weight} (it must be larger than 0 and finite)")
-        if self._closed:
-            raise RuntimeError("the accumulated gradients were handed over; call reset() before accumulating again")
+        self._refuse_if(self._closed)
         self._list()
         if gradients is not None:
             gradients = list(gradients)
@@ -230,7 +224,8 @@ class GradientAccumulator(Rule):
             for grad in gradients:
                 if grad is not None and not isinstance(grad, Tensor):
                     raise TypeError(f"Expected a Tensor or None for each gradient, but got {type(grad).__name__}")
-        self.kernel_calls = self._run(gradients, float(weight), zero=gradients is None and not self.set_to_none)
+        zero = gradients is None and not self.set_to_none
+        self.kernel_calls = self._sums.add(gradients, float(weight), zero=zero)
         self._step += 1
         self._weight += float(weight)
         if gradients is None and self.set_to_none:
@@ -238,85 +233,6 @@ class GradientAccumulator(Rule):
                 param.grad = None
 
     keep_from_compiler(__call__)
-
-    def _run(self, gradients: list[Tensor | None] | None, weight: float, zero: bool, anew: bool = False) -> int:
-        """Add gradients to the buffers, or (``anew``) put them there; returns the number of kernel calls."""
-        if self._plans is None or not self._gather(gradients, zero):
-            with torch.inference_mode(False), torch.no_grad():
-                self._plans = self._build(gradients)
-            if not self._gather(gradients, zero):
-                raise RuntimeError("a parameter or gradient changed in another thread during accumulation")
-        if zero:
-            self._shared.copy([plan for plan, _ in self._plans])
-        calls = 0
-        for plan, counters in self._plans:
-            if anew:
-                counters.zero_()
-            if len(self._seen) < len(self._params):
-                self._seen.update(plan.records[i].owner for i, _ in plan.grads_in_use())
-            calls += plan.step(plan.step_with((weight,)))
-        return calls
-
-    def _gather(self, gradients: list[Tensor | None] | None, zero: bool) -> bool:
-        try:
-            for plan, _ in self._plans:
-                plan.zero_grads = plan.grads_change = zero
-                if not plan.gather(None if gradients is None else [gradients[record.index] for record in plan.records]):
-                    return False
-        except BaseException:
-            self._plans = None  # and with the plans their references to the gradients
-            raise
-        return True
-
-    def _build(self, gradients: list[Tensor | None] | None) -> list[tuple[Plan, Tensor]]:
-        """Plan one kernel call for each device and backend; raises before any buffer is created."""
-        for device in {param.device for param in self._params}:
-            refuse_capture(device, "GradientAccumulator met new or changed tensors")
-        grads = [param.grad for param in self._params] if gradients is None else gradients
-        for index, ((param, name), grad) in enumerate(zip(self._params.items(), grads, strict=True)):
-            if grad is not None:
-                what = checks.describe(index, name, param)
-                checks.check_grad(type(self), {}, param, grad, what)
-                if param in self._seen and self._buffers[param].shape != param.shape:
-                    raise RuntimeError(f"GradientAccumulator: the shape changed since the last reset() of {what}")
-        buckets: dict[Any, list[Record]] = {}
-        for index, ((param, name), grad) in enumerate(zip(self._params.items(), grads, strict=True)):
-            backend = backends.select(self._backend, param.device, _sum_dtype(param.dtype))
-            if grad is None and param not in self._seen:
-                record = Record(index, name, param)
-            else:
-                buffer = self._buffer(param, grad)
-                record = Record(index, name, param, backend.memory(buffer), into=buffer)
-            buckets.setdefault((backend, param.device, backend.bucket(param)), []).append(record)
-        plans = []
-        for (backend, device, _), records in buckets.items():
-            # Only whether a buffer has begun matters to the rule.
-            begun = [float(record.owner in self._seen) for record in records]
-            counters = torch.tensor(begun, dtype=torch.float32, device=device)
-            records = [
-                record._replace(step=counter) for record, counter in zip(records, counters.unbind(), strict=True)
-            ]
-            plan = backend.plan(type(self), 0, {}, None, (), records)
-            plan.graphs = self._graphs
-            plans.append((plan, counters))
-        return plans
-
-    def _buffer(self, param: Tensor, grad: Tensor | None = None) -> Tensor:
-        """The parameter's buffer, on its device and in the layout of its first gradient."""
-        dtype = _sum_dtype(param.dtype)
-        buffer = self._buffers.get(param)
-        if buffer is None or buffer.shape != param.shape:
-            plain = grad is not None and not layout.is_wrapper(param) and not layout.overlaps_itself(grad)
-            buffer = layout.dense_like(grad if plain else param, dtype).detach()
-        self._buffers[param] = buffer = buffer.to(param.device, dtype)
-        return buffer
-
-    def _scale(self, factor: float) -> None:
-        """Multiply what was accumulated, in place."""
-        if factor == 1.0:
-            return
-        buffers = [self._buffers[param] if param in self._seen else None for param in self._params]
-        self._run(buffers, factor, zero=False, anew=True)
 
     # Handing over.
 
@@ -338,36 +254,17 @@ class GradientAccumulator(Rule):
         import torch.distributed as dist
 
         self._check_called()
-        if self._closed:
-            raise RuntimeError("the accumulated gradients were handed over; call reset() before accumulating again")
+        self._refuse_if(self._closed)
         if any(layout.is_wrapper(param) for param in self._params):
             raise RuntimeError("all_reduce() takes plain parameters; backward() reduces the gradients of DTensors")
-        device = next(iter(self._params)).device
-        seen = torch.tensor([param in self._seen for param in self._params], dtype=torch.int32, device=device)
-        dist.all_reduce(seen, dist.ReduceOp.MAX, group)
-        weight = torch.tensor([self._weight], dtype=torch.float64, device=device)
+        weight = torch.tensor([self._weight], dtype=torch.float64, device=next(iter(self._params)).device)
         dist.all_reduce(weight, group=group)
-        buckets: dict[Any, list[Tensor]] = {}
-        with torch.no_grad():
-            for param, anywhere in zip(list(self._params), seen.tolist(), strict=True):
-                if anywhere and param not in self._seen:
-                    self._buffer(param).zero_()
-                    self._seen.add(param)
-                    self._plans = None
-                if anywhere:
-                    buffer = layout.as_real(self._buffer(param))
-                    buckets.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-            for buffers in buckets.values():
-                for bucket in _bucketed(buffers):
-                    flat = torch.cat([buffer.reshape(-1) for buffer in bucket])
-                    dist.all_reduce(flat, group=group)
-                    for buffer, part in zip(bucket, flat.split([b.numel() for b in bucket]), strict=True):
-                        buffer.copy_(part.view(buffer.shape))
+        self._sums.all_reduce(group)
         self._closed = True
         if self.mean:
             self._weight = weight.item()
         else:
-            self._scale(1.0 / dist.get_world_size(group))
+            self._sums.scale(1.0 / dist.get_world_size(group))
 
     def assign(self) -> None:
         """Make what was accumulated the ``.grad`` of the parameters, until `reset`.
@@ -379,18 +276,17 @@ class GradientAccumulator(Rule):
             RuntimeError: it was called and `reset` was not.
         """
         self._check_called()
-        if self._assigned:
-            raise RuntimeError("the accumulated gradients were handed over; call reset() before accumulating again")
+        self._refuse_if(self._assigned)
         if self.mean:
-            self._scale(1.0 / self._weight)
+            self._sums.scale(1.0 / self._weight)
         self._closed = True
         for param in self._params:
             own, param.grad = param.grad, None
-            if param not in self._seen:
+            if param not in self._sums.seen:
                 if own is not None and not self.set_to_none:
                     self._assigned.append((param, own, own))
                 continue
-            buffer = self._buffer(param)
+            buffer = self._sums.buffer(param)
             if self._round:
                 buffer = buffer.to(param.grad_dtype or param.dtype)
             _hand_over(buffer, param)
@@ -405,9 +301,7 @@ class GradientAccumulator(Rule):
         self._closed = False
         self._step = 0
         self._weight = 0.0
-        self._seen.clear()
-        for _, counters in self._plans or ():
-            counters.zero_()
+        self._sums.begin_anew()
 
     # Checkpoints.
 
@@ -419,10 +313,8 @@ class GradientAccumulator(Rule):
         Raises:
             RuntimeError: between `assign` or `all_reduce` and `reset`.
         """
-        if self._closed:
-            raise RuntimeError("the accumulated gradients were handed over; call reset() before saving them")
-        gradients = [self._buffers[param] if param in self._seen else None for param in self._params]
-        return {"step": self._step, "weight": self._weight, "gradients": gradients}
+        self._refuse_if(self._closed, "saving them")
+        return {"step": self._step, "weight": self._weight, "gradients": self._sums.totals()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken. Tensors are copied, to the parameters' devices.
@@ -460,30 +352,12 @@ class GradientAccumulator(Rule):
             if step == 0:
                 raise ValueError(f"loaded state dict: 'step' is 0, but there is a gradient of {what}")
         self.reset()
-        with torch.no_grad():
-            copies = {
-                param: layout.dense_like(param, _sum_dtype(param.dtype)).copy_(value)
-                for param, value in zip(self._params, gradients, strict=True)
-                if value is not None
-            }
-        self._buffers = copies
-        self._seen = set(copies)
+        self._sums.load(gradients)
         self._step, self._weight = step, float(weight)
-        self._plans = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_known()
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What gradients of ``dtype`` are added up in."""
-    if dtype.is_complex:
-        return torch.complex128 if dtype == torch.complex128 else torch.complex64
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _may_have(param: Tensor, grad: Tensor) -> bool:
@@ -504,16 +378,3 @@ def _hand_over(buffer: Tensor, param: Tensor) -> None:
         # `grad_dtype` could be set, but not unset again, and would outlast a conversion of the parameter.
         param.grad = torch.empty((), dtype=dtype, device=buffer.device).expand(buffer.shape)
         param.grad.data = buffer
-
-
-def _bucketed(buffers: list[Tensor]) -> list[list[Tensor]]:
-    """Neighbours together, up to `BUCKET` elements or one tensor."""
-    buckets: list[list[Tensor]] = []
-    size = BUCKET
-    for buffer in buffers:
-        if size + buffer.numel() > BUCKET:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(buffer)
-        size += buffer.numel()
-    return buckets

@@ -156,14 +156,14 @@ RULES = [
     ),
     Fault(
         "Amos: the gradient is clipped above only",
-        "csrc/rules.h",
+        "csrc/amos.h",
         "maximum(minimum(grad, zero + s.clip_value), zero - s.clip_value) : grad",
         "minimum(grad, zero + s.clip_value) : grad",
         BITS,
     ),
     Fault(
         "a maximum that loses a NaN",
-        "csrc/rules.h",
+        "csrc/arithmetic.h",
         "return ((b > a) | (b != b)) ? b : a;",
         "return b > a ? b : a;",
         BITS,
@@ -622,15 +622,15 @@ HOST = [
     Fault(
         "the mean of micro-batches is their sum",
         "python/fusedstep/accumulate.py",
-        "        if self.mean:\n            self._scale(1.0 / self._weight)\n",
+        "        if self.mean:\n            self._sums.scale(1.0 / self._weight)\n",
         "",
         "tests/test_accumulate.py",
     ),
     Fault(
         "a second round of accumulation adds to the first",
-        "python/fusedstep/accumulate.py",
-        "        self._seen.clear()\n        for _, counters in self._plans or ():\n            counters.zero_()\n",
-        "        self._seen.clear()\n",
+        "python/fusedstep/gradient_sums.py",
+        "        self.seen.clear()\n        for _, counters in self.plans or ():\n            counters.zero_()\n",
+        "        self.seen.clear()\n",
         "tests/test_accumulate.py",
     ),
     Fault(
@@ -702,7 +702,7 @@ SHARDED = [
     Fault(
         "8-bit states of a DTensor leave the optimizer as codes",
         "python/fusedstep/checkpoint.py",
-        'shown_as_numbers(param, state_dict["state"][key])',
+        'shown_as_numbers(optimizer, param, state_dict["state"][key])',
         'state_dict["state"][key]',
         "tests/test_ranks.py",
     ),

@@ -1,11 +1,15 @@
 """Hugging Face's learning-rate factors, as functions of the step: the numbers of `transformers` 5, to the bit.
 
-All are functions of the module, not closures, so that schedulers made of them can be pickled.
+All are functions of the module, not closures, so that schedulers made of them can be pickled. Below them is what an
+option given in one of several ways means for them. No optimizer and no scheduler belongs here.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+
+WSD_SHAPES = ("linear", "cosine", "1-sqrt")
 
 
 def constant(_step: int) -> int:
@@ -128,3 +132,37 @@ def warmup_stable_decay(
     else:
         factor = 1.0 - math.sqrt(progress)
     return max(0.0, factor * (1.0 - min_lr_ratio) + min_lr_ratio)
+
+
+def min_lr_rate_of(lr: float, min_lr: float | None, min_lr_rate: float | None) -> float:
+    """The minimum as a share of ``lr``, given as one or as the other."""
+    if min_lr is not None and min_lr_rate is not None:
+        raise ValueError("Only one of min_lr or min_lr_rate should be set")
+    if min_lr is not None:
+        return min_lr / lr
+    if min_lr_rate is None:
+        raise ValueError("One of min_lr or min_lr_rate should be set through the `lr_scheduler_kwargs`")
+    return min_lr_rate
+
+
+def stable_steps_of(
+    num_warmup_steps: int,
+    num_decay_steps: int,
+    num_training_steps: int | None,
+    num_stable_steps: int | None,
+    warmup_type: str,
+    decay_type: str,
+) -> int:
+    """The length of the stable phase, after a look at the options of a warm-up, a stable phase and a decay."""
+    if num_training_steps is None and num_stable_steps is None:
+        raise ValueError("Either num_training_steps or num_stable_steps must be specified.")
+    if num_training_steps is not None and num_stable_steps is not None:
+        warnings.warn(
+            "Both num_training_steps and num_stable_steps are specified. num_stable_steps will be used.", stacklevel=3
+        )
+    for phase, shape in (("warmup", warmup_type), ("decay", decay_type)):
+        if shape not in WSD_SHAPES:
+            raise ValueError(f"Unknown {phase} type: {shape}, expected 'linear', 'cosine' or '1-sqrt'")
+    if num_stable_steps is None:
+        return num_training_steps - num_warmup_steps - num_decay_steps
+    return num_stable_steps

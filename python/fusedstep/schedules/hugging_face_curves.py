@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .hugging_face import NEED_A_METRIC, SchedulerType, min_lr_rate_of, stable_steps_of
+from .factors import min_lr_rate_of, stable_steps_of
+from .hugging_face import NEED_A_METRIC, SchedulerType
 from .schedule import COSINE, RESTARTS, Piece, Schedule, check_lr, check_steps, constant, evaluate, fall, piece, rise
 
 
