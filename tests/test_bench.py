@@ -8,7 +8,19 @@ import sys
 
 import pytest
 import torch
-from fusedstep.bench import check, gpu_report, models, peers, plot, precision, report, results, suite, timing
+from fusedstep.bench import (
+    check,
+    gpu_report,
+    measurement,
+    models,
+    peers,
+    plot,
+    precision,
+    report,
+    results,
+    suite,
+    timing,
+)
 
 import fusedstep
 from fusedstep.cases import PRECISION
@@ -102,7 +114,7 @@ def test_gradients_are_random_never_zero_and_the_same_in_every_run():
     [
         pytest.param(optimizer, dtype, id=f"{optimizer.name}-{name}")
         for optimizer in peers.OPTIMIZERS
-        for name, dtype in suite.DTYPES.items()
+        for name, dtype in measurement.DTYPES.items()
         if optimizer.takes(dtype)
     ],
 )
@@ -191,7 +203,9 @@ def run(tmp_path_factory):
 def test_a_run_measures_every_contender_and_succeeds(run):
     code, found, _ = run
     assert code == 0
-    expected = {(o, d, c) for o in ("AdamW", "SGD") for d in suite.DTYPES for c in (*report.TORCH, "fusedstep cpu")}
+    expected = {
+        (o, d, c) for o in ("AdamW", "SGD") for d in measurement.DTYPES for c in (*report.TORCH, "fusedstep cpu")
+    }
     rows = {(row["optimizer"], row["dtype"], row["contender"]): row for row in found["rows"]}
     assert expected <= set(rows)
     for key in expected:
@@ -229,7 +243,7 @@ def test_a_results_file_tells_what_was_run_where_and_with_what(run):
     assert set(found["peers"]) >= {"apex", "bitsandbytes"}
     keys = {
         *("optimizer", "case", "title", "dtype", "threads", "tensors", "elements", "contender", "ours", "status"),
-        *("reason", "error", "tolerance", "bytes_per_parameter", *suite.MEASURED),
+        *("reason", "error", "tolerance", "bytes_per_parameter", *measurement.MEASURED),
     }
     assert all(set(row) == keys for row in found["rows"])
     assert path.name.startswith("cpu-")
@@ -344,7 +358,7 @@ def measuring(monkeypatch, stop_before=None):
         row = {"optimizer": name[0], "case": configuration.case.name, "dtype": name[1], "ours": True, "status": "ok"}
         return [{**row, "threads": configuration.threads}]
 
-    monkeypatch.setattr(suite.Bench, "run", run)
+    monkeypatch.setattr(measurement.Bench, "run", run)
     return measured
 
 
@@ -405,7 +419,7 @@ def test_a_peer_with_its_own_options_is_compared_or_says_why_not(monkeypatch):
 
 
 def test_a_case_that_does_not_fit_into_memory_is_left_out_with_the_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(suite, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(measurement, "available_bytes", lambda device: 1000)
     assert bench("--optimizer", "SGD", "--case", "1000x16", "--dtype", "fp32", output=tmp_path) == 0
     rows = results.load(next(tmp_path.glob("*.json")))["rows"]
     assert {row["status"] for row in rows} == {"unavailable"}
@@ -417,11 +431,11 @@ def test_contenders_share_the_memory_of_their_states():
     made = [torch.optim.AdamW(params), fusedstep.AdamW(params, backend="cpu"), torch.optim.AdamW(params, amsgrad=True)]
     for optimizer in made:
         optimizer.step()
-        suite.park_states(optimizer, params)
+        measurement.park_states(optimizer, params)
         assert all(optimizer.state[param]["exp_avg"].is_meta for param in params)
     pool = {}
     for optimizer in made:
-        suite.share_states(optimizer, params, pool)
+        measurement.share_states(optimizer, params, pool)
     assert len(pool) == 3 * len(params)
     for param in params:
         assert len({optimizer.state[param]["exp_avg"].data_ptr() for optimizer in made}) == 1
@@ -510,7 +524,7 @@ def test_precision_checks_times_and_counts_the_bytes_of_each_option(tmp_path, ca
 
 @pytest.mark.parametrize("optimizer", [o for o in peers.OPTIMIZERS if o.precision], ids=lambda o: o.name)
 def test_bytes_of_the_precision_options_are_those_of_their_tensors(optimizer):
-    for dtype in suite.DTYPES.values():
+    for dtype in measurement.DTYPES.values():
         if optimizer.takes(dtype):
             (param,) = check.make_parameters([(256, 256)], dtype, CPU)
             made = fusedstep.AdamW([param], **PRECISION[optimizer.precision])

@@ -40,7 +40,7 @@ def measured(tmp_path_factory):
             cubin.write_bytes(base64.b64decode(launch["cubin"]))
             try:
                 found[name] += machine_code.kernels_of(cubin, 90)
-            except machine_code.ToolError as error:
+            except machine_code.cubins.ToolError as error:
                 pytest.skip(str(error))
     return found
 

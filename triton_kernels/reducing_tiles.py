@@ -92,3 +92,9 @@ def tile_factors(rows_ptr, row, mask, of_matrix, of_columns, DTYPES: tl.constexp
         if DTYPES[3] != NONE:
             factor = factor * of_columns
     return factor
+
+
+@triton.jit
+def total_of(x):
+    """The sum of all numbers of a tile in float64."""
+    return tl.sum(tl.sum(tl.sum(x.to(tl.float64), axis=0), axis=1), axis=0)
