@@ -14,8 +14,7 @@ class Engine:
     def __init__(self, name, backend, device="cpu"):
         self.name, self.backend, self.device = name, backend, device
         self.quick = name != "triton interpreted"
-        # Of the CPU engine, which is one text for all instruction sets, the older ones need not show all again.
-        self.is_older = name in [f"cpu {isa}" for isa in _C.cpu_isas()[:-1]]
+        self.isas = _C.cpu_isas() if name == "cpu" else (_C.cpu_isa(),)
 
 
 class Fences:
@@ -81,21 +80,30 @@ def beside_the_reference(statement, case, engine, values, grads, **how):
         if len(references) == 8:
             del references[next(iter(references))]
         references[key] = train(case, Engine("reference", "reference", engine.device), values, grads, **how)
-    optimizer, left = train(case, engine, values, grads, **how)
-    expected, expected_left = references[key]
+    for isa in engine.isas:
+        before = _C.cpu_isa()
+        _C.set_cpu_isa(isa)
+        try:
+            optimizer, left = train(case, engine, values, grads, **how)
+        finally:
+            _C.set_cpu_isa(before)
+        assert_the_same(optimizer, left, *references[key], f"by {isa}, ")
+    return optimizer
+
+
+def assert_the_same(optimizer, left, expected, expected_left, about=""):
     for i, (a, b) in enumerate(zip(*(o.param_groups[0]["params"] for o in (optimizer, expected)), strict=True)):
-        about = f"parameter {i}: {tuple(a.shape)}, {a.dtype}, {a.stride()}"
-        assert same_bits(a.detach(), b.detach()), f"{(a != b).sum().item()} numbers of {about}"
+        about_it = f"{about}parameter {i}: {tuple(a.shape)}, {a.dtype}, {a.stride()}"
+        assert same_bits(a.detach(), b.detach()), f"{(a != b).sum().item()} numbers of {about_it}"
         mine, other = optimizer.state.get(a, {}), expected.state.get(b, {})
         assert mine.keys() == other.keys()
         for name in mine:
-            assert same_bits(mine[name].to(b.device), other[name].to(b.device)), f"{name} of {about}"
-        if "weights_copy" in options:
-            assert same_bits(optimizer.copies[a], expected.copies[b]), f"copy of {about}"
+            assert same_bits(mine[name].to(b.device), other[name].to(b.device)), f"{name} of {about_it}"
+        if optimizer.stepper.kept.copy.dtype is not None:
+            assert same_bits(optimizer.copies[a], expected.copies[b]), f"copy of {about_it}"
     for number, (mine, other) in enumerate(zip(left, expected_left, strict=True)):
         for i, (a, b) in enumerate(zip(mine, other, strict=True)):
-            assert (a is None and b is None) or same_bits(a, b), f"what step {number} leaves in gradient {i}"
-    return optimizer
+            assert (a is None and b is None) or same_bits(a, b), f"{about}what step {number} leaves in gradient {i}"
 
 
 def normal(sizes, generator, dtypes=(torch.float32,)):

@@ -17,7 +17,6 @@ from on_gpu import DEVICE, DRY, running
 from support import ADAMW, IN_ENGINES, WITH_STATES, by_case, by_kind, cases_of, each, precision_modes
 
 import fusedstep
-from fusedstep import _C
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES, REDUCING, gradient, layouts
 from fusedstep.kept.states import MIN_8BIT
@@ -43,8 +42,7 @@ EDGES = [
 MODES = precision_modes("own", "fp32", "bf16", "8bit")
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 ENGINES = [
-    *(f"cpu {isa}" for isa in _C.cpu_isas()),
-    *("cuda on the host", "cuda on the host in general", "triton interpreted"),
+    *("cpu", "cuda on the host", "cuda on the host in general", "triton interpreted"),
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.cuda_engine]),
     pytest.param("triton", marks=[pytest.mark.gpu, pytest.mark.triton_engine]),
 ]
@@ -56,21 +54,18 @@ pytestmark = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 def engine(request, monkeypatch):
     name = request.param
     if name in ("cuda", "triton"):
-        yield Engine(name, running(name), DEVICE)
+        return Engine(name, running(name), DEVICE)
     elif name == "triton interpreted":
         reasons = BACKENDS["triton"].reasons(torch.device("cpu"))
         if reasons:
             pytest.skip("; ".join(reasons))
-        yield Engine(name, "triton")
+        return Engine(name, "triton")
     elif name.startswith("cuda"):
         run_on_the_host(monkeypatch)
         monkeypatch.setattr(ElementwiseHostPlan, "general", "general" in name)
-        yield Engine(name, "cpu")
+        return Engine(name, "cpu")
     else:
-        before = _C.cpu_isa()
-        _C.set_cpu_isa(name.removeprefix("cpu "))
-        yield Engine(name, "cpu")
-        _C.set_cpu_isa(before)
+        return Engine(name, "cpu")  # by each instruction set
 
 
 # Every length below twice the widest pack, around powers of two and chunks, and enough for several threads.
@@ -219,10 +214,8 @@ def stored_as(mode):
 
 def cases_in(mode, engine):
     """One of each kind, and of the other cases a part in each mode; by Triton's interpreter one."""
-    if ALL or (engine.quick and not engine.is_older):
+    if ALL or engine.quick:
         return cases_of(mode, MODES)
-    if engine.is_older:
-        return [CASES[3], CASES[10]]
     few = [*IN_ENGINES, SIGNS]
     return [few[list(MODES.values()).index(mode) % len(few)]]
 
