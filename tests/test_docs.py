@@ -41,7 +41,19 @@ def examples():
             yield pytest.param(page, line, found[2], bool(found[1]), id=f"{name_of(page)}:{line + 1}")
 
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+def every_page(check):
+    """A test of all pages at once, which names the page that fails."""
+
+    def test():
+        for page in PAGES:
+            try:
+                check(page)
+            except AssertionError as error:
+                error.add_note(f"in {name_of(page)}")
+                raise
+
+    test.__name__ = check.__name__
+    return test
 
 
 @pytest.mark.parametrize(("page", "line", "code", "needs_gpu"), list(examples()))

@@ -8,16 +8,15 @@ lies in memory is fenced by sentinels, at all addresses. On the host the CUDA so
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
+from contract import Engine, beside_the_reference, normal
 from host_plan import ElementwiseHostPlan, run_on_the_host
 from kinds import ALL, CHOOSING, choosing_grads
 from on_gpu import DEVICE, DRY, running
 from support import ADAMW, IN_ENGINES, WITH_STATES, by_case, by_kind, cases_of, each, precision_modes
 
 import fusedstep
-from fusedstep import _C
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES, REDUCING, gradient, layouts
 from fusedstep.kept.states import MIN_QUANTIZED
@@ -43,8 +42,7 @@ EDGES = [
 MODES = precision_modes("own", "fp32", "bf16", "8bit", "4bit")
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 ENGINES = [
-    *(f"cpu {isa}" for isa in _C.cpu_isas()),
-    *("cuda on the host", "cuda on the host in general", "triton interpreted"),
+    *("cpu", "cuda on the host", "cuda on the host in general", "triton interpreted"),
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.cuda_engine]),
     pytest.param("triton", marks=[pytest.mark.gpu, pytest.mark.triton_engine]),
 ]
@@ -52,119 +50,22 @@ ENGINES = [
 pytestmark = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 
 
-class Engine:
-    """What is under test; by ``backend`` and ``device`` an optimizer gets it."""
-
-    def __init__(self, name, backend, device="cpu"):
-        self.name, self.backend, self.device = name, backend, device
-        self.quick = name != "triton interpreted"
-        # Of the CPU engine, which is one text for all instruction sets, the older ones need not show all again.
-        self.is_older = name in [f"cpu {isa}" for isa in _C.cpu_isas()[:-1]]
-
-
 @pytest.fixture
 def engine(request, monkeypatch):
     name = request.param
     if name in ("cuda", "triton"):
-        yield Engine(name, running(name), DEVICE)
+        return Engine(name, running(name), DEVICE)
     elif name == "triton interpreted":
         reasons = BACKENDS["triton"].reasons(torch.device("cpu"))
         if reasons:
             pytest.skip("; ".join(reasons))
-        yield Engine(name, "triton")
+        return Engine(name, "triton")
     elif name.startswith("cuda"):
         run_on_the_host(monkeypatch)
         monkeypatch.setattr(ElementwiseHostPlan, "general", "general" in name)
-        yield Engine(name, "cpu")
+        return Engine(name, "cpu")
     else:
-        before = _C.cpu_isa()
-        _C.set_cpu_isa(name.removeprefix("cpu "))
-        yield Engine(name, "cpu")
-        _C.set_cpu_isa(before)
-
-
-class Fences:
-    """Puts tensors into larger buffers full of sentinels, ``offset`` elements behind an aligned address."""
-
-    def __init__(self):
-        self.fenced = []
-
-    def around(self, values, offset):
-        if not values.is_contiguous():
-            return values.clone(memory_format=torch.preserve_format)
-        sentinel = 7.0 if values.is_floating_point() else 77
-        buffer = torch.full((values.numel() + 80,), sentinel, dtype=values.dtype, device=values.device)
-        start = (-buffer.data_ptr() // buffer.element_size()) % (64 // buffer.element_size()) + offset
-        inside = buffer[start : start + values.numel()].view(values.shape)
-        self.fenced.append((buffer, sentinel, values.numel()))
-        return inside.copy_(values)
-
-    def check(self):
-        for buffer, sentinel, numel in self.fenced:
-            assert int((buffer == sentinel).sum()) >= buffer.numel() - numel, "something outside was written"
-
-
-def train(case, engine, values, grads, *, state_dtypes=None, before=None, **options):
-    """The case's optimizer after a step with each list of ``grads``, and what each step left in them.
-
-    Args:
-        state_dtypes: what the states of each parameter are converted to after the first step.
-        before: called with the optimizer and the number of a step before it.
-    """
-    fences, left = Fences(), []
-    params = [torch.nn.Parameter(fences.around(v.to(engine.device), i % 4)) for i, v in enumerate(values)]
-    make = getattr(fusedstep, case.optimizer)
-    optimizer = make(params, backend=engine.backend, **{**case.options, **options})
-    for number, given in enumerate(grads):
-        for i, (param, grad) in enumerate(zip(params, given, strict=True)):
-            param.grad_dtype = None
-            param.grad = None if grad is None else fences.around(grad.to(engine.device), (i + number) % 4)
-        if before:
-            before(optimizer, number)
-        with np.errstate(all="ignore"):  # Triton's interpreter computes with numpy, which warns
-            optimizer.step()
-        left.append([None if param.grad is None else param.grad.clone() for param in params])
-        for i, param in enumerate(params if number == 0 else ()):
-            for name, state in optimizer.state[param].items():
-                if name in optimizer.state_names and state_dtypes:
-                    state = state.to(state_dtypes[i])
-                if name != "step":
-                    optimizer.state[param][name] = fences.around(state, i % 4)
-    fences.check()
-    return optimizer, left
-
-
-references = {}  # the last few
-
-
-def beside_the_reference(statement, case, engine, values, grads, **how):
-    """The optimizer of the engine; its bits, and what it left in gradients, are those of the reference."""
-    options = {name: value for name, value in how.items() if name not in ("before", "state_dtypes")}
-    dtypes = [[None if tensor is None else tensor.dtype for tensor in some] for some in (values, *grads)]
-    key = statement, str(case), str(options), engine.device, str(dtypes)
-    if key not in references:
-        if len(references) == 8:
-            del references[next(iter(references))]
-        references[key] = train(case, Engine("reference", "reference", engine.device), values, grads, **how)
-    optimizer, left = train(case, engine, values, grads, **how)
-    expected, expected_left = references[key]
-    for i, (a, b) in enumerate(zip(*(o.param_groups[0]["params"] for o in (optimizer, expected)), strict=True)):
-        about = f"parameter {i}: {tuple(a.shape)}, {a.dtype}, {a.stride()}"
-        assert same_bits(a.detach(), b.detach()), f"{(a != b).sum().item()} numbers of {about}"
-        mine, other = optimizer.state.get(a, {}), expected.state.get(b, {})
-        assert mine.keys() == other.keys()
-        for name in mine:
-            assert same_bits(mine[name].to(b.device), other[name].to(b.device)), f"{name} of {about}"
-        if "weights_copy" in options:
-            assert same_bits(optimizer.copies[a], expected.copies[b]), f"copy of {about}"
-    for number, (mine, other) in enumerate(zip(left, expected_left, strict=True)):
-        for i, (a, b) in enumerate(zip(mine, other, strict=True)):
-            assert (a is None and b is None) or same_bits(a, b), f"what step {number} leaves in gradient {i}"
-    return optimizer
-
-
-def normal(sizes, generator, dtypes=(torch.float32,)):
-    return [torch.randn(n, generator=generator).to(dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)]
+        return Engine(name, "cpu")  # by each instruction set
 
 
 # Every length below twice the widest pack, around powers of two and chunks, and enough for several threads.
@@ -188,10 +89,10 @@ def test_every_size_dtype_and_layout_has_the_references_bits(case, engine):
         for number in range(2)
     ]
     optimizer = beside_the_reference("sizes", case, engine, values, grads)
-    if "cuda" in engine.name and engine.backend != "triton" and not DRY:
+    if "cuda" in engine.name and not DRY:
         assert optimizer.kernel_calls in (3, 4)  # fp32, bf16, and fp16 with fp64 or by itself
-    else:
-        assert optimizer.kernel_calls == (len(FLOATS) if engine.backend == "triton" else 1)
+    elif engine.name != "triton":
+        assert optimizer.kernel_calls == (1 if engine.quick else len(FLOATS))
 
 
 @pytest.mark.parametrize("case", CHOOSING, ids=str)
@@ -313,10 +214,8 @@ def stored_as(mode):
 
 def cases_in(mode, engine):
     """One of each kind, and of the other cases a part in each mode; by Triton's interpreter one."""
-    if ALL or (engine.quick and not engine.is_older):
+    if ALL or engine.quick:
         return cases_of(mode, MODES)
-    if engine.is_older:
-        return [CASES[3], CASES[10]]
     few = [*IN_ENGINES, SIGNS]
     return [few[list(MODES.values()).index(mode) % len(few)]]
 

@@ -117,7 +117,7 @@ by_argument = pytest.mark.parametrize(
 
 
 @by_argument
-def test_bad_arguments(names, options, kind, text, torchs):
+def test_bad_arguments_of_a_class_and_of_a_group(names, options, kind, text, torchs):
     for name in names:
         with pytest.raises(kind) as mine:
             getattr(fusedstep, name)(parameters(), **options)
@@ -127,10 +127,10 @@ def test_bad_arguments(names, options, kind, text, torchs):
             with pytest.raises(kind) as theirs:
                 getattr(torch.optim, name)(parameters(), **options)
             assert str(mine.value).startswith(str(theirs.value)), name
+    check_arguments_of_a_group(names, options, kind, text)
 
 
-@by_argument
-def test_bad_arguments_of_a_group(names, options, kind, text, torchs):
+def check_arguments_of_a_group(names, options, kind, text):
     if {"no_such_option", "learning_rate", "beta_1"} & options.keys():
         return  # which a group does not have
     for name in names:

@@ -5,12 +5,11 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from host_plan import ElementwiseHostBackend, HostPlan, step_library
+from host_plan import run_on_the_host
 from kinds import each
 from support import ADAMW, MOMENTUM, STATES, WEIGHTS, parameters_of, precision_modes
 
 import fusedstep
-from fusedstep import backends
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES, gradient, layouts
 from fusedstep.verification import same_bits
@@ -29,11 +28,6 @@ FEW_CASES = [MOMENTUM, ADAMW, next(c for c in CASES if c.optimizer == "Amos" and
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
-@pytest.fixture
-def library():
-    return step_library()
-
-
 @pytest.fixture(params=["cpu", "cuda on the host", "triton"])
 def tested(request, monkeypatch):
     """The name of a backend that runs the kernels in question on CPU tensors."""
@@ -45,9 +39,7 @@ def tested(request, monkeypatch):
             pytest.skip("; ".join(reasons))
         return "triton"
     if request.param != "cpu":
-        monkeypatch.setattr(HostPlan, "library", request.getfixturevalue("library"))
-        monkeypatch.setitem(BACKENDS, "cpu", ElementwiseHostBackend())
-        monkeypatch.setattr(backends, "_selected", {})
+        run_on_the_host(monkeypatch)
     return "cpu"
 
 

@@ -1,6 +1,7 @@
 // The CUDA kernel's own source, run on the host for the tests.
 // clang-format off
 #include "cuda_on_host.h"
+#include "call.h"
 #include "steps.h"
 #include "../../csrc/cuda/norm.cuh"
 #include "../../csrc/cuda/schedule.cuh"
@@ -38,17 +39,8 @@ int host_step(int rule, const Scalar* hyper, bool maximize, bool zero_grads, boo
   Table table =
       build_table(std::vector<Record>(records, records + n_records), static_cast<RuleId>(rule), multiprocessors);
   std::vector<char> bytes = table.bytes();
-  Call call{};
-  for (int k = 0; k < kMaxHyper; ++k) call.hyper[k] = hyper[k];
-  call.maximize = maximize;
-  call.grad_scale = grad_scale;
-  call.found_inf = found_inf;
-  call.coefficient = coefficient;
-  call.zero_grads = zero_grads;
-  call.write_grads = write_grads;
-  call.average_weight = average_weight;
-  call.device_table = bytes.data();
-  call.grads = grads;
+  const Call call = call_of(hyper, maximize, zero_grads, write_grads, grad_scale, found_inf, coefficient,
+                            average_weight, grads, bytes.data());
   int launches = 0;
   for (size_t i = 0; i < table.segments.size(); ++i) {
     Segment& segment = table.segments[i];

@@ -1,6 +1,7 @@
 // The source of the CUDA kernels for rules that reduce, run on the host for the tests.
 // clang-format off
 #include "cuda_on_host.h"
+#include "call.h"
 #include "../../csrc/cuda/reducing.cuh"
 // clang-format on
 
@@ -33,17 +34,8 @@ int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool
         build_reducing_table(std::vector<Record>(records, records + n_records), kReducingTraits<Rule>);
     std::vector<char> bytes = table.bytes();
     std::vector<double> work(table.work_bytes / sizeof(double) + 1, std::numeric_limits<double>::quiet_NaN());
-    Call call{};
-    for (int k = 0; k < kMaxHyper; ++k) call.hyper[k] = hyper[k];
-    call.maximize = maximize;
-    call.grad_scale = grad_scale;
-    call.found_inf = found_inf;
-    call.coefficient = coefficient;
-    call.zero_grads = zero_grads;
-    call.write_grads = write_grads;
-    call.average_weight = average_weight;
-    call.device_table = bytes.data();
-    call.grads = grads;
+    const Call call = call_of(hyper, maximize, zero_grads, write_grads, grad_scale, found_inf, coefficient,
+                              average_weight, grads, bytes.data());
     static ReducingArguments a;
     for (size_t i = 0; i < table.segments.size(); ++i) {
       set_arguments(&a, call, table, reinterpret_cast<char*>(work.data()), i);

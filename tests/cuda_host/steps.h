@@ -33,9 +33,8 @@ bool run_format(const Segment& segment, unsigned threads, const ManyArguments& a
 template <int kFirst, int... kOffsets>
 bool run_one_of(int rule, const Segment& segment, unsigned threads, const ManyArguments& a,
                 std::integer_sequence<int, kOffsets...>) {
-  return visit_rule(static_cast<RuleId>(rule), [&](auto r) {
-    return (run_format<decltype(r), kFirst + kOffsets>(segment, threads, a) || ...);
-  });
+  return visit_rule(static_cast<RuleId>(rule),
+                    [&](auto r) { return (run_format<decltype(r), kFirst + kOffsets>(segment, threads, a) || ...); });
 }
 template <int kFirst, int kEnd>
 bool run_family(int rule, const Segment& segment, unsigned threads, const ManyArguments& a) {

@@ -19,15 +19,15 @@ class Fault(NamedTuple):
 
 
 PARENTS = "tests/test_parents.py"
-BITS = "tests/test_bits.py"
-STORAGE = "tests/test_storage.py"
+BITS = "tests/test_engines.py"
+STORAGE = "tests/test_engines.py tests/test_cpu_engine.py"
 PRECISION = "tests/test_precision_options.py"
 CHAIN = "tests/test_precision_chain.py"
 REDUCING = "tests/test_reducing.py tests/test_adafactor.py"
-CUDA = "tests/test_cuda_host.py"
-CUDA_STORAGE = "tests/test_cuda_host_storage.py"
+CUDA = "tests/test_cuda_host.py tests/test_engines.py"
+CUDA_STORAGE = "tests/test_engines.py"
 CUDA_REDUCING = "tests/test_cuda_host_reducing.py"
-TRITON = "tests/test_triton.py"
+TRITON = "tests/test_triton.py tests/test_engines.py"
 
 # Rules in Python, for the reference and Triton; the parent classes judge them.
 REFERENCE = [
@@ -521,14 +521,14 @@ TRITON_ENGINE = [
         "triton_kernels/codecs.py",
         "(magnitude + (random & 0x1FFF) - 0x38000000) >> 13",
         "(magnitude + (random & 0x3FFF) - 0x38000000) >> 13",
-        "tests/test_triton_storage.py",
+        TRITON,
     ),
     Fault(
         "Kahan: the rest is not read",
         "triton_kernels/stored.py",
         "return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE) + rest",
         "return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)",
-        "tests/test_triton_storage.py",
+        TRITON,
     ),
     Fault(
         "large matrices: only the first rows of a tile are finished",

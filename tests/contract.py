@@ -1,0 +1,110 @@
+"""How an engine is held to its contract: the same training by it and by the reference, and what must be equal."""
+
+import numpy as np
+import torch
+
+import fusedstep
+from fusedstep import _C
+from fusedstep.verification import same_bits
+
+
+class Engine:
+    """What is under test; by ``backend`` and ``device`` an optimizer gets it."""
+
+    def __init__(self, name, backend, device="cpu"):
+        self.name, self.backend, self.device = name, backend, device
+        self.quick = name != "triton interpreted"
+        self.isas = _C.cpu_isas() if name == "cpu" else (_C.cpu_isa(),)
+
+
+class Fences:
+    """Puts tensors into larger buffers full of sentinels, ``offset`` elements behind an aligned address."""
+
+    def __init__(self):
+        self.fenced = []
+
+    def around(self, values, offset):
+        if not values.is_contiguous():
+            return values.clone(memory_format=torch.preserve_format)
+        sentinel = 7.0 if values.is_floating_point() else 77
+        buffer = torch.full((values.numel() + 80,), sentinel, dtype=values.dtype, device=values.device)
+        start = (-buffer.data_ptr() // buffer.element_size()) % (64 // buffer.element_size()) + offset
+        inside = buffer[start : start + values.numel()].view(values.shape)
+        self.fenced.append((buffer, sentinel, values.numel()))
+        return inside.copy_(values)
+
+    def check(self):
+        for buffer, sentinel, numel in self.fenced:
+            assert int((buffer == sentinel).sum()) >= buffer.numel() - numel, "something outside was written"
+
+
+def train(case, engine, values, grads, *, state_dtypes=None, before=None, **options):
+    """The case's optimizer after a step with each list of ``grads``, and what each step left in them.
+
+    Args:
+        state_dtypes: what the states of each parameter are converted to after the first step.
+        before: called with the optimizer and the number of a step before it.
+    """
+    fences, left = Fences(), []
+    params = [torch.nn.Parameter(fences.around(v.to(engine.device), i % 4)) for i, v in enumerate(values)]
+    make = getattr(fusedstep, case.optimizer)
+    optimizer = make(params, backend=engine.backend, **{**case.options, **options})
+    for number, given in enumerate(grads):
+        for i, (param, grad) in enumerate(zip(params, given, strict=True)):
+            param.grad_dtype = None
+            param.grad = None if grad is None else fences.around(grad.to(engine.device), (i + number) % 4)
+        if before:
+            before(optimizer, number)
+        with np.errstate(all="ignore"):  # Triton's interpreter computes with numpy, which warns
+            optimizer.step()
+        left.append([None if param.grad is None else param.grad.clone() for param in params])
+        for i, param in enumerate(params if number == 0 else ()):
+            for name, state in optimizer.state[param].items():
+                if name in optimizer.state_names and state_dtypes:
+                    state = state.to(state_dtypes[i])
+                if name != "step":
+                    optimizer.state[param][name] = fences.around(state, i % 4)
+    fences.check()
+    return optimizer, left
+
+
+references = {}  # the last few
+
+
+def beside_the_reference(statement, case, engine, values, grads, **how):
+    """The optimizer of the engine; its bits, and what it left in gradients, are those of the reference."""
+    options = {name: value for name, value in how.items() if name not in ("before", "state_dtypes")}
+    dtypes = [[None if tensor is None else tensor.dtype for tensor in some] for some in (values, *grads)]
+    key = statement, str(case), str(options), engine.device, str(dtypes)
+    if key not in references:
+        if len(references) == 8:
+            del references[next(iter(references))]
+        references[key] = train(case, Engine("reference", "reference", engine.device), values, grads, **how)
+    for isa in engine.isas:
+        before = _C.cpu_isa()
+        _C.set_cpu_isa(isa)
+        try:
+            optimizer, left = train(case, engine, values, grads, **how)
+        finally:
+            _C.set_cpu_isa(before)
+        assert_the_same(optimizer, left, *references[key], f"by {isa}, ")
+    return optimizer
+
+
+def assert_the_same(optimizer, left, expected, expected_left, about=""):
+    for i, (a, b) in enumerate(zip(*(o.param_groups[0]["params"] for o in (optimizer, expected)), strict=True)):
+        about_it = f"{about}parameter {i}: {tuple(a.shape)}, {a.dtype}, {a.stride()}"
+        assert same_bits(a.detach(), b.detach()), f"{(a != b).sum().item()} numbers of {about_it}"
+        mine, other = optimizer.state.get(a, {}), expected.state.get(b, {})
+        assert mine.keys() == other.keys()
+        for name in mine:
+            assert same_bits(mine[name].to(b.device), other[name].to(b.device)), f"{name} of {about_it}"
+        if optimizer.stepper.kept.copy.dtype is not None:
+            assert same_bits(optimizer.copies[a], expected.copies[b]), f"copy of {about_it}"
+    for number, (mine, other) in enumerate(zip(left, expected_left, strict=True)):
+        for i, (a, b) in enumerate(zip(mine, other, strict=True)):
+            assert (a is None and b is None) or same_bits(a, b), f"{about}what step {number} leaves in gradient {i}"
+
+
+def normal(sizes, generator, dtypes=(torch.float32,)):
+    return [torch.randn(n, generator=generator).to(dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)]
