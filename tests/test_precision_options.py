@@ -19,7 +19,7 @@ from fusedstep import codecs, planning
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES, Case
 from fusedstep.kept import Entry
-from fusedstep.kept.weights import COMPANIONS
+from fusedstep.kept.weights import AUX
 from fusedstep.verification import same_bits
 
 ADAMW = Case("AdamW", {"lr": 0.01, "betas": (0.85, 0.9), "weight_decay": 0.1})
@@ -236,7 +236,7 @@ def test_a_model_may_be_moved_to_another_dtype(dtype, back):
         assert a.keys() == b.keys()
         assert all(same_bits(a[key], b[key]) for key in a)
         key = optimizers[0].stepper.kept.weights.format_of(pair[0]).key
-        assert [k for k in COMPANIONS if k in a] == ([] if key is None else [key])
+        assert [k for k in AUX if k in a] == ([] if key is None else [key])
 
 
 def test_what_is_kept_follows_a_parameter_to_its_device():
@@ -266,8 +266,8 @@ by_quantizer = pytest.mark.parametrize("quantizer", codecs.QUANTIZERS.values(), 
 
 
 def back_and_forth(x, quantizer, signed):
-    codes, scales = codecs.encode(x, quantizer, signed)
-    return codes, scales, codecs.decode(codes, scales, quantizer, signed, x)
+    codes, scales = codecs.quantize(x, quantizer, signed)
+    return codes, scales, codecs.dequantize(codes, scales, quantizer, signed, x)
 
 
 @by_quantizer
@@ -554,7 +554,7 @@ def check_loading(old, new):
         expected[key] = code or wanted or (param.dtype if dtype in codecs.CODES else dtype)
     found = format_of(state["state"][0]["exp_avg"], param)
     converts = found != (wanted or (param.dtype if found in codecs.QUANTIZERS else found)) or any(
-        key in state["state"][0] and key != made.key for key in COMPANIONS
+        key in state["state"][0] and key != made.key for key in AUX
     )
     if converts:
         with pytest.warns(UserWarning, match="is converted: ") as record:
@@ -564,9 +564,9 @@ def check_loading(old, new):
         second.load_state_dict(state)
     before = {k: v.clone() for k, v in first.state[param].items()}
     weight = param.detach().float()
-    for key in COMPANIONS:
+    for key in AUX:
         if key in before:
-            weight = COMPANIONS[key].join(param.detach(), before[key])
+            weight = AUX[key].join(param.detach(), before[key])
     for p in params_of(second):
         p.grad = torch.zeros_like(p)
     second.param_groups[0].update(lr=0.0, weight_decay=0.0, betas=(1.0 - 2**-30, 1.0 - 2**-30))
@@ -618,7 +618,7 @@ def test_what_a_rule_without_states_keeps_is_saved_after_a_skipped_step():
     second.load_state_dict(state)
     params_of(second)[0].grad = normal(30, dtype=torch.bfloat16)
     # As far as a step gets that the device skips.
-    second.stepper.new_plans(second, planning.look_up(second, needs_norm=False))
+    second.stepper.new_plans(second, planning.check_and_select(second, needs_norm=False))
     assert torch.equal(second.state_dict()["state"][0]["master_weight"], state["state"][0]["master_weight"])
 
 
