@@ -36,7 +36,7 @@ OWN = {
     "all": {**WEIGHTS["stochastic"], "state_dtype": "8bit", "ema_decay": 0.75, "lr": WARMUP},
 }
 FORMS = {"nested": StateDictOptions(), "flat": StateDictOptions(flatten_optimizer_state_dict=True)}
-by_form = pytest.mark.parametrize("weight_format", FORMS)
+by_form = pytest.mark.parametrize("form", FORMS)
 
 
 class Model(torch.nn.Module):

@@ -166,7 +166,7 @@ def test_a_group_without_a_learning_rate(backend):
 
 
 @pytest.mark.parametrize("number", [-1, 2.5, math.inf, math.nan, 2.0**60, 10**400])
-@pytest.mark.parametrize("weight_format", [lambda n: n, torch.tensor], ids=["number", "tensor"])
+@pytest.mark.parametrize("form", [lambda n: n, torch.tensor], ids=["number", "tensor"])
 def test_a_number_of_steps_is_whole_and_not_negative(number, form, backend):
     if form is torch.tensor and number == 10**400:
         pytest.skip("no tensor holds it")
