@@ -192,22 +192,22 @@ class Gradients:
     def _reduce(
         self, plans: Sequence[Plan], limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> int:
-        plans: dict[tuple[Backend, torch.device, Over], list[Plan]] = {}
+        by_device: dict[tuple[Backend, torch.device, Over], list[Plan]] = {}
         for plan in plans:
             for part in (plan, plan.rows_plan):
                 if part is not None and (device := part.norm_device()) is not None:
-                    plans.setdefault((part.backend, device, part.over), []).append(part)
-        self.any_seen = bool(plans) or self.sharers is not None
+                    by_device.setdefault((part.backend, device, part.over), []).append(part)
+        self.any_seen = bool(by_device) or self.sharers is not None
         if self.sharers is None:
-            if not plans:
+            if not by_device:
                 self._take_sums([], limits, grad_scale, found_inf)
                 return 0
-            ((backend, device, _), members), *others = plans.items()
+            ((backend, device, _), members), *others = by_device.items()
             self.last = self._at(device)
             if not others:
                 return backend.norm(members, self.last, limits, grad_scale, found_inf)
         calls, parts = 0, []
-        for (backend, device, kind), members in plans.items():
+        for (backend, device, kind), members in by_device.items():
             part = self._at(device)
             calls += backend.norm(members, part, None, grad_scale, None)
             parts.append((kind, part.sum_of_squares.clone(), part.max_abs.clone()))

@@ -77,7 +77,7 @@ def check_and_select(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[C
 
     ``needs_norm``: the step takes the norm of all gradients together.
     """
-    optimizer.stepper.learning_rates.convert_schedules(optimizer.param_groups)
+    optimizer.stepper.learning_rates.move_schedules(optimizer.param_groups)
     chosen: list[list[Chosen]] = []
     any_reduces = False
     for group, members in zip(optimizer.param_groups, entries(optimizer), strict=True):

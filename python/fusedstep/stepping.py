@@ -210,24 +210,24 @@ class Stepper:
     def clip(self, optimizer: FusedOptimizer, plans: list[Plan], grad_scale: Tensor | None) -> None:
         """Put unscaled and clipped gradients into the plans."""
         groups = optimizer.param_groups
-        owners, grads = [], []
+        origins, grads = [], []
         for plan in plans:
             if optimizer.clips_by_norm(optimizer.param_groups[plan.group]):
                 plan.check_norm_is_known()
             for i, grad in plan.grads_in_use():
                 grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-                owners.append((plan, i))
+                origins.append((plan, i))
                 grads.append(
                     (optimizer.param_groups[plan.group], grad if grad_scale is None else grad / grad_scale.to(grad))
                 )
 
         def norms(grads: list[Tensor | None]) -> list[Tensor | None]:
             asked = [k for k, grad in enumerate(grads) if grad is not None]
-            parts = [(owners[k][0].records[owners[k][1]].index, grads[k]) for k in asked]
+            parts = [(origins[k][0].records[origins[k][1]].index, grads[k]) for k in asked]
             found = dict(zip(asked, self.gradients.single_norms(parts, kinds_of(groups)), strict=True))
             return [found.get(k) for k in range(len(grads))]
 
-        for (plan, i), grad in zip(owners, optimizer.clip(grads, norms), strict=True):
+        for (plan, i), grad in zip(origins, optimizer.clip(grads, norms), strict=True):
             plan.replace_grad(i, grad)
 
     def _expect(self, optimizer: FusedOptimizer, limits: Limits | None, clips: bool, norm_of_each: bool) -> None:

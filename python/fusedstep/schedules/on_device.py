@@ -166,7 +166,7 @@ class LearningRates:
                     "group: either give the optimizer a number as lr, or make no scheduler"
                 )
 
-    def convert_schedules(self, groups: list[Group]) -> None:
+    def move_schedules(self, groups: list[Group]) -> None:
         """Go where the parameters are, which may have moved to another device."""
         found = list(self.followers(groups))
         moved = [(group, schedule) for group, schedule, part in found if part.device != device_of(group)]
