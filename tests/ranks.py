@@ -565,7 +565,7 @@ def models(shard):
             torch.testing.assert_close(a.full_tensor().detach(), b.detach(), rtol=1e-5, atol=1e-6)
         if given:
             torch.testing.assert_close(mine.grad_norm, expected.grad_norm, rtol=1e-5, atol=0)
-        assert not mine.stepper.plans[0].places
+        assert not mine.stepper.plans[0].memory_keys
 
 
 # Mistakes.

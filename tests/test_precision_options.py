@@ -337,7 +337,7 @@ def test_a_block_that_is_not_finite_is_not_a_number(quantizer, bad, signed):
 )
 def test_two_codes_share_a_byte_along_the_memory(shape, order, expected):
     x = torch.randn([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
-    assert codecs.FOUR_BITS.place(x) == expected
+    assert codecs.FOUR_BITS.codes_layout(x) == expected
     if expected is None:
         return
     codes, _, back = back_and_forth(x, codecs.FOUR_BITS, True)
@@ -644,7 +644,7 @@ def test_a_quantized_state_keeps_its_numbers_in_another_layout(quantizer, shape)
     with contextlib.nullcontext() if expected is quantizer else told:
         second.load_state_dict(first.state_dict())
     kept, moved = first.state[param], second.state[params_of(second)[0]]
-    assert (tuple(moved["exp_avg"].shape), moved["exp_avg"].stride()) == expected.place(params_of(second)[0])
+    assert (tuple(moved["exp_avg"].shape), moved["exp_avg"].stride()) == expected.codes_layout(params_of(second)[0])
     a, b = (numbers_of(first, s, "exp_avg", param) for s in (kept, moved))
     share = 0.16 if quantizer.bits == 4 else 0.02
     assert (a - b).norm() < share * a.norm()
@@ -652,7 +652,7 @@ def test_a_quantized_state_keeps_its_numbers_in_another_layout(quantizer, shape)
     param.data = param.data.to(memory_format=torch.channels_last)
     param.grad = None
     step([first], [torch.zeros(*shape)])
-    assert (tuple(first.state[param]["exp_avg"].shape), first.state[param]["exp_avg"].stride()) == expected.place(param)
+    assert (tuple(first.state[param]["exp_avg"].shape), first.state[param]["exp_avg"].stride()) == expected.codes_layout(param)
     c = numbers_of(first, first.state[param], "exp_avg", param)
     assert (a * 0.85 - c).norm() < 2 * share * a.norm()
 
