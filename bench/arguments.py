@@ -15,6 +15,7 @@ import torch
 
 from . import models, peers, results
 from .measurement import DTYPES, Configuration
+from .optimizers import OPTIMIZERS
 
 
 def _name(kind: str, allowed: Sequence[str]) -> Callable[[str], str]:
@@ -51,7 +52,7 @@ def _device(text: str) -> torch.device:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fusedstep bench`."""
-    optimizers = [optimizer.name for optimizer in peers.OPTIMIZERS]
+    optimizers = [optimizer.name for optimizer in OPTIMIZERS]
     cases = [case.name for case in models.CASES]
     add = parser.add_argument
     add(
@@ -125,9 +126,9 @@ def command_line(args: argparse.Namespace) -> str:
 def configurations(args: argparse.Namespace, device: torch.device) -> list[Configuration]:
     """What to measure, in order."""
     if args.optimizer:
-        chosen = [optimizer for optimizer in peers.OPTIMIZERS if optimizer.name in args.optimizer]
+        chosen = [optimizer for optimizer in OPTIMIZERS if optimizer.name in args.optimizer]
     else:
-        chosen = [optimizer for optimizer in peers.OPTIMIZERS if bool(optimizer.precision) == args.precision]
+        chosen = [optimizer for optimizer in OPTIMIZERS if bool(optimizer.precision) == args.precision]
     if args.quick and not args.optimizer and not args.precision:
         chosen = [optimizer for optimizer in chosen if optimizer.every_case]
     threads = args.threads or torch.get_num_threads()

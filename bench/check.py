@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import chain
-from .peers import Optimizer
+from .optimizers import Optimizer
 
 # The gradient changes its size and sign from step to step: with a constant one, Adam's first steps do not depend on its
 # betas, nor AMSGrad's on its maximum. All factors are powers of two, so that scaling is exact in every dtype.

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from . import check, peers, timing
 from .models import Case
-from .peers import Contender, Optimizer
+from .optimizers import Optimizer
+from .peers import Contender
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COPY, IN_PLACE = "copy", "in place"  # names of the passes over memory among the calls that are timed

@@ -76,7 +76,7 @@ class Case:
     """A parameter list to measure.
 
     ``devices``: where it belongs to the default run. ``quick``: it belongs to the quick run. ``every_optimizer``: it is
-    run for all optimizers by default, not only for those with `peers.Optimizer.every_case`. ``one_thread``: on a CPU it
+    run for all optimizers by default, not only for those with `Optimizer.every_case`. ``one_thread``: on a CPU it
     is measured with one thread too, because one core alone does not saturate the memory.
     """
 

@@ -37,7 +37,7 @@ from ..cases import PRECISION
 from . import text
 from .demo_results import Run, draw, findings, show
 from .gpt import GPT, Size
-from .peers import PRECISIONS, torch_class
+from .optimizers import PRECISIONS, torch_class
 from .terminal import positive, progress
 from .timing import OtherLoad
 

@@ -3,10 +3,9 @@
 
 #include <memory>
 
-#include "reducing_rules.h"
-#include "rules.h"
 #include "table.h"
 #include "tensor.h"
+#include "variant.h"
 
 namespace fusedstep {
 
@@ -14,19 +13,6 @@ enum class Gathered : int {
   kStale = 0,  // a tensor moved, changed or joined: the plan must be built anew
   kReady = 1,  // every pointer is known to be right
   kMoved = 2,  // so it is, and the gradients are not all where they were last
-};
-
-// The elementwise rule of that name with these states. Throws std::invalid_argument if there is none.
-RuleId find_rule(const std::string& name, const std::vector<std::string>& state_names);
-
-// What a plan needs to know of a rule of either kind.
-struct Variant {
-  bool reduces;
-  int rule;  // a RuleId, or a ReducingRuleId
-  int n_hyper;
-  std::vector<int> state_indices;  // of the states that it has, among all that it names
-  std::vector<Span> spans;         // of these; all kElement for an elementwise rule
-  std::vector<Code> codes;         // of these; all kNone for a rule that reduces
 };
 
 class Plan {

@@ -13,6 +13,7 @@ from fusedstep.bench import (
     gpu_report,
     measurement,
     models,
+    optimizers,
     peers,
     plot,
     precision,
@@ -48,7 +49,7 @@ def bench(*arguments, output=None):
 
 
 def optimizer_named(name):
-    return next(optimizer for optimizer in peers.OPTIMIZERS if optimizer.name == name)
+    return next(optimizer for optimizer in optimizers.OPTIMIZERS if optimizer.name == name)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_bytes_per_parameter_are_the_least_that_the_algorithm_moves(name, fp32, 
     assert optimizer.bytes_per_parameter(torch.bfloat16) == bf16
 
 
-@pytest.mark.parametrize("optimizer", peers.OPTIMIZERS, ids=lambda optimizer: optimizer.name)
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS, ids=lambda optimizer: optimizer.name)
 def test_every_optimizer_is_measured_with_weight_decay_and_exists_in_fusedstep(optimizer):
     assert optimizer.options.keys() & {"weight_decay", "weight_decay_rate", "extra_l2"}
     assert optimizer.our_class is not None
@@ -113,7 +114,7 @@ def test_gradients_are_random_never_zero_and_the_same_in_every_run():
     ("optimizer", "dtype"),
     [
         pytest.param(optimizer, dtype, id=f"{optimizer.name}-{name}")
-        for optimizer in peers.OPTIMIZERS
+        for optimizer in optimizers.OPTIMIZERS
         for name, dtype in measurement.DTYPES.items()
         if optimizer.takes(dtype)
     ],
@@ -522,7 +523,7 @@ def test_precision_checks_times_and_counts_the_bytes_of_each_option(tmp_path, ca
         assert f"| {key[0]} | {key[1]} |" in report.markdown(found)
 
 
-@pytest.mark.parametrize("optimizer", [o for o in peers.OPTIMIZERS if o.precision], ids=lambda o: o.name)
+@pytest.mark.parametrize("optimizer", [o for o in optimizers.OPTIMIZERS if o.precision], ids=lambda o: o.name)
 def test_bytes_of_the_precision_options_are_those_of_their_tensors(optimizer):
     for dtype in measurement.DTYPES.values():
         if optimizer.takes(dtype):

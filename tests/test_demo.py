@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from fusedstep.bench import peers, text, train_gpt
+from fusedstep.bench import optimizers, text, train_gpt
 
 STEPS = 6
 SIZE = train_gpt.Size(layers=1, width=16, heads=2, context=16, batch=4, steps=STEPS)
@@ -74,7 +74,7 @@ def test_precision_concerns_ours_alone(demo, capsys, tmp_path, monkeypatch, prec
     monkeypatch.setattr(train_gpt.GPT, "loss", spy(train_gpt.GPT.loss, dtypes))
     assert demo("--json", "--precision", precision) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [run["implementation"] for run in found["runs"]] == ["fused=True", peers.PRECISIONS[precision]]
+    assert [run["implementation"] for run in found["runs"]] == ["fused=True", optimizers.PRECISIONS[precision]]
     assert list(dict.fromkeys(dtypes)) == list(dict.fromkeys((torch.float32, dtype)))
     assert (tmp_path / f"train_gpt-AdamW-{precision}.json").exists()
 

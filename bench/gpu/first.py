@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fusedstep.bench import models, peers, results, timing
+from fusedstep.bench import models, optimizers, peers, results, timing
 from torch import Tensor
 
 import fusedstep
@@ -62,7 +62,7 @@ class Case:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def bytes_per_parameter(self) -> float:
-        described = peers.Optimizer(self.name, self.optimizer, {}, self.states, self.grad_reads)
+        described = optimizers.Optimizer(self.name, self.optimizer, {}, self.states, self.grad_reads)
         more = 8 if self.ours.get("ema_decay") else 0  # an average, read and written
         more += self.dtype.itemsize if self.ours.get("zero_grads") else 0
         return described.bytes_per_parameter(self.dtype, self.precision) + more
@@ -171,7 +171,7 @@ class Contenders:
             param.grad = torch.randn(param.shape, generator=generator, device=device, dtype=case.dtype)
         backends = ("cpu",) if dry else ("cuda", "triton")
         self.names = [f"fusedstep {name}" for name in backends] + list(case.torch_variants)
-        self.theirs = peers.torch_class(case.optimizer)
+        self.theirs = optimizers.torch_class(case.optimizer)
 
     def build(self, name: str) -> torch.optim.Optimizer | None:
         """An optimizer with its states; None if there is none of that kind."""
