@@ -32,7 +32,9 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _no_choice_from_outside(monkeypatch):
+    """Backends are chosen anew, and warn anew of what they cannot do: not as another test has left them."""
     monkeypatch.delenv("FUSEDSTEP_BACKEND", raising=False)
+    monkeypatch.setattr("fusedstep.backends._selected", {})
 
 
 @pytest.fixture(params=["cpu", "reference"])
