@@ -652,7 +652,8 @@ def test_a_quantized_state_keeps_its_numbers_in_another_layout(quantizer, shape)
     param.data = param.data.to(memory_format=torch.channels_last)
     param.grad = None
     step([first], [torch.zeros(*shape)])
-    assert (tuple(first.state[param]["exp_avg"].shape), first.state[param]["exp_avg"].stride()) == expected.codes_layout(param)
+    codes = first.state[param]["exp_avg"]
+    assert (tuple(codes.shape), codes.stride()) == expected.codes_layout(param)
     c = numbers_of(first, first.state[param], "exp_avg", param)
     assert (a * 0.85 - c).norm() < 2 * share * a.norm()
 

@@ -34,7 +34,6 @@ from support import (
     theirs,
 )
 
-import fusedstep
 from fusedstep.cases import CASES
 
 # Gradients that come and go.
