@@ -108,3 +108,54 @@ def assert_the_same(optimizer, left, expected, expected_left, about=""):
 
 def normal(sizes, generator, dtypes=(torch.float32,)):
     return [torch.randn(n, generator=generator).to(dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)]
+
+
+# Sums are in another order than the reference's, in the arithmetic type: this is far above what that makes of them, and
+# far below what a missing term would. A stored number may round to the neighbour.
+BOUND = {torch.float32: 3e-6, torch.float64: 1e-12, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+class Beside:
+    """An optimizer of the engine beside one of the reference, from equal parameters, in fenced memory."""
+
+    def __init__(self, case, engine, values, **options):
+        self.engine, self.fences = engine, Fences()
+        make = getattr(fusedstep, case.optimizer)
+        self.optimizers = []
+        for backend in (engine.backend, "reference"):
+            params = [torch.nn.Parameter(self.fences.around(v.to(engine.device), i % 4)) for i, v in enumerate(values)]
+            for param in params:
+                param.grad_dtype = None
+            self.optimizers.append(make(params, backend=backend, **{**case.options, **options}))
+        self.mine, self.expected = self.optimizers
+        self.ways = [0.0] * len(values)
+
+    def step(self, grads, **attributes):
+        before = [param.detach().clone() for param in params_of(self.expected)]
+        for optimizer in self.optimizers:
+            for name, value in attributes.items():
+                setattr(optimizer, name, torch.tensor(value, device=self.engine.device))
+            for i, (param, grad) in enumerate(zip(params_of(optimizer), grads, strict=True)):
+                param.grad = None if grad is None else self.fences.around(grad.to(self.engine.device), (i + 1) % 4)
+            optimizer.step()
+        for i, (old, new) in enumerate(zip(before, params_of(self.expected), strict=True)):
+            self.ways[i] = self.ways[i] + (new.detach() - old).abs()
+
+    def check(self):
+        """Errors of parameters are in proportion to the way that each element has come, those of states to the largest
+        of a tensor: a number near zero is what two larger ones have left."""
+        self.fences.check()
+        for way, a, b in zip(self.ways, *map(params_of, self.optimizers), strict=True):
+            error, allowed = (a - b).abs().double(), BOUND[b.dtype] * (b.abs().double() + way)
+            assert bool((error <= allowed).all()), (tuple(b.shape), b.dtype, (error / allowed).max().item())
+            mine, expected = self.mine.state.get(a, {}), self.expected.state.get(b, {})
+            assert mine.keys() == expected.keys()
+            for name, value in expected.items():
+                if isinstance(value, torch.Tensor) and value.numel():
+                    bound = BOUND[value.dtype]
+                    atol = 0.1 * bound * max(value.abs().max().item(), 1.0)
+                    torch.testing.assert_close(mine[name], value, rtol=bound, atol=atol, check_device=False)
+
+
+def params_of(optimizer):
+    return optimizer.param_groups[0]["params"]

@@ -15,7 +15,7 @@ import torch
 from compiling import ROOT, linked
 
 from fusedstep import _C, backends
-from fusedstep.backends.cpu import CpuBackend
+from fusedstep.backends.cpu import CpuBackend, CpuPlan
 from fusedstep.backends.plan import KernelPlan
 from fusedstep.record import memory_layout
 
@@ -114,3 +114,34 @@ def run_on_the_host(monkeypatch):
     monkeypatch.setattr(HostPlan, "library", step_library())
     monkeypatch.setitem(backends.BACKENDS, "cpu", ElementwiseHostBackend())
     monkeypatch.setattr(backends, "_selected", {})
+
+
+class ReducingHostPlan(HostPlan):
+    def run(self, scalars, gradients, tensors):
+        return self.library.host_reducing_step(self.rule.encode(), len(self.states), scalars, *gradients, *tensors)
+
+
+class ReducingHostBackend(CpuBackend):
+    def plan(self, optimizer, group, options, variant, *args):
+        kind = ReducingHostPlan if optimizer.rule_of(variant)[1] else CpuPlan
+        return kind(self, optimizer, group, options, variant, *args)
+
+
+def reducing_library():
+    """The kernels of rules that reduce."""
+    return built("reducing", "reducing.cpp", "cuda_reducing_table.cpp")
+
+
+def run_reducing_on_the_host(monkeypatch):
+    """Makes backend="cpu" run the CUDA kernels of rules that reduce on the host."""
+    monkeypatch.setattr(HostPlan, "library", reducing_library())
+    monkeypatch.setitem(backends.BACKENDS, "cpu", ReducingHostBackend())
+    monkeypatch.setattr(backends, "_selected", {})
+
+
+def launches_of(case):
+    """Of a rule that reduces, on tensors of one dtype: two or three passes over tiles of whole vectors, and over all
+    else."""
+    passes = 2 * (2 if case.optimizer == "Amos" else 3)
+    # Amos' scalars are updated by an elementwise rule, its vectors by rows whatever is reduced.
+    return {(-1,): passes + 1, (0,): 2 * passes + 1}.get(case.options.get("reduce"), passes)

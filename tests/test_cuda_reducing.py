@@ -1,10 +1,10 @@
-"""On a GPU: the kernels of rules that reduce beside the reference and the parents, and what only a GPU can show."""
+"""On a GPU: the kernels of rules that reduce beside the parents, and what only a GPU can show."""
 
 import pytest
 import torch
 from fusedstep.bench.timing import kernel_launches
+from host_plan import launches_of
 from on_gpu import DEVICE, captured, needs_cuda, warmed_up
-from test_cuda_host_reducing import launches_of
 
 import fusedstep
 from fusedstep.cases import REDUCING
@@ -25,7 +25,6 @@ SHAPES = [
     (1, 70_000),
 ]
 
-by_case = pytest.mark.parametrize("case", REDUCING, ids=str)
 by_kind = pytest.mark.parametrize("case", [REDUCING[3], REDUCING[4]], ids=str)
 
 
@@ -53,37 +52,6 @@ def give(optimizer, grads):
         param.grad = grad.clone()
 
 
-def assert_close(mine, expected, rtol=3e-6, ways=None):
-    """``ways``: how far each element of the first tensors has come, whose errors are in proportion to that."""
-    for i, (a, b) in enumerate(zip(mine, expected, strict=True)):
-        if ways is not None and i < len(ways):
-            error, allowed = (a - b).abs(), rtol * (b.abs() + ways[i])
-            assert bool((error <= allowed).all()), (i, (error / allowed).max().item())
-        else:
-            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * 0.1, equal_nan=True, check_device=False)
-
-
-@by_case
-def test_every_shape_is_close_to_the_reference(kernel, case):
-    generator = torch.Generator().manual_seed(1)
-    values = random(generator)
-    optimizers = [make(case, values, backend) for backend in (kernel, "reference")]
-    ways = [torch.zeros_like(value) for value in values]
-    for _ in range(5):
-        grads = random(generator)
-        before = [param.clone() for param in params_of(optimizers[1])]
-        for optimizer in optimizers:
-            give(optimizer, grads)
-            optimizer.step()
-        for way, old, new in zip(ways, before, params_of(optimizers[1]), strict=True):
-            way += (new - old).abs()
-    assert_close(*map(tensors, optimizers), ways=ways)
-    if kernel == "cuda":
-        assert 0 < optimizers[0].kernel_calls <= launches_of(case)
-    elif kernel != "cpu":
-        assert optimizers[0].kernel_calls == (5 if case.options.get("reduce") == (0,) else 3)  # rows, columns, scalar
-
-
 def test_training_is_that_of_the_parents(kernel):
     from transformers import Adafactor
 
@@ -100,7 +68,8 @@ def test_training_is_that_of_the_parents(kernel):
             for optimizer in (mine, parent):
                 give(optimizer, grads)
                 optimizer.step()
-        assert_close(params_of(mine), params_of(parent), rtol=1e-4)
+        for a, b in zip(params_of(mine), params_of(parent), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @by_kind

@@ -26,7 +26,7 @@ CHAIN = "tests/test_precision_chain.py"
 REDUCING = "tests/test_reducing.py tests/test_adafactor.py"
 CUDA = "tests/test_cuda_host.py tests/test_engines.py"
 CUDA_STORAGE = "tests/test_engines.py"
-CUDA_REDUCING = "tests/test_cuda_host_reducing.py"
+CUDA_REDUCING = "tests/test_reducing_engines.py"
 TRITON = "tests/test_triton.py tests/test_engines.py"
 
 # Rules in Python, for the reference and Triton; the parent classes judge them.
@@ -535,7 +535,7 @@ TRITON_ENGINE = [
         "triton_kernels/reducing_lines.py",
         "total += finish_lines(row_ptr, begin, n - first, mean",
         "total += finish_lines(row_ptr, begin, n - first - 1, mean",
-        "tests/test_triton_reducing.py",
+        "tests/test_reducing_engines.py",
     ),
 ]
 

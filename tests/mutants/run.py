@@ -142,7 +142,7 @@ def main() -> int:
         # Builds the libraries of the CUDA source.
         some = (
             "test_cuda_host.py::test_every_element_is_dealt_out_once_beyond_32_bits",
-            "test_cuda_host_reducing.py::test_the_kernels_themselves_skip_and_count_nothing",
+            "test_reducing_engines.py::test_the_kernels_themselves_skip_and_count_nothing",
         )
         run_tests(clean, [f"tests/{name}" for name in some])
 
