@@ -21,8 +21,19 @@ struct Part {     // of a pack
   int64_t n;
 };
 
-// Parts of packs, and formats known only now, stay out of line: with a copy in every loop this file would take minutes
-// to compile.
+template <int64_t kNumbers, class S>
+FUSEDSTEP_FN void store_piece(S** to, const S** from, int64_t n) {
+  if constexpr (kNumbers > 0) {
+    if (n & kNumbers) {
+      __builtin_memcpy(*to, *from, kNumbers * sizeof(S));
+      *to += kNumbers, *from += kNumbers;
+    }
+    store_piece<kNumbers / 2>(to, from, n);
+  }
+}
+
+// Formats known only now, and parts of packs that take more than an instruction, stay out of line: with a copy in every
+// loop the engine would take minutes to compile.
 template <class Numbers>
 FUSEDSTEP_FN auto load_at(Numbers numbers, int64_t i, Whole) {
   return numbers.load(i);
@@ -47,6 +58,21 @@ template <class Numbers, class P>
 FUSEDSTEP_OUT_OF_LINE void store_at(Numbers numbers, int64_t i, P pack, Part part) {
   numbers.store_part(i, part.n, pack);
 }
+// In pieces of 8, 4, 2 and 1: a load of the next row would wait for the end of a store under a mask beside it.
+template <class T, class S>
+FUSEDSTEP_OUT_OF_LINE void store_at(Stored<T, S> numbers, int64_t i, Pack<T> pack, Part part) {
+  alignas(64) S stored[kLanes<T>];
+  store_pack<T, S>(stored, pack);
+  const S* from = stored;
+  S* to = numbers.data + i;
+  store_piece<kLanes<T> / 2>(&to, &from, part.n);
+}
+
+#if defined(__AVX2__)
+FUSEDSTEP_FN FloatPack load_at(Stored<float, float> numbers, int64_t i, Part part) {
+  return numbers.load_part(i, part.n);
+}
+#endif
 
 // Zeros in place of what is behind a part.
 template <class T>
@@ -55,8 +81,11 @@ FUSEDSTEP_FN Pack<T> kept(Pack<T> pack, Whole) {
 }
 template <class T>
 FUSEDSTEP_FN Pack<T> kept(Pack<T> pack, Part part) {
-  for (int64_t i = part.n; i < kLanes<T>; ++i) pack[i] = 0;
-  return pack;
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Lane LanePack __attribute__((vector_size(kPackBytes)));
+  LanePack lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return (Pack<T>)((LanePack)pack & (lane < static_cast<Lane>(part.n)));
 }
 
 // Calls visit(i, w, size) for the pack of n numbers that begins with the i-th; w numbers the packs of a step.

@@ -212,6 +212,15 @@ FUSEDSTEP_FN void load_part_of(S* part, const S* stored, int64_t n) {
   if constexpr (sizeof(S) == 2 && lanes == 16)
     return _mm256_store_si256(reinterpret_cast<__m256i*>(part),
                               _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), stored));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 2 && lanes == 8) {  // in pieces, the last one first: a loop would be read back too early
+    __m128i pieces = _mm_setzero_si128();
+    if (n & 1) pieces = _mm_cvtsi32_si128(bit_cast<uint16_t>(stored[n - 1]));
+    if (n & 2) pieces = _mm_or_si128(_mm_slli_si128(pieces, 4), _mm_loadu_si32(stored + (n & 4)));
+    if (n & 4)
+      pieces = _mm_or_si128(_mm_slli_si128(pieces, 8), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(stored)));
+    return _mm_store_si128(reinterpret_cast<__m128i*>(part), pieces);
+  }
 #endif
   for (int64_t k = 0; k < lanes; ++k) part[k] = k < n ? stored[k] : S{};
 }
@@ -228,6 +237,43 @@ FUSEDSTEP_FN void store_part_of(S* stored, const S* part, int64_t n) {
 #endif
   for (int64_t k = 0; k < n; ++k) stored[k] = part[k];
 }
+
+template <class T, class S>
+FUSEDSTEP_FN Pack<T> load_part(const S* stored, int64_t n) {
+  alignas(64) S part[kLanes<T>];
+  load_part_of<kLanes<T>>(part, stored, n);
+  return load_pack<T, S>(part);
+}
+template <class T, class S>
+FUSEDSTEP_FN void store_part(S* stored, int64_t n, Pack<T> pack) {
+  alignas(64) S part[kLanes<T>];
+  store_pack<T, S>(part, pack);
+  store_part_of<kLanes<T>>(stored, part, n);
+}
+
+// fp32 numbers need no memory in between.
+#if defined(__AVX512F__)
+template <>
+FUSEDSTEP_FN FloatPack load_part<float, float>(const float* stored, int64_t n) {
+  return (FloatPack)_mm512_maskz_loadu_ps(static_cast<__mmask16>((uint32_t{1} << n) - 1), stored);
+}
+template <>
+FUSEDSTEP_FN void store_part<float, float>(float* stored, int64_t n, FloatPack pack) {
+  _mm512_mask_storeu_ps(stored, static_cast<__mmask16>((uint32_t{1} << n) - 1), (__m512)pack);
+}
+#elif defined(__AVX2__)
+FUSEDSTEP_FN __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+template <>
+FUSEDSTEP_FN FloatPack load_part<float, float>(const float* stored, int64_t n) {
+  return (FloatPack)_mm256_maskload_ps(stored, first_lanes(n));
+}
+template <>
+FUSEDSTEP_FN void store_part<float, float>(float* stored, int64_t n, FloatPack pack) {
+  _mm256_maskstore_ps(stored, first_lanes(n), (__m256)pack);
+}
+#endif
 
 }  // namespace FUSEDSTEP_ISA
 }  // namespace fusedstep

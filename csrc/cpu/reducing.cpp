@@ -40,7 +40,7 @@ void sum_block(const Context<Rule, T>& context, const Tile& tile, int64_t index,
   for (int64_t row = 0; row < tile.rows; ++row) {
     [[maybe_unused]] const auto columns = plain(block.column_sums(row));
     if (kColumns<Rule> && row % kRowBlock == 0) {
-      for (int64_t j = 0; j < tile.columns; ++j) columns.data[j] = 0;
+      for (int64_t j = 0; j < (tile.columns + 15) / 16 * 16; ++j) columns.data[j] = 0;
     }
     const int64_t at = block.at + row * block.m.columns;
     Lanes<T> squares;
@@ -48,7 +48,7 @@ void sum_block(const Context<Rule, T>& context, const Tile& tile, int64_t index,
     for_packs<T>(tile.columns, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
       const Pack<T> square = Rule::square(change(load_at(grad, at + i, size)), s);
       squares.packs[w] += square;
-      if constexpr (kColumns<Rule>) store_at(columns, i, load_at(columns, i, size) + square, size);
+      if constexpr (kColumns<Rule>) columns.store(i, columns.load(i) + square);
       if constexpr (Rule::kParamSum) {
         const Pack<T> p = load_at(param, at + i, size);
         of_param.packs[w] += p * p;
@@ -68,7 +68,8 @@ void finish_block_lines(const Context<Rule, T>& context, const Lines& lines) {
   const int64_t blocks = lines.columns ? tensor.row_blocks : tensor.column_blocks;
   const int64_t n = lines.columns ? m.columns : m.rows, elements = lines.columns ? m.rows : m.columns;
   const T* sums = reinterpret_cast<const T*>(lines.columns ? tensor.column_sums : tensor.row_sums);
-  sums += lines.matrix * blocks * n + lines.first;
+  const int64_t stride = lines.columns ? tensor.padded_columns() : n;
+  sums += lines.matrix * blocks * stride + lines.first;
   alignas(64) T means[kLineBlock], first_states[kLineBlock];
   if (blocks == 1) {
     // Fewer than 2^24: twice rounded, as below, the quotient of two fp32 numbers is the same.
@@ -76,7 +77,7 @@ void finish_block_lines(const Context<Rule, T>& context, const Lines& lines) {
   } else {
     double totals[kLineBlock] = {};
     for (int64_t b = 0; b < blocks; ++b) {
-      for (int64_t i = 0; i < lines.count; ++i) totals[i] += static_cast<double>(sums[b * n + i]);
+      for (int64_t i = 0; i < lines.count; ++i) totals[i] += static_cast<double>(sums[b * stride + i]);
     }
     for (int64_t i = 0; i < lines.count; ++i) means[i] = static_cast<T>(totals[i] / static_cast<double>(elements));
   }

@@ -40,11 +40,13 @@ struct ReducingTensor {
   bool blocks;
   int64_t row_blocks, column_blocks, block_columns;
   int64_t first_tile, tiles;
-  char *row_sums, *column_sums;        // [batch][column_blocks][rows], [batch][row_blocks][columns]
+  char *row_sums, *column_sums;        // [batch][column_blocks][rows], [batch][row_blocks][padded_columns()]
   char *row_factors, *column_factors;  // [factors][batch][rows], [factors][batch][columns]
   double* row_totals;                  // [batch][blocks of kLineBlock rows]: of the rows' first state
   double *param_sums, *update_sums;    // [tiles]: of squares
 
+  // Sums of columns are whole packs: what a processor has just stored under a mask it is slow to load.
+  int64_t padded_columns() const { return (work->record->matrices.columns + 15) / 16 * 16; }
   int64_t line_blocks() const { return (work->record->matrices.rows + kLineBlock - 1) / kLineBlock; }
 };
 

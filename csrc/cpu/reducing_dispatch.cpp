@@ -37,7 +37,8 @@ void assign_memory(ReducingTensor& tensor, LineFactors factors, Memory& memory) 
   if (tensor.blocks) {
     const int64_t rows = m.batch * m.rows * number, columns = m.batch * m.columns * number;
     if (factors.of_row > 0) tensor.row_sums = memory.take(tensor.column_blocks * rows);
-    if (factors.of_column > 0) tensor.column_sums = memory.take(tensor.row_blocks * columns);
+    if (factors.of_column > 0)
+      tensor.column_sums = memory.take(tensor.row_blocks * m.batch * tensor.padded_columns() * number);
     tensor.row_factors = memory.take(factors.of_row * rows);
     tensor.column_factors = memory.take(factors.of_column * columns);
     tensor.row_totals = reinterpret_cast<double*>(memory.take(m.batch * tensor.line_blocks() * 8));

@@ -139,7 +139,7 @@ struct Block {
   }
   T* column_sums(int64_t row) const {  // of the row block that begins at this row of the tile
     const int64_t block = tile.matrix * tensor.row_blocks + (tile.row + row) / kRowBlock;
-    return reinterpret_cast<T*>(tensor.column_sums) + block * m.columns + tile.column;
+    return reinterpret_cast<T*>(tensor.column_sums) + block * tensor.padded_columns() + tile.column;
   }
   T* row_factors(int k) const {
     return reinterpret_cast<T*>(tensor.row_factors) + (k * m.batch + tile.matrix) * m.rows + tile.row;

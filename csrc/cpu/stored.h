@@ -21,15 +21,9 @@ struct Stored {
 
   FUSEDSTEP_FN Pack<T> load(int64_t i) const { return load_pack<T, S>(data + i); }
   FUSEDSTEP_FN void store(int64_t i, Pack<T> pack) const { store_pack<T, S>(data + i, pack); }
-  FUSEDSTEP_FN Pack<T> load_part(int64_t i, int64_t n) const {
-    alignas(64) S part[kLanes<T>];
-    load_part_of<kLanes<T>>(part, data + i, n);
-    return load_pack<T, S>(part);
-  }
+  FUSEDSTEP_FN Pack<T> load_part(int64_t i, int64_t n) const { return fusedstep::load_part<T, S>(data + i, n); }
   FUSEDSTEP_FN void store_part(int64_t i, int64_t n, Pack<T> pack) const {
-    alignas(64) S part[kLanes<T>];
-    store_pack<T, S>(part, pack);
-    store_part_of<kLanes<T>>(data + i, part, n);
+    fusedstep::store_part<T, S>(data + i, n, pack);
   }
 };
 
