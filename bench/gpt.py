@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model and its training: characters are the unit of ``context``, sequences that of ``batch``."""
+    """The sizes of the model and of its training: ``context`` in characters, ``batch`` in sequences."""
 
     layers: int
     width: int

@@ -90,11 +90,11 @@ class Optimizer:
         So are states, unless ``precision``, a name of `cases.PRECISION`, says otherwise.
         """
         options = PRECISION.get(precision, {})
-        companion = {True: 4, "split": 2}.get(options.get("master_weights"), 2 * options.get("kahan", False))
+        aux = {True: 4, "split": 2}.get(options.get("master_weights"), 2 * options.get("kahan", False))
         state_dtype = options.get("state_dtype") or (torch.float32 if "master_weights" in options else dtype)
         quantizer = QUANTIZERS.get(state_dtype)
         state = state_dtype.itemsize if quantizer is None else quantizer.bits / 8 + 4 / BLOCK
-        return dtype.itemsize * (2 + self.grad_reads) + 2 * companion + 2 * self.states * state
+        return dtype.itemsize * (2 + self.grad_reads) + 2 * aux + 2 * self.states * state
 
 
 # The precision options by names that are one word on a command line.
@@ -262,7 +262,7 @@ class Peer:
 
     @property
     def version(self) -> str | None:
-        """Of the installed package; None if it is not installed."""
+        """The installed package's version; None if it is not installed."""
         if importlib.util.find_spec(self.module.partition(".")[0]) is None:
             return None
         try:

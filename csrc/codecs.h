@@ -8,10 +8,10 @@
 namespace fusedstep {
 
 // How a 16-bit weight is stored; the numbers are python/fusedstep/kept/weights.py's.
-enum class Form : uint8_t {
+enum class WeightFormat : uint8_t {
   kPlain = 0,
   kMaster = 1,      // beside an fp32 copy, which is what a step updates
-  kSplit = 2,       // bf16: as the upper half of an fp32 number; the lower half is the companion
+  kSplit = 2,       // bf16: as the upper half of an fp32 number; the lower half is aux
   kKahan = 3,       // beside what rounding has lost, in the same format
   kStochastic = 4,  // rounded up or down at random
 };
@@ -28,7 +28,7 @@ constexpr int kPhiloxRounds = 10, kPhiloxElements = 8;
 struct Philox {
   uint32_t words[4];
 
-  // Of elements 8 * group to 8 * group + 7 of parameter `index` in its step `step`.
+  // The random words for elements 8 * group to 8 * group + 7 of parameter `index` in its step `step`.
   FUSEDSTEP_FN Philox(uint64_t seed, uint32_t index, uint32_t step, uint64_t group) {
     uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = index, c3 = step;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -125,13 +125,13 @@ struct Block {
 
   Block() = default;
   // largest: the bits of the block's largest magnitude.
-  FUSEDSTEP_FN explicit Block(uint32_t largest) {
-    const bool coded = largest >= 0x00800000u && largest < 0x7f800000u;
-    inverse = coded ? 1.0f / bit_cast<float>(largest) : 0.0f;
+  FUSEDSTEP_FN explicit Block(uint32_t max_abs) {
+    const bool coded = max_abs >= 0x00800000u && max_abs < 0x7f800000u;
+    inverse = coded ? 1.0f / bit_cast<float>(max_abs) : 0.0f;
     keep = coded ? 0x7fffffffu : 0u;
   }
-  FUSEDSTEP_FN static float scale(uint32_t largest) {
-    return bit_cast<float>(largest >= 0x7f800000u ? 0x7fc00000u : largest >= 0x00800000u ? largest : 0u);
+  FUSEDSTEP_FN static float scale(uint32_t max_abs) {
+    return bit_cast<float>(max_abs >= 0x7f800000u ? 0x7fc00000u : max_abs >= 0x00800000u ? max_abs : 0u);
   }
 };
 
@@ -163,7 +163,7 @@ struct Quantizer {
   // The code is the lowest bits of the result. relative: the magnitude as a multiple of the scale; bits: the number's,
   // for the sign.
   template <class W, class F>
-  FUSEDSTEP_FN static W encode_relative(F relative, W bits) {
+  FUSEDSTEP_FN static W quantize_relative(F relative, W bits) {
     if constexpr (kSigned) {
       const W root = ((bit_cast<W>(relative) >> 1) + kRootBias) | (bits & 0x80000000u);
       return bit_cast<W>(bit_cast<F>(root) * kSteps + 0x1.8p23f);  // rounded to a whole number by the addition
@@ -174,18 +174,18 @@ struct Quantizer {
     }
   }
   template <class W, class F>
-  FUSEDSTEP_FN static W encode(F x, const Block& block) {
+  FUSEDSTEP_FN static W quantize(F x, const Block& block) {
     const W bits = bit_cast<W>(x);
-    return encode_relative<W, F>(bit_cast<F>(bits & block.keep) * block.inverse, bits);
+    return quantize_relative<W, F>(bit_cast<F>(bits & block.keep) * block.inverse, bits);
   }
 
   // code: a signed one as a number; an unsigned one as a number, plus 1.
   template <class W, class F>
-  FUSEDSTEP_FN static F decode_nonzero(F code, float scale) {
+  FUSEDSTEP_FN static F dequantize_nonzero(F code, float scale) {
     return bit_cast<F>(relative_nonzero<W>(code)) * scale;
   }
   template <class W, class F>
-  FUSEDSTEP_FN static F decode(F code, float scale) {
+  FUSEDSTEP_FN static F dequantize(F code, float scale) {
     const W relative = relative_nonzero<W>(code), zero{};
     return bit_cast<F>(kSigned && code == F{} ? zero : relative) * scale;
   }

@@ -22,7 +22,7 @@ py::list cuda_formats() {
       visit_rule(static_cast<RuleId>(id), [&](auto rule) {
         using Rule = decltype(rule);
         py::list states;
-        for (int k = 0; k < kNamed<Rule>; ++k) {
+        for (int k = 0; k < kNumNamed<Rule>; ++k) {
           if (has_state<Rule>(k)) states.append(Rule::kStateNames[k]);
         }
         for (const bool followed : {false, true}) {

@@ -94,8 +94,8 @@ Kind kind_of(const Record& record, const Partition& p, int element_state) {
   return dtype == Dtype::kBF16 && state == Dtype::kBF16 ? Kind::kBF16WithBF16State : Kind::kAny;
 }
 
-// Gives every array of a partition its place in the work memory and among the counters.
-void place(Partition* p, const Record& record, LineFactors factors, int64_t* work, int64_t* counters) {
+// Assigns every array of a partition its part of the work memory and of the counters.
+void assign_memory(Partition* p, const Record& record, LineFactors factors, int64_t* work, int64_t* counters) {
   const int64_t number = record.param_dtype == Dtype::kF64 ? 8 : 4;
   const auto take = [&](int64_t* offset, int64_t n, int64_t size) {
     *offset = *work;
@@ -118,7 +118,7 @@ void place(Partition* p, const Record& record, LineFactors factors, int64_t* wor
   take(&p->finished, kFinishedBytes, 1);
   p->counters = *counters;
   *counters += 2;
-  // Of each matrix: blocks of rows; bands, of each strip; strips; itself.
+  // A matrix has a counter for each block of rows, for each strip and its bands, and one of its own.
   if (tiles) *counters += p->batch * (p->n_row_blocks + int64_t{p->n_bands + 1} * p->n_strips + 1);
 }
 
@@ -172,7 +172,7 @@ ReducingTable build_reducing_table(const std::vector<Record>& records, const Red
     for (int64_t i = 0; i < segment.n_records; ++i) {
       const Record& record = records[first + i];
       Partition partition = cut(record);
-      place(&partition, record, traits.factors, &table.work_bytes, &table.n_counters);
+      assign_memory(&partition, record, traits.factors, &table.work_bytes, &table.n_counters);
       table.partitions.push_back(partition);
       table.kinds.push_back(kind_of(record, partition, traits.element_state));
       bool& followed = segment.followed[static_cast<int>(table.kinds.back())];

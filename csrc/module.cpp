@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <tuple>
 
+#include "change_detector.h"
 #include "cpu/engine.h"
 #include "cpu/reducing.h"
 #include "cuda_bindings.h"
@@ -14,7 +15,6 @@
 #include "overlaps.h"
 #include "plan.h"
 #include "schedule.h"
-#include "watch.h"
 
 namespace fusedstep {
 namespace {
@@ -106,7 +106,7 @@ int cpu_gather_and_step(const py::list& parts, int threads) {
   int calls = 0;
   try {
     for (const auto& [plan, step] : steps) {
-      if (plan->gather(true, py::none()) == Gathered::kStale || !plan->odd_grads().empty()) {
+      if (plan->gather(true, py::none()) == Gathered::kStale || !plan->unconverted_grads().empty()) {
         release_all();
         return -1;
       }
@@ -173,17 +173,17 @@ py::dict record_fields() {
   add("state_dtypes", (states + "u1").c_str(), offsetof(Record, state_dtypes));
   add("copy_dtype", "u1", offsetof(Record, copy_dtype));
   constexpr size_t precision = offsetof(Record, precision), matrices = offsetof(Record, matrices);
-  add("companion", "i8", precision + offsetof(Precision, companion));
+  add("aux", "i8", precision + offsetof(Precision, aux));
   add("scales", (states + "i8").c_str(), precision + offsetof(Precision, scales));
   add("seed", "u8", precision + offsetof(Precision, seed));
   add("index", "u4", precision + offsetof(Precision, index));
-  constexpr size_t place = precision + offsetof(Precision, place);
-  add("first_element", "i8", place + offsetof(Place, first));
-  add("run", "i8", place + offsetof(Place, run));
-  add("runs", "i8", place + offsetof(Place, runs));
-  add("run_stride", "i8", place + offsetof(Place, stride));
-  add("outer_stride", "i8", place + offsetof(Place, outer));
-  add("form", "u1", precision + offsetof(Precision, form));
+  constexpr size_t element_map = precision + offsetof(Precision, element_map);
+  add("first_element", "i8", element_map + offsetof(ElementMap, first));
+  add("run", "i8", element_map + offsetof(ElementMap, run));
+  add("runs", "i8", element_map + offsetof(ElementMap, runs));
+  add("run_stride", "i8", element_map + offsetof(ElementMap, stride));
+  add("outer_stride", "i8", element_map + offsetof(ElementMap, outer));
+  add("weight_format", "u1", precision + offsetof(Precision, weight_format));
   add("state_bits", "u1", precision + offsetof(Precision, state_bits));
   add("batch", "i8", matrices + offsetof(Matrices, batch));
   add("rows", "i8", matrices + offsetof(Matrices, rows));
@@ -229,7 +229,7 @@ PYBIND11_MODULE(_C, m) {
           [](Plan& plan, bool borrow, const py::object& grads) { return static_cast<int>(plan.gather(borrow, grads)); },
           py::arg("borrow"), py::arg("grads") = py::none())
       .def("borrowed", &Plan::borrowed, "whether gather() found gradients that it does not hold")
-      .def("odd_grads", &Plan::odd_grads)
+      .def("unconverted_grads", &Plan::unconverted_grads)
       .def("drop_grad", &Plan::drop_grad)
       .def("set_grad", &Plan::set_grad)
       .def("watch_part", &Plan::watch_part, "look at what owner i wraps, a DTensor, and its gradient, in every step")
@@ -243,9 +243,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Overlaps>(m, "Overlaps")
       .def(py::init<>())
       .def("find", &Overlaps::find, py::arg("plans"), py::arg("others"));
-  py::class_<Watch>(m, "Watch")
+  py::class_<ChangeDetector>(m, "ChangeDetector")
       .def(py::init<const py::dict&, const py::list&>(), py::arg("state"), py::arg("param_groups"))
-      .def("unchanged", &Watch::unchanged, py::arg("state"), py::arg("param_groups"));
+      .def("unchanged", &ChangeDetector::unchanged, py::arg("state"), py::arg("param_groups"));
   m.def("record_fields", &record_fields, "how a record lies in memory, as numpy.dtype() takes it");
   m.def("cpu_step", &cpu_step, py::arg("plan"), py::arg("step"), py::arg("threads"));
   m.def("cpu_gather_and_step", &cpu_gather_and_step, py::arg("parts"), py::arg("threads"));

@@ -20,7 +20,7 @@ void run(bool borrowed, const Work& work) {
 // Fills `norm` in from the gradients that the plans have gathered. Nothing is written.
 void cpu_norm(const std::vector<Plan*>& plans, double grad_scale, const py::object& limits, bool skipped,
               uintptr_t norm, uintptr_t found_inf, int threads) {
-  std::vector<cpu::Stretch> stretches;
+  std::vector<cpu::Buffer> buffers;
   bool borrowed = false;
   for (const Plan* plan : plans) {
     plan->check_borrowed();
@@ -28,19 +28,19 @@ void cpu_norm(const std::vector<Plan*>& plans, double grad_scale, const py::obje
     for (size_t i = 0; i < plan->size(); ++i) {
       if (!plan->active(i)) continue;
       const Record& record = plan->records()[i];
-      stretches.push_back(cpu::Stretch{const_cast<void*>(plan->grad(i)), record.numel, record.grad_dtype});
+      buffers.push_back(cpu::Buffer{const_cast<void*>(plan->grad(i)), record.numel, record.grad_dtype});
     }
   }
   Norm& result = *reinterpret_cast<Norm*>(norm);
   run(borrowed, [&] {
-    const cpu::StretchSums sums = cpu::sum_stretches(stretches, grad_scale, threads);
-    result = Norm{sums.sum_of_squares, sums.largest, 0.0, 1.0};
+    const cpu::BufferSums sums = cpu::sum_buffers(buffers, grad_scale, threads);
+    result = Norm{sums.sum_of_squares, sums.max_abs, 0.0, 1.0};
   });
   if (!limits.is_none())
     finish_norm(result, reinterpret_cast<float*>(found_inf), to_limits(limits), grad_scale, skipped);
 }
 
-// Elements that fill their stretch of memory, in any order of dimensions.
+// A tensor's elements, if they lie in memory without gaps or overlaps, in any order of dimensions.
 bool is_dense(const TensorView& view) {
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int32_t i = 0; i < view.ndim; ++i) {
@@ -56,52 +56,51 @@ bool is_dense(const TensorView& view) {
 }
 
 // The memory of tensors, or nothing if one of them is not plain dense memory on the CPU of a dtype that is known.
-bool view_stretches(const py::list& tensors, std::vector<cpu::Stretch>* stretches) {
+bool view_stretches(const py::list& tensors, std::vector<cpu::Buffer>* buffers) {
   for (const py::handle tensor : tensors) {
     TensorView view;
     if (!view_tensor(tensor.ptr(), &view) || !view.dtype_known || view.device != Device::kCpu || !is_dense(view))
       return false;
-    stretches->push_back(cpu::Stretch{view.data, view.numel(), view.dtype});
+    buffers->push_back(cpu::Buffer{view.data, view.numel(), view.dtype});
   }
   return true;
 }
 
 py::object cpu_sums(const py::list& tensors, double grad_scale, int threads) {
-  std::vector<cpu::Stretch> stretches;
-  if (!view_stretches(tensors, &stretches)) return py::none();
-  cpu::StretchSums sums{};
-  run(false, [&] { sums = cpu::sum_stretches(stretches, grad_scale, threads); });
-  return py::make_tuple(sums.sum_of_squares, sums.largest);
+  std::vector<cpu::Buffer> buffers;
+  if (!view_stretches(tensors, &buffers)) return py::none();
+  cpu::BufferSums sums{};
+  run(false, [&] { sums = cpu::sum_buffers(buffers, grad_scale, threads); });
+  return py::make_tuple(sums.sum_of_squares, sums.max_abs);
 }
 
-bool overlap(std::vector<cpu::Stretch> stretches) {
-  const auto begin = [](const cpu::Stretch& s) { return reinterpret_cast<uintptr_t>(s.data); };
-  std::sort(stretches.begin(), stretches.end(), [&](const auto& a, const auto& b) { return begin(a) < begin(b); });
+bool overlap(std::vector<cpu::Buffer> buffers) {
+  const auto begin = [](const cpu::Buffer& s) { return reinterpret_cast<uintptr_t>(s.data); };
+  std::sort(buffers.begin(), buffers.end(), [&](const auto& a, const auto& b) { return begin(a) < begin(b); });
   uintptr_t end = 0;
-  for (const cpu::Stretch& stretch : stretches) {
-    if (stretch.numel == 0) continue;
-    if (begin(stretch) < end) return true;
-    end = begin(stretch) + static_cast<uintptr_t>(stretch.numel * size_of(stretch.dtype));
+  for (const cpu::Buffer& buffer : buffers) {
+    if (buffer.numel == 0) continue;
+    if (begin(buffer) < end) return true;
+    end = begin(buffer) + static_cast<uintptr_t>(buffer.numel * size_of(buffer.dtype));
   }
   return false;
 }
 
 void cpu_scale(const py::list& tensors, double factor, int threads) {
-  std::vector<cpu::Stretch> stretches;
-  if (!view_stretches(tensors, &stretches))
-    throw std::invalid_argument("a tensor is not plain dense memory on the CPU");
+  std::vector<cpu::Buffer> buffers;
+  if (!view_stretches(tensors, &buffers)) throw std::invalid_argument("a tensor is not plain dense memory on the CPU");
   // What several of them have is scaled several times, as by torch: one after the other.
-  const int team = overlap(stretches) ? 1 : threads;
-  run(false, [&] { cpu::scale_stretches(stretches, factor, team); });
+  const int team = overlap(buffers) ? 1 : threads;
+  run(false, [&] { cpu::scale_buffers(buffers, factor, team); });
   increment_versions(tensors);
 }
 
 }  // namespace
 
 NormLimits to_limits(const py::tuple& limits) {
-  const auto [max_norm, epsilon, by_largest, nan_if_nonfinite, find_nonfinite, skip_nonfinite] =
+  const auto [max_norm, epsilon, by_max_abs, nan_if_nonfinite, find_nonfinite, skip_nonfinite] =
       limits.cast<std::tuple<double, double, bool, bool, bool, bool>>();
-  return {max_norm, epsilon, by_largest, nan_if_nonfinite, find_nonfinite, skip_nonfinite};
+  return {max_norm, epsilon, by_max_abs, nan_if_nonfinite, find_nonfinite, skip_nonfinite};
 }
 
 void bind_norm(py::module_& m) {

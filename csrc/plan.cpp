@@ -14,10 +14,11 @@ template <class Rule>
 bool matches(const std::string& name, const std::vector<std::string>& state_names, Variant* variant) {
   if (name != Rule::kName) return false;
   variant->n_hyper = static_cast<int>(std::size(Rule::kHyper));
-  for (int k = 0; k < kNamed<Rule>; ++k) {
-    if (has_state<Rule>(k)) variant->places.push_back(k);
+  for (int k = 0; k < kNumNamed<Rule>; ++k) {
+    if (has_state<Rule>(k)) variant->state_indices.push_back(k);
   }
-  return std::equal(state_names.begin(), state_names.end(), variant->places.begin(), variant->places.end(),
+  return std::equal(state_names.begin(), state_names.end(), variant->state_indices.begin(),
+                    variant->state_indices.end(),
                     [](const std::string& given, int k) { return given == Rule::kStateNames[k]; });
 }
 
@@ -26,20 +27,20 @@ Variant find_variant(const std::string& name, const std::vector<std::string>& st
     Variant variant{false, id, 0, {}, {}, {}};
     const bool found = visit_rule(static_cast<RuleId>(id), [&](auto rule) {
       if (!matches<decltype(rule)>(name, state_names, &variant)) return false;
-      for (const int k : variant.places) variant.codes.push_back(decltype(rule)::kCodes[static_cast<size_t>(k)]);
+      for (const int k : variant.state_indices) variant.codes.push_back(decltype(rule)::kCodes[static_cast<size_t>(k)]);
       return true;
     });
-    variant.spans.assign(variant.places.size(), Span::kElement);
+    variant.spans.assign(variant.state_indices.size(), Span::kElement);
     if (found) return variant;
   }
   for (int id = 0; id < static_cast<int>(ReducingRuleId::kCount); ++id) {
     Variant variant{true, id, 0, {}, {}, {}};
     const bool found = visit_reducing_rule(static_cast<ReducingRuleId>(id), [&](auto rule) {
       if (!matches<decltype(rule)>(name, state_names, &variant)) return false;
-      for (const int k : variant.places) variant.spans.push_back(decltype(rule)::kSpans[k]);
+      for (const int k : variant.state_indices) variant.spans.push_back(decltype(rule)::kSpans[k]);
       return true;
     });
-    variant.codes.assign(variant.places.size(), Code::kNone);
+    variant.codes.assign(variant.state_indices.size(), Code::kNone);
     if (found) return variant;
   }
   std::string states;
@@ -258,7 +259,7 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
   release_grads();
   if (!grads.is_none() && (borrow || !PyList_Check(grads.ptr()) || py::len(grads) != owners_.size()))
     throw std::invalid_argument("gather() takes a list with one gradient or None for each parameter, to be held");
-  odd_grads_.clear();
+  unconverted_grads_.clear();
   any_active_ = borrowed_ = false;
   const Words& at = words();
   for (const MemoryWatch& memory : state_memory_) {
@@ -302,12 +303,12 @@ Gathered Plan::gather(bool borrow, const py::object& grads) {
     if (!param_unchanged(at, i)) return Gathered::kStale;
     if (is_part(i)) {
       if (!wraps_param(i)) return Gathered::kStale;
-      if (!take_part(at, i, grad.tensor)) odd_grads_.push_back(static_cast<int64_t>(i));
+      if (!take_part(at, i, grad.tensor)) unconverted_grads_.push_back(static_cast<int64_t>(i));
       continue;
     }
     TensorView view;
     if (!view_tensor(grad.tensor, &view) || !fits_param(view, i)) {
-      odd_grads_.push_back(static_cast<int64_t>(i));
+      unconverted_grads_.push_back(static_cast<int64_t>(i));
       continue;
     }
     grad.data = view.data;

@@ -24,9 +24,9 @@ struct Variant {
   bool reduces;
   int rule;  // a RuleId, or a ReducingRuleId
   int n_hyper;
-  std::vector<int> places;  // of the states that it has, among all that it names
-  std::vector<Span> spans;  // of these; all kElement for an elementwise rule
-  std::vector<Code> codes;  // of these; all kNone for a rule that reduces
+  std::vector<int> state_indices;  // of the states that it has, among all that it names
+  std::vector<Span> spans;         // of these; all kElement for an elementwise rule
+  std::vector<Code> codes;         // of these; all kNone for a rule that reduces
 };
 
 class Plan {
@@ -39,8 +39,8 @@ class Plan {
   Plan& operator=(const Plan&) = delete;
 
   // Reads and checks every pointer of this step. Nothing is written. A gradient that cannot be used as it is (other
-  // layout, sparse, unknown dtype) lands in odd_grads(), for set_grad().
-  // borrow: gradients may be read without holding them. Whoever asks for that keeps the interpreter lock from
+  // layout, sparse, unknown dtype) lands in unconverted_grads(), for set_grad().
+  // borrow: gradients may be read without holding them. The caller keeps the interpreter lock from
   // check_borrowed() to the end of the step's work on the host; a plan with much work holds them all the same.
   // grads: a list with a gradient or None for each owner, to read in place of the owners' (not with borrow); or None.
   // Only without borrow is kMoved told from kReady.
@@ -51,7 +51,7 @@ class Plan {
   // Whether gather() found everything in torch's own words and ran no code but ours: as long as the caller has not
   // returned to the interpreter nor let its lock go, all is still as it was seen.
   bool undisturbed() const { return in_place_ && !holds_grads_; }
-  const std::vector<int64_t>& odd_grads() const { return odd_grads_; }
+  const std::vector<int64_t>& unconverted_grads() const { return unconverted_grads_; }
   // Leaves tensor i out of this step.
   void drop_grad(int64_t i);
   // Uses `grad`, laid out as tensor i, in place of the owner's gradient in this step.
@@ -144,7 +144,7 @@ class Plan {
   void add_step(size_t i, const py::object& step);
   void add_matrices(size_t i, const py::object& matrices);
   void add_states(size_t i, const py::tuple& states);
-  void add_weight(size_t i, int form, const py::object& companion);
+  void add_weight(size_t i, int weight_format, const py::object& aux);
   void add_scales(size_t i, const py::tuple& scales);
   void* add_follower(size_t i, const py::object& tensor, const char* what, Dtype* dtype);
   TensorView watched(size_t i, const py::object& tensor, const char* what);
@@ -158,8 +158,8 @@ class Plan {
   std::vector<MemoryWatch> param_memory_;  // of the tensors that have states, in their order
   // The kinds of parameters, and of gradients that can be used as they are: hardly ever more than two.
   std::vector<SeenKind> kinds_;
-  // Of each gradient, how it looked when torch was asked for it last: with the parameter's sizes and strides, and of
-  // this kind. If so, its record has its dtype.
+  // Each gradient's kind when torch was last asked for it, if it had the parameter's sizes and strides. Its record then
+  // has its dtype.
   std::vector<KindIndex> grad_kinds_;
   std::vector<const void*> counters_;  // of each tensor's version, as gather() saw it
   std::vector<Record> records_;
@@ -167,7 +167,7 @@ class Plan {
   std::vector<int64_t> dims_;
   std::vector<Grad> grads_;
   std::vector<std::pair<const void*, Dtype>> last_grads_;  // where each was when that was asked for last
-  std::vector<int64_t> odd_grads_;
+  std::vector<int64_t> unconverted_grads_;
   uint64_t grad_dtypes_version_ = 0;
   bool any_active_ = false, borrowed_ = false, holds_grads_ = false, brief_ = true;
   bool in_place_ = true;  // the memory of no tensor is asked for through torch

@@ -43,8 +43,10 @@ int64_t state_numel(Span span, const Matrices& matrices, int64_t numel) {
 }
 
 // The dtype of what a form keeps beside the weight.
-Dtype companion_dtype(Form form, Dtype param) {
-  return form == Form::kMaster ? Dtype::kF32 : form == Form::kSplit ? Dtype::kI16 : param;
+Dtype aux_dtype(WeightFormat weight_format, Dtype param) {
+  return weight_format == WeightFormat::kMaster  ? Dtype::kF32
+         : weight_format == WeightFormat::kSplit ? Dtype::kI16
+                                                 : param;
 }
 
 }  // namespace
@@ -52,8 +54,8 @@ Dtype companion_dtype(Form form, Dtype param) {
 void Plan::add_records() {
   // The names of python/fusedstep/record.py's Record.
   const py::str owner("owner"), param("param"), step("step"), states("states"), matrices("matrices"),
-      average("average"), copy("copy"), form("form"), companion("companion"), scales("scales"), seed("seed"),
-      index("index"), place("place");
+      average("average"), copy("copy"), weight_format("weight_format"), aux("aux"), scales("scales"), seed("seed"),
+      index("index"), element_map("element_map");
   for (size_t i = 0; i < records_.size(); ++i) {
     const py::handle given = given_[i];
     Record& record = records_[i];
@@ -66,14 +68,14 @@ void Plan::add_records() {
     add_step(i, given.attr(step));
     add_matrices(i, given.attr(matrices));
     add_states(i, given.attr(states));
-    add_weight(i, py::cast<int>(given.attr(form).attr("number")), given.attr(companion));
+    add_weight(i, py::cast<int>(given.attr(weight_format).attr("number")), given.attr(aux));
     add_scales(i, given.attr(scales));
     record.precision.seed = py::cast<uint64_t>(given.attr(seed));
     record.precision.index = py::cast<uint32_t>(given.attr(index));
     const auto [first, run, runs, stride, outer] =
-        given.attr(place).cast<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>>();
-    if (first < 0 || run < 0 || runs < 1) reject(i, "place", "is none");
-    record.precision.place = Place{first, run, runs, stride, outer};
+        given.attr(element_map).cast<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>>();
+    if (first < 0 || run < 0 || runs < 1) reject(i, "element_map", "is none");
+    record.precision.element_map = ElementMap{first, run, runs, stride, outer};
     Dtype dtype = Dtype::kF32;
     record.average = add_follower(i, given.attr(average), "average", &dtype);
     if (record.average != nullptr && dtype != (record.param_dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32))
@@ -162,7 +164,7 @@ bool Plan::has_packed_param(const TensorView& view, size_t i, int64_t count) con
 
 void Plan::add_states(size_t i, const py::tuple& states) {
   Record& record = records_[i];
-  if (states.size() != variant_.places.size()) reject(i, "states", "are not as many as the rule needs");
+  if (states.size() != variant_.state_indices.size()) reject(i, "states", "are not as many as the rule needs");
   for (size_t n = 0; n < states.size(); ++n) {
     const py::object tensor = states[n];
     const int64_t numel = state_numel(variant_.spans[n], record.matrices, record.numel);
@@ -179,34 +181,37 @@ void Plan::add_states(size_t i, const py::tuple& states) {
       fits = true;
     }
     if (!fits) reject(i, "state", "is laid out differently");
-    record.states[variant_.places[n]] = state.data;
-    record.state_dtypes[variant_.places[n]] = state.dtype;
+    record.states[variant_.state_indices[n]] = state.data;
+    record.state_dtypes[variant_.state_indices[n]] = state.dtype;
   }
 }
 
 void Plan::add_weight(size_t i, int given, const py::object& tensor) {
   Record& record = records_[i];
-  if (given < 0 || given > static_cast<int>(Form::kStochastic)) reject(i, "form", "is none that a kernel knows");
-  const Form form = static_cast<Form>(given);
-  record.precision.form = form;
-  if (form != Form::kPlain && (variant_.reduces || (record.param_dtype != Dtype::kBF16 &&
-                                                    (record.param_dtype != Dtype::kF16 || form == Form::kSplit))))
-    reject(i, "form", "is none that its rule and dtype can have");
-  const bool alone = form == Form::kPlain || form == Form::kStochastic;
-  if (tensor.is_none() != alone) reject(i, "companion", "is missing, or its form takes none");
+  if (given < 0 || given > static_cast<int>(WeightFormat::kStochastic))
+    reject(i, "weight_format", "is none that a kernel knows");
+  const WeightFormat weight_format = static_cast<WeightFormat>(given);
+  record.precision.weight_format = weight_format;
+  if (weight_format != WeightFormat::kPlain &&
+      (variant_.reduces || (record.param_dtype != Dtype::kBF16 &&
+                            (record.param_dtype != Dtype::kF16 || weight_format == WeightFormat::kSplit))))
+    reject(i, "weight_format", "is none that its rule and dtype can have");
+  const bool alone = weight_format == WeightFormat::kPlain || weight_format == WeightFormat::kStochastic;
+  if (tensor.is_none() != alone) reject(i, "aux", "is missing, or its form takes none");
   if (alone) return;
-  const TensorView companion = watched(i, tensor, "companion");
-  if (companion.dtype != companion_dtype(form, record.param_dtype) || !(companion.dtype_known || companion.is_code))
-    reject(i, "companion", "has another dtype than its form says");
-  if (!has_layout_of_param(companion, i)) reject(i, "companion", "is laid out differently");
-  record.precision.companion = companion.data;
+  const TensorView aux = watched(i, tensor, "aux");
+  if (aux.dtype != aux_dtype(weight_format, record.param_dtype) || !(aux.dtype_known || aux.is_code))
+    reject(i, "aux", "has another dtype than its form says");
+  if (!has_layout_of_param(aux, i)) reject(i, "aux", "is laid out differently");
+  record.precision.aux = aux.data;
 }
 
 void Plan::add_scales(size_t i, const py::tuple& scales) {
   Record& record = records_[i];
-  if (!scales.empty() && scales.size() != variant_.places.size()) reject(i, "scales", "are not one for each state");
-  for (size_t n = 0; n < variant_.places.size(); ++n) {
-    const int k = variant_.places[n];
+  if (!scales.empty() && scales.size() != variant_.state_indices.size())
+    reject(i, "scales", "are not one for each state");
+  for (size_t n = 0; n < variant_.state_indices.size(); ++n) {
+    const int k = variant_.state_indices[n];
     const py::object tensor = scales.empty() ? py::object(py::none()) : py::object(scales[n]);
     const bool quantized = is_quantized(record.state_dtypes[k]);
     if (tensor.is_none() == quantized)

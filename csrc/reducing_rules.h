@@ -201,7 +201,7 @@ struct TorchAdafactor {
     return square_root(maximum(T{} + s.eps1, mean));
   }
 
-  // Of the estimate's root, torch takes the larger of it and eps1, before dividing by it.
+  // Torch divides by the larger of the estimate's root and eps1.
   template <class T, class S>
   static FUSEDSTEP_FN T direction(T grad, const T* factors, const S& s) {
     const T limit = T{} + s.limit;
@@ -301,21 +301,21 @@ auto visit_reducing_rule(ReducingRuleId rule, Visitor&& visitor) {
 
 // The place of a rule's n-th state of that span among all that it names; -1: there are not so many.
 template <class Rule, Span span>
-constexpr int place_of(int n) {
-  static_assert(std::size(Rule::kSpans) == kNamed<Rule>, "every state has a span");
-  for (int k = 0; k < kNamed<Rule>; ++k) {
+constexpr int state_index_of(int n) {
+  static_assert(std::size(Rule::kSpans) == kNumNamed<Rule>, "every state has a span");
+  for (int k = 0; k < kNumNamed<Rule>; ++k) {
     if (Rule::kSpans[k] == span && has_state<Rule>(k) && n-- == 0) return k;
   }
   return -1;
 }
 template <class Rule, Span span, int n = 0>
-constexpr int kPlace = place_of<Rule, span>(n);
+constexpr int kStateIndex = state_index_of<Rule, span>(n);
 
 // Which lines have statistics, and how many states each.
 template <class Rule>
-constexpr bool kRows = kPlace<Rule, Span::kRow> >= 0;
+constexpr bool kRows = kStateIndex<Rule, Span::kRow> >= 0;
 template <class Rule>
-constexpr bool kColumns = kPlace<Rule, Span::kColumn> >= 0;
+constexpr bool kColumns = kStateIndex<Rule, Span::kColumn> >= 0;
 // Numbers that each line hands to its elements.
 struct LineFactors {
   int of_row, of_column;
@@ -323,11 +323,11 @@ struct LineFactors {
 template <class Rule>
 constexpr LineFactors kLineFactors = {kRows<Rule> ? Rule::kFactors : 0, kColumns<Rule> ? Rule::kFactors : 0};
 template <class Rule>
-constexpr bool kTakesFlat = kPlace<Rule, Span::kFlat> >= 0;  // tensors that are no matrices
+constexpr bool kTakesFlat = kStateIndex<Rule, Span::kFlat> >= 0;  // tensors that are no matrices
 template <class Rule>
 constexpr int kLineStates = [] {
   int n = 0;
-  for (int k = 0; k < kNamed<Rule>; ++k) n += Rule::kSpans[k] == (kRows<Rule> ? Span::kRow : Span::kColumn);
+  for (int k = 0; k < kNumNamed<Rule>; ++k) n += Rule::kSpans[k] == (kRows<Rule> ? Span::kRow : Span::kColumn);
   return n;
 }();
 

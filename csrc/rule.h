@@ -29,7 +29,7 @@ inline namespace FUSEDSTEP_ISA {
 // How many states a rule names, how many of them it has, and which: as bits, because device code reads no arrays of the
 // host's.
 template <class Rule>
-constexpr int kNamed = [] {
+constexpr int kNumNamed = [] {
   constexpr size_t n = std::size(Rule::kPresent);
   static_assert(n <= kMaxStates, "a record has places for kMaxStates states: enlarge it");
   static_assert(std::size(Rule::kStateNames) == n, "every state has a name");
@@ -38,11 +38,11 @@ constexpr int kNamed = [] {
 template <class Rule>
 constexpr uint32_t kPresentBits = [] {
   uint32_t bits = 0;
-  for (int k = 0; k < kNamed<Rule>; ++k) bits |= Rule::kPresent[k] ? 1u << k : 0u;
+  for (int k = 0; k < kNumNamed<Rule>; ++k) bits |= Rule::kPresent[k] ? 1u << k : 0u;
   return bits;
 }();
 template <class Rule>
-constexpr int kHeld = __builtin_popcount(kPresentBits<Rule>);
+constexpr int kNumPresent = __builtin_popcount(kPresentBits<Rule>);
 template <class Rule>
 FUSEDSTEP_FN constexpr bool has_state(int k) {
   return (kPresentBits<Rule> >> k & 1u) != 0;
@@ -55,7 +55,7 @@ FUSEDSTEP_FN void update_with(T& param, T grad, [[maybe_unused]] T* states, cons
 }
 template <class Rule, class T, class S>
 FUSEDSTEP_FN void update_with(T& param, T grad, T* states, const S& s) {
-  update_with<Rule>(param, grad, states, s, std::make_index_sequence<kNamed<Rule>>{});
+  update_with<Rule>(param, grad, states, s, std::make_index_sequence<kNumNamed<Rule>>{});
 }
 
 }  // namespace FUSEDSTEP_ISA

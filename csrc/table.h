@@ -10,7 +10,7 @@ namespace fusedstep {
 // Which element of the whole tensor, in the order of its memory, element i of a part of it is: the elements lie in runs
 // of `run`, of which `runs` begin `stride` apart from each other, and groups of these `outer` apart. A run of 0 never
 // ends. python/fusedstep/shards.py is the same.
-struct Place {
+struct ElementMap {
   int64_t first, run, runs, stride, outer;
 
   FUSEDSTEP_FN int64_t element(int64_t i) const {
@@ -27,12 +27,12 @@ struct Place {
 // How a record's weight and states are stored where dtypes alone do not tell; all zero: they do. What every step reads
 // comes first.
 struct Precision {
-  void* companion;  // of the weight, as its form says
-  uint32_t index;   // of the parameter among its optimizer's
-  Form form;
+  void* aux;       // what the weight's format keeps beside it: an fp32 master, lower halves, compensation
+  uint32_t index;  // of the parameter among its optimizer's
+  WeightFormat weight_format;
   uint8_t state_bits;         // of the codes of quantized states; 0: no state is quantized
   uint64_t seed;              // of stochastic rounding
-  Place place;                // of the memory in the whole parameter, by whose elements it is random
+  ElementMap element_map;     // of the memory in the whole parameter, by whose elements it is random
   float* scales[kMaxStates];  // of quantized states, one for each block
 };
 
@@ -76,7 +76,7 @@ struct Record {
 
 // Whether every number of a record is stored in its dtype, one after the other.
 FUSEDSTEP_FN bool is_plain(const Record& record) {
-  return record.precision.form == Form::kPlain && record.precision.state_bits == 0;
+  return record.precision.weight_format == WeightFormat::kPlain && record.precision.state_bits == 0;
 }
 
 }  // namespace fusedstep

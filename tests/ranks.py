@@ -49,7 +49,7 @@ def scenario(function=None, **values):
 
 @functools.cache
 def mesh(*shape):
-    """Of the first processes; all must ask for it in the same order."""
+    """A mesh of the first processes; all must ask for it in the same order."""
     numel = torch.Size(shape).numel()
     return DeviceMesh("cpu", torch.arange(numel).reshape(shape))
 
@@ -138,7 +138,7 @@ class Pair:
                 assert torch.equal(part, expected), f"{what}: {part} {expected}"
 
     def assert_same_numbers(self):
-        """Of states, as a state_dict shows them; each is compared as numbers."""
+        """Compares the states as a state_dict shows them, each as numbers."""
         for i, (part, whole) in enumerate(zip(self.parts, self.whole, strict=True)):
             assert torch.equal(local(part), local(self.part(whole, i))), i
             mine, expected = (each.state_dict()["state"].get(i, {}) for each in (self.mine, self.expected))
@@ -565,7 +565,7 @@ def models(shard):
             torch.testing.assert_close(a.full_tensor().detach(), b.detach(), rtol=1e-5, atol=1e-6)
         if given:
             torch.testing.assert_close(mine.grad_norm, expected.grad_norm, rtol=1e-5, atol=0)
-        assert not mine.stepper.plans[0].places
+        assert not mine.stepper.plans[0].memory_keys
 
 
 # Mistakes.

@@ -49,7 +49,7 @@ def numbers_of(optimizer, state, key, like):
     quantizer = codecs.quantizer_of(state[key], like)
     if quantizer is None:
         return state[key]
-    return codecs.decode(state[key], state[f"{key}_scale"], quantizer, key not in optimizer.non_negative, like)
+    return codecs.dequantize(state[key], state[f"{key}_scale"], quantizer, key not in optimizer.non_negative, like)
 
 
 SHAPES = ((3, 5), (7,), (), (2, 3, 4))

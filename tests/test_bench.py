@@ -507,7 +507,7 @@ def test_precision_checks_times_and_counts_the_bytes_of_each_option(tmp_path, ca
     assert modes == [(chosen[0], "fp32"), (chosen[0], "bf16"), (chosen[1], "bf16")]
     assert all(name in report.markdown(found) for name in chosen)
     rows = {(row["dtype"], row["mode"]): row for row in found["bytes"]}
-    # Of 2 million parameters, so that the interpreter's own pages are below a byte for each.
+    # 2 million parameters, so that the interpreter's own pages are below a byte for each.
     expected = {  # read, written, kept
         ("float32", "plain"): (16, 12, 12),
         ("float32", "8-bit states"): (10, 6, 6),

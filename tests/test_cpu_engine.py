@@ -150,7 +150,7 @@ def test_a_range_that_cuts_a_block_is_refused():
     optimizer = make(CASES[10], [torch.randn(5000)], "cpu", {"state_dtype": "8bit"})
     (param,) = params_of(optimizer)
     param.grad = torch.zeros_like(param)
-    (plan,) = optimizer.stepper.new_plans(optimizer, planning.look_up(optimizer, needs_norm=False))
+    (plan,) = optimizer.stepper.new_plans(optimizer, planning.check_and_select(optimizer, needs_norm=False))
     hyper = optimizer.hyper(optimizer.param_groups[0], None)
     for first, last in ((0, 300), (300, 5000)):
         with pytest.raises(ValueError, match="range"):

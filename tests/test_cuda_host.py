@@ -116,10 +116,10 @@ def test_the_norm_of_several_plans_is_that_of_all_their_gradients(library, dtype
     plans = [[None if g is None else fences.around(g, offset) for g in plan] for plan in plans]
     flat = torch.cat([g.double().reshape(-1) for plan in plans for g in plan if g is not None])
     scale = torch.tensor(4.0)
-    for by_largest in (False, True):
-        limits = (0.5, 1e-6, by_largest, False, True, False)
+    for by_max_abs in (False, True):
+        limits = (0.5, 1e-6, by_max_abs, False, True, False)
         seen = host_norm(library, plans, limits, grad_scale=scale)
-        norm = (flat.abs().max() if by_largest else flat.norm()).item() / 4
+        norm = (flat.abs().max() if by_max_abs else flat.norm()).item() / 4
         assert seen[0] == pytest.approx((flat / 4).square().sum().item(), rel=1e-6)
         assert seen[1] == flat.abs().max().item()
         assert seen[2] == pytest.approx(norm, rel=1e-6)

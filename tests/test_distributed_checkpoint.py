@@ -316,7 +316,7 @@ def theirs_of(optimizer):
 
 
 def test_a_lowered_count_of_a_schedule_is_kept(backend):
-    """Whoever begins a schedule anew in mid-training finds it there again, and torch's class in between adds to it."""
+    """A schedule begun anew in mid-training is found there again, and torch's class in between adds to it."""
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     first, second = (fusedstep.AdamW(model.parameters(), lr=WARMUP, backend=backend) for model in models)
     train(first, 0, 1, 2)

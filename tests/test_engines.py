@@ -108,7 +108,7 @@ def test_elements_for_which_a_rule_chooses_another_number_have_the_references_bi
 
 @pytest.mark.parametrize("case", WITH_STATES, ids=str)
 def test_every_mixture_of_dtypes_has_the_references_bits(case, engine):
-    """Of parameter, gradient, which changes from step to step, and states."""
+    """The dtypes of parameter, gradient (which changes from step to step) and states."""
     mixtures = list(itertools.product(FLOATS, repeat=3))[:: 1 if engine.quick else 5]
     sizes = [1, 15, 16, 33, 700, 1500] if engine.quick else [17, 700]
     generator = torch.Generator().manual_seed(9)

@@ -202,7 +202,7 @@ def test_learning_rates_of_a_captured_step_live_as_long_as_the_optimizer(gpu):
     optimizer.step()
     rates = optimizer.stepper.learning_rates
     rates.parts = rates.parts[1:]  # as after a move to another device
-    rates.places.clear()
+    rates.followed_by.clear()
     gc.collect()
     assert not any(storage.expired() for storage in given)
 

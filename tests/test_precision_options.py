@@ -19,7 +19,7 @@ from fusedstep import codecs, planning
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES, Case
 from fusedstep.kept import Entry
-from fusedstep.kept.weights import COMPANIONS
+from fusedstep.kept.weights import AUX
 from fusedstep.verification import same_bits
 
 ADAMW = Case("AdamW", {"lr": 0.01, "betas": (0.85, 0.9), "weight_decay": 0.1})
@@ -236,7 +236,7 @@ def test_a_model_may_be_moved_to_another_dtype(dtype, back):
         assert a.keys() == b.keys()
         assert all(same_bits(a[key], b[key]) for key in a)
         key = optimizers[0].stepper.kept.weights.format_of(pair[0]).key
-        assert [k for k in COMPANIONS if k in a] == ([] if key is None else [key])
+        assert [k for k in AUX if k in a] == ([] if key is None else [key])
 
 
 def test_what_is_kept_follows_a_parameter_to_its_device():
@@ -266,8 +266,8 @@ by_quantizer = pytest.mark.parametrize("quantizer", codecs.QUANTIZERS.values(), 
 
 
 def back_and_forth(x, quantizer, signed):
-    codes, scales = codecs.encode(x, quantizer, signed)
-    return codes, scales, codecs.decode(codes, scales, quantizer, signed, x)
+    codes, scales = codecs.quantize(x, quantizer, signed)
+    return codes, scales, codecs.dequantize(codes, scales, quantizer, signed, x)
 
 
 @by_quantizer
@@ -337,7 +337,7 @@ def test_a_block_that_is_not_finite_is_not_a_number(quantizer, bad, signed):
 )
 def test_two_codes_share_a_byte_along_the_memory(shape, order, expected):
     x = torch.randn([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
-    assert codecs.FOUR_BITS.place(x) == expected
+    assert codecs.FOUR_BITS.codes_layout(x) == expected
     if expected is None:
         return
     codes, _, back = back_and_forth(x, codecs.FOUR_BITS, True)
@@ -554,7 +554,7 @@ def check_loading(old, new):
         expected[key] = code or wanted or (param.dtype if dtype in codecs.CODES else dtype)
     found = format_of(state["state"][0]["exp_avg"], param)
     converts = found != (wanted or (param.dtype if found in codecs.QUANTIZERS else found)) or any(
-        key in state["state"][0] and key != made.key for key in COMPANIONS
+        key in state["state"][0] and key != made.key for key in AUX
     )
     if converts:
         with pytest.warns(UserWarning, match="is converted: ") as record:
@@ -564,9 +564,9 @@ def check_loading(old, new):
         second.load_state_dict(state)
     before = {k: v.clone() for k, v in first.state[param].items()}
     weight = param.detach().float()
-    for key in COMPANIONS:
+    for key in AUX:
         if key in before:
-            weight = COMPANIONS[key].join(param.detach(), before[key])
+            weight = AUX[key].join(param.detach(), before[key])
     for p in params_of(second):
         p.grad = torch.zeros_like(p)
     second.param_groups[0].update(lr=0.0, weight_decay=0.0, betas=(1.0 - 2**-30, 1.0 - 2**-30))
@@ -618,7 +618,7 @@ def test_what_a_rule_without_states_keeps_is_saved_after_a_skipped_step():
     second.load_state_dict(state)
     params_of(second)[0].grad = normal(30, dtype=torch.bfloat16)
     # As far as a step gets that the device skips.
-    second.stepper.new_plans(second, planning.look_up(second, needs_norm=False))
+    second.stepper.new_plans(second, planning.check_and_select(second, needs_norm=False))
     assert torch.equal(second.state_dict()["state"][0]["master_weight"], state["state"][0]["master_weight"])
 
 
@@ -644,7 +644,7 @@ def test_a_quantized_state_keeps_its_numbers_in_another_layout(quantizer, shape)
     with contextlib.nullcontext() if expected is quantizer else told:
         second.load_state_dict(first.state_dict())
     kept, moved = first.state[param], second.state[params_of(second)[0]]
-    assert (tuple(moved["exp_avg"].shape), moved["exp_avg"].stride()) == expected.place(params_of(second)[0])
+    assert (tuple(moved["exp_avg"].shape), moved["exp_avg"].stride()) == expected.codes_layout(params_of(second)[0])
     a, b = (numbers_of(first, s, "exp_avg", param) for s in (kept, moved))
     share = 0.16 if quantizer.bits == 4 else 0.02
     assert (a - b).norm() < share * a.norm()
@@ -652,7 +652,10 @@ def test_a_quantized_state_keeps_its_numbers_in_another_layout(quantizer, shape)
     param.data = param.data.to(memory_format=torch.channels_last)
     param.grad = None
     step([first], [torch.zeros(*shape)])
-    assert (tuple(first.state[param]["exp_avg"].shape), first.state[param]["exp_avg"].stride()) == expected.place(param)
+    assert (
+        tuple(first.state[param]["exp_avg"].shape),
+        first.state[param]["exp_avg"].stride(),
+    ) == expected.codes_layout(param)
     c = numbers_of(first, first.state[param], "exp_avg", param)
     assert (a * 0.85 - c).norm() < 2 * share * a.norm()
 

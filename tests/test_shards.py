@@ -82,7 +82,7 @@ def check_place(shape, mesh_shape, placements, order):
         own = torch.empty_like(local)
         own.as_strided((local.numel(),), (1,)).copy_(torch.arange(local.numel()))
         if param.stride() == whole.stride() and own.stride() == local.stride():
-            assert torch.equal(shards.place_of(param, "it").elements(own), local)
+            assert torch.equal(shards.element_map_of(param, "it").elements(own), local)
 
 
 @by_layout

@@ -59,7 +59,7 @@ def kernels():
     """Every rule with every set of its states, every dtype, form, format of states, follower and left gradient."""
     yield schedules()
     for dtype, last in itertools.product(FLOATS, (False, True)):
-        yield norms(dtype, first=dtype == "fp32", last=last, by_largest=dtype == "bf16", optional=last)
+        yield norms(dtype, first=dtype == "fp32", last=last, by_max_abs=dtype == "bf16", optional=last)
     for number, (rule, states) in enumerate(RULES):
         for dtype in ("fp32", "bf16") if ALL or number % 4 == 0 else ("fp32",):
             yield updates(rule, (dtype, dtype, *stored(states, dtype)))
@@ -73,10 +73,10 @@ def kernels():
         yield updates("adam", (dtype,) * 5, left="changed", optional=True)
         yield updates(rule, (dtype, dtype, *stored(states, dtype)), left="changed", optional=True)
     codes = ("i8", "u8", "")
-    for form in FORMS:
-        for dtype in ("bf16",) if form == "split" else ("bf16", "fp16"):
-            yield updates("adam", (dtype, dtype, "bf16", "bf16", ""), form=form)
-            yield updates("adam", (dtype, dtype, *codes), form=form, **EVERYTHING)
+    for weight_format in FORMS:
+        for dtype in ("bf16",) if weight_format == "split" else ("bf16", "fp16"):
+            yield updates("adam", (dtype, dtype, "bf16", "bf16", ""), weight_format=weight_format)
+            yield updates("adam", (dtype, dtype, *codes), weight_format=weight_format, **EVERYTHING)
     yield updates("adam", ("fp32", "fp32", *codes))
     yield updates("adam", ("fp32", "fp32", "bf16", "bf16", ""))
     for followers in (("bf16", "fp16"), ("fp16", ""), ("", "bf16"), ("fp64", "fp32")):
@@ -135,7 +135,7 @@ def test_elementwise_kernels_access_16_bytes_at_a_time(code):
         elif kind == "update" and wanted["rule"] in dict(RULES):
             bits = {"fp32": 32, "bf16": 16, "fp16": 16, "fp64": 64, "i8": 8, "u8": 8}
             sizes = [bits[name] for name in wanted["dtypes"] if name]
-            if wanted["form"] == "plain":  # a thread has 8 elements of a whole block: 16 bytes of 16 bits each
+            if wanted["weight_format"] == "plain":  # a thread has 8 elements of a whole block: 16 bytes of 16 bits each
                 assert found["wide_loads"] >= sum(size // 16 for size in sizes)
                 assert found["wide_stores"] >= sum(size // 16 for size in sizes[:1] + sizes[2:])
             else:
@@ -152,7 +152,7 @@ def test_reducing_kernels_access_16_bytes_at_a_time(code):
         average, copy = (bits[name] for name in wanted["followers"])
 
         def accesses(elements, *sizes, grad=grad):
-            """Of a thread, which has 16 bytes of the gradient side by side, and so fewer of narrower numbers."""
+            """A thread's accesses: it has 16 bytes of the gradient side by side, and so fewer of narrower numbers."""
             return sum(elements * size for size in sizes if size >= grad) // (128 if grad < 64 else 256)
 
         # A thread has 16 elements of a tile, or 8 of half a tile; in float64 half of that.

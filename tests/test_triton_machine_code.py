@@ -10,8 +10,8 @@ from triton_code import code_of, updates
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 FACTORED = ("fp32", "fp32", "fp32", "fp32", "", "", "", "")
-# Of one round of the main loop, for one thread: elements, bytes read and written by 16-byte accesses. Of an element:
-# how many instructions there may be, a tenth more than Triton 3.9 makes of it.
+# One round of the main loop, for one thread: elements, bytes read and written by 16-byte accesses; and how many
+# instructions an element may take, a tenth more than Triton 3.9 makes of it.
 STEPS = {
     "fp32": (updates("adam", ("fp32",) * 4 + ("",), machine_code=True), [(8, 128, 96, 42.5)]),
     "bf16": (updates("adam", ("bf16",) * 4 + ("",), machine_code=True), [(8, 64, 48, 71.0)]),

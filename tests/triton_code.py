@@ -17,13 +17,13 @@ def updates(rule, dtypes, **others):
         dtypes: names of param, grad and of each state as the kernels' constants ask for them; "" for an absent one.
         others: in place of what an ordinary step has; ``machine_code``: whether the cubins are asked for.
     """
-    defaults = {"followers": ("", ""), "form": "plain", "maximize": False, "left": "", "optional": False}
+    defaults = {"followers": ("", ""), "weight_format": "plain", "maximize": False, "left": "", "optional": False}
     return "update", {"rule": rule, "dtypes": dtypes, **defaults, "capability": 90, **others}
 
 
 def norms(dtype, **others):
     """The kernel that sums over gradients."""
-    defaults = {"first": False, "last": False, "by_largest": False, "optional": False}
+    defaults = {"first": False, "last": False, "by_max_abs": False, "optional": False}
     return "norm", {"dtype": dtype, **defaults, "capability": 90, **others}
 
 

@@ -57,7 +57,7 @@ def prepared(kernel: str, wanted: dict) -> list:
     if kernel == "schedule":
         return [schedule.prepare()]
     if kernel == "norm":
-        limits = (1.0, 1e-6, wanted["by_largest"], True, True, True)
+        limits = (1.0, 1e-6, wanted["by_max_abs"], True, True, True)
         return [norm.prepare(NUMBERS[wanted["dtype"]], wanted["first"], wanted["last"], limits, 2 * step.block_size())]
     dtypes = tuple(NUMBERS[name] for name in wanted["dtypes"])
     followers = tuple(NUMBERS[name] for name in wanted["followers"])
@@ -65,7 +65,7 @@ def prepared(kernel: str, wanted: dict) -> list:
     chosen = (rule, dtypes, followers, wanted["maximize"], wanted["left"])
     if rule.reduces:
         return reducing.prepare(*chosen)
-    return [step.prepare(*chosen, step.block_size(), wanted["form"])]
+    return [step.prepare(*chosen, step.block_size(), wanted["weight_format"])]
 
 
 def arguments(names: list[str], wanted: dict) -> list:

@@ -34,9 +34,9 @@ def philox(seed, index, step, group):
 def random_16_of(seed, index, step, element):
     """16 random bits for each of some elements, wherever they are."""
     w0, w1, w2, w3 = philox(seed, index, step, element // 8)
-    place = element % 8
-    words = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
-    return tl.where(place % 2 == 0, words & 0xFFFF, words >> 16)
+    within = element % 8
+    words = tl.where(within < 4, tl.where(within < 2, w0, w1), tl.where(within < 6, w2, w3))
+    return tl.where(within % 2 == 0, words & 0xFFFF, words >> 16)
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def compensate(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def encode(x, exists, DTYPE: tl.constexpr, N: tl.constexpr):
+def quantize(x, exists, DTYPE: tl.constexpr, N: tl.constexpr):
     """The codes of N numbers, I8 or I4 with a sign, U8 or U4 without, and the scales of their blocks.
 
     Codes of 8 bits are in that, those of 4 bits the lowest bits of an int32. What does not exist has the code zero.
@@ -101,9 +101,9 @@ def encode(x, exists, DTYPE: tl.constexpr, N: tl.constexpr):
     counts = tl.reshape(exists, (N // SCALE_BLOCK, SCALE_BLOCK))
     bits = tl.where(counts, tl.reshape(x.to(tl.uint32, bitcast=True), (N // SCALE_BLOCK, SCALE_BLOCK)), 0).to(tl.uint32)
     magnitude = bits & 0x7FFFFFFF
-    largest = tl.max(magnitude.to(tl.int32), 1)
-    coded = (largest >= 0x00800000) & (largest < 0x7F800000)
-    scale = tl.where(coded, largest, tl.where(largest < 0x7F800000, 0, 0x7FC00000)).to(tl.float32, bitcast=True)
+    max_abs = tl.max(magnitude.to(tl.int32), 1)
+    coded = (max_abs >= 0x00800000) & (max_abs < 0x7F800000)
+    scale = tl.where(coded, max_abs, tl.where(max_abs < 0x7F800000, 0, 0x7FC00000)).to(tl.float32, bitcast=True)
     divisor = tl.where(coded, scale, 1.0)
     inverse = tl.where(coded, divide(divisor * 0.0 + 1.0, divisor), 0.0)
     kept = tl.where(coded[:, None], magnitude, 0).to(tl.uint32).to(tl.float32, bitcast=True)
@@ -126,7 +126,7 @@ def encode(x, exists, DTYPE: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def decode(codes, scale, DTYPE: tl.constexpr):
+def dequantize(codes, scale, DTYPE: tl.constexpr):
     """The numbers of codes, each with its scale."""
     if DTYPE == I8 or DTYPE == I4:
         number = codes.to(tl.float32)

@@ -21,7 +21,7 @@ LANES = tl.constexpr(256)  # chunks whose sums are added up at once
 
 
 @triton.jit
-def size_bits(x):
+def magnitude_bits(x):
     """The bits of absolute values, which compare as these do; infinity and NaN are the largest."""
     if x.dtype == tl.float64:
         return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
@@ -36,15 +36,24 @@ def is_finite(x):
 
 @triton.jit
 def see(
-    grad, begin, lanes, mask, sums, largest, inverse, GRAD: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr
+    grad,
+    begin,
+    lanes,
+    mask,
+    sums,
+    max_abs,
+    inverse,
+    GRAD: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    UNMASKED: tl.constexpr,
 ):
     """Add elements ``begin + lanes`` of one gradient to each lane's sum of squares and largest size."""
-    g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
-    if not WHOLE:
+    g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, UNMASKED)
+    if not UNMASKED:
         g = tl.where(mask, g, 0.0)
-    bits = size_bits(g)
+    bits = magnitude_bits(g)
     unscaled = g * inverse
-    return sums + unscaled * unscaled, tl.where(bits > largest, bits, largest)
+    return sums + unscaled * unscaled, tl.where(bits > max_abs, bits, max_abs)
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
@@ -62,7 +71,7 @@ def norm_kernel(
     ARITHMETIC: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    BY_LARGEST: tl.constexpr,
+    BY_MAX_ABS: tl.constexpr,
     NAN_IF_NONFINITE: tl.constexpr,
     FIND_NONFINITE: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
@@ -80,23 +89,23 @@ def norm_kernel(
     inverse = (1.0 / scale).to(ARITHMETIC)
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], ARITHMETIC)
-    largest = size_bits(sums)
+    max_abs = magnitude_bits(sums)
     if grad != 0:
         whole = 0 * n
         if grad % 16 == 0:
             whole = n // BLOCK * BLOCK
         start = 0 * n
         while start < whole:
-            sums, largest = see(
-                grad, offset + start, lanes, None, sums, largest, inverse, GRAD, ARITHMETIC, True
+            sums, max_abs = see(
+                grad, offset + start, lanes, None, sums, max_abs, inverse, GRAD, ARITHMETIC, True
             )  # fmt: skip
             start += BLOCK
         while start < n:
-            sums, largest = see(
-                grad, offset + start, lanes, start + lanes < n, sums, largest, inverse, GRAD, ARITHMETIC, False
+            sums, max_abs = see(
+                grad, offset + start, lanes, start + lanes < n, sums, max_abs, inverse, GRAD, ARITHMETIC, False
             )  # fmt: skip
             start += BLOCK
-    most = tl.max(largest, axis=0).to(ARITHMETIC, bitcast=True)
+    most = tl.max(max_abs, axis=0).to(ARITHMETIC, bitcast=True)
     tl.store(sums_ptr + 2 * program, tl.sum(sums.to(tl.float64), axis=0))
     tl.store(sums_ptr + 2 * program + 1, most.to(tl.float64))
 
@@ -107,16 +116,16 @@ def norm_kernel(
         tl.store(done_ptr, 0)
         n_chunks = tl.num_programs(0)
         partial = tl.zeros([LANES], tl.float64)
-        sizes = size_bits(partial)
+        magnitudes = magnitude_bits(partial)
         first = 0 * n_chunks
         while first < n_chunks:
             index = first + tl.arange(0, LANES)
             partial += tl.load(sums_ptr + 2 * index, mask=index < n_chunks, other=0.0)
-            bits = size_bits(tl.load(sums_ptr + 2 * index + 1, mask=index < n_chunks, other=0.0))
-            sizes = tl.where(bits > sizes, bits, sizes)
+            bits = magnitude_bits(tl.load(sums_ptr + 2 * index + 1, mask=index < n_chunks, other=0.0))
+            magnitudes = tl.where(bits > magnitudes, bits, magnitudes)
             first += LANES
         total = tl.sum(partial, axis=0)
-        size = tl.max(sizes, axis=0).to(tl.float64, bitcast=True)
+        size = tl.max(magnitudes, axis=0).to(tl.float64, bitcast=True)
         if not FIRST:
             total = tl.load(norm_ptr + SUM) + total
             size = maximum(tl.load(norm_ptr + LARGEST), size)
@@ -125,7 +134,7 @@ def norm_kernel(
         tl.store(norm_ptr + LARGEST, size)
         if LAST:
             norm = tl.sqrt(total)
-            if BY_LARGEST:
+            if BY_MAX_ABS:
                 norm = size / scale
             coefficient = minimum(1.0, tl.load(limits_ptr) / (norm + tl.load(limits_ptr + 1)))
             if NAN_IF_NONFINITE:
@@ -151,13 +160,13 @@ def constants(dtype: int, first: bool, last: bool, limits: tuple, block: int) ->
     ``limits``: csrc/norm.h's NormLimits, of which the numbers are given in device memory.
     ``block``: elements that a program sums at a time.
     """
-    _, _, by_largest, nan_if_nonfinite, find_nonfinite, skip_nonfinite = limits
+    _, _, by_max_abs, nan_if_nonfinite, find_nonfinite, skip_nonfinite = limits
     return {
         "GRAD": dtype,
         "ARITHMETIC": tl.float64 if dtype == FP64.value else tl.float32,
         "FIRST": first,
         "LAST": last,
-        "BY_LARGEST": by_largest,
+        "BY_MAX_ABS": by_max_abs,
         "NAN_IF_NONFINITE": nan_if_nonfinite,
         "FIND_NONFINITE": find_nonfinite,
         "SKIP_NONFINITE": skip_nonfinite,

@@ -15,6 +15,6 @@ def word(name: str) -> tl.constexpr:
 
 RECORD = tl.constexpr(memory_layout().itemsize // 8)  # words of a record
 PARAM, STATES, STEP, AVERAGE, COPY = map(word, ("param", "states", "step", "average", "copy"))
-PLACE = word("first_element")  # and four more: run, runs, run_stride, outer_stride
-COMPANION, SCALES, SEED, INDEX = map(word, ("companion", "scales", "seed", "index"))  # an index is half a word
+ELEMENT_MAP = word("first_element")  # and four more: run, runs, run_stride, outer_stride
+AUX, SCALES, SEED, INDEX = map(word, ("aux", "scales", "seed", "index"))  # an index is half a word
 NUMEL, BATCH, ROWS, N_COLUMNS = map(word, ("numel", "batch", "rows", "columns"))

@@ -54,7 +54,7 @@ def constants(
         "TILE_ROWS": rows,
         "WIDTH": width,
         "BLOCK": block_size() // 2,
-        "LEFT": left,
+        "GRAD_AFTER": left,
         "FOLLOWERS": followers,
     }
 

@@ -79,11 +79,11 @@ def load_elements(
 
 
 @triton.jit
-def leave(grad, begin, lanes, g, mask, GRAD: tl.constexpr, LEFT: tl.constexpr, WIDE: tl.constexpr):
+def leave(grad, begin, lanes, g, mask, GRAD: tl.constexpr, GRAD_AFTER: tl.constexpr, WIDE: tl.constexpr):
     """What becomes of the gradient in memory, after all threads have loaded it."""
-    if LEFT != "":
+    if GRAD_AFTER != "":
         tl.debug_barrier()
-        store(grad, begin, lanes, tl.zeros_like(g) if LEFT == "zero" else g, mask, GRAD, WIDE)
+        store(grad, begin, lanes, tl.zeros_like(g) if GRAD_AFTER == "zero" else g, mask, GRAD, WIDE)
 
 
 @triton.jit
@@ -122,8 +122,8 @@ def updated(e, g, factor, factor2, s, f, UPDATE: tl.constexpr, HAS: tl.constexpr
 def apply_tiles(
     row_ptr, grad, matrix, first_row, first_column, n, scale, coefficient, average_weight, s, f,
     UPDATE: tl.constexpr, HAS: tl.constexpr, MATRIX: tl.constexpr, DTYPES: tl.constexpr, ARITHMETIC: tl.constexpr,
-    MAXIMIZE: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    MAXIMIZE: tl.constexpr, GRAD_AFTER: tl.constexpr, FOLLOWERS: tl.constexpr, SUB: tl.constexpr,
+    TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The update of ``n`` rows of a strip."""
     TWO: tl.constexpr = DTYPES[6] != NONE or DTYPES[7] != NONE  # states and factors of a line
@@ -144,7 +144,7 @@ def apply_tiles(
         factor = tile_factors(of_rows_ptr + at, row, row_mask, of_matrix, of_columns, DTYPES)
         factor2 = tile_factors(of_rows2_ptr + at, row, row_mask, of_matrix, of_columns2, DTYPES)
         g = changed(e.grad, scale, coefficient)
-        leave(grad, begin, lanes, g, mask, DTYPES[1], LEFT, WIDE)
+        leave(grad, begin, lanes, g, mask, DTYPES[1], GRAD_AFTER, WIDE)
         if MAXIMIZE:
             g = -g
         p, state = updated(e, g, factor, factor2, s, f, UPDATE, HAS, TWO)
@@ -200,11 +200,11 @@ def apply_kernel(
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, HAS: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
+    BLOCK: tl.constexpr, GRAD_AFTER: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
-            if LEFT == "zero":
+            if GRAD_AFTER == "zero":
                 zero_item(table_ptr, items_ptr, grads_ptr, DTYPES[1], SUB, TILE_ROWS, WIDTH, BLOCK)
             return
     row_ptr, grad, _, matrix, first_row, first_column, n = open_item(table_ptr, items_ptr, grads_ptr)
@@ -228,14 +228,14 @@ def apply_kernel(
                 if wide:
                     apply_tiles(
                         row_ptr, grad, matrix, first_row, column, n, scale, coefficient, average_weight, s, f,
-                        UPDATE, HAS, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, HALF, TILE_ROWS, WIDTH,
-                        True,
+                        UPDATE, HAS, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, GRAD_AFTER, FOLLOWERS, HALF, TILE_ROWS,
+                        WIDTH, True,
                     )  # fmt: skip
                 else:
                     apply_tiles(
                         row_ptr, grad, matrix, first_row, column, n, scale, coefficient, average_weight, s, f,
-                        UPDATE, HAS, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, HALF, TILE_ROWS, WIDTH,
-                        False,
+                        UPDATE, HAS, MATRIX, DTYPES, ARITHMETIC, MAXIMIZE, GRAD_AFTER, FOLLOWERS, HALF, TILE_ROWS,
+                        WIDTH, False,
                     )  # fmt: skip
                 column += HALF * WIDTH
         else:
@@ -250,7 +250,7 @@ def apply_kernel(
                 mask = lanes < elements - at
                 e = load_elements(row_ptr, grad, begin + at, lanes, mask, DTYPES, ARITHMETIC, FOLLOWERS, False)
                 g = changed(e.grad, scale, coefficient)
-                leave(grad, begin + at, lanes, g, mask, DTYPES[1], LEFT, False)
+                leave(grad, begin + at, lanes, g, mask, DTYPES[1], GRAD_AFTER, False)
                 if MAXIMIZE:
                     g = -g
                 factor = tl.zeros([BLOCK], ARITHMETIC)

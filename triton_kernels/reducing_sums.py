@@ -96,7 +96,7 @@ def sums_kernel(
     PREPARE: tl.constexpr, SQUARE: tl.constexpr, LINE: tl.constexpr, MATRIX: tl.constexpr, DIRECTION: tl.constexpr,
     FINISH: tl.constexpr, UPDATE: tl.constexpr, HAS: tl.constexpr, PARAM_SUM: tl.constexpr, DTYPES: tl.constexpr,
     ARITHMETIC: tl.constexpr, MAXIMIZE: tl.constexpr, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, LEFT: tl.constexpr, FOLLOWERS: tl.constexpr,
+    BLOCK: tl.constexpr, GRAD_AFTER: tl.constexpr, FOLLOWERS: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:  # the same for all programs and launches
         if tl.load(found_inf_ptr) != 0:

@@ -40,7 +40,7 @@ def is_wide(columns, addresses):
 def tile_lanes(columns, first_column, SUB: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile at ``first_column``: its rows, columns, offsets of its elements, and which columns exist."""
+    """The rows and columns of a tile at ``first_column``, offsets of its elements, and which columns exist."""
     row = tl.arange(0, TILE_ROWS)[None, :, None]
     column = tl.arange(0, SUB)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     stride = columns.to(tl.int32)  # an item has one row where there are too many columns for this

@@ -42,44 +42,44 @@ def update_block(
     GRAD: tl.constexpr,
     STATES: tl.constexpr,
     CODED: tl.constexpr,
-    FORM: tl.constexpr,
+    FORMAT: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    LEFT: tl.constexpr,
+    GRAD_AFTER: tl.constexpr,
     FOLLOWERS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elements ``begin + lanes`` of one tensor; WHOLE: all of them exist, and ``begin`` lies at a multiple of 16 bytes.
+    """Elements ``begin + lanes`` of one tensor; UNMASKED: all exist, and ``begin`` lies at a multiple of 16 bytes.
 
     Only with that promise are the accesses 16 bytes wide.
     """
-    p = load_weight(row, begin, lanes, mask, PARAM, FORM, ARITHMETIC, WHOLE)
-    g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, WHOLE)
-    states = load_states(row, p, begin, lanes, mask, STATES, ARITHMETIC, WHOLE, BLOCK)
+    p = load_weight(row, begin, lanes, mask, PARAM, FORMAT, ARITHMETIC, UNMASKED)
+    g = load(grad, begin, lanes, mask, GRAD, ARITHMETIC, UNMASKED)
+    states = load_states(row, p, begin, lanes, mask, STATES, ARITHMETIC, UNMASKED, BLOCK)
     average = p  # stands in for an absent one
     if FOLLOWERS[0] != NONE:
-        average = load(row.average, begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, WHOLE)
+        average = load(row.average, begin, lanes, mask, FOLLOWERS[0], ARITHMETIC, UNMASKED)
     # A thread may store what another has yet to load: loads and stores of the same memory may be shared out to threads
     # in different ways. What is stored depends on what was loaded there, element by element, but for the gradient and
     # for codes, whose blocks share a scale.
-    if LEFT != "" or CODED:
+    if GRAD_AFTER != "" or CODED:
         tl.debug_barrier()
     g = changed(g, scale, coefficient)
-    if LEFT == "zero":
-        store(grad, begin, lanes, mask, tl.zeros_like(g), GRAD, WHOLE)
-    if LEFT == "changed":
-        store(grad, begin, lanes, mask, g, GRAD, WHOLE)
+    if GRAD_AFTER == "zero":
+        store(grad, begin, lanes, mask, tl.zeros_like(g), GRAD, UNMASKED)
+    if GRAD_AFTER == "changed":
+        store(grad, begin, lanes, mask, g, GRAD, UNMASKED)
     if MAXIMIZE:
         g = -g
     updated = UPDATE(p, g, *states, s, HAS)
-    p = store_weight(row, begin, lanes, mask, updated[0], step, PARAM, FORM, ARITHMETIC, WHOLE, BLOCK)
+    p = store_weight(row, begin, lanes, mask, updated[0], step, PARAM, FORMAT, ARITHMETIC, UNMASKED, BLOCK)
     if FOLLOWERS[0] != NONE:
         average = average + average_weight * (p - average)
-        store(row.average, begin, lanes, mask, average, FOLLOWERS[0], WHOLE)
+        store(row.average, begin, lanes, mask, average, FOLLOWERS[0], UNMASKED)
     if FOLLOWERS[1] != NONE:
-        store(row.copy, begin, lanes, mask, p, FOLLOWERS[1], WHOLE)
-    store_states(row, begin, lanes, mask, updated[1:], STATES, WHOLE, BLOCK)
+        store(row.copy, begin, lanes, mask, p, FOLLOWERS[1], UNMASKED)
+    store_states(row, begin, lanes, mask, updated[1:], STATES, UNMASKED, BLOCK)
 
 
 @triton.jit
@@ -115,17 +115,17 @@ def step_kernel(
     GRAD: tl.constexpr,
     STATES: tl.constexpr,
     CODED: tl.constexpr,
-    FORM: tl.constexpr,
+    FORMAT: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    LEFT: tl.constexpr,
+    GRAD_AFTER: tl.constexpr,
     FOLLOWERS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK_ROW: tl.constexpr,
 ):
     if found_inf_ptr is not None:  # the same for all programs: nothing is written, nothing is counted
         if tl.load(found_inf_ptr) != 0:
-            if LEFT == "zero":
+            if GRAD_AFTER == "zero":
                 zero_chunk(chunks_ptr + tl.program_id(0).to(tl.int64) * CHUNK_ROW, grads_ptr, GRAD, BLOCK)
             return
     chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * CHUNK_ROW
@@ -142,7 +142,7 @@ def step_kernel(
         scale = None if grad_scale_ptr is None else load_number(grad_scale_ptr, ARITHMETIC)
         coefficient = None if coefficient_ptr is None else load_number(coefficient_ptr, ARITHMETIC)
         average_weight = None if average_weight_ptr is None else load_number(average_weight_ptr, ARITHMETIC)
-        addresses = row.param | grad | row.companion  # 0 if there is none
+        addresses = row.param | grad | row.aux  # 0 if there is none
         for k in tl.static_range(len(STATES)):
             addresses = addresses | row.states[k]
         if FOLLOWERS[0] != NONE or FOLLOWERS[1] != NONE:
@@ -155,13 +155,15 @@ def step_kernel(
         while start < whole:
             update_block(
                 row, grad, offset + start, lanes, None, scale, coefficient, average_weight, step, s,
-                UPDATE, HAS, PARAM, GRAD, STATES, CODED, FORM, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, True, BLOCK,
+                UPDATE, HAS, PARAM, GRAD, STATES, CODED, FORMAT, ARITHMETIC, MAXIMIZE, GRAD_AFTER, FOLLOWERS, True,
+                BLOCK,
             )  # fmt: skip
             start += BLOCK
         while start < n:
             update_block(
                 row, grad, offset + start, lanes, start + lanes < n, scale, coefficient, average_weight, step, s,
-                UPDATE, HAS, PARAM, GRAD, STATES, CODED, FORM, ARITHMETIC, MAXIMIZE, LEFT, FOLLOWERS, False, BLOCK,
+                UPDATE, HAS, PARAM, GRAD, STATES, CODED, FORMAT, ARITHMETIC, MAXIMIZE, GRAD_AFTER, FOLLOWERS, False,
+                BLOCK,
             )  # fmt: skip
             start += BLOCK
 
@@ -186,7 +188,7 @@ def constants(
     maximize: bool,
     left: str,
     block: int,
-    form: str = "plain",
+    weight_format: str = "plain",
 ) -> dict[str, Any]:
     """The compile-time arguments of `step_kernel`.
 
@@ -209,10 +211,10 @@ def constants(
         "GRAD": grad,
         "STATES": tuple(states),
         "CODED": any(dtype >= I8.value for dtype in states),
-        "FORM": form,
+        "FORMAT": weight_format,
         "ARITHMETIC": tl.float64 if param == FP64.value else tl.float32,
         "MAXIMIZE": maximize,
-        "LEFT": left,
+        "GRAD_AFTER": left,
         "FOLLOWERS": followers,
         "BLOCK": block,
         "CHUNK_ROW": CHUNK_ROW,
@@ -234,13 +236,13 @@ def prepare(*args: Any) -> Prepared:
     """
     fixed = constants(*args)
     _, dtypes, followers, *_ = args
-    return Prepared(step_kernel, fixed, **register_limit(3 if is_light(dtypes, followers, fixed["FORM"]) else 2))
+    return Prepared(step_kernel, fixed, **register_limit(3 if is_light(dtypes, followers, fixed["FORMAT"]) else 2))
 
 
-def is_light(dtypes: tuple[int, ...], followers: tuple[int, int], form: str) -> bool:
+def is_light(dtypes: tuple[int, ...], followers: tuple[int, int], weight_format: str) -> bool:
     """Whether a thread can keep all that an element has in few registers."""
     fits = all(dtype <= FP16.value for dtype in dtypes) and sum(dtype != NONE.value for dtype in dtypes) < 5
-    return fits and form == "plain" and all(dtype == NONE.value for dtype in followers)
+    return fits and weight_format == "plain" and all(dtype == NONE.value for dtype in followers)
 
 
 def register_limit(programs: int) -> dict[str, int]:

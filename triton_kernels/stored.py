@@ -1,4 +1,4 @@
-"""Weights and states in memory, in every form and format: what a block of elements is loaded from and stored to."""
+"""Weights and states in memory, in every format: what a block of elements is loaded from and stored to."""
 
 from typing import NamedTuple
 
@@ -9,18 +9,18 @@ from .codecs import (
     I4,
     SCALE_BLOCK,
     compensate,
-    decode,
-    encode,
+    dequantize,
     join,
     narrow_stochastic,
     pack,
+    quantize,
     random_16,
     random_16_of,
     split,
     unpack,
 )
 from .numeric import BF16, BITS, FP16, FP32, FP64, I8, NONE, U8, load_several, narrow, widen
-from .records import AVERAGE, COMPANION, COPY, INDEX, PARAM, PLACE, SCALES, SEED, STATES
+from .records import AUX, AVERAGE, COPY, ELEMENT_MAP, INDEX, PARAM, SCALES, SEED, STATES
 
 
 class Row(NamedTuple):
@@ -28,11 +28,11 @@ class Row(NamedTuple):
 
     param: tl.tensor
     states: tl.tuple
-    companion: tl.tensor
+    aux: tl.tensor
     scales: tl.tuple
     seed: tl.tensor
     index: tl.tensor
-    place: tl.tuple
+    element_map: tl.tuple
     average: tl.tensor
     copy: tl.tensor
 
@@ -43,20 +43,20 @@ def open_row(row_ptr, N_STATES: tl.constexpr):
     return Row(
         tl.load(row_ptr + PARAM),
         load_several(row_ptr + STATES, N_STATES),
-        tl.load(row_ptr + COMPANION),
+        tl.load(row_ptr + AUX),
         load_several(row_ptr + SCALES, N_STATES),
         tl.load(row_ptr + SEED),
         tl.load(row_ptr + INDEX) & 0xFFFFFFFF,
-        load_several(row_ptr + PLACE, 5),
+        load_several(row_ptr + ELEMENT_MAP, 5),
         tl.load(row_ptr + AVERAGE),
         tl.load(row_ptr + COPY),
     )
 
 
 @triton.jit
-def element_of(place, i):
-    """Which element of the whole tensor element ``i`` of a part is; csrc/table.h's Place."""
-    first, run, runs, stride, outer = place
+def element_of(element_map, i):
+    """Which element of the whole tensor element ``i`` of a part is; csrc/table.h's ElementMap."""
+    first, run, runs, stride, outer = element_map
     element = first + i
     if run > 0:
         begun = i // run
@@ -81,106 +81,106 @@ def pointer(address, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_stored(address, begin, lanes, mask, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+def load_stored(address, begin, lanes, mask, DTYPE: tl.constexpr, UNMASKED: tl.constexpr):
     ptr = pointer(address, DTYPE) + begin
-    if WHOLE:
+    if UNMASKED:
         return tl.load(tl.multiple_of(ptr, 16) + lanes)
     else:
         return tl.load(ptr + lanes, mask=mask)
 
 
 @triton.jit
-def store_stored(address, begin, lanes, mask, stored, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+def store_stored(address, begin, lanes, mask, stored, DTYPE: tl.constexpr, UNMASKED: tl.constexpr):
     ptr = pointer(address, DTYPE) + begin
-    if WHOLE:
+    if UNMASKED:
         tl.store(tl.multiple_of(ptr, 16) + lanes, stored)
     else:
         tl.store(ptr + lanes, stored, mask=mask)
 
 
 @triton.jit
-def load(address, begin, lanes, mask, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr):
-    return widen(load_stored(address, begin, lanes, mask, DTYPE, WHOLE), DTYPE, ARITHMETIC)
+def load(address, begin, lanes, mask, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, UNMASKED: tl.constexpr):
+    return widen(load_stored(address, begin, lanes, mask, DTYPE, UNMASKED), DTYPE, ARITHMETIC)
 
 
 @triton.jit
-def store(address, begin, lanes, mask, x, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
-    store_stored(address, begin, lanes, mask, narrow(x, DTYPE), DTYPE, WHOLE)
+def store(address, begin, lanes, mask, x, DTYPE: tl.constexpr, UNMASKED: tl.constexpr):
+    store_stored(address, begin, lanes, mask, narrow(x, DTYPE), DTYPE, UNMASKED)
 
 
 @triton.jit
 def load_weight(
-    row, begin, lanes, mask, PARAM: tl.constexpr, FORM: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr
+    row, begin, lanes, mask, PARAM: tl.constexpr, FORMAT: tl.constexpr, ARITHMETIC: tl.constexpr, UNMASKED: tl.constexpr
 ):
-    if FORM == "master":
-        return load(row.companion, begin, lanes, mask, FP32, ARITHMETIC, WHOLE)
-    elif FORM == "split":
-        upper = load_stored(row.param, begin, lanes, mask, BITS, WHOLE)
-        return join(upper, load_stored(row.companion, begin, lanes, mask, BITS, WHOLE))
-    elif FORM == "kahan":
-        rest = load(row.companion, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
-        return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE) + rest
+    if FORMAT == "master":
+        return load(row.aux, begin, lanes, mask, FP32, ARITHMETIC, UNMASKED)
+    elif FORMAT == "split":
+        upper = load_stored(row.param, begin, lanes, mask, BITS, UNMASKED)
+        return join(upper, load_stored(row.aux, begin, lanes, mask, BITS, UNMASKED))
+    elif FORMAT == "kahan":
+        rest = load(row.aux, begin, lanes, mask, PARAM, ARITHMETIC, UNMASKED)
+        return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, UNMASKED) + rest
     else:
-        return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)
+        return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, UNMASKED)
 
 
 @triton.jit
 def store_weight(
     row, begin, lanes, mask, x, step,
-    PARAM: tl.constexpr, FORM: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr,
+    PARAM: tl.constexpr, FORMAT: tl.constexpr, ARITHMETIC: tl.constexpr, UNMASKED: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Returns what followers follow: the fp32 weight where one is kept, else the stored one."""
-    if FORM == "master":
-        store(row.companion, begin, lanes, mask, x, FP32, WHOLE)
-        store(row.param, begin, lanes, mask, x, PARAM, WHOLE)
+    if FORMAT == "master":
+        store(row.aux, begin, lanes, mask, x, FP32, UNMASKED)
+        store(row.param, begin, lanes, mask, x, PARAM, UNMASKED)
         return x
-    elif FORM == "split":
+    elif FORMAT == "split":
         upper, lower = split(x)
-        store_stored(row.param, begin, lanes, mask, upper, BITS, WHOLE)
-        store_stored(row.companion, begin, lanes, mask, lower, BITS, WHOLE)
+        store_stored(row.param, begin, lanes, mask, upper, BITS, UNMASKED)
+        store_stored(row.aux, begin, lanes, mask, lower, BITS, UNMASKED)
         return x
-    elif FORM == "kahan":
+    elif FORMAT == "kahan":
         narrowed, rest = compensate(x, PARAM)
-        store_stored(row.param, begin, lanes, mask, narrowed, PARAM, WHOLE)
-        store_stored(row.companion, begin, lanes, mask, rest, PARAM, WHOLE)
+        store_stored(row.param, begin, lanes, mask, narrowed, PARAM, UNMASKED)
+        store_stored(row.aux, begin, lanes, mask, rest, PARAM, UNMASKED)
         return widen(narrowed, PARAM, ARITHMETIC)
-    elif FORM == "stochastic" or FORM == "scattered":
-        if FORM == "stochastic":
-            group = element_of(row.place, begin + 8 * tl.arange(0, N // 8)) // 8
+    elif FORMAT == "stochastic" or FORMAT == "scattered":
+        if FORMAT == "stochastic":
+            group = element_of(row.element_map, begin + 8 * tl.arange(0, N // 8)) // 8
             random = random_16(row.seed, row.index, step, group, N)
         else:
-            random = random_16_of(row.seed, row.index, step, element_of(row.place, begin + lanes))
+            random = random_16_of(row.seed, row.index, step, element_of(row.element_map, begin + lanes))
         narrowed = narrow_stochastic(x, random, PARAM)
-        store_stored(row.param, begin, lanes, mask, narrowed, PARAM, WHOLE)
+        store_stored(row.param, begin, lanes, mask, narrowed, PARAM, UNMASKED)
         return widen(narrowed, PARAM, ARITHMETIC)
     else:
         narrowed = narrow(x, PARAM)
-        store_stored(row.param, begin, lanes, mask, narrowed, PARAM, WHOLE)
+        store_stored(row.param, begin, lanes, mask, narrowed, PARAM, UNMASKED)
         return widen(narrowed, PARAM, ARITHMETIC)
 
 
 @triton.jit
-def load_codes(address, begin, lanes, mask, STATE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr):
+def load_codes(address, begin, lanes, mask, STATE: tl.constexpr, UNMASKED: tl.constexpr, N: tl.constexpr):
     if STATE >= I4:
         pairs = tl.arange(0, N // 2)
-        return unpack(load_stored(address, begin // 2, pairs, pairs_there(mask, WHOLE, N), U8, WHOLE), STATE, N)
+        return unpack(load_stored(address, begin // 2, pairs, pairs_there(mask, UNMASKED, N), U8, UNMASKED), STATE, N)
     else:
-        return load_stored(address, begin, lanes, mask, STATE, WHOLE)
+        return load_stored(address, begin, lanes, mask, STATE, UNMASKED)
 
 
 @triton.jit
-def store_codes(address, begin, lanes, mask, codes, STATE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr):
+def store_codes(address, begin, lanes, mask, codes, STATE: tl.constexpr, UNMASKED: tl.constexpr, N: tl.constexpr):
     if STATE >= I4:
         pairs = tl.arange(0, N // 2)
-        store_stored(address, begin // 2, pairs, pairs_there(mask, WHOLE, N), pack(codes, N), U8, WHOLE)
+        store_stored(address, begin // 2, pairs, pairs_there(mask, UNMASKED, N), pack(codes, N), U8, UNMASKED)
     else:
-        store_stored(address, begin, lanes, mask, codes, STATE, WHOLE)
+        store_stored(address, begin, lanes, mask, codes, STATE, UNMASKED)
 
 
 @triton.jit
-def pairs_there(mask, WHOLE: tl.constexpr, N: tl.constexpr):
+def pairs_there(mask, UNMASKED: tl.constexpr, N: tl.constexpr):
     """Which pairs of elements have a first one that exists."""
-    if WHOLE:
+    if UNMASKED:
         return None
     else:
         return tl.max(tl.reshape(mask, (N // 2, 2)).to(tl.int32), 1) != 0
@@ -188,34 +188,34 @@ def pairs_there(mask, WHOLE: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def load_state(
-    address, scales, begin, lanes, mask, STATE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+    address, scales, begin, lanes, mask, STATE: tl.constexpr, ARITHMETIC: tl.constexpr, UNMASKED: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
     if STATE >= I8:
-        codes = load_codes(address, begin, lanes, mask, STATE, WHOLE, N)
+        codes = load_codes(address, begin, lanes, mask, STATE, UNMASKED, N)
         blocks = tl.arange(0, N // SCALE_BLOCK)
-        there = blocks_there(mask, WHOLE, N)
+        there = blocks_there(mask, UNMASKED, N)
         of_blocks = tl.load(pointer(scales, FP32) + begin // SCALE_BLOCK + blocks, mask=there)
         each = tl.reshape(tl.broadcast_to(of_blocks[:, None], (N // SCALE_BLOCK, SCALE_BLOCK)), (N,))
-        return decode(codes, each, STATE)
+        return dequantize(codes, each, STATE)
     else:
-        return load(address, begin, lanes, mask, STATE, ARITHMETIC, WHOLE)
+        return load(address, begin, lanes, mask, STATE, ARITHMETIC, UNMASKED)
 
 
 @triton.jit
-def store_state(address, scales, begin, lanes, mask, x, STATE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr):
+def store_state(address, scales, begin, lanes, mask, x, STATE: tl.constexpr, UNMASKED: tl.constexpr, N: tl.constexpr):
     if STATE >= I8:
-        codes, of_blocks = encode(x, lanes >= 0 if WHOLE else mask, STATE, N)
-        store_codes(address, begin, lanes, mask, codes, STATE, WHOLE, N)
+        codes, of_blocks = quantize(x, lanes >= 0 if UNMASKED else mask, STATE, N)
+        store_codes(address, begin, lanes, mask, codes, STATE, UNMASKED, N)
         blocks = tl.arange(0, N // SCALE_BLOCK)
-        tl.store(pointer(scales, FP32) + begin // SCALE_BLOCK + blocks, of_blocks, mask=blocks_there(mask, WHOLE, N))
+        tl.store(pointer(scales, FP32) + begin // SCALE_BLOCK + blocks, of_blocks, mask=blocks_there(mask, UNMASKED, N))
     else:
-        store(address, begin, lanes, mask, x, STATE, WHOLE)
+        store(address, begin, lanes, mask, x, STATE, UNMASKED)
 
 
 @triton.jit
 def load_states(
-    row, stand_in, begin, lanes, mask, STATES: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+    row, stand_in, begin, lanes, mask, STATES: tl.constexpr, ARITHMETIC: tl.constexpr, UNMASKED: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
     """All states that a rule names, with a stand-in for each that is absent."""
@@ -224,23 +224,25 @@ def load_states(
         state = stand_in
         if STATES[k] != NONE:
             state = load_state(
-                row.states[k], row.scales[k], begin, lanes, mask, tl.constexpr(STATES[k]), ARITHMETIC, WHOLE, N
+                row.states[k], row.scales[k], begin, lanes, mask, tl.constexpr(STATES[k]), ARITHMETIC, UNMASKED, N
             )
         states = states + (state,)
     return states
 
 
 @triton.jit
-def store_states(row, begin, lanes, mask, states, STATES: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr):
+def store_states(row, begin, lanes, mask, states, STATES: tl.constexpr, UNMASKED: tl.constexpr, N: tl.constexpr):
     for k in tl.static_range(len(STATES)):
         if STATES[k] != NONE:
-            store_state(row.states[k], row.scales[k], begin, lanes, mask, states[k], tl.constexpr(STATES[k]), WHOLE, N)
+            store_state(
+                row.states[k], row.scales[k], begin, lanes, mask, states[k], tl.constexpr(STATES[k]), UNMASKED, N
+            )
 
 
 @triton.jit
-def blocks_there(mask, WHOLE: tl.constexpr, N: tl.constexpr):
+def blocks_there(mask, UNMASKED: tl.constexpr, N: tl.constexpr):
     """Which blocks that share a scale have elements that exist."""
-    if WHOLE:
+    if UNMASKED:
         return tl.arange(0, N // SCALE_BLOCK) >= 0
     else:
         return tl.max(tl.reshape(mask, (N // SCALE_BLOCK, SCALE_BLOCK)).to(tl.int32), 1) != 0

@@ -32,7 +32,7 @@ LOG_BYTES = 300_000  # of a log; what is in the middle of a longer one is left o
 ARCHIVE_SECONDS = 15.0  # how often the archive is renewed while a stage runs
 DRY_PATIENCE = 10  # how many times its limit a stage may take where a CPU does the work
 
-# Of the speed of a copy on the same device, for one large tensor: what single kernels have reached on an H200.
+# The goal for one large tensor, as a share of a copy's speed on the same device: single kernels reach it on an H200.
 GOAL_SHARE = 0.97
 
 
@@ -84,7 +84,7 @@ def _build(run: Run) -> list[Command]:
 
 
 def local_architecture() -> str:
-    """Of the first GPU, like "9.0"; several of different kinds need FUSEDSTEP_CUDA_ARCHS."""
+    """The first GPU's compute capability, like "9.0"; GPUs of several kinds need FUSEDSTEP_CUDA_ARCHS."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
@@ -173,7 +173,7 @@ def _bench(run: Run) -> list[Command]:
 
 
 def commit() -> str | None:
-    """Of this tree, as the benchmark writes it down."""
+    """This tree's commit, as the benchmark writes it down."""
     try:
         told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     except OSError:

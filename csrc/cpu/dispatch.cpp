@@ -19,28 +19,28 @@ namespace fusedstep::cpu {
 #if FUSEDSTEP_X86
 namespace v2 {
 void run(const Call&, int64_t, int64_t);
-void run_phase(const Wave&, Phase, int64_t, int64_t);
-StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
-void scale_stretch(const Stretch&, int64_t, int64_t, double);
+void run_phase(const CacheBatch&, Phase, int64_t, int64_t);
+BufferSums sum_buffer(const Buffer&, int64_t, int64_t, double);
+void scale_buffer(const Buffer&, int64_t, int64_t, double);
 }  // namespace v2
 namespace v3 {
 void run(const Call&, int64_t, int64_t);
-void run_phase(const Wave&, Phase, int64_t, int64_t);
-StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
-void scale_stretch(const Stretch&, int64_t, int64_t, double);
+void run_phase(const CacheBatch&, Phase, int64_t, int64_t);
+BufferSums sum_buffer(const Buffer&, int64_t, int64_t, double);
+void scale_buffer(const Buffer&, int64_t, int64_t, double);
 }  // namespace v3
 namespace v4 {
 void run(const Call&, int64_t, int64_t);
-void run_phase(const Wave&, Phase, int64_t, int64_t);
-StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
-void scale_stretch(const Stretch&, int64_t, int64_t, double);
+void run_phase(const CacheBatch&, Phase, int64_t, int64_t);
+BufferSums sum_buffer(const Buffer&, int64_t, int64_t, double);
+void scale_buffer(const Buffer&, int64_t, int64_t, double);
 }  // namespace v4
 #else
 inline namespace base {
 void run(const Call&, int64_t, int64_t);
-void run_phase(const Wave&, Phase, int64_t, int64_t);
-StretchSums sum_stretch(const Stretch&, int64_t, int64_t, double);
-void scale_stretch(const Stretch&, int64_t, int64_t, double);
+void run_phase(const CacheBatch&, Phase, int64_t, int64_t);
+BufferSums sum_buffer(const Buffer&, int64_t, int64_t, double);
+void scale_buffer(const Buffer&, int64_t, int64_t, double);
 }  // namespace base
 #endif
 
@@ -77,12 +77,12 @@ std::vector<Isa> supported() {
   std::vector<Isa> isas;
 #if FUSEDSTEP_X86
   __builtin_cpu_init();
-  if (has_v2()) isas.push_back({"v2", v2::run, v2::run_phase, v2::sum_stretch, v2::scale_stretch});
-  if (has_v3()) isas.push_back({"v3", v3::run, v3::run_phase, v3::sum_stretch, v3::scale_stretch});
-  if (has_v4()) isas.push_back({"v4", v4::run, v4::run_phase, v4::sum_stretch, v4::scale_stretch});
+  if (has_v2()) isas.push_back({"v2", v2::run, v2::run_phase, v2::sum_buffer, v2::scale_buffer});
+  if (has_v3()) isas.push_back({"v3", v3::run, v3::run_phase, v3::sum_buffer, v3::scale_buffer});
+  if (has_v4()) isas.push_back({"v4", v4::run, v4::run_phase, v4::sum_buffer, v4::scale_buffer});
   if (isas.empty()) throw std::runtime_error("fusedstep: the CPU engine needs an x86-64-v2 processor (SSE4.2)");
 #else
-  isas.push_back({"base", base::run, base::run_phase, base::sum_stretch, base::scale_stretch});
+  isas.push_back({"base", base::run, base::run_phase, base::sum_buffer, base::scale_buffer});
 #endif
   return isas;
 }
@@ -206,7 +206,7 @@ void learn_from(int team, Clock::duration working, Clock::duration waiting) {
 
 }  // namespace
 
-void share_out(int threads, int64_t numel, const Share& share) {
+void parallel_for(int threads, int64_t numel, const Share& share) {
   int team = team_size(threads, numel);
   const bool learns = team > 1 && numel < kShort;
   if (learns && alone > 0) {
@@ -225,8 +225,10 @@ void share_out(int threads, int64_t numel, const Share& share) {
 
 void step(const Call& call, int threads) {
   const RunFunction run = current().run;
-  share_out(threads, call.numel, [&](int index, int size) {
-    const auto by_blocks = [](const Precision& p) { return p.state_bits != 0 || p.form == Form::kStochastic; };
+  parallel_for(threads, call.numel, [&](int index, int size) {
+    const auto by_blocks = [](const Precision& p) {
+      return p.state_bits != 0 || p.weight_format == WeightFormat::kStochastic;
+    };
     const auto boundary = [&](int64_t i) {
       return i == size ? call.numel
                        : block_start(call, call.numel / size * i / kSplitMultiple * kSplitMultiple, by_blocks);

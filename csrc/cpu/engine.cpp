@@ -25,12 +25,12 @@ void update_loop(const Param& param, const Grad& grad, const State* states, int6
     if (change.zero) grad.store(i, Pack<T>{});
     if (change.write) grad.store(i, g * change.sign);
     FUSEDSTEP_UNROLL
-    for (int k = 0; k < kNamed<Rule>; ++k)
+    for (int k = 0; k < kNumNamed<Rule>; ++k)
       if (has_state<Rule>(k)) pack[k] = states[k].load(i);
     update_with<Rule>(p, g, pack, s);
     param.store(i, p);
     FUSEDSTEP_UNROLL
-    for (int k = 0; k < kNamed<Rule>; ++k)
+    for (int k = 0; k < kNumNamed<Rule>; ++k)
       if (has_state<Rule>(k)) states[k].store(i, pack[k]);
   }
   if (const int64_t n = end - i; n > 0) {
@@ -39,12 +39,12 @@ void update_loop(const Param& param, const Grad& grad, const State* states, int6
     if (change.zero) grad.store_part(i, n, Pack<T>{});
     if (change.write) grad.store_part(i, n, g * change.sign);
     FUSEDSTEP_UNROLL
-    for (int k = 0; k < kNamed<Rule>; ++k)
+    for (int k = 0; k < kNumNamed<Rule>; ++k)
       if (has_state<Rule>(k)) pack[k] = states[k].load_part(i, n);
     update_with<Rule>(p, g, pack, s);
     param.store_part(i, n, p);
     FUSEDSTEP_UNROLL
-    for (int k = 0; k < kNamed<Rule>; ++k)
+    for (int k = 0; k < kNumNamed<Rule>; ++k)
       if (has_state<Rule>(k)) states[k].store_part(i, n, pack[k]);
   }
 }
@@ -54,7 +54,7 @@ template <class Rule, class T, class S>
 void update_uniform(const Record& record, const void* grad, int64_t begin, int64_t end, const GradChange<T>& change,
                     const typename Rule::template Scalars<T>& scalars) {
   Stored<T, S> states[kMaxStates];
-  for (int k = 0; k < kNamed<Rule>; ++k) states[k].data = static_cast<S*>(record.states[k]);
+  for (int k = 0; k < kNumNamed<Rule>; ++k) states[k].data = static_cast<S*>(record.states[k]);
   update_loop<Rule, T>(Stored<T, S>{static_cast<S*>(record.param)},
                        Stored<T, S>{const_cast<S*>(static_cast<const S*>(grad))}, states, begin, end, change, scalars);
 }
@@ -68,7 +68,7 @@ FUSEDSTEP_FN bool update_wide(const Weight& weight, const Grad& grad, const Stat
   const Wide stored = grad.template load<kExact>(i), g{change(stored.a), change(stored.b)};
   FloatPack a[kMaxStates] = {}, b[kMaxStates] = {};
   FUSEDSTEP_UNROLL
-  for (int k = 0; k < kNamed<Rule>; ++k) {
+  for (int k = 0; k < kNumNamed<Rule>; ++k) {
     if (!has_state<Rule>(k)) continue;
     const Wide state = states[static_cast<size_t>(k)].template load<kExact>(i);
     a[k] = state.a;
@@ -80,14 +80,14 @@ FUSEDSTEP_FN bool update_wide(const Weight& weight, const Grad& grad, const Stat
   const auto narrowed = weight.template narrow<kExact>(i, p, doubt);
   typename State::Narrowed narrowed_states[kMaxStates];
   FUSEDSTEP_UNROLL
-  for (int k = 0; k < kNamed<Rule>; ++k)
+  for (int k = 0; k < kNumNamed<Rule>; ++k)
     if (has_state<Rule>(k))
       narrowed_states[k] = states[static_cast<size_t>(k)].template narrow<kExact>(i, {a[k], b[k]}, doubt);
   if (!kExact && __builtin_expect(doubt.any(), 0)) return false;
   if (change.zero || change.write) store_grads(grad, i, g, change);
   weight.store(i, narrowed);
   FUSEDSTEP_UNROLL
-  for (int k = 0; k < kNamed<Rule>; ++k)
+  for (int k = 0; k < kNumNamed<Rule>; ++k)
     if (has_state<Rule>(k)) states[static_cast<size_t>(k)].store(i, narrowed_states[k]);
   return true;
 }
@@ -117,7 +117,7 @@ int64_t update_as(Format, const Record& record, const void* grad_data, int64_t b
     const auto s = scalars;
     const GradChange<float> change = given_change;
     std::array<Stored, kMaxStates> states;
-    for (int k = 0; k < kNamed<Rule>; ++k)
+    for (int k = 0; k < kNumNamed<Rule>; ++k)
       states[static_cast<size_t>(k)].data = static_cast<decltype(Stored::data)>(record.states[k]);
     for (; i + kWide <= end; i += kWide) {
       if constexpr (Format::Weight::kByBlocks)
@@ -134,7 +134,7 @@ template <class Rule, class S>
 void update_fp32(const Record& record, float* grad, int64_t n, const GradChange<float>& change,
                  const typename Rule::template Scalars<float>& scalars) {
   Stored<float, S> states[kMaxStates];
-  for (int k = 0; k < kNamed<Rule>; ++k) states[k].data = static_cast<S*>(record.states[k]);
+  for (int k = 0; k < kNumNamed<Rule>; ++k) states[k].data = static_cast<S*>(record.states[k]);
   update_loop<Rule, float>(Stored<float, float>{static_cast<float*>(record.param)}, Stored<float, float>{grad}, states,
                            0, n, change, scalars);
 }
@@ -179,7 +179,7 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
   }
   if constexpr (sizeof(T) == sizeof(double)) {
     AnyStored<T> states[kMaxStates];
-    for (int k = 0; k < kNamed<Rule>; ++k) states[k] = {record.states[k], record.state_dtypes[k]};
+    for (int k = 0; k < kNumNamed<Rule>; ++k) states[k] = {record.states[k], record.state_dtypes[k]};
     update_loop<Rule, T>(AnyStored<T>{record.param, record.param_dtype},
                          AnyStored<T>{const_cast<void*>(work.grad), record.grad_dtype}, states, begin, end, change,
                          scalars);
@@ -193,7 +193,7 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
       update_tiles(record, work.grad, begin, end, kPresentBits<Rule>, prepared.step, writes_grad, widens_states, call,
                    &update);
     };
-    if constexpr (kHeld<Rule> > 0) {
+    if constexpr (kNumPresent<Rule> > 0) {
       if (record.precision.state_bits != 0) {
         return visit_bits(record.precision.state_bits, [&](auto state) {
           QuantizedStates<Rule, decltype(state)::kBits, Order::kInOrder> quantized(record, begin, change, scalars);
@@ -217,7 +217,7 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
 template <class Rule>
 void run_rule(const Call& call, int64_t first, int64_t last) {
   Prepared<Rule, float> single;
-  Prepared<Rule, double> twice;
+  Prepared<Rule, double> fp64;
   int64_t low = 0, high = call.work_size;  // the last tensor that begins at or before `first`
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
@@ -232,7 +232,7 @@ void run_rule(const Call& call, int64_t first, int64_t last) {
     for (int64_t at = begin; at < end; at += at_once) {
       const int64_t to = end - at < at_once ? end : at + at_once;
       if (work.record->param_dtype == Dtype::kF64) {
-        update_range<Rule, double>(call, work, at, to, twice.at(call, *work.record));
+        update_range<Rule, double>(call, work, at, to, fp64.at(call, *work.record));
         if (work.record->has_followers()) follow<double>(*work.record, at, to, call.average_weight);
       } else {
         update_range<Rule, float>(call, work, at, to, single.at(call, *work.record));

@@ -53,11 +53,11 @@ __attribute__((noinline)) void follow(const Record& record, int64_t begin, int64
   const AnyStored<T>* const copies = record.copy == nullptr ? nullptr : &copy;
   T* const average = static_cast<T*>(record.average);
   if constexpr (sizeof(T) == sizeof(float)) {
-    void* const companion = record.precision.companion;
-    if (record.precision.form == Form::kMaster)
-      return follow_stored<T>(Stored<T, T>{static_cast<T*>(companion)}, average, copies, begin, end, weight);
-    if (record.precision.form == Form::kSplit) {
-      const SplitStored split{static_cast<const BF16*>(record.param), static_cast<const int16_t*>(companion)};
+    void* const aux = record.precision.aux;
+    if (record.precision.weight_format == WeightFormat::kMaster)
+      return follow_stored<T>(Stored<T, T>{static_cast<T*>(aux)}, average, copies, begin, end, weight);
+    if (record.precision.weight_format == WeightFormat::kSplit) {
+      const SplitStored split{static_cast<const BF16*>(record.param), static_cast<const int16_t*>(aux)};
       return follow_stored<T>(split, average, copies, begin, end, weight);
     }
   }

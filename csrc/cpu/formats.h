@@ -35,7 +35,7 @@ struct Format {
 
 template <class Rule>
 bool states_are(const Record& record, Dtype dtype) {
-  for (int k = 0; k < kNamed<Rule>; ++k)
+  for (int k = 0; k < kNumNamed<Rule>; ++k)
     if (has_state<Rule>(k) && record.state_dtypes[k] != dtype) return false;
   return true;
 }
@@ -43,14 +43,14 @@ bool states_are(const Record& record, Dtype dtype) {
 // Calls visit(the format of a record), if it is one of the list.
 template <class Rule, class Visit>
 FUSEDSTEP_FN void visit_format(const Record& record, const Visit& visit) {
-  constexpr bool kHasStates = kHeld<Rule> > 0;
+  constexpr bool kHasStates = kNumPresent<Rule> > 0;
   constexpr Order kEvenOdd = Order::kEvenOdd, kInOrder = Order::kInOrder;
   if (record.grad_dtype != record.param_dtype) return;
   const int bits = kHasStates ? record.precision.state_bits : 0;
   const bool in_bf16 = bits == 0 && states_are<Rule>(record, Dtype::kBF16);
   [[maybe_unused]] const bool in_f16 = bits == 0 && states_are<Rule>(record, Dtype::kF16);
   [[maybe_unused]] const bool in_f32 = bits == 0 && states_are<Rule>(record, Dtype::kF32);
-  const Form form = record.precision.form;
+  const WeightFormat weight_format = record.precision.weight_format;
   switch (record.param_dtype) {
     case Dtype::kF32:
       if constexpr (kHasStates) {
@@ -62,37 +62,42 @@ FUSEDSTEP_FN void visit_format(const Record& record, const Visit& visit) {
     case Dtype::kF16:
       if constexpr (kConvertsF16) {  // number by number there would be nothing to win, and much to compile
         if constexpr (kHasStates) {
-          if (bits == 8 && form == Form::kPlain)
+          if (bits == 8 && weight_format == WeightFormat::kPlain)
             return visit(Format<PlainWeight<F16, kInOrder>, F16, Quantized<8>, kInOrder>{});
-          if (in_f32 && form == Form::kMaster)
+          if (in_f32 && weight_format == WeightFormat::kMaster)
             return visit(Format<MasterWeight<F16, kInOrder>, F16, float, kInOrder>{});
         }
-        if (in_f16 && form == Form::kKahan) return visit(Format<KahanWeight<F16, kInOrder>, F16, F16, kInOrder>{});
-        if (in_f16 && form == Form::kStochastic)
+        if (in_f16 && weight_format == WeightFormat::kKahan)
+          return visit(Format<KahanWeight<F16, kInOrder>, F16, F16, kInOrder>{});
+        if (in_f16 && weight_format == WeightFormat::kStochastic)
           return visit(Format<StochasticWeight<F16, kInOrder>, F16, F16, kInOrder>{});
       }
       return;
     case Dtype::kBF16:
       if constexpr (kHasStates) {
-        if (bits == 8 && form == Form::kPlain)
+        if (bits == 8 && weight_format == WeightFormat::kPlain)
           return visit(Format<PlainWeight<BF16, kEvenOdd>, BF16, Quantized<8>, kEvenOdd>{});
-        if (bits == 8 && form == Form::kSplit)
+        if (bits == 8 && weight_format == WeightFormat::kSplit)
           return visit(Format<SplitWeight<kEvenOdd>, BF16, Quantized<8>, kEvenOdd>{});
-        if (bits == 8 && form == Form::kStochastic)
+        if (bits == 8 && weight_format == WeightFormat::kStochastic)
           return visit(Format<StochasticWeight<BF16, kEvenOdd>, BF16, Quantized<8>, kEvenOdd>{});
-        if (bits == 4 && form == Form::kPlain)
+        if (bits == 4 && weight_format == WeightFormat::kPlain)
           return visit(Format<PlainWeight<BF16, kEvenOdd>, BF16, Quantized<4>, kEvenOdd>{});
-        if (bits == 4 && form == Form::kSplit)
+        if (bits == 4 && weight_format == WeightFormat::kSplit)
           return visit(Format<SplitWeight<kEvenOdd>, BF16, Quantized<4>, kEvenOdd>{});
-        if (in_f32 && form == Form::kSplit) return visit(Format<SplitWeight<kInOrder>, BF16, float, kInOrder>{});
-        if (in_f32 && form == Form::kMaster)
+        if (in_f32 && weight_format == WeightFormat::kSplit)
+          return visit(Format<SplitWeight<kInOrder>, BF16, float, kInOrder>{});
+        if (in_f32 && weight_format == WeightFormat::kMaster)
           return visit(Format<MasterWeight<BF16, kInOrder>, BF16, float, kInOrder>{});
       }
       if (!in_bf16) return;
-      if (form == Form::kPlain) return visit(Format<PlainWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
-      if (form == Form::kSplit) return visit(Format<SplitWeight<kEvenOdd>, BF16, BF16, kEvenOdd>{});
-      if (form == Form::kKahan) return visit(Format<KahanWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
-      if (form == Form::kStochastic) return visit(Format<StochasticWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
+      if (weight_format == WeightFormat::kPlain)
+        return visit(Format<PlainWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
+      if (weight_format == WeightFormat::kSplit) return visit(Format<SplitWeight<kEvenOdd>, BF16, BF16, kEvenOdd>{});
+      if (weight_format == WeightFormat::kKahan)
+        return visit(Format<KahanWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
+      if (weight_format == WeightFormat::kStochastic)
+        return visit(Format<StochasticWeight<BF16, kEvenOdd>, BF16, BF16, kEvenOdd>{});
       return;
     case Dtype::kF64:
     case Dtype::kI8:

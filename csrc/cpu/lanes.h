@@ -123,7 +123,7 @@ class Totals {
   static_assert(kSize / kRows >= 4, "these lie in another order");
   using AllLanes = std::make_index_sequence<kSize>;
 
-  // Of kCount rows, each of which has the same number of lanes left.
+  // The sums of kCount rows, each of which has the same number of lanes left.
   template <int kFirst, int kCount, class Pack>
   FUSEDSTEP_FN static FloatPack added(const Pack& pack) {
     if constexpr (kCount == kRows) {

@@ -24,27 +24,27 @@ struct Bits<double> {
 
 // Sizes compare as their bits do; infinity and NaN are the largest.
 template <class T, class S>
-StretchSums sum_stored(const S* data, int64_t n, T grad_scale) {
+BufferSums sum_stored(const S* data, int64_t n, T grad_scale) {
   using Word = typename Bits<T>::Word;
   using WordPack = typename Bits<T>::Pack;
   constexpr Word kNoSign = ~(Word{1} << (sizeof(Word) * 8 - 1));
   const Stored<T, S> numbers{const_cast<S*>(data)};
   const T inverse = static_cast<T>(1.0 / static_cast<double>(grad_scale));
   double sum = 0.0;
-  WordPack largest[kSplit<T>] = {};
+  WordPack max_abs[kSplit<T>] = {};
   for (int64_t done = 0; done < n; done += kRun) {
     Lanes<T> lanes;
     for_packs<T>(n - done < kRun ? n - done : kRun, [&](int64_t i, int w, auto size) FUSEDSTEP_INLINE {
       const Pack<T> x = load_at(numbers, done + i, size);
       const WordPack bits = (WordPack)x & kNoSign;
-      largest[w] = bits > largest[w] ? bits : largest[w];
+      max_abs[w] = bits > max_abs[w] ? bits : max_abs[w];
       const Pack<T> unscaled = x * inverse;
       lanes.packs[w] += unscaled * unscaled;
     });
     sum += lanes.total();
   }
   Word most = 0;
-  for (const WordPack& pack : largest) {
+  for (const WordPack& pack : max_abs) {
     for (int64_t i = 0; i < kLanes<T>; ++i) most = pack[i] > most ? pack[i] : most;
   }
   return {sum, static_cast<double>(bit_cast<T>(most))};
@@ -58,25 +58,24 @@ void scale_stored(S* data, int64_t n, T factor) {
 }
 
 template <class Visit>
-auto visit_stretch(const Stretch& stretch, int64_t begin, Visit&& visit) {
-  return visit_number(stretch.dtype, [&](auto stored) {
+auto visit_buffer(const Buffer& buffer, int64_t begin, Visit&& visit) {
+  return visit_number(buffer.dtype, [&](auto stored) {
     using S = decltype(stored);
     using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
-    return visit(static_cast<S*>(stretch.data) + begin, T{1});
+    return visit(static_cast<S*>(buffer.data) + begin, T{1});
   });
 }
 
 }  // namespace
 
-StretchSums sum_stretch(const Stretch& stretch, int64_t begin, int64_t n, double grad_scale) {
-  return visit_stretch(stretch, begin, [&](const auto* data, auto one) {
+BufferSums sum_buffer(const Buffer& buffer, int64_t begin, int64_t n, double grad_scale) {
+  return visit_buffer(buffer, begin, [&](const auto* data, auto one) {
     return sum_stored(data, n, static_cast<decltype(one)>(grad_scale));
   });
 }
 
-void scale_stretch(const Stretch& stretch, int64_t begin, int64_t n, double factor) {
-  visit_stretch(stretch, begin,
-                [&](auto* data, auto one) { scale_stored(data, n, static_cast<decltype(one)>(factor)); });
+void scale_buffer(const Buffer& buffer, int64_t begin, int64_t n, double factor) {
+  visit_buffer(buffer, begin, [&](auto* data, auto one) { scale_stored(data, n, static_cast<decltype(one)>(factor)); });
 }
 
 }  // namespace FUSEDSTEP_ISA

@@ -8,25 +8,25 @@
 
 namespace fusedstep::cpu {
 
-// Numbers that fill one stretch of memory.
-struct Stretch {
+// Contiguous numbers.
+struct Buffer {
   void* data;
   int64_t numel;
   Dtype dtype;
 };
 
-struct StretchSums {
-  double sum_of_squares, largest;
+struct BufferSums {
+  double sum_of_squares, max_abs;
 };
 
 // The first two numbers of a Norm, of all stretches; squares are those of the numbers divided by `grad_scale`.
-StretchSums sum_stretches(const std::vector<Stretch>& stretches, double grad_scale, int threads);
+BufferSums sum_buffers(const std::vector<Buffer>& buffers, double grad_scale, int threads);
 
 // Multiplies every number by `factor`, in the arithmetic of its dtype.
-void scale_stretches(const std::vector<Stretch>& stretches, double factor, int threads);
+void scale_buffers(const std::vector<Buffer>& buffers, double factor, int threads);
 
-// What each compiled copy of the engine provides: the same for elements [begin, begin + n) of one stretch.
-using SumFunction = StretchSums (*)(const Stretch& stretch, int64_t begin, int64_t n, double grad_scale);
-using ScaleFunction = void (*)(const Stretch& stretch, int64_t begin, int64_t n, double factor);
+// What each compiled copy of the engine provides: the same for elements [begin, begin + n) of one buffer.
+using SumFunction = BufferSums (*)(const Buffer& buffer, int64_t begin, int64_t n, double grad_scale);
+using ScaleFunction = void (*)(const Buffer& buffer, int64_t begin, int64_t n, double factor);
 
 }  // namespace fusedstep::cpu

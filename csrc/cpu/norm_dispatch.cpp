@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kPiece = 1 << 16;  // elements
 
 struct Piece {
-  const Stretch* stretch;
+  const Buffer* buffer;
   int64_t begin, n;
   int64_t before;  // elements of all pieces before it
 };
@@ -18,12 +18,12 @@ struct Pieces {
   std::vector<Piece> list;
   int64_t numel = 0;
 
-  explicit Pieces(const std::vector<Stretch>& stretches) {
-    list.reserve(stretches.size());
-    for (const Stretch& stretch : stretches) {
-      for (int64_t begin = 0; begin < stretch.numel; begin += kPiece) {
-        const int64_t n = std::min(kPiece, stretch.numel - begin);
-        list.push_back(Piece{&stretch, begin, n, numel});
+  explicit Pieces(const std::vector<Buffer>& buffers) {
+    list.reserve(buffers.size());
+    for (const Buffer& buffer : buffers) {
+      for (int64_t begin = 0; begin < buffer.numel; begin += kPiece) {
+        const int64_t n = std::min(kPiece, buffer.numel - begin);
+        list.push_back(Piece{&buffer, begin, n, numel});
         numel += n;
       }
     }
@@ -32,7 +32,7 @@ struct Pieces {
   // Calls visit(i) for each piece, on a team of threads that have about as many elements each.
   template <class Visit>
   void for_all(int threads, const Visit& visit) const {
-    share_out(threads, numel, [&](int index, int size) {
+    parallel_for(threads, numel, [&](int index, int size) {
       const auto first_of = [&](int i) {
         const auto before = [](const Piece& piece, int64_t element) { return piece.before < element; };
         const int64_t element = i == size ? numel : numel / size * i;
@@ -45,28 +45,28 @@ struct Pieces {
 
 }  // namespace
 
-StretchSums sum_stretches(const std::vector<Stretch>& stretches, double grad_scale, int threads) {
+BufferSums sum_buffers(const std::vector<Buffer>& buffers, double grad_scale, int threads) {
   const SumFunction sum = current().sum;
-  const Pieces pieces(stretches);
-  std::vector<StretchSums> sums(pieces.list.size());
+  const Pieces pieces(buffers);
+  std::vector<BufferSums> sums(pieces.list.size());
   pieces.for_all(threads, [&](size_t i) {
     const Piece& piece = pieces.list[i];
-    sums[i] = sum(*piece.stretch, piece.begin, piece.n, grad_scale);
+    sums[i] = sum(*piece.buffer, piece.begin, piece.n, grad_scale);
   });
-  StretchSums total{0.0, 0.0};
-  for (const StretchSums& part : sums) {
+  BufferSums total{0.0, 0.0};
+  for (const BufferSums& part : sums) {
     total.sum_of_squares += part.sum_of_squares;
-    total.largest = maximum(total.largest, part.largest);
+    total.max_abs = maximum(total.max_abs, part.max_abs);
   }
   return total;
 }
 
-void scale_stretches(const std::vector<Stretch>& stretches, double factor, int threads) {
+void scale_buffers(const std::vector<Buffer>& buffers, double factor, int threads) {
   const ScaleFunction scale = current().scale;
-  const Pieces pieces(stretches);
+  const Pieces pieces(buffers);
   pieces.for_all(threads, [&](size_t i) {
     const Piece& piece = pieces.list[i];
-    scale(*piece.stretch, piece.begin, piece.n, factor);
+    scale(*piece.buffer, piece.begin, piece.n, factor);
   });
 }
 

@@ -127,9 +127,9 @@ FUSEDSTEP_FN FloatPack load_pack<float, BF16>(const BF16* stored) {
   HalfWordPack bits;
   __builtin_memcpy(&bits, stored, sizeof(bits));
 #if defined(__AVX512BW__)
-  const __m512i places = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0,
-                                          3, 0, 2, 0, 1, 0, 0, 0);
-  return (FloatPack)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_castsi256_si512((__m256i)bits));
+  const __m512i lanes = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0,
+                                         3, 0, 2, 0, 1, 0, 0, 0);
+  return (FloatPack)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, lanes, _mm512_castsi256_si512((__m256i)bits));
 #else
   return (FloatPack)(widen_words(bits) << 16);
 #endif

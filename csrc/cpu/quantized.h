@@ -37,7 +37,7 @@ class QuantizedStates {
   // The last n elements, fewer than a block: in copies that are a whole one.
   void update_part(float* param, float* grad, int64_t n) {
     alignas(64) float params[kBlock] = {}, grads[kBlock] = {};
-    alignas(64) char states[kPlaces][kBlock * sizeof(float)] = {};
+    alignas(64) char states[kStateSlots][kBlock * sizeof(float)] = {};
     const size_t count = static_cast<size_t>(n), bytes = count * sizeof(float);
     std::memcpy(params, param, bytes);
     std::memcpy(grads, grad, bytes);
@@ -57,24 +57,24 @@ class QuantizedStates {
         part.close(k, largest_magnitude(fresh));
       }
     });
-    part.encode_block(0);
+    part.quantize_block(0);
     visit_states(block_, [&](int k, auto to) { std::memcpy(address_of(to), states[k], bytes_of(to, n)); });
     std::memcpy(param, params, bytes);
     if (change_.zero || change_.write) std::memcpy(grad, grads, bytes);
   }
   // Encodes what waits for it.
   void finish() {
-    for (; waiting_ > 0; --waiting_) encode_block(block_ - waiting_);
+    for (; waiting_ > 0; --waiting_) quantize_block(block_ - waiting_);
   }
 
  private:
-  static constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
+  static constexpr int kStateSlots = kNumNamed<Rule> > 0 ? kNumNamed<Rule> : 1;
   // Blocks between update and encoding: with one, the first packs of a block would wait for the last of the one before.
   static constexpr int kDelay = 2, kGenerations = kDelay + 1;
 
   struct Fresh {
-    alignas(64) float numbers[kPlaces][kBlock];
-    float inverses[kPlaces];
+    alignas(64) float numbers[kStateSlots][kBlock];
+    float inverses[kStateSlots];
   };
 
   // Where a state's numbers lie: codes, or fp32 numbers where codes cannot hold them.
@@ -103,8 +103,8 @@ class QuantizedStates {
   // Calls visit(k, where the numbers of block b lie) for each state, so that their type is known.
   template <class Visit>
   FUSEDSTEP_FN static void visit_states(const Record& record, int64_t b, const Visit& visit) {
-    static_assert(std::size(Rule::kCodes) == kNamed<Rule>, "every state has a code");
-    visit_states(record, b, visit, std::make_integer_sequence<int, kNamed<Rule>>{});
+    static_assert(std::size(Rule::kCodes) == kNumNamed<Rule>, "every state has a code");
+    visit_states(record, b, visit, std::make_integer_sequence<int, kNumNamed<Rule>>{});
   }
   template <class Visit, int... k>
   FUSEDSTEP_FN static void visit_states(const Record& record, int64_t b, const Visit& visit,
@@ -126,22 +126,22 @@ class QuantizedStates {
 
   // What a pass over a block needs, in variables that stores into tensors do not change.
   struct Pass {
-    void* states[kPlaces];  // the block's numbers
-    float* fresh[kPlaces];
-    float scales[kPlaces];
-    const float* old[kPlaces];  // numbers that are to be encoded
-    float inverses[kPlaces];
+    void* states[kStateSlots];  // the block's numbers
+    float* fresh[kStateSlots];
+    float scales[kStateSlots];
+    const float* old[kStateSlots];  // numbers that are to be encoded
+    float inverses[kStateSlots];
     Scalars scalars;
     GradChange<float> change;
   };
 
   struct Most {
-    WordPack of[kPlaces] = {};
+    WordPack of[kStateSlots] = {};
   };
 
-  // Updates the next block; with kEncodes, encodes the one that has waited longest. Without kCloses, the block stays
+  // Updates the next block; with kQuantizes, encodes the one that has waited longest. Without kCloses, the block stays
   // the next one.
-  template <bool kEncodes, bool kCloses = true, class Weight, class Grad>
+  template <bool kQuantizes, bool kCloses = true, class Weight, class Grad>
   FUSEDSTEP_FN void pass(const Weight& weight, const Grad grad, int64_t at) {
     Fresh& now = fresh_[block_ % kGenerations];
     const Fresh& old = fresh_[(block_ + 1) % kGenerations];
@@ -160,11 +160,11 @@ class QuantizedStates {
     });
     for (int64_t i = 0; i < kBlock; i += kWide) {
       if (!step<false>(weight, grad, at + i, i, pass, most)) most = step_exactly(weight, grad, at + i, i, pass, most);
-      if (!kEncodes) continue;
+      if (!kQuantizes) continue;
       visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
         if constexpr (kIsCodes<decltype(type)>)
-          encode<kOrder>(numbers_at<decltype(type)>(pass.states[k]) + (i - kDelay * kBlock),
-                         load_fresh(pass.old[k] + i), pass.inverses[k]);
+          quantize<kOrder>(numbers_at<decltype(type)>(pass.states[k]) + (i - kDelay * kBlock),
+                           load_fresh(pass.old[k] + i), pass.inverses[k]);
       });
     }
     if (!kCloses) return;
@@ -185,7 +185,7 @@ class QuantizedStates {
       const auto numbers = numbers_at<decltype(type)>(pass.states[k]) + i;
       Wide state;
       if constexpr (kIsCodes<decltype(type)>)
-        state = decode<kOrder>(numbers, pass.scales[k]);
+        state = dequantize<kOrder>(numbers, pass.scales[k]);
       else
         state = WideStored<float, kOrder>{numbers}.template load<kExact>(0);
       a[k] = state.a;
@@ -232,28 +232,28 @@ class QuantizedStates {
   }
 
   // largest: the bits of the block's largest number, taken as if numbers without a sign had none.
-  FUSEDSTEP_FN void close(int k, uint32_t largest) {
+  FUSEDSTEP_FN void close(int k, uint32_t max_abs) {
     Fresh& fresh = fresh_[block_ % kGenerations];
-    if (__builtin_expect(largest - 0x00800000u >= 0x7f800000u - 0x00800000u, 0))
-      largest = close_odd(k, fresh.numbers[k]);
-    record_.precision.scales[k][block_] = Block::scale(largest);
-    fresh.inverses[k] = Block(largest).inverse;
+    if (__builtin_expect(max_abs - 0x00800000u >= 0x7f800000u - 0x00800000u, 0))
+      max_abs = close_odd(k, fresh.numbers[k]);
+    record_.precision.scales[k][block_] = Block::scale(max_abs);
+    fresh.inverses[k] = Block(max_abs).inverse;
   }
   // A block without a scale is encoded as zeros. A number may be negative only because somebody has set it.
   FUSEDSTEP_OUT_OF_LINE uint32_t close_odd(int k, float* numbers) const {
     if (Rule::kCodes[k] == Code::kNonNegative)
       for (int64_t i = 0; i < kBlock; ++i) numbers[i] = bit_cast<float>(bit_cast<uint32_t>(numbers[i]) & 0x7fffffffu);
-    const uint32_t largest = largest_magnitude(numbers);
-    if (Block(largest).keep == 0) std::fill(numbers, numbers + kBlock, 0.0f);
-    return largest;
+    const uint32_t max_abs = largest_magnitude(numbers);
+    if (Block(max_abs).keep == 0) std::fill(numbers, numbers + kBlock, 0.0f);
+    return max_abs;
   }
 
-  void encode_block(int64_t b) const {
+  void quantize_block(int64_t b) const {
     const Fresh& old = fresh_[b % kGenerations];
     visit_states(b, [&](int k, auto numbers) FUSEDSTEP_INLINE {
       if constexpr (kIsCodes<decltype(numbers)>) {
         for (int64_t i = 0; i < kBlock; i += kWide)
-          encode<kOrder>(numbers + i, load_fresh(old.numbers[k] + i), old.inverses[k]);
+          quantize<kOrder>(numbers + i, load_fresh(old.numbers[k] + i), old.inverses[k]);
       }
     });
   }

@@ -154,10 +154,10 @@ FUSEDSTEP_FN void store_codes(Codes<Q> to, WordPack halves) {
 }
 
 template <Order kOrder, class Q>
-FUSEDSTEP_FN Wide decode(Codes<Q> from, float scale) {
+FUSEDSTEP_FN Wide dequantize(Codes<Q> from, float scale) {
   using Numbers = CodeNumbers<kOrder>;
   constexpr int kShift = Numbers::kShift + kCodeShift<Q>;
-  const auto decoded = [scale](FloatPack code) FUSEDSTEP_INLINE {
+  const auto dequantized = [scale](FloatPack code) FUSEDSTEP_INLINE {
     if constexpr (Q::kSigned) {
       constexpr float kStep = 1.0f / Q::kSteps / (1u << kShift);
       const WordPack root = (WordPack)(code * kStep);
@@ -169,12 +169,12 @@ FUSEDSTEP_FN Wide decode(Codes<Q> from, float scale) {
     }
   };
   const Wide codes = Numbers::of(load_codes(from) + (Q::kSigned ? 0u : 0x00010001u));
-  return {decoded(codes.a), decoded(codes.b)};
+  return {dequantized(codes.a), dequantized(codes.b)};
 }
 
 template <Order kOrder, class Q>
-FUSEDSTEP_FN void encode(Codes<Q> to, const Wide& x, float inverse) {
-  const auto encoded = [inverse](FloatPack number) FUSEDSTEP_INLINE {
+FUSEDSTEP_FN void quantize(Codes<Q> to, const Wide& x, float inverse) {
+  const auto quantized = [inverse](FloatPack number) FUSEDSTEP_INLINE {
     if constexpr (Q::kSigned) {
       // Shifted right with its sign, a number keeps that in two places, of which the root needs one.
       const IntPack half = (IntPack)(number * inverse) >> 1;
@@ -185,7 +185,7 @@ FUSEDSTEP_FN void encode(Codes<Q> to, const Wide& x, float inverse) {
       return (WordPack)((FloatPack)((relative >> 2) + Q::kStepBias) + 0x1p23f);
     }
   };
-  const WordPack codes = to_halves<kOrder, 0>(encoded(x.a), encoded(x.b));
+  const WordPack codes = to_halves<kOrder, 0>(quantized(x.a), quantized(x.b));
   store_codes(to, Q::kSigned ? codes : subtract_to_zero(codes, WordPack{} + 0x00010001u));
 }
 

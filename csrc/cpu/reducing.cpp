@@ -82,8 +82,9 @@ void finish_block_lines(const Context<Rule, T>& context, const Lines& lines) {
   }
   const int64_t at = lines.matrix * n + lines.first;
   T* const factors = reinterpret_cast<T*>(lines.columns ? tensor.column_factors : tensor.row_factors) + at;
-  const int* places = lines.columns ? line_places<Rule, Span::kColumn>() : line_places<Rule, Span::kRow>();
-  finish_lines<Rule, T>(context, places, at, lines.count, means, true, first_states, factors, m.batch * n);
+  const int* state_indices =
+      lines.columns ? line_state_indices<Rule, Span::kColumn>() : line_state_indices<Rule, Span::kRow>();
+  finish_lines<Rule, T>(context, state_indices, at, lines.count, means, true, first_states, factors, m.batch * n);
   if (Rule::kRowMean && !lines.columns) {
     double& total = tensor.row_totals[lines.matrix * tensor.line_blocks() + lines.first / kLineBlock];
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -212,7 +213,7 @@ void finish_matrices(const Context<Rule, T>& context, RunBuffers<Rule, T>& b, in
       means[i] = sum;
     }
     divide(means, n * rows, columns);
-    finish_lines<Rule, T>(context, line_places<Rule, Span::kRow>(), matrix * rows, n * rows, means, store,
+    finish_lines<Rule, T>(context, line_state_indices<Rule, Span::kRow>(), matrix * rows, n * rows, means, store,
                           b.first_states.numbers, b.row_factors[0].numbers, kRun);
     if constexpr (Rule::kRowMean) {
       T* const of_matrices = b.matrix_factors.numbers;
@@ -242,8 +243,8 @@ void finish_matrices(const Context<Rule, T>& context, RunBuffers<Rule, T>& b, in
       }
     }
     divide(means, n * columns, rows);
-    finish_lines<Rule, T>(context, line_places<Rule, Span::kColumn>(), matrix * columns, n * columns, means, store,
-                          b.first_states.numbers, b.column_factors[0].numbers, kRun);
+    finish_lines<Rule, T>(context, line_state_indices<Rule, Span::kColumn>(), matrix * columns, n * columns, means,
+                          store, b.first_states.numbers, b.column_factors[0].numbers, kRun);
   }
   for (int k = 0; k < Rule::kFactors; ++k) {
     T* factor = b.factors[k].numbers;
@@ -277,7 +278,7 @@ void take_runs(const Context<Rule, T>& context, const Tile& tile, int64_t index,
         finish_matrices<Rule, T>(context, b, first, count, kUpdates, rows, columns);
       });
     } else if constexpr (kTakesFlat<Rule>) {
-      finish_lines<Rule, T>(context, line_places<Rule, Span::kFlat>(), at, n, b.squares.numbers, kUpdates,
+      finish_lines<Rule, T>(context, line_state_indices<Rule, Span::kFlat>(), at, n, b.squares.numbers, kUpdates,
                             b.first_states.numbers, b.factors[0].numbers, kRun);
     }
     const auto factors = [&](int64_t i, auto part, Pack<T>* own) FUSEDSTEP_INLINE {
@@ -324,35 +325,35 @@ void run_tile(const Context<Rule, T>& context, const Tile& tile, int64_t index, 
 }
 
 template <class Rule>
-void run_rule(const Wave& wave, Phase phase, int64_t first, int64_t last) {
-  Context<Rule, float> single{wave};
-  Context<Rule, double> twice{wave};
+void run_rule(const CacheBatch& cache_batch, Phase phase, int64_t first, int64_t last) {
+  Context<Rule, float> single{cache_batch};
+  Context<Rule, double> fp64{cache_batch};
   const auto take = [&](int64_t i, auto& context) {
     if (phase == Phase::kLines) {
-      context.enter(wave.tensors[static_cast<size_t>(wave.lines[static_cast<size_t>(i)].tensor)], phase);
-      finish_block_lines(context, wave.lines[static_cast<size_t>(i)]);
+      context.enter(cache_batch.tensors[static_cast<size_t>(cache_batch.lines[static_cast<size_t>(i)].tensor)], phase);
+      finish_block_lines(context, cache_batch.lines[static_cast<size_t>(i)]);
     } else if (phase == Phase::kTensors) {
-      constexpr int kTensor = kPlace<Rule, Span::kTensor>;
+      constexpr int kTensor = kStateIndex<Rule, Span::kTensor>;
       if constexpr (kTensor >= 0) {
-        context.tensor = &wave.tensors[static_cast<size_t>(i)];
+        context.tensor = &cache_batch.tensors[static_cast<size_t>(i)];
         const auto rms = context.rms(context.tensor->param_sums);
         using T = decltype(context.change().sign);
         context.state(kTensor).store_part(0, 1, Pack<T>{} + static_cast<T>(rms));
       }
     } else {
-      const Tile& tile = wave.tiles[static_cast<size_t>(i)];
-      const ReducingTensor& tensor = wave.tensors[static_cast<size_t>(tile.tensor)];
+      const Tile& tile = cache_batch.tiles[static_cast<size_t>(i)];
+      const ReducingTensor& tensor = cache_batch.tensors[static_cast<size_t>(tile.tensor)];
       context.enter(tensor, phase);
       run_tile(context, tile, i - tensor.first_tile, phase);
     }
   };
   for (int64_t i = first; i < last; ++i) {
     const size_t at = static_cast<size_t>(i);
-    const int64_t tensor = phase == Phase::kLines     ? wave.lines[at].tensor
+    const int64_t tensor = phase == Phase::kLines     ? cache_batch.lines[at].tensor
                            : phase == Phase::kTensors ? i
-                                                      : wave.tiles[at].tensor;
-    if (wave.tensors[static_cast<size_t>(tensor)].work->record->param_dtype == Dtype::kF64)
-      take(i, twice);
+                                                      : cache_batch.tiles[at].tensor;
+    if (cache_batch.tensors[static_cast<size_t>(tensor)].work->record->param_dtype == Dtype::kF64)
+      take(i, fp64);
     else
       take(i, single);
   }
@@ -360,8 +361,9 @@ void run_rule(const Wave& wave, Phase phase, int64_t first, int64_t last) {
 
 }  // namespace
 
-void run_phase(const Wave& wave, Phase phase, int64_t first, int64_t last) {
-  visit_reducing_rule(wave.call->rule, [&](auto rule) { run_rule<decltype(rule)>(wave, phase, first, last); });
+void run_phase(const CacheBatch& cache_batch, Phase phase, int64_t first, int64_t last) {
+  visit_reducing_rule(cache_batch.call->rule,
+                      [&](auto rule) { run_rule<decltype(rule)>(cache_batch, phase, first, last); });
 }
 
 }  // namespace FUSEDSTEP_ISA

@@ -31,7 +31,7 @@ constexpr int64_t kRun = 1024;       // elements that are worked on at once, whe
 constexpr int64_t kRowBlock = 64;    // rows whose columns are summed together
 constexpr int64_t kLineBlock = 512;  // lines that are finished together
 
-// A tensor in a wave. Matrices of up to kRun elements, and flat tensors, are cut into runs of whole matrices
+// A tensor in a batch. Matrices of up to kRun elements, and flat tensors, are cut into runs of whole matrices
 // (elements): their statistics are at hand wherever the elements are. Larger matrices are cut into blocks, and the sums
 // of a row or column have a part for each column or row block. Sums and factors are float, or double for a double
 // parameter.
@@ -50,8 +50,8 @@ struct ReducingTensor {
 
 // What one thread takes at a time.
 struct Tile {
-  int64_t tensor;                      // in its wave
-  int64_t begin;                       // elements of the wave before it
+  int64_t tensor;                      // in its batch
+  int64_t begin;                       // elements of the batch before it
   int64_t first, count;                // runs: matrices, or elements of a flat tensor
   int64_t matrix;                      // blocks: the matrix, and the part of it
   int64_t row, rows, column, columns;  // `row` begins a row block, `column` a column block
@@ -66,7 +66,7 @@ struct Lines {
 
 // Tensors that go through the phases together: few enough for their numbers to stay in the caches from one phase to the
 // next, enough to occupy all threads.
-struct Wave {
+struct CacheBatch {
   const ReducingCall* call;
   std::vector<ReducingTensor> tensors;
   std::vector<Tile> tiles;
@@ -82,7 +82,7 @@ enum class Phase {
   kTensors,     // tensors: states that have one number
 };
 
-// Takes the pieces [first, last) of a wave through a phase. All before it must have been through the phase before.
-using PhaseFunction = void (*)(const Wave& wave, Phase phase, int64_t first, int64_t last);
+// Takes the pieces [first, last) of a batch through a phase. All before it must have been through the phase before.
+using PhaseFunction = void (*)(const CacheBatch& cache_batch, Phase phase, int64_t first, int64_t last);
 
 }  // namespace fusedstep::cpu

@@ -10,8 +10,8 @@ namespace fusedstep::cpu {
 namespace {
 
 constexpr int64_t kTileElements = 1 << 16;
-// Parameters and gradients of a wave's share for one thread are about as large as the caches behind it.
-constexpr int64_t kWaveElementsPerThread = 1 << 19;
+// Parameters and gradients of a batch's share for one thread are about as large as the caches behind it.
+constexpr int64_t kBatchElementsPerThread = 1 << 19;
 constexpr int64_t kBlockColumns = 4096;  // at least, where there are: memory is read along rows
 constexpr int64_t kAlignment = 64;
 
@@ -31,7 +31,7 @@ struct Memory {
   }
 };
 
-void place(ReducingTensor& tensor, LineFactors factors, Memory& memory) {
+void assign_memory(ReducingTensor& tensor, LineFactors factors, Memory& memory) {
   const Matrices& m = tensor.work->record->matrices;
   const int64_t number = tensor.work->record->param_dtype == Dtype::kF64 ? sizeof(double) : sizeof(float);
   if (tensor.blocks) {
@@ -46,17 +46,17 @@ void place(ReducingTensor& tensor, LineFactors factors, Memory& memory) {
   tensor.update_sums = reinterpret_cast<double*>(memory.take(tensor.tiles * 8));
 }
 
-void cut_runs(Wave& wave, ReducingTensor& tensor, int64_t at) {
+void cut_runs(CacheBatch& cache_batch, ReducingTensor& tensor, int64_t at) {
   const Matrices& m = tensor.work->record->matrices;
   const int64_t size = m.factored ? m.rows * m.columns : 1, n = m.factored ? m.batch : m.columns;
   const int64_t step = std::max<int64_t>(kTileElements / size, 1);
   for (int64_t first = 0; first < n; first += step) {
-    wave.tiles.push_back(Tile{at, wave.numel, first, std::min(step, n - first), 0, 0, 0, 0, 0});
-    wave.numel += wave.tiles.back().count * size;
+    cache_batch.tiles.push_back(Tile{at, cache_batch.numel, first, std::min(step, n - first), 0, 0, 0, 0, 0});
+    cache_batch.numel += cache_batch.tiles.back().count * size;
   }
 }
 
-void cut_blocks(Wave& wave, ReducingTensor& tensor, int64_t at) {
+void cut_blocks(CacheBatch& cache_batch, ReducingTensor& tensor, int64_t at) {
   const Matrices& m = tensor.work->record->matrices;
   const int64_t some_rows = std::max<int64_t>(m.rows, 1), some_columns = std::max<int64_t>(m.columns, 1);
   const int64_t block_rows = std::min(kRowBlock, some_rows),
@@ -72,83 +72,84 @@ void cut_blocks(Wave& wave, ReducingTensor& tensor, int64_t at) {
       for (int64_t column = 0; column < m.columns; column += tensor.block_columns) {
         const int64_t rows = std::min(tile_rows, m.rows - row);
         const int64_t columns = std::min(tensor.block_columns, m.columns - column);
-        wave.tiles.push_back(Tile{at, wave.numel, 0, 0, matrix, row, rows, column, columns});
-        wave.numel += rows * columns;
+        cache_batch.tiles.push_back(Tile{at, cache_batch.numel, 0, 0, matrix, row, rows, column, columns});
+        cache_batch.numel += rows * columns;
       }
     }
     for (const bool columns : {false, true}) {
       const int64_t n = columns ? m.columns : m.rows;
       for (int64_t first = 0; first < n; first += kLineBlock)
-        wave.lines.push_back(Lines{at, matrix, columns, first, std::min(kLineBlock, n - first)});
+        cache_batch.lines.push_back(Lines{at, matrix, columns, first, std::min(kLineBlock, n - first)});
     }
   }
 }
 
-std::vector<Wave> cut(const ReducingCall& call, int64_t wave_elements) {
-  std::vector<Wave> waves;
+std::vector<CacheBatch> cut(const ReducingCall& call, int64_t batch_elements) {
+  std::vector<CacheBatch> cache_batches;
   for (const ReducingWork& work : call.work) {
-    if (waves.empty() || waves.back().numel + work.record->numel > wave_elements)
-      waves.push_back(Wave{&call, {}, {}, {}, 0});
-    Wave& wave = waves.back();
+    if (cache_batches.empty() || cache_batches.back().numel + work.record->numel > batch_elements)
+      cache_batches.push_back(CacheBatch{&call, {}, {}, {}, 0});
+    CacheBatch& cache_batch = cache_batches.back();
     const Matrices& m = work.record->matrices;
     ReducingTensor tensor{};
     tensor.work = &work;
     tensor.blocks = m.factored && (m.rows * m.columns > kRun || work.record->numel == 0);
-    tensor.first_tile = static_cast<int64_t>(wave.tiles.size());
-    const int64_t at = static_cast<int64_t>(wave.tensors.size());
+    tensor.first_tile = static_cast<int64_t>(cache_batch.tiles.size());
+    const int64_t at = static_cast<int64_t>(cache_batch.tensors.size());
     if (tensor.blocks) {
-      cut_blocks(wave, tensor, at);
+      cut_blocks(cache_batch, tensor, at);
     } else {
-      cut_runs(wave, tensor, at);
+      cut_runs(cache_batch, tensor, at);
     }
-    tensor.tiles = static_cast<int64_t>(wave.tiles.size()) - tensor.first_tile;
-    wave.tensors.push_back(tensor);
+    tensor.tiles = static_cast<int64_t>(cache_batch.tiles.size()) - tensor.first_tile;
+    cache_batch.tensors.push_back(tensor);
   }
-  return waves;
+  return cache_batches;
 }
 
 }  // namespace
 
 void reducing_step(const ReducingCall& call, int threads) {
   const int team = team_size(threads, call.numel);
-  std::vector<Wave> waves = cut(call, kWaveElementsPerThread * team);
+  std::vector<CacheBatch> cache_batches = cut(call, kBatchElementsPerThread * team);
   const LineFactors factors = visit_reducing_rule(call.rule, [](auto rule) { return kLineFactors<decltype(rule)>; });
-  // A thread may be in the next wave while another is still in this one: they take turns in two parts of the memory.
+  // A thread may be in the next batch while another is still in this one: they take turns in two parts of the memory.
   int64_t bytes[2] = {0, 0};
-  for (size_t i = 0; i < waves.size(); ++i) {
+  for (size_t i = 0; i < cache_batches.size(); ++i) {
     Memory count{nullptr};
-    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, factors, count);
+    for (ReducingTensor& tensor : cache_batches[i].tensors) assign_memory(tensor, factors, count);
     bytes[i % 2] = std::max(bytes[i % 2], count.used);
   }
   const std::align_val_t alignment{kAlignment};
   const auto release = [&](char* memory) { ::operator delete(memory, alignment); };
   const std::unique_ptr<char, decltype(release)> memory(
       static_cast<char*>(::operator new(static_cast<size_t>(bytes[0] + bytes[1]), alignment)), release);
-  for (size_t i = 0; i < waves.size(); ++i) {
+  for (size_t i = 0; i < cache_batches.size(); ++i) {
     Memory part{memory.get() + (i % 2) * bytes[0]};
-    for (ReducingTensor& tensor : waves[i].tensors) place(tensor, factors, part);
+    for (ReducingTensor& tensor : cache_batches[i].tensors) assign_memory(tensor, factors, part);
   }
 
   const PhaseFunction run_phase = current().run_phase;
   parallel(team, [&](int index, int size, const auto& wait) {
-    for (const Wave& wave : waves) {
+    for (const CacheBatch& cache_batch : cache_batches) {
       const auto first_of = [&](int i) {
         const auto before = [](const Tile& tile, int64_t element) { return tile.begin < element; };
-        const int64_t element = i == size ? wave.numel : wave.numel / size * i;
-        return std::lower_bound(wave.tiles.begin(), wave.tiles.end(), element, before) - wave.tiles.begin();
+        const int64_t element = i == size ? cache_batch.numel : cache_batch.numel / size * i;
+        return std::lower_bound(cache_batch.tiles.begin(), cache_batch.tiles.end(), element, before) -
+               cache_batch.tiles.begin();
       };
       const int64_t first = first_of(index), last = first_of(index + 1);
-      run_phase(wave, Phase::kSums, first, last);
+      run_phase(cache_batch, Phase::kSums, first, last);
       wait();
-      if (!wave.lines.empty()) {
-        const int64_t lines = static_cast<int64_t>(wave.lines.size());
-        run_phase(wave, Phase::kLines, lines * index / size, lines * (index + 1) / size);
+      if (!cache_batch.lines.empty()) {
+        const int64_t lines = static_cast<int64_t>(cache_batch.lines.size());
+        run_phase(cache_batch, Phase::kLines, lines * index / size, lines * (index + 1) / size);
         wait();
-        run_phase(wave, Phase::kDirections, first, last);
+        run_phase(cache_batch, Phase::kDirections, first, last);
         wait();
       }
-      run_phase(wave, Phase::kUpdate, first, last);
-      if (index == 0) run_phase(wave, Phase::kTensors, 0, static_cast<int64_t>(wave.tensors.size()));
+      run_phase(cache_batch, Phase::kUpdate, first, last);
+      if (index == 0) run_phase(cache_batch, Phase::kTensors, 0, static_cast<int64_t>(cache_batch.tensors.size()));
     }
   });
   for (const ReducingWork& work : call.work) *work.record->step = next_counter(*work.record->step);

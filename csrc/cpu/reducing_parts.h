@@ -19,7 +19,7 @@ FUSEDSTEP_FN Stored<T, T> plain(T* numbers) {
 // A tensor in the course of a phase, with its scalars.
 template <class Rule, class T>
 struct Context {
-  const Wave& wave;
+  const CacheBatch& cache_batch;
   const ReducingTensor* tensor = nullptr;
   int64_t step = -1;
   typename Rule::template Scalars<T> scalars{};
@@ -27,14 +27,14 @@ struct Context {
 
   const Record& record() const { return *tensor->work->record; }
   const Matrices& matrices() const { return tensor->work->record->matrices; }
-  GradChange<T> change() const { return grad_change<T>(*wave.call); }
+  GradChange<T> change() const { return grad_change<T>(*cache_batch.call); }
   AnyStored<T> state(int k) const { return {record().states[k], record().state_dtypes[k]}; }
 
   void enter(const ReducingTensor& next, Phase phase) {
     if (tensor == &next) return;
     tensor = &next;
     const int64_t number = count_of(*record().step) + 1;
-    if (number != step) scalars = Rule::template prepare<T>(wave.call->hyper, step = number);
+    if (number != step) scalars = Rule::template prepare<T>(cache_batch.call->hyper, step = number);
     if (phase == Phase::kUpdate)
       finish = Rule::template finish<T>(scalars, rms(next.param_sums), rms(next.update_sums));
   }
@@ -48,7 +48,7 @@ struct Context {
 // The formats of a tensor's operands, as types where they are the usual ones.
 template <class Rule, class T, class Visit>
 FUSEDSTEP_FN void visit_operands(const Context<Rule, T>& context, Visit&& visit) {
-  constexpr int kElement = kPlace<Rule, Span::kElement>;
+  constexpr int kElement = kStateIndex<Rule, Span::kElement>;
   constexpr Dtype kArithmetic = sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32;
   const Record& record = context.record();
   void* const grad = const_cast<void*>(context.tensor->work->grad);
@@ -72,7 +72,7 @@ FUSEDSTEP_FN void visit_operands(const Context<Rule, T>& context, Visit&& visit)
 template <class Rule, class T, class Param, class Grad, class State, class Factors>
 FUSEDSTEP_FN void update_elements(const Context<Rule, T>& context, const Param& param, const Grad& grad,
                                   const State& state, int64_t at, int64_t n, Factors&& factors) {
-  constexpr bool kHasState = kPlace<Rule, Span::kElement> >= 0;
+  constexpr bool kHasState = kStateIndex<Rule, Span::kElement> >= 0;
   const auto s = context.scalars;
   const auto f = context.finish;
   const GradChange<T> change = context.change();
@@ -91,17 +91,17 @@ FUSEDSTEP_FN void update_elements(const Context<Rule, T>& context, const Param& 
     if constexpr (kHasState) store_at(states, at + i, x, size);
   });
   if (context.record().has_followers())
-    follow<T>(context.record(), at, at + n, static_cast<T>(context.wave.call->average_weight));
+    follow<T>(context.record(), at, at + n, static_cast<T>(context.cache_batch.call->average_weight));
 }
 
 // New states and factors of n lines, from the mean of each; the states begin at `at` in their tensors. Whether they are
 // stored is told by `store`; the first of them is left in `first_states` too.
 template <class Rule, class T>
-void finish_lines(const Context<Rule, T>& context, const int* places, int64_t at, int64_t n, const T* means, bool store,
-                  T* first_states, T* factors, int64_t stride) {
+void finish_lines(const Context<Rule, T>& context, const int* state_indices, int64_t at, int64_t n, const T* means,
+                  bool store, T* first_states, T* factors, int64_t stride) {
   const auto s = context.scalars;
   AnyStored<T> states[kLineStates<Rule>];
-  for (int k = 0; k < kLineStates<Rule>; ++k) states[k] = context.state(places[k]);
+  for (int k = 0; k < kLineStates<Rule>; ++k) states[k] = context.state(state_indices[k]);
   for_packs<T>(n, [&](int64_t i, int, auto size) FUSEDSTEP_INLINE {
     Pack<T> pack[kLineStates<Rule>], own[Rule::kFactors];
     for (int k = 0; k < kLineStates<Rule>; ++k) pack[k] = load_at(states[k], at + i, size);
@@ -113,10 +113,10 @@ void finish_lines(const Context<Rule, T>& context, const int* places, int64_t at
 }
 
 template <class Rule, Span span>
-const int* line_places() {
-  static constexpr int kPlaces[] = {kPlace<Rule, span, 0>, kPlace<Rule, span, 1>};
+const int* line_state_indices() {
+  static constexpr int kStateIndices[] = {kStateIndex<Rule, span, 0>, kStateIndex<Rule, span, 1>};
   static_assert(kLineStates<Rule> <= 2, "add a place for a rule whose lines have more states");
-  return kPlaces;
+  return kStateIndices;
 }
 
 // A block of a large matrix.

@@ -41,9 +41,9 @@ FUSEDSTEP_FN uint32_t largest_of(WordPack most) {
   four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1))));
 #else
-  uint32_t largest = 0;
-  for (int i = 0; i < kLanes<float>; ++i) largest = most[i] > largest ? most[i] : largest;
-  return largest;
+  uint32_t max_abs = 0;
+  for (int i = 0; i < kLanes<float>; ++i) max_abs = most[i] > max_abs ? most[i] : max_abs;
+  return max_abs;
 #endif
 }
 

@@ -29,6 +29,6 @@ void parallel(int threads, const Body& body);
 // The same with as many threads as so many elements are worth, for a body that does not wait. Where it is short, it
 // runs on one thread while the others' cores are busy.
 using Share = std::function<void(int index, int size)>;
-void share_out(int threads, int64_t numel, const Share& share);
+void parallel_for(int threads, int64_t numel, const Share& share);
 
 }  // namespace fusedstep::cpu

@@ -144,24 +144,24 @@ struct Weight {
 
   float* load(int64_t at, int64_t n) {
     float* const wide = buffer.numbers;
-    void* const companion = record.precision.companion;
-    switch (record.precision.form) {
-      case Form::kMaster:
-        return static_cast<float*>(companion) + at;
-      case Form::kSplit: {
+    void* const aux = record.precision.aux;
+    switch (record.precision.weight_format) {
+      case WeightFormat::kMaster:
+        return static_cast<float*>(aux) + at;
+      case WeightFormat::kSplit: {
         const BF16* const upper = static_cast<const BF16*>(record.param) + at;
-        const int16_t* const lower = static_cast<const int16_t*>(companion) + at;
+        const int16_t* const lower = static_cast<const int16_t*>(aux) + at;
         widen_split(upper, lower, n, wide);
         return wide;
       }
-      case Form::kKahan:
+      case WeightFormat::kKahan:
         visit_half([&](auto* param) {
           using S = std::remove_pointer_t<decltype(param)>;
-          widen_compensated(param + at, static_cast<const S*>(companion) + at, n, wide);
+          widen_compensated(param + at, static_cast<const S*>(aux) + at, n, wide);
         });
         return wide;
-      case Form::kPlain:
-      case Form::kStochastic:
+      case WeightFormat::kPlain:
+      case WeightFormat::kStochastic:
         break;
     }
     if (record.param_dtype == Dtype::kF32) return static_cast<float*>(record.param) + at;
@@ -170,25 +170,25 @@ struct Weight {
   }
 
   void store(int64_t at, int64_t n, int64_t step, const float* wide) const {
-    void* const companion = record.precision.companion;
-    switch (record.precision.form) {
-      case Form::kSplit: {
+    void* const aux = record.precision.aux;
+    switch (record.precision.weight_format) {
+      case WeightFormat::kSplit: {
         BF16* const upper = static_cast<BF16*>(record.param) + at;
-        int16_t* const lower = static_cast<int16_t*>(companion) + at;
+        int16_t* const lower = static_cast<int16_t*>(aux) + at;
         return narrow_split(upper, lower, n, wide);
       }
-      case Form::kKahan:
+      case WeightFormat::kKahan:
         return visit_half([&](auto* param) {
           using S = std::remove_pointer_t<decltype(param)>;
-          narrow_compensated(param + at, static_cast<S*>(companion) + at, n, wide);
+          narrow_compensated(param + at, static_cast<S*>(aux) + at, n, wide);
         });
-      case Form::kStochastic: {
+      case WeightFormat::kStochastic: {
         RandomBlock random;
         random.fill(record.precision, static_cast<uint32_t>(step), at / kBlock * kBlock);
         return visit_half([&](auto* param) { narrow_at_random(param + at, random.bits + at % kBlock, n, wide); });
       }
-      case Form::kPlain:
-      case Form::kMaster:
+      case WeightFormat::kPlain:
+      case WeightFormat::kMaster:
         break;
     }
     if (record.param_dtype != Dtype::kF32) narrow_plain(record.param, record.param_dtype, at, n, wide);
@@ -232,7 +232,7 @@ void update_tiles(const Record& record, const void* grad, int64_t begin, int64_t
   }
   Buffer grad_buffer;
   Record tile = record;
-  const bool in_place = record.precision.form == Form::kPlain && record.param_dtype == Dtype::kF32 &&
+  const bool in_place = record.precision.weight_format == WeightFormat::kPlain && record.param_dtype == Dtype::kF32 &&
                         record.grad_dtype == Dtype::kF32 && !widens_states;
   for (int64_t at = begin, n; at < end; at += n) {
     n = (in_place ? end : std::min(end, (at / kTile + 1) * kTile)) - at;

@@ -1,4 +1,4 @@
-// Weights that are more than numbers in their dtype (codecs.h: Form), read and written two packs at a time like
+// Weights that are more than numbers in their dtype (codecs.h: WeightFormat), read and written two packs at a time like
 // WideStored. A loop calls begin_block before it stores to elements of the block of 256 that begins there.
 #pragma once
 
@@ -18,8 +18,8 @@ class RandomBlock {
 
   // For the elements of a record from i on, where a block of it begins.
   FUSEDSTEP_FN void fill(const Precision& p, uint32_t step, int64_t i) {
-    const int64_t element = p.place.element(i);
-    if (element % kBlock == 0 && p.place.together(i) >= kBlock)
+    const int64_t element = p.element_map.element(i);
+    if (element % kBlock == 0 && p.element_map.together(i) >= kBlock)
       fill_block(p.seed, p.index, step, element / kBlock);
     else
       fill_runs(p, step, i);
@@ -28,8 +28,8 @@ class RandomBlock {
  private:
   void fill_runs(const Precision& p, uint32_t step, int64_t i) {
     for (int64_t j = 0; j < kBlock;) {
-      int64_t element = p.place.element(i + j);
-      const int64_t left = p.place.together(i + j), end = left < kBlock - j ? j + left : kBlock;
+      int64_t element = p.element_map.element(i + j);
+      const int64_t left = p.element_map.together(i + j), end = left < kBlock - j ? j + left : kBlock;
       while (j < end) {
         const Philox random(p.seed, p.index, step, static_cast<uint64_t>(element) / kPhiloxElements);
         for (int64_t k = element % kPhiloxElements; k < kPhiloxElements && j < end; ++k, ++j, ++element)
@@ -74,7 +74,7 @@ class RandomBlock {
     return __builtin_shufflevector(a, b, (kFrom + i / 2 + i % 2 * kLanes64)...);
   }
 
-  // Of the lower halves.
+  // Multiplies the lower halves.
   FUSEDSTEP_FN static LongPack product(LongPack a, uint32_t b) {
 #if defined(__AVX512F__)
     return (LongPack)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
@@ -101,7 +101,7 @@ struct MasterWeight {
   WideStored<float, kOrder> master;
 
   MasterWeight(const Record& record, int64_t)
-      : rounded{static_cast<S*>(record.param)}, master{static_cast<float*>(record.precision.companion)} {}
+      : rounded{static_cast<S*>(record.param)}, master{static_cast<float*>(record.precision.aux)} {}
 
   struct Narrowed {
     Wide master;
@@ -128,7 +128,7 @@ struct SplitWeight {
   int16_t* lower;
 
   SplitWeight(const Record& record, int64_t)
-      : upper(static_cast<BF16*>(record.param)), lower(static_cast<int16_t*>(record.precision.companion)) {}
+      : upper(static_cast<BF16*>(record.param)), lower(static_cast<int16_t*>(record.precision.aux)) {}
 
   // The short form gives NaN for a zero with a negative rest, which the caller doubts.
   template <bool kExact>
@@ -161,7 +161,7 @@ struct KahanWeight {
   WideStored<S, kOrder> rounded, compensation;
 
   KahanWeight(const Record& record, int64_t)
-      : rounded{static_cast<S*>(record.param)}, compensation{static_cast<S*>(record.precision.companion)} {}
+      : rounded{static_cast<S*>(record.param)}, compensation{static_cast<S*>(record.precision.aux)} {}
 
   struct Narrowed {
     typename WideStored<S, kOrder>::Narrowed rounded, compensation;

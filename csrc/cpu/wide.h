@@ -51,8 +51,8 @@ FUSEDSTEP_FN WordPack to_halves(WordPack a, WordPack b) {
 #if defined(__AVX512BW__)
   const __m512i first = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
                                          22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  const __m512i places = kShift == 16 ? _mm512_add_epi16(first, _mm512_set1_epi16(1)) : first;
-  return (WordPack)_mm512_maskz_permutex2var_epi16(0xffffffff, (__m512i)a, places, (__m512i)b);
+  const __m512i lanes = kShift == 16 ? _mm512_add_epi16(first, _mm512_set1_epi16(1)) : first;
+  return (WordPack)_mm512_maskz_permutex2var_epi16(0xffffffff, (__m512i)a, lanes, (__m512i)b);
 #elif defined(__SSE4_1__)
   a = kShift == 16 ? a >> 16 : a & 0xffffu;
   b = kShift == 16 ? b >> 16 : b & 0xffffu;

@@ -9,8 +9,8 @@
 
 namespace fusedstep::cuda {
 
-// The last four are bf16 beside something else, or rounded in another way (Form in codecs.h).
-enum class WeightFormat : uint8_t { kF32, kBF16, kF16, kSplit, kMaster, kKahan, kStochastic };
+// The last four are bf16 beside something else, or rounded in another way (WeightFormat in codecs.h).
+enum class StoredWeight : uint8_t { kF32, kBF16, kF16, kSplit, kMaster, kKahan, kStochastic };
 // k8Bit, k4Bit: in codes, where the rule says that a state can be; any other is fp32.
 enum class StateFormat : uint8_t { kF32, kBF16, kF16, k8Bit, k4Bit };
 
@@ -18,7 +18,7 @@ enum class CompiledFor : uint8_t { kEveryRule, kWidelyUsedRules };
 
 struct Format {
   const char* name;
-  WeightFormat weight;
+  StoredWeight weight;
   Dtype grad;
   StateFormat states;
   CompiledFor rules;
@@ -29,40 +29,40 @@ struct Format {
 // Families are compiled one by one (step_*.cu).
 constexpr Format kFormats[] = {
     // fp32 weights
-    {"fp32", WeightFormat::kF32, Dtype::kF32, StateFormat::kF32, CompiledFor::kEveryRule, true, true},
-    {"fp32, bf16 gradients", WeightFormat::kF32, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, false,
+    {"fp32", StoredWeight::kF32, Dtype::kF32, StateFormat::kF32, CompiledFor::kEveryRule, true, true},
+    {"fp32, bf16 gradients", StoredWeight::kF32, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, false,
      false},
-    {"fp32, bf16 states", WeightFormat::kF32, Dtype::kF32, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, false,
+    {"fp32, bf16 states", StoredWeight::kF32, Dtype::kF32, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, false,
      false},
-    {"fp32, 8-bit states", WeightFormat::kF32, Dtype::kF32, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, false,
+    {"fp32, 8-bit states", StoredWeight::kF32, Dtype::kF32, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, false,
      false},
-    {"fp32, 4-bit states", WeightFormat::kF32, Dtype::kF32, StateFormat::k4Bit, CompiledFor::kWidelyUsedRules, false,
+    {"fp32, 4-bit states", StoredWeight::kF32, Dtype::kF32, StateFormat::k4Bit, CompiledFor::kWidelyUsedRules, false,
      false},
     // 16-bit weights
-    {"bf16", WeightFormat::kBF16, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kEveryRule, true, true},
-    {"bf16, fp32 states", WeightFormat::kBF16, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true,
+    {"bf16", StoredWeight::kBF16, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kEveryRule, true, true},
+    {"bf16, fp32 states", StoredWeight::kBF16, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true,
      false},
-    {"bf16, 8-bit states", WeightFormat::kBF16, Dtype::kBF16, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, false,
+    {"bf16, 8-bit states", StoredWeight::kBF16, Dtype::kBF16, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, false,
      false},
-    {"bf16, 4-bit states", WeightFormat::kBF16, Dtype::kBF16, StateFormat::k4Bit, CompiledFor::kWidelyUsedRules, false,
+    {"bf16, 4-bit states", StoredWeight::kBF16, Dtype::kBF16, StateFormat::k4Bit, CompiledFor::kWidelyUsedRules, false,
      false},
-    {"fp16", WeightFormat::kF16, Dtype::kF16, StateFormat::kF16, CompiledFor::kWidelyUsedRules, false, false},
+    {"fp16", StoredWeight::kF16, Dtype::kF16, StateFormat::kF16, CompiledFor::kWidelyUsedRules, false, false},
     // bf16 weights beside an fp32 number's other half, or all of it
-    {"split", WeightFormat::kSplit, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true, false},
-    {"split, bf16 states", WeightFormat::kSplit, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, true,
+    {"split", StoredWeight::kSplit, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true, false},
+    {"split, bf16 states", StoredWeight::kSplit, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, true,
      false},
-    {"split, 8-bit states", WeightFormat::kSplit, Dtype::kBF16, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, true,
+    {"split, 8-bit states", StoredWeight::kSplit, Dtype::kBF16, StateFormat::k8Bit, CompiledFor::kWidelyUsedRules, true,
      false},
-    {"split, 4-bit states", WeightFormat::kSplit, Dtype::kBF16, StateFormat::k4Bit, CompiledFor::kWidelyUsedRules,
+    {"split, 4-bit states", StoredWeight::kSplit, Dtype::kBF16, StateFormat::k4Bit, CompiledFor::kWidelyUsedRules,
      false, false},
-    {"master", WeightFormat::kMaster, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true, false},
+    {"master", StoredWeight::kMaster, Dtype::kBF16, StateFormat::kF32, CompiledFor::kWidelyUsedRules, true, false},
     // bf16 weights that are rounded in other ways
-    {"kahan", WeightFormat::kKahan, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, false, false},
-    {"stochastic", WeightFormat::kStochastic, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, false,
+    {"kahan", StoredWeight::kKahan, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, false, false},
+    {"stochastic", StoredWeight::kStochastic, Dtype::kBF16, StateFormat::kBF16, CompiledFor::kWidelyUsedRules, false,
      false},
-    {"stochastic, fp32 states", WeightFormat::kStochastic, Dtype::kBF16, StateFormat::kF32,
+    {"stochastic, fp32 states", StoredWeight::kStochastic, Dtype::kBF16, StateFormat::kF32,
      CompiledFor::kWidelyUsedRules, false, false},
-    {"stochastic, 8-bit states", WeightFormat::kStochastic, Dtype::kBF16, StateFormat::k8Bit,
+    {"stochastic, 8-bit states", StoredWeight::kStochastic, Dtype::kBF16, StateFormat::k8Bit,
      CompiledFor::kWidelyUsedRules, false, false},
 };
 constexpr int kNumFormats = static_cast<int>(std::size(kFormats));
@@ -81,7 +81,7 @@ constexpr bool is_quantized(StateFormat states) {
 
 // How many numbers of each array a thread holds: 16 bytes of the narrowest, 8 or 4 bytes of codes.
 constexpr int numbers_per_thread(const Format& format) {
-  return format.weight == WeightFormat::kF32 && format.grad == Dtype::kF32 && format.states == StateFormat::kF32 ? 4
+  return format.weight == StoredWeight::kF32 && format.grad == Dtype::kF32 && format.states == StateFormat::kF32 ? 4
                                                                                                                  : 8;
 }
 constexpr int kGeneralNumbers = 8;
@@ -110,23 +110,23 @@ constexpr Dtype state_dtype(StateFormat format, int k) {
   __builtin_unreachable();
 }
 
-constexpr Dtype dtype_of(WeightFormat weight) {
-  return weight == WeightFormat::kF32 ? Dtype::kF32 : weight == WeightFormat::kF16 ? Dtype::kF16 : Dtype::kBF16;
+constexpr Dtype dtype_of(StoredWeight weight) {
+  return weight == StoredWeight::kF32 ? Dtype::kF32 : weight == StoredWeight::kF16 ? Dtype::kF16 : Dtype::kBF16;
 }
-constexpr Form form_of(WeightFormat weight) {
+constexpr WeightFormat weight_format_of(StoredWeight weight) {
   switch (weight) {
-    case WeightFormat::kSplit:
-      return Form::kSplit;
-    case WeightFormat::kMaster:
-      return Form::kMaster;
-    case WeightFormat::kKahan:
-      return Form::kKahan;
-    case WeightFormat::kStochastic:
-      return Form::kStochastic;
-    case WeightFormat::kF32:
-    case WeightFormat::kBF16:
-    case WeightFormat::kF16:
-      return Form::kPlain;
+    case StoredWeight::kSplit:
+      return WeightFormat::kSplit;
+    case StoredWeight::kMaster:
+      return WeightFormat::kMaster;
+    case StoredWeight::kKahan:
+      return WeightFormat::kKahan;
+    case StoredWeight::kStochastic:
+      return WeightFormat::kStochastic;
+    case StoredWeight::kF32:
+    case StoredWeight::kBF16:
+    case StoredWeight::kF16:
+      return WeightFormat::kPlain;
   }
   __builtin_unreachable();
 }
@@ -135,7 +135,7 @@ constexpr Form form_of(WeightFormat weight) {
 template <class Rule>
 constexpr bool same_format(const Format& a, const Format& b) {
   if (a.weight != b.weight || a.grad != b.grad) return false;
-  for (int k = 0; k < kNamed<Rule>; ++k) {
+  for (int k = 0; k < kNumNamed<Rule>; ++k) {
     if (Rule::kPresent[k] && state_dtype<Rule>(a.states, k) != state_dtype<Rule>(b.states, k)) return false;
   }
   return true;
@@ -154,9 +154,11 @@ constexpr bool is_compiled(int format, bool followed = false) {
 
 template <class Rule>
 constexpr bool is_stored_as(const Record& record, const Format& format) {
-  if (record.param_dtype != dtype_of(format.weight) || record.precision.form != form_of(format.weight)) return false;
+  if (record.param_dtype != dtype_of(format.weight) ||
+      record.precision.weight_format != weight_format_of(format.weight))
+    return false;
   if (record.grad_dtype != format.grad) return false;
-  for (int k = 0; k < kNamed<Rule>; ++k) {
+  for (int k = 0; k < kNumNamed<Rule>; ++k) {
     if (Rule::kPresent[k] && record.state_dtypes[k] != state_dtype<Rule>(format.states, k)) return false;
   }
   return true;
@@ -166,7 +168,8 @@ constexpr bool is_stored_as(const Record& record, const Format& format) {
 template <class Rule>
 int format_of(const Record& record) {
   if (record.copy != nullptr && record.copy_dtype == Dtype::kF64) return kGeneral;
-  if (record.precision.form == Form::kStochastic && !record.precision.place.keeps_groups()) return kGeneral;
+  if (record.precision.weight_format == WeightFormat::kStochastic && !record.precision.element_map.keeps_groups())
+    return kGeneral;
   for (int i = 0; i < kNumFormats; ++i) {
     if (is_compiled<Rule>(i, record.has_followers()) && is_stored_as<Rule>(record, kFormats[i])) return i;
   }

@@ -25,17 +25,17 @@ struct NormArguments {
 };
 
 // The larger of a magnitude and that of x; NaN wins.
-__device__ __forceinline__ float larger(float largest, float x) {
+__device__ __forceinline__ float larger(float max_abs, float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float larger;
-  asm("{ .reg .f32 size; abs.f32 size, %2; max.NaN.f32 %0, %1, size; }" : "=f"(larger) : "f"(largest), "f"(x));
+  asm("{ .reg .f32 size; abs.f32 size, %2; max.NaN.f32 %0, %1, size; }" : "=f"(larger) : "f"(max_abs), "f"(x));
   return larger;
 #else
-  return maximum(largest, x < 0 ? -x : x);
+  return maximum(max_abs, x < 0 ? -x : x);
 #endif
 }
-__device__ __forceinline__ double larger(double largest, double x) {
-  return maximum(largest, x < 0 ? -x : x);
+__device__ __forceinline__ double larger(double max_abs, double x) {
+  return maximum(max_abs, x < 0 ? -x : x);
 }
 
 // What one thread has seen: squares come together in T within a vector, in double beyond.
@@ -43,7 +43,7 @@ template <class T, bool kScaled>
 struct Seen {
   T inverse;  // of the gradients' scale
   double sum = 0.0;
-  T largest = 0;
+  T max_abs = 0;
 
   // At most kN neighbours.
   template <int kN, class Number>
@@ -53,7 +53,7 @@ struct Seen {
     for (int i = 0; i < kN; ++i) {
       if (i >= n) break;
       const T grad = number(i), unscaled = kScaled ? grad * inverse : grad;
-      largest = larger(largest, grad);
+      max_abs = larger(max_abs, grad);
       squares += unscaled * unscaled;
     }
     sum += static_cast<double>(squares);
@@ -69,7 +69,7 @@ __device__ __noinline__ ChunkSums see_any(const void* grad, Dtype dtype, int64_t
     seen.template operator()<8>(pack, [&](int i) { return load_any<T>(grad, dtype, offset + first + i); });
   if (whole + team.index < n)
     seen.template operator()<1>(1, [&](int) { return load_any<T>(grad, dtype, offset + whole + team.index); });
-  return {seen.sum, static_cast<double>(seen.largest)};
+  return {seen.sum, static_cast<double>(seen.max_abs)};
 }
 
 // By 16-byte accesses of kTeam threads, a few rounds of all that each can ask for. Which thread takes which element
@@ -102,7 +102,7 @@ __device__ __forceinline__ ChunkSums see_packs(const void* grad, const NormChunk
     }
   }
   if (whole + thread < chunk.n) seen.template operator()<1>(1, [&](int) { return load<float>(grads[whole + thread]); });
-  return {seen.sum, static_cast<double>(seen.largest)};
+  return {seen.sum, static_cast<double>(seen.max_abs)};
 }
 
 template <bool kScaled, int kTeam>
@@ -122,7 +122,7 @@ __device__ __forceinline__ ChunkSums see(const void* grad, const NormChunk& chun
 
 __device__ __forceinline__ void add(ChunkSums* sums, const ChunkSums& more) {
   sums->sum_of_squares += more.sum_of_squares;
-  sums->largest = maximum(sums->largest, more.largest);
+  sums->max_abs = maximum(sums->max_abs, more.max_abs);
 }
 
 // Over the threads of a warp, known to all of them.
@@ -130,7 +130,7 @@ __device__ __forceinline__ ChunkSums warp_sums(ChunkSums mine) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
     add(&mine,
-        {__shfl_xor_sync(0xffffffffu, mine.sum_of_squares, lanes), __shfl_xor_sync(0xffffffffu, mine.largest, lanes)});
+        {__shfl_xor_sync(0xffffffffu, mine.sum_of_squares, lanes), __shfl_xor_sync(0xffffffffu, mine.max_abs, lanes)});
   return mine;
 }
 
@@ -143,10 +143,10 @@ __device__ __forceinline__ ChunkSums warp_sums(const ChunkSums* sums, int n) {
 }
 
 // Writes the sums that lane 0 has; whether this warp is the last of n to do so, which then sees those of the others.
-__device__ __forceinline__ bool leave(const ChunkSums& sums, ChunkSums* place, uint32_t* counter, int n) {
+__device__ __forceinline__ bool leave(const ChunkSums& sums, ChunkSums* target, uint32_t* counter, int n) {
   uint32_t last = 0;
   if (threadIdx.x == 0) {
-    *global(place) = sums;
+    *global(target) = sums;
     fence();
     last = atomicInc(counter, static_cast<uint32_t>(n - 1)) == static_cast<uint32_t>(n - 1);
   }
@@ -189,9 +189,9 @@ __global__ void __launch_bounds__(kNormThreads, kNormMinBlocks)
   sums = warp_sums(group_sums, n_groups);
   if (thread != 0) return;
   Norm norm = *global(a.norm);
-  if (!a.first) add(&sums, {norm.sum_of_squares, norm.largest});
+  if (!a.first) add(&sums, {norm.sum_of_squares, norm.max_abs});
   norm.sum_of_squares = sums.sum_of_squares;
-  norm.largest = sums.largest;
+  norm.max_abs = sums.max_abs;
   if (a.last) {
     const bool skipped = a.found_inf_before != nullptr && *global(a.found_inf_before) != 0.0f;
     finish_norm(norm, global(a.found_inf), a.limits, static_cast<double>(scale), skipped);

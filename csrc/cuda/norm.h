@@ -27,7 +27,7 @@ struct NormSegment {
 };
 
 struct ChunkSums {
-  double sum_of_squares, largest;
+  double sum_of_squares, max_abs;
 };
 
 // The part of a plan that does not change from step to step.

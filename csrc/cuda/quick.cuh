@@ -8,8 +8,8 @@
 
 namespace fusedstep::cuda {
 
-// Of the bits of some numbers: how far the largest of them is above the smallest that is known to come out right. What
-// is smaller wraps round to far above. Whether there are any is known when compiled, and costs nothing.
+// How far, in bits, the largest of some numbers is above the smallest that is known to come out right. A smaller number
+// wraps round to far above. Whether there are any is known when compiled, and costs nothing.
 template <uint32_t kSmallest, uint32_t kRange>
 struct Farthest {
   uint32_t distance = 0;

@@ -20,7 +20,7 @@
 
 namespace fusedstep::cuda {
 
-// Of one capacity: a second set of kernels for few tensors would cost every build time.
+// The arguments have one capacity: a second set of kernels for few tensors would cost every build time.
 struct ReducingArguments {
   const Record* records;
   const Partition* partitions;
@@ -67,9 +67,10 @@ __device__ __forceinline__ void with_item(const ReducingArguments& a, Body&& bod
   const Partition& p = global(a.partitions)[item.record];
   uint32_t* const counters = global(a.counters) + p.counters;
   if constexpr (kAny) {
-    if (record.param_dtype == Dtype::kF64) return body(Place<Rule, double>{record, p, item, grad, a.work, counters});
+    if (record.param_dtype == Dtype::kF64)
+      return body(ItemContext<Rule, double>{record, p, item, grad, a.work, counters});
   }
-  body(Place<Rule, float>{record, p, item, grad, a.work, counters});
+  body(ItemContext<Rule, float>{record, p, item, grad, a.work, counters});
 }
 
 // The scalars of this step, known to all threads of the block.
@@ -94,11 +95,11 @@ __global__ void __launch_bounds__(kReducingThreads, kTallBlocks)
     sums_kernel(const __grid_constant__ ReducingArguments a) {
   __shared__ Shared<Rule> shared;
   if (is_skipped(a)) return;
-  with_item<Rule, Stored>(a, [&](const auto& place) {
-    using T = typename std::decay_t<decltype(place)>::Number;
+  with_item<Rule, Stored>(a, [&](const auto& context) {
+    using T = typename std::decay_t<decltype(context)>::Number;
     bool prepared = false;
     const auto prepare_once = [&] {
-      if (!prepared) prepare<Rule, T>(a, place.record.step, &shared);
+      if (!prepared) prepare<Rule, T>(a, context.record.step, &shared);
       prepared = true;
     };
     auto& s = pick<T>(shared.scalars);
@@ -107,19 +108,19 @@ __global__ void __launch_bounds__(kReducingThreads, kTallBlocks)
       __shared__ double stage[kMostPack * kReducingThreads];
       prepare_once();
       const auto change = grad_change<T>(a.step);
-      if (place.p.cut == Cut::kTiles) {
-        of_params = sum_tile_any<Rule, T>(place, change, s, reinterpret_cast<T*>(stage));
+      if (context.p.cut == Cut::kTiles) {
+        of_params = sum_tile_any<Rule, T>(context, change, s, reinterpret_cast<T*>(stage));
       } else {
-        if (place.p.cut == Cut::kSmall) sum_small<Rule, T>(place, change, s);
-        if constexpr (Rule::kParamSum) of_params = sum_param(place);
+        if (context.p.cut == Cut::kSmall) sum_small<Rule, T>(context, change, s);
+        if constexpr (Rule::kParamSum) of_params = sum_param(context);
       }
     } else {
       using S = typename Stored::Param;
       __shared__ float stage[kVector<S> * kReducingThreads];
       if constexpr (Rule::kSquareTakesScalars) prepare_once();
-      of_params = sum_tile<Rule, S>(place, Change(a.step), s, stage);
+      of_params = sum_tile<Rule, S>(context, Change(a.step), s, stage);
     }
-    finish_item<Rule, T>(place, of_params, &shared, prepare_once);
+    finish_item<Rule, T>(context, of_params, &shared, prepare_once);
   });
 }
 
@@ -128,30 +129,30 @@ __global__ void __launch_bounds__(kReducingThreads, kLowBlocks)
     update_kernel(const __grid_constant__ ReducingArguments a) {
   __shared__ Shared<Rule> shared;
   if (is_skipped(a)) return;
-  with_item<Rule, Stored>(a, [&](const auto& place) {
-    using T = typename std::decay_t<decltype(place)>::Number;
+  with_item<Rule, Stored>(a, [&](const auto& context) {
+    using T = typename std::decay_t<decltype(context)>::Number;
     double of_update;
     if constexpr (std::is_same_v<Stored, AnyStored>)
-      of_update = square_any<Rule, T>(place, grad_change<T>(a.step));
+      of_update = square_any<Rule, T>(context, grad_change<T>(a.step));
     else
-      of_update = square_tile<Rule, typename Stored::Param>(place, Change(a.step));
-    finish_update<Rule, T>(place, of_update, &shared);
+      of_update = square_tile<Rule, typename Stored::Param>(context, Change(a.step));
+    finish_update<Rule, T>(context, of_update, &shared);
   });
 }
 
 // What is left of a step that is skipped.
 template <class Rule, class T>
-__device__ __forceinline__ void zero_grads(const Place<Rule, T>& place) {
-  const Partition& p = place.p;
-  const Item& item = place.item;
-  void* const grad = const_cast<void*>(place.grad);
+__device__ __forceinline__ void zero_grads(const ItemContext<Rule, T>& context) {
+  const Partition& p = context.p;
+  const Item& item = context.item;
+  void* const grad = const_cast<void*>(context.grad);
   const bool tiles = p.cut == Cut::kTiles;
   const int64_t matrix = item.matrix * p.rows * p.columns,
                 n = p.cut == Cut::kSmall ? item.n_rows * p.rows * p.columns : int64_t{item.n_columns};
   for (int row = 0; row < (tiles ? item.n_rows : 1); ++row) {
     const int64_t begin = matrix + (item.row + row) * p.columns + item.column;
     for (int64_t i = begin + threadIdx.x; i < begin + n; i += kReducingThreads)
-      store_any(grad, place.record.grad_dtype, i, 0.0f);
+      store_any(grad, context.record.grad_dtype, i, 0.0f);
   }
 }
 
@@ -164,20 +165,20 @@ __global__ void __launch_bounds__(kReducingThreads, std::is_same_v<Does, Beside>
   const bool skipped = is_skipped(a);
   if (skipped && !a.step.zero_grads) return;
   constexpr int kBlocksPerItem = kAny ? 1 : kApplyBlocksPerItem<Rule>;
-  with_item<Rule, Stored, kBlocksPerItem>(a, [&](const auto& place) {
-    using T = typename std::decay_t<decltype(place)>::Number;
+  with_item<Rule, Stored, kBlocksPerItem>(a, [&](const auto& context) {
+    using T = typename std::decay_t<decltype(context)>::Number;
     const int part = block_of(a) % kBlocksPerItem;
     const bool first = part == 0;
     if constexpr (kAny || std::is_same_v<Does, Beside>) {
-      if (skipped) return first ? zero_grads(place) : void();
+      if (skipped) return first ? zero_grads(context) : void();
     }
     if constexpr (kAny)
-      apply_any<Rule, T>(place, grad_change<T>(a.step), static_cast<T>(a.step.average_weight));
+      apply_any<Rule, T>(context, grad_change<T>(a.step), static_cast<T>(a.step.average_weight));
     else
-      apply_tile<Rule, typename Stored::Param, typename Stored::State>(place, part, Does(a.step));
+      apply_tile<Rule, typename Stored::Param, typename Stored::State>(context, part, Does(a.step));
     // The passes before have read it.
-    if (first && place.item.index == 0 && threadIdx.x == 0)
-      *global(place.record.step) = next_counter(*global(place.record.step));
+    if (first && context.item.index == 0 && threadIdx.x == 0)
+      *global(context.record.step) = next_counter(*global(context.record.step));
   });
 }
 

@@ -72,7 +72,7 @@ struct ReducingTraits {
   int element_state;  // the place of the state that has a number for each element; -1: there is none
 };
 template <class Rule>
-constexpr ReducingTraits kReducingTraits = {kLineFactors<Rule>, kPlace<Rule, Span::kElement>};
+constexpr ReducingTraits kReducingTraits = {kLineFactors<Rule>, kStateIndex<Rule, Span::kElement>};
 
 // The part of a plan that does not change from step to step.
 struct ReducingTable {

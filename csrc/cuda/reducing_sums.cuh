@@ -5,15 +5,16 @@
 // columns in a register each, a warp its part of a row by shuffles.
 #pragma once
 
-#include "reducing_place.cuh"
+#include "reducing_context.cuh"
 
 namespace fusedstep::cuda {
 
 // The parts of a row's sum that this thread's warp has, for kAhead rows from `row` on.
 template <class Rule, class T>
-__device__ __forceinline__ void leave_rows(const Place<Rule, T>& place, const Tile& tile, int row, const T* sums) {
-  const Partition& p = place.p;
-  const Item& item = place.item;
+__device__ __forceinline__ void leave_rows(const ItemContext<Rule, T>& context, const Tile& tile, int row,
+                                           const T* sums) {
+  const Partition& p = context.p;
+  const Item& item = context.item;
   const int64_t first_row = item.matrix * p.rows + item.row;
   const int lane = threadIdx.x % kWarp;
   if (tile.lanes >= kWarp) {
@@ -26,7 +27,7 @@ __device__ __forceinline__ void leave_rows(const Place<Rule, T>& place, const Ti
     }
     row += lane * tile.rows_at_once;
     if (lane < kAhead && row < item.n_rows && part < p.n_parts)
-      place.template at<T>(p.row_sums)[(first_row + row) * p.n_parts + part] = mine;
+      context.template at<T>(p.row_sums)[(first_row + row) * p.n_parts + part] = mine;
   } else {
 #pragma unroll 1
     for (int k = 0; k < kAhead; ++k) {
@@ -35,19 +36,20 @@ __device__ __forceinline__ void leave_rows(const Place<Rule, T>& place, const Ti
       for (int i = 0; i < kAhead; ++i) mine = i == k ? sums[i] : mine;
       mine = sum_lanes(mine, tile.lanes);
       const int to = row + k * tile.rows_at_once;
-      if (tile.lane == 0 && to < item.n_rows) place.template at<T>(p.row_sums)[first_row + to] = mine;
+      if (tile.lane == 0 && to < item.n_rows) context.template at<T>(p.row_sums)[first_row + to] = mine;
     }
   }
 }
 
 // The sums of an item's columns, of which each thread has some for its rows; `stage` has room for all of them.
 template <int kPack, class Rule, class T>
-__device__ __forceinline__ void leave_columns(const Place<Rule, T>& place, const Tile& tile, const T* sums, T* stage) {
-  const Partition& p = place.p;
-  const Item& item = place.item;
+__device__ __forceinline__ void leave_columns(const ItemContext<Rule, T>& context, const Tile& tile, const T* sums,
+                                              T* stage) {
+  const Partition& p = context.p;
+  const Item& item = context.item;
   const int pack = p.pack, strip = tile.lanes * pack;
   const int64_t block = item.matrix * p.n_row_blocks + item.row / p.tall_rows;
-  T* const column_sums = place.template at<T>(p.column_sums) + block * p.columns + item.column;
+  T* const column_sums = context.template at<T>(p.column_sums) + block * p.columns + item.column;
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
     if (i < pack) stage[tile.row * strip + tile.lane * pack + i] = sums[i];
@@ -63,17 +65,17 @@ __device__ __forceinline__ void leave_columns(const Place<Rule, T>& place, const
 // An item whose rows are whole aligned vectors, param and grad stored alike. Returns this thread's sum of the squares
 // of the parameter.
 template <class Rule, class S, class Change, class Scalars>
-__device__ __forceinline__ double sum_tile(const Place<Rule, float>& place, const Change& change,
+__device__ __forceinline__ double sum_tile(const ItemContext<Rule, float>& context, const Change& change,
                                            const Scalars& scalars, float* stage) {
   constexpr int kN = kVector<S>;
   const auto s = scalars;
-  const Partition& p = place.p;
-  const Item& item = place.item;
+  const Partition& p = context.p;
+  const Item& item = context.item;
   const Tile tile(p, item, kN);
   const int n_rows = item.n_rows;
   const int64_t begin = (item.matrix * p.rows + item.row + tile.row) * p.columns + tile.column;
   const int64_t stride = tile.rows_at_once * p.columns;
-  Rows<S> grads(const_cast<void*>(place.grad), begin, stride), params(place.record.param, begin, stride);
+  Rows<S> grads(const_cast<void*>(context.grad), begin, stride), params(context.record.param, begin, stride);
   float columns[kN] = {};
   double of_params = 0.0;
 #pragma unroll 1
@@ -115,21 +117,21 @@ __device__ __forceinline__ double sum_tile(const Place<Rule, float>& place, cons
       }
     }
     if constexpr (Rule::kParamSum) of_params += static_cast<double>(squares);
-    if constexpr (kRows<Rule>) leave_rows(place, tile, row, rows);
+    if constexpr (kRows<Rule>) leave_rows(context, tile, row, rows);
   }
-  if constexpr (kColumns<Rule>) leave_columns<kN>(place, tile, columns, stage);
+  if constexpr (kColumns<Rule>) leave_columns<kN>(context, tile, columns, stage);
   return of_params;
 }
 
 // The same for an item of any dtypes, alignment and number of columns, in the same order.
 template <class Rule, class T, class Scalars>
-__device__ __noinline__ double sum_tile_any(const Place<Rule, T>& place, const GradChange<T>& changes,
+__device__ __noinline__ double sum_tile_any(const ItemContext<Rule, T>& context, const GradChange<T>& changes,
                                             const Scalars& scalars, T* stage) {
   const auto s = scalars;
   const auto change = changes;
-  const Partition& p = place.p;
-  const Item& item = place.item;
-  const Record& record = place.record;
+  const Partition& p = context.p;
+  const Item& item = context.item;
+  const Record& record = context.record;
   const Tile tile(p, item, p.pack);
   const int n = tile.inside ? static_cast<int>(min(int64_t{p.pack}, p.columns - tile.column)) : 0;
   const int64_t begin = (item.matrix * p.rows + item.row) * p.columns + tile.column;
@@ -149,7 +151,7 @@ __device__ __noinline__ double sum_tile_any(const Place<Rule, T>& place, const G
       for (int i = 0; i < kMostPack; ++i) {
         if (i >= n) break;
         const int64_t at = begin + row * p.columns + i;
-        const T square = Rule::square(change(load_any<T>(place.grad, record.grad_dtype, at)), s);
+        const T square = Rule::square(change(load_any<T>(context.grad, record.grad_dtype, at)), s);
         columns[i] += square;
         sum += square;
         if constexpr (Rule::kParamSum) {
@@ -161,17 +163,17 @@ __device__ __noinline__ double sum_tile_any(const Place<Rule, T>& place, const G
       for (int i = 0; i < kAhead; ++i) rows[i] = i == k ? sum : rows[i];
     }
     of_params += static_cast<double>(squares);
-    if constexpr (kRows<Rule>) leave_rows(place, tile, first, rows);
+    if constexpr (kRows<Rule>) leave_rows(context, tile, first, rows);
   }
-  if constexpr (kColumns<Rule>) leave_columns<kMostPack>(place, tile, columns, stage);
+  if constexpr (kColumns<Rule>) leave_columns<kMostPack>(context, tile, columns, stage);
   return of_params;
 }
 
 // Rows of an item, whose parts are all there: their states and factors.
 template <class Rule, class T, class Scalars>
-__device__ __forceinline__ void finish_rows(const Place<Rule, T>& place, const Scalars& s, double* partial) {
-  const Partition& p = place.p;
-  const Item& item = place.item;
+__device__ __forceinline__ void finish_rows(const ItemContext<Rule, T>& context, const Scalars& s, double* partial) {
+  const Partition& p = context.p;
+  const Item& item = context.item;
   int lanes = 8;  // few, so that many rows are finished at once
   while (lanes > 1 && lanes / 2 >= p.n_parts) lanes /= 2;
   const int lane = threadIdx.x % lanes, rows_at_once = kReducingThreads / lanes;
@@ -181,42 +183,42 @@ __device__ __forceinline__ void finish_rows(const Place<Rule, T>& place, const S
     const int64_t line = item.matrix * p.rows + item.row + row;
     double sum = 0.0;
     if (row < item.n_rows) {
-      const T* const sums = place.template at<T>(p.row_sums) + line * p.n_parts;
+      const T* const sums = context.template at<T>(p.row_sums) + line * p.n_parts;
 #pragma unroll 4
       for (int part = lane; part < p.n_parts; part += lanes) sum += static_cast<double>(sums[part]);
     }
     sum = sum_lanes(sum, lanes);
     if (lane == 0 && row < item.n_rows) {
-      T* const factors = place.template at<T>(p.row_factors) + line * Rule::kFactors;
-      states += finish_line<Rule, T, Span::kRow>(place.record, line, static_cast<T>(sum / p.columns), factors, s);
+      T* const factors = context.template at<T>(p.row_factors) + line * Rule::kFactors;
+      states += finish_line<Rule, T, Span::kRow>(context.record, line, static_cast<T>(sum / p.columns), factors, s);
     }
   }
   if constexpr (Rule::kRowMean) {
     states = block_sum(states, partial);
     if (threadIdx.x == 0)
-      place.template at<double>(p.state_sums)[item.matrix * p.n_row_blocks + item.row / p.tall_rows] = states;
+      context.template at<double>(p.state_sums)[item.matrix * p.n_row_blocks + item.row / p.tall_rows] = states;
   }
 }
 
 // A matrix whose rows are all there.
 template <class Rule, class T, class Scalars>
-__device__ __forceinline__ void finish_matrix(const Place<Rule, T>& place, const Scalars& s, double* partial) {
-  const Partition& p = place.p;
-  const double* const sums = place.template at<double>(p.state_sums) + place.item.matrix * p.n_row_blocks;
+__device__ __forceinline__ void finish_matrix(const ItemContext<Rule, T>& context, const Scalars& s, double* partial) {
+  const Partition& p = context.p;
+  const double* const sums = context.template at<double>(p.state_sums) + context.item.matrix * p.n_row_blocks;
   double sum = 0.0;
   for (int block = threadIdx.x; block < p.n_row_blocks; block += kReducingThreads) sum += sums[block];
   sum = block_sum(sum, partial);
   if (threadIdx.x == 0)
-    place.template at<T>(p.matrix_factors)[place.item.matrix] = Rule::matrix(static_cast<T>(sum / p.rows), s);
+    context.template at<T>(p.matrix_factors)[context.item.matrix] = Rule::matrix(static_cast<T>(sum / p.rows), s);
 }
 
 // Columns of an item from n sums of each, which lie a row of the tensor apart: their states and factors, or, if these
 // are not all, their sum.
 template <class Rule, class T, class S, class Scalars>
-__device__ __forceinline__ void finish_columns(const Place<Rule, T>& place, const S* sums, int n, double* unfinished,
-                                               const Scalars& s) {
-  const Partition& p = place.p;
-  const Item& item = place.item;
+__device__ __forceinline__ void finish_columns(const ItemContext<Rule, T>& context, const S* sums, int n,
+                                               double* unfinished, const Scalars& s) {
+  const Partition& p = context.p;
+  const Item& item = context.item;
   for (int column = threadIdx.x; column < item.n_columns; column += kReducingThreads) {
     double sum = 0.0;
 #pragma unroll 8
@@ -226,24 +228,24 @@ __device__ __forceinline__ void finish_columns(const Place<Rule, T>& place, cons
       continue;
     }
     const int64_t line = item.matrix * p.columns + item.column + column;
-    T* const factors = place.template at<T>(p.column_factors) + line * Rule::kFactors;
-    finish_line<Rule, T, Span::kColumn>(place.record, line, static_cast<T>(sum / p.rows), factors, s);
+    T* const factors = context.template at<T>(p.column_factors) + line * Rule::kFactors;
+    finish_line<Rule, T, Span::kColumn>(context.record, line, static_cast<T>(sum / p.rows), factors, s);
   }
 }
 
 // What is left of pass 1 for an item, when its sums are there: whichever block is the last of its rows, of its columns
 // or of its tensor finishes them. `prepare` leaves the scalars, known to all threads.
 template <class Rule, class T, class Prepare>
-__device__ __forceinline__ void finish_item(const Place<Rule, T>& place, double of_params, Shared<Rule>* shared,
+__device__ __forceinline__ void finish_item(const ItemContext<Rule, T>& context, double of_params, Shared<Rule>* shared,
                                             const Prepare& prepare) {
-  const Partition& p = place.p;
-  const Item& item = place.item;
+  const Partition& p = context.p;
+  const Item& item = context.item;
   const bool tiles = p.cut == Cut::kTiles;
   const int row_block = tiles ? static_cast<int>(item.row / p.tall_rows) : 0, band = row_block / kBand;
   const int strip = tiles ? static_cast<int>(item.column / (p.lanes * p.pack)) : 0;
   const int in_band = min(kBand, p.n_row_blocks - band * kBand);
   uint32_t* const of_matrix =
-      place.counters + 2 + item.matrix * (p.n_row_blocks + int64_t{p.n_bands + 1} * p.n_strips + 1);
+      context.counters + 2 + item.matrix * (p.n_row_blocks + int64_t{p.n_bands + 1} * p.n_strips + 1);
   uint32_t* const of_bands = of_matrix + p.n_row_blocks;
   uint32_t* const of_strips = of_bands + int64_t{p.n_bands} * p.n_strips;
 
@@ -253,7 +255,7 @@ __device__ __forceinline__ void finish_item(const Place<Rule, T>& place, double 
   }
   __syncthreads();  // what the block has written is there
   if (threadIdx.x < 3) {
-    uint32_t* counter = place.counters;
+    uint32_t* counter = context.counters;
     int64_t n = p.n_tall;
     bool counts = Rule::kParamSum;
     if (threadIdx.x == 0) {
@@ -261,7 +263,7 @@ __device__ __forceinline__ void finish_item(const Place<Rule, T>& place, double 
         double sum = 0.0;
 #pragma unroll
         for (int warp = 0; warp < kReducingWarps; ++warp) sum += shared->partial[warp];
-        place.sums(0)[item.index] = sum;
+        context.sums(0)[item.index] = sum;
       }
     } else if (threadIdx.x == 1) {
       counter = of_matrix + row_block, n = p.n_strips, counts = tiles && kRows<Rule>;
@@ -279,68 +281,70 @@ __device__ __forceinline__ void finish_item(const Place<Rule, T>& place, double 
 
   prepare();
   const auto& s = pick<T>(shared->scalars);
-  if (first && threadIdx.x == 0) *place.prepared() = s;
+  if (first && threadIdx.x == 0) *context.prepared() = s;
   if constexpr (Rule::kParamSum) {
     if (last) {
       double sum = 0.0;
 #pragma unroll 8
-      for (int i = threadIdx.x; i < p.n_tall; i += kReducingThreads) sum += place.sums(0)[i];
+      for (int i = threadIdx.x; i < p.n_tall; i += kReducingThreads) sum += context.sums(0)[i];
       sum = block_sum(sum, shared->partial);
       if (threadIdx.x == 0) {
-        place.template at<double>(p.totals)[0] = sum;
-        if constexpr (constexpr int kState = kPlace<Rule, Span::kTensor>; kState >= 0)
-          store_any(place.record.states[kState], place.record.state_dtypes[kState], 0,
-                    static_cast<T>(root_mean(sum, place.record.numel)));
+        context.template at<double>(p.totals)[0] = sum;
+        if constexpr (constexpr int kState = kStateIndex<Rule, Span::kTensor>; kState >= 0)
+          store_any(context.record.states[kState], context.record.state_dtypes[kState], 0,
+                    static_cast<T>(root_mean(sum, context.record.numel)));
       }
     }
   }
   if constexpr (kRows<Rule>) {
     if (rows) {
-      finish_rows(place, s, shared->partial);
+      finish_rows(context, s, shared->partial);
       if constexpr (Rule::kRowMean) {
         if (last_of(of_strips + p.n_strips, p.n_row_blocks, shared->flags + 3))
-          finish_matrix(place, s, shared->partial);
+          finish_matrix(context, s, shared->partial);
       }
     }
   }
   if constexpr (kColumns<Rule>) {
     if (columns) {
-      const T* const sums = place.template at<T>(p.column_sums) +
+      const T* const sums = context.template at<T>(p.column_sums) +
                             (item.matrix * p.n_row_blocks + int64_t{band} * kBand) * p.columns + item.column;
-      double* const bands = place.template at<double>(p.band_sums) + item.matrix * p.n_bands * p.columns + item.column;
-      finish_columns(place, sums, in_band, p.n_bands == 1 ? nullptr : bands + band * p.columns, s);
+      double* const bands =
+          context.template at<double>(p.band_sums) + item.matrix * p.n_bands * p.columns + item.column;
+      finish_columns(context, sums, in_band, p.n_bands == 1 ? nullptr : bands + band * p.columns, s);
       if (p.n_bands > 1 && last_of(of_strips + strip, p.n_bands, shared->flags + 3))
-        finish_columns(place, bands, p.n_bands, nullptr, s);
+        finish_columns(context, bands, p.n_bands, nullptr, s);
     }
   }
 }
 
 // Whole small matrices: a team of one thread or a warp takes each.
 template <class Rule, class T, class Scalars>
-__device__ __noinline__ void sum_small(const Place<Rule, T>& place, const GradChange<T>& changes,
+__device__ __noinline__ void sum_small(const ItemContext<Rule, T>& context, const GradChange<T>& changes,
                                        const Scalars& scalars) {
   const auto s = scalars;
   const auto change = changes;
-  const Partition& p = place.p;
+  const Partition& p = context.p;
   const int team = p.team, lane = threadIdx.x % team;
   const int rows = static_cast<int>(p.rows), columns = static_cast<int>(p.columns);
   const auto square_at = [&](int64_t i) {
-    return Rule::square(change(load_any<T>(place.grad, place.record.grad_dtype, i)), s);
+    return Rule::square(change(load_any<T>(context.grad, context.record.grad_dtype, i)), s);
   };
-  for (int n = threadIdx.x / team; n < place.item.n_rows; n += kReducingThreads / team) {
-    const int64_t matrix = place.item.matrix + n, begin = matrix * rows * columns;
+  for (int n = threadIdx.x / team; n < context.item.n_rows; n += kReducingThreads / team) {
+    const int64_t matrix = context.item.matrix + n, begin = matrix * rows * columns;
     if constexpr (kRows<Rule>) {
       double states = 0.0;
       for (int row = lane; row < rows; row += team) {
         T sum{};
         for (int column = 0; column < columns; ++column) sum += square_at(begin + row * columns + column);
         const int64_t line = matrix * rows + row;
-        T* const factors = place.template at<T>(p.row_factors) + line * Rule::kFactors;
-        states += finish_line<Rule, T, Span::kRow>(place.record, line, sum / static_cast<T>(columns), factors, s);
+        T* const factors = context.template at<T>(p.row_factors) + line * Rule::kFactors;
+        states += finish_line<Rule, T, Span::kRow>(context.record, line, sum / static_cast<T>(columns), factors, s);
       }
       if constexpr (Rule::kRowMean) {
         for (int lanes = team / 2; lanes > 0; lanes /= 2) states += __shfl_xor_sync(0xffffffffu, states, lanes);
-        if (lane == 0) place.template at<T>(p.matrix_factors)[matrix] = Rule::matrix(static_cast<T>(states / rows), s);
+        if (lane == 0)
+          context.template at<T>(p.matrix_factors)[matrix] = Rule::matrix(static_cast<T>(states / rows), s);
       }
     }
     if constexpr (kColumns<Rule>) {
@@ -348,8 +352,8 @@ __device__ __noinline__ void sum_small(const Place<Rule, T>& place, const GradCh
         T sum{};
         for (int row = 0; row < rows; ++row) sum += square_at(begin + row * columns + column);
         const int64_t line = matrix * columns + column;
-        T* const factors = place.template at<T>(p.column_factors) + line * Rule::kFactors;
-        finish_line<Rule, T, Span::kColumn>(place.record, line, sum / static_cast<T>(rows), factors, s);
+        T* const factors = context.template at<T>(p.column_factors) + line * Rule::kFactors;
+        finish_line<Rule, T, Span::kColumn>(context.record, line, sum / static_cast<T>(rows), factors, s);
       }
     }
   }
@@ -357,15 +361,15 @@ __device__ __noinline__ void sum_small(const Place<Rule, T>& place, const GradCh
 
 // Squares of the parameter over an item that is no tile: this thread's part of the sum.
 template <class Rule, class T>
-__device__ __forceinline__ double sum_param(const Place<Rule, T>& place) {
-  const Partition& p = place.p;
-  const Item& item = place.item;
+__device__ __forceinline__ double sum_param(const ItemContext<Rule, T>& context) {
+  const Partition& p = context.p;
+  const Item& item = context.item;
   const int64_t begin = p.cut == Cut::kFlat ? item.column : item.matrix * p.rows * p.columns;
   const int n = p.cut == Cut::kFlat ? item.n_columns : static_cast<int>(item.n_rows * p.rows * p.columns);
   T sum{};
 #pragma unroll 4
   for (int i = threadIdx.x; i < n; i += kReducingThreads) {
-    const T number = load_any<T>(place.record.param, place.record.param_dtype, begin + i);
+    const T number = load_any<T>(context.record.param, context.record.param_dtype, begin + i);
     sum += number * number;
   }
   return sum;

@@ -1,12 +1,12 @@
 // Passes 2 and 3 of a rule that reduces: the sum of the squares of the update, and the update itself.
 #pragma once
 
-#include "reducing_place.cuh"
+#include "reducing_context.cuh"
 
 namespace fusedstep::cuda {
 
 template <class Rule>
-constexpr int kElementState = kPlace<Rule, Span::kElement>;
+constexpr int kElementState = kStateIndex<Rule, Span::kElement>;
 
 // Where the factors of a matrix's rows are, and what all of them are multiplied with.
 template <class Rule, class T>
@@ -14,10 +14,10 @@ struct MatrixFactors {
   const T* of_rows;
   T of_matrix;
 
-  __device__ __forceinline__ MatrixFactors(const Place<Rule, T>& place, int64_t matrix, int64_t first_row) {
+  __device__ __forceinline__ MatrixFactors(const ItemContext<Rule, T>& context, int64_t matrix, int64_t first_row) {
     if constexpr (kRows<Rule>)
-      of_rows = place.template at<T>(place.p.row_factors) + (matrix * place.p.rows + first_row) * Rule::kFactors;
-    if constexpr (Rule::kRowMean) of_matrix = place.template at<T>(place.p.matrix_factors)[matrix];
+      of_rows = context.template at<T>(context.p.row_factors) + (matrix * context.p.rows + first_row) * Rule::kFactors;
+    if constexpr (Rule::kRowMean) of_matrix = context.template at<T>(context.p.matrix_factors)[matrix];
   }
 };
 
@@ -26,7 +26,7 @@ template <class Rule, class T>
 struct RowFactors {
   T numbers[Rule::kFactors] = {};
 
-  // Of a row counted from the first one.
+  // The factors of one row, counted from the matrix's first.
   __device__ __forceinline__ RowFactors(const MatrixFactors<Rule, T>& matrix, int row) {
     if constexpr (kRows<Rule>) {
 #pragma unroll
@@ -51,10 +51,10 @@ template <class Rule, int kN>
 struct ColumnFactors {
   Pack<kN * Rule::kFactors, float> factors;
 
-  __device__ __forceinline__ ColumnFactors(const Place<Rule, float>& place, const Tile& tile) {
+  __device__ __forceinline__ ColumnFactors(const ItemContext<Rule, float>& context, const Tile& tile) {
     if constexpr (kColumns<Rule>) {
-      const int64_t line = place.item.matrix * place.p.columns + tile.column;
-      factors.load(place.template at<float>(place.p.column_factors) + line * Rule::kFactors);
+      const int64_t line = context.item.matrix * context.p.columns + tile.column;
+      factors.load(context.template at<float>(context.p.column_factors) + line * Rule::kFactors);
     }
   }
   __device__ __forceinline__ const float* of(int i) const { return factors.numbers + i * Rule::kFactors; }
@@ -63,13 +63,14 @@ struct ColumnFactors {
 // Pass 2, rows of a tile whose rows are whole aligned vectors: this thread's part of the sum. All of them are asked for
 // at once; without kWhole some are not there.
 template <class Rule, class S, bool kWhole, class Change>
-__device__ __forceinline__ float square_rows(const Place<Rule, float>& place, const Tile& tile, const Change& change) {
+__device__ __forceinline__ float square_rows(const ItemContext<Rule, float>& context, const Tile& tile,
+                                             const Change& change) {
   constexpr int kN = kVector<S>;
-  const Partition& p = place.p;
-  const Item& item = place.item;
+  const Partition& p = context.p;
+  const Item& item = context.item;
   const int64_t begin = (item.matrix * p.rows + item.row + tile.row) * p.columns + tile.column;
   const int64_t stride = tile.rows_at_once * p.columns;
-  const Rows<S> grads(const_cast<void*>(place.grad), begin, stride);
+  const Rows<S> grads(const_cast<void*>(context.grad), begin, stride);
   const auto is_there = [&](int k) { return kWhole || tile.row + k * tile.rows_at_once < item.n_rows; };
   Pack<kN, S> grad[kAhead];
 #pragma unroll
@@ -77,9 +78,9 @@ __device__ __forceinline__ float square_rows(const Place<Rule, float>& place, co
     if constexpr (!kWhole) grad[k] = {};
     if (is_there(k)) grad[k].load(grads[k]);
   }
-  const ColumnFactors<Rule, kN> of_columns(place, tile);
-  const MatrixFactors<Rule, float> of_matrix(place, item.matrix, item.row);
-  const auto s = *place.prepared();
+  const ColumnFactors<Rule, kN> of_columns(context, tile);
+  const MatrixFactors<Rule, float> of_matrix(context, item.matrix, item.row);
+  const auto s = *context.prepared();
   float total = 0.0f;
 #pragma unroll
   for (int k = 0; k < kAhead; ++k) {
@@ -100,26 +101,26 @@ __device__ __forceinline__ float square_rows(const Place<Rule, float>& place, co
 }
 
 template <class Rule, class S, class Change>
-__device__ __forceinline__ double square_tile(const Place<Rule, float>& place, const Change& change) {
-  const Tile tile(place.p, place.item, kVector<S>);
+__device__ __forceinline__ double square_tile(const ItemContext<Rule, float>& context, const Change& change) {
+  const Tile tile(context.p, context.item, kVector<S>);
   if (!tile.inside) return 0.0;
-  if (tile.row + (kAhead - 1) * tile.rows_at_once < place.item.n_rows)
-    return square_rows<Rule, S, true>(place, tile, change);
-  return square_rows<Rule, S, false>(place, tile, change);
+  if (tile.row + (kAhead - 1) * tile.rows_at_once < context.item.n_rows)
+    return square_rows<Rule, S, true>(context, tile, change);
+  return square_rows<Rule, S, false>(context, tile, change);
 }
 
 // The factors of element i of an item of small matrices.
 template <class Rule, class T>
-__device__ __forceinline__ void small_factors(const Place<Rule, T>& place, int i, T* factors) {
-  const uint32_t columns = static_cast<uint32_t>(place.p.columns), rows = static_cast<uint32_t>(place.p.rows);
+__device__ __forceinline__ void small_factors(const ItemContext<Rule, T>& context, int i, T* factors) {
+  const uint32_t columns = static_cast<uint32_t>(context.p.columns), rows = static_cast<uint32_t>(context.p.rows);
   const uint32_t line = static_cast<uint32_t>(i) / columns, column = static_cast<uint32_t>(i) % columns;
-  const int64_t matrix = place.item.matrix + line / rows;
-  const RowFactors<Rule, T> of_row(MatrixFactors<Rule, T>(place, matrix, 0), static_cast<int>(line % rows));
+  const int64_t matrix = context.item.matrix + line / rows;
+  const RowFactors<Rule, T> of_row(MatrixFactors<Rule, T>(context, matrix, 0), static_cast<int>(line % rows));
   T of_column[Rule::kFactors] = {};
   if constexpr (kColumns<Rule>) {
 #pragma unroll
     for (int f = 0; f < Rule::kFactors; ++f)
-      of_column[f] = place.template at<T>(place.p.column_factors)[(matrix * columns + column) * Rule::kFactors + f];
+      of_column[f] = context.template at<T>(context.p.column_factors)[(matrix * columns + column) * Rule::kFactors + f];
   }
   times<Rule>(of_row.numbers, of_column, factors);
 }
@@ -127,9 +128,9 @@ __device__ __forceinline__ void small_factors(const Place<Rule, T>& place, int i
 // Calls body(i, factors) for each of this thread's elements of an item of any kind, i counted through the tensor. Flat
 // elements have no factors yet.
 template <class Rule, class T, class Body>
-__device__ __forceinline__ void for_elements(const Place<Rule, T>& place, Body&& body) {
-  const Partition& p = place.p;
-  const Item& item = place.item;
+__device__ __forceinline__ void for_elements(const ItemContext<Rule, T>& context, Body&& body) {
+  const Partition& p = context.p;
+  const Item& item = context.item;
   T factors[Rule::kFactors];
   if (p.cut == Cut::kFlat) {
     for (int n = threadIdx.x; n < item.n_columns; n += kReducingThreads) body(item.column + n, factors);
@@ -137,14 +138,14 @@ __device__ __forceinline__ void for_elements(const Place<Rule, T>& place, Body&&
     const int64_t first = item.matrix * p.rows * p.columns;
     const int elements = static_cast<int>(item.n_rows * p.rows * p.columns);
     for (int n = threadIdx.x; n < elements; n += kReducingThreads) {
-      small_factors(place, n, factors);
+      small_factors(context, n, factors);
       body(first + n, factors);
     }
   } else {
     const Tile tile(p, item, p.pack);
     const int64_t end = min(tile.column + p.pack, p.columns);
-    const T* const of_columns = place.template at<T>(p.column_factors) + item.matrix * p.columns * Rule::kFactors;
-    const MatrixFactors<Rule, T> of_matrix(place, item.matrix, item.row);
+    const T* const of_columns = context.template at<T>(p.column_factors) + item.matrix * p.columns * Rule::kFactors;
+    const MatrixFactors<Rule, T> of_matrix(context, item.matrix, item.row);
     for (int row = tile.row; row < item.n_rows && tile.inside; row += tile.rows_at_once) {
       const RowFactors<Rule, T> of_row(of_matrix, row);
       const int64_t first = (item.matrix * p.rows + item.row + row) * p.columns;
@@ -158,14 +159,14 @@ __device__ __forceinline__ void for_elements(const Place<Rule, T>& place, Body&&
 
 // Pass 2, an item of any kind, in the same order.
 template <class Rule, class T>
-__device__ __noinline__ double square_any(const Place<Rule, T>& place, const GradChange<T>& changes) {
-  const auto s = *place.prepared();
+__device__ __noinline__ double square_any(const ItemContext<Rule, T>& context, const GradChange<T>& changes) {
+  const auto s = *context.prepared();
   const auto change = changes;
-  const Record& record = place.record;
-  const bool flat = kTakesFlat<Rule> && place.p.cut == Cut::kFlat;
+  const Record& record = context.record;
+  const bool flat = kTakesFlat<Rule> && context.p.cut == Cut::kFlat;
   T total{};
-  for_elements(place, [&](int64_t i, T* factors) {
-    const T grad = change(load_any<T>(place.grad, record.grad_dtype, i));
+  for_elements(context, [&](int64_t i, T* factors) {
+    const T grad = change(load_any<T>(context.grad, record.grad_dtype, i));
     if (flat) {  // its states are for the last pass to write
       T states[kLineStates<Rule>];
       load_line<Rule, T, Span::kFlat>(record, i, states);
@@ -179,8 +180,9 @@ __device__ __noinline__ double square_any(const Place<Rule, T>& place, const Gra
 
 // What is left of pass 2 for an item: the last block of its tensor finishes what depends on the sums.
 template <class Rule, class T>
-__device__ __forceinline__ void finish_update(const Place<Rule, T>& place, double of_update, Shared<Rule>* shared) {
-  const Partition& p = place.p;
+__device__ __forceinline__ void finish_update(const ItemContext<Rule, T>& context, double of_update,
+                                              Shared<Rule>* shared) {
+  const Partition& p = context.p;
   of_update = sum_lanes(of_update, kWarp);
   if (threadIdx.x % kWarp == 0) shared->partial[threadIdx.x / kWarp] = of_update;
   __syncthreads();
@@ -188,18 +190,18 @@ __device__ __forceinline__ void finish_update(const Place<Rule, T>& place, doubl
     double sum = 0.0;
 #pragma unroll
     for (int warp = 0; warp < kReducingWarps; ++warp) sum += shared->partial[warp];
-    place.sums(1)[place.item.index] = sum;
+    context.sums(1)[context.item.index] = sum;
   }
-  if (!last_of(place.counters + 1, p.n_low, shared->flags)) return;
+  if (!last_of(context.counters + 1, p.n_low, shared->flags)) return;
   double sum = 0.0;
 #pragma unroll 8
-  for (int i = threadIdx.x; i < p.n_low; i += kReducingThreads) sum += place.sums(1)[i];
+  for (int i = threadIdx.x; i < p.n_low; i += kReducingThreads) sum += context.sums(1)[i];
   sum = block_sum(sum, shared->partial);
   if (threadIdx.x != 0) return;
-  const double* const totals = place.template at<double>(p.totals);
-  const int64_t n = place.record.numel;
+  const double* const totals = context.template at<double>(p.totals);
+  const int64_t n = context.record.numel;
   static_assert(sizeof(typename Rule::template Finish<T>) <= kFinishedBytes, "what a tensor has room for");
-  *place.finished() = Rule::finish(*place.prepared(), root_mean(totals[0], n), root_mean(sum, n));
+  *context.finished() = Rule::finish(*context.prepared(), root_mean(totals[0], n), root_mean(sum, n));
 }
 
 // What a step is to do beside the update: the general form, and the one in which there is nothing.
@@ -269,15 +271,16 @@ constexpr int kApplyBlocksPerItem = kAhead / kApplyAhead<Rule>;
 // the state of each element (if there is one) as S. All is asked for at once and looked up before anything is written;
 // without kWhole some rows are not there.
 template <class Rule, class P, class S, bool kWhole, class Does>
-__device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, const Tile& tile, int row,
+__device__ __forceinline__ void apply_rows(const ItemContext<Rule, float>& context, const Tile& tile, int row,
                                            const Does& does) {
   constexpr int kN = kVector<P>, kState = kElementState<Rule>, kRowsAtOnce = kApplyAhead<Rule>;
   constexpr bool kMore = std::is_same_v<Does, Beside>;
-  const Record& record = place.record;
-  const int n_rows = place.item.n_rows, rows_at_once = tile.rows_at_once;
-  const int64_t begin = (place.item.matrix * place.p.rows + place.item.row + row) * place.p.columns + tile.column;
-  const int64_t stride = rows_at_once * place.p.columns;
-  const Rows<P> params(record.param, begin, stride), grads(const_cast<void*>(place.grad), begin, stride);
+  const Record& record = context.record;
+  const int n_rows = context.item.n_rows, rows_at_once = tile.rows_at_once;
+  const int64_t begin =
+      (context.item.matrix * context.p.rows + context.item.row + row) * context.p.columns + tile.column;
+  const int64_t stride = rows_at_once * context.p.columns;
+  const Rows<P> params(record.param, begin, stride), grads(const_cast<void*>(context.grad), begin, stride);
   const Rows<S> states(kState < 0 ? record.param : record.states[kState < 0 ? 0 : kState], begin, stride);
   const auto is_there = [&](int k) { return kWhole || row + k * rows_at_once < n_rows; };
   Pack<kN, P> param[kRowsAtOnce], grad[kRowsAtOnce];
@@ -289,10 +292,10 @@ __device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, cons
     grad[k].load(grads[k]);
     if constexpr (kState >= 0) state[k].load(states[k]);
   }
-  const ColumnFactors<Rule, kN> of_columns(place, tile);
-  const MatrixFactors<Rule, float> of_matrix(place, place.item.matrix, place.item.row);
-  const auto s = *place.prepared();
-  const auto f = *place.finished();
+  const ColumnFactors<Rule, kN> of_columns(context, tile);
+  const MatrixFactors<Rule, float> of_matrix(context, context.item.matrix, context.item.row);
+  const auto s = *context.prepared();
+  const auto f = *context.finished();
   float of_rows[kRowsAtOnce][Rule::kFactors];
 #pragma unroll
   for (int k = 0; k < kRowsAtOnce; ++k) {
@@ -336,29 +339,30 @@ __device__ __forceinline__ void apply_rows(const Place<Rule, float>& place, cons
 }
 
 template <class Rule, class P, class S, class Does>
-__device__ __forceinline__ void apply_tile(const Place<Rule, float>& place, int part, const Does& does) {
-  const Tile tile(place.p, place.item, kVector<P>);
+__device__ __forceinline__ void apply_tile(const ItemContext<Rule, float>& context, int part, const Does& does) {
+  const Tile tile(context.p, context.item, kVector<P>);
   const int row = tile.row + part * kApplyAhead<Rule> * tile.rows_at_once;
   if (!tile.inside) return;
-  if (row + (kApplyAhead<Rule> - 1) * tile.rows_at_once < place.item.n_rows)
-    apply_rows<Rule, P, S, true>(place, tile, row, does);
+  if (row + (kApplyAhead<Rule> - 1) * tile.rows_at_once < context.item.n_rows)
+    apply_rows<Rule, P, S, true>(context, tile, row, does);
   else
-    apply_rows<Rule, P, S, false>(place, tile, row, does);
+    apply_rows<Rule, P, S, false>(context, tile, row, does);
 }
 
 // Pass 3, an item of any kind, dtypes and alignment, one element at a time.
 template <class Rule, class T>
-__device__ __noinline__ void apply_any(const Place<Rule, T>& place, const GradChange<T>& changes, T average_weight) {
+__device__ __noinline__ void apply_any(const ItemContext<Rule, T>& context, const GradChange<T>& changes,
+                                       T average_weight) {
   constexpr int kState = kElementState<Rule>;
-  const auto s = *place.prepared();
-  const auto f = *place.finished();
+  const auto s = *context.prepared();
+  const auto f = *context.finished();
   const auto change = changes;
-  const Record& record = place.record;
-  [[maybe_unused]] const bool flat = place.p.cut == Cut::kFlat;
-  for_elements(place, [&](int64_t i, T* factors) {
-    const T grad = change(load_any<T>(place.grad, record.grad_dtype, i));
-    if (change.zero) store_any(const_cast<void*>(place.grad), record.grad_dtype, i, T(0));
-    if (change.write) store_any(const_cast<void*>(place.grad), record.grad_dtype, i, grad * change.sign);
+  const Record& record = context.record;
+  [[maybe_unused]] const bool flat = context.p.cut == Cut::kFlat;
+  for_elements(context, [&](int64_t i, T* factors) {
+    const T grad = change(load_any<T>(context.grad, record.grad_dtype, i));
+    if (change.zero) store_any(const_cast<void*>(context.grad), record.grad_dtype, i, T(0));
+    if (change.write) store_any(const_cast<void*>(context.grad), record.grad_dtype, i, grad * change.sign);
     if constexpr (kTakesFlat<Rule>) {
       if (flat) finish_line<Rule, T, Span::kFlat>(record, i, Rule::square(grad, s), factors, s);
     }

@@ -26,7 +26,7 @@ struct PlainState {
 __device__ __forceinline__ uint32_t block_of(int64_t i) {
   return static_cast<uint32_t>(static_cast<uint64_t>(i) / kBlock);
 }
-__device__ __forceinline__ uint32_t place_in_block(int64_t i) {
+__device__ __forceinline__ uint32_t offset_in_block(int64_t i) {
   return static_cast<uint32_t>(i) % kBlock;
 }
 
@@ -78,8 +78,8 @@ struct QuantizedState {
       // The codes, plus 1.
 #pragma unroll
       for (int i = 0; i < kN; ++i)
-        to[i] =
-            Q::template decode_nonzero<uint32_t>(above(codes.words[i / kPerWord], i % kPerWord) - 8388607.0f, scale);
+        to[i] = Q::template dequantize_nonzero<uint32_t>(above(codes.words[i / kPerWord], i % kPerWord) - 8388607.0f,
+                                                         scale);
       return;
     }
     uint32_t zeros = 0;  // has a bit set if a code is zero, and maybe if none is
@@ -87,8 +87,8 @@ struct QuantizedState {
     for (int k = 0; k < kN / kPerWord; ++k) zeros |= (codes.words[k] - kOnes) & ~codes.words[k];
 #pragma unroll
     for (int i = 0; i < kN; ++i)
-      to[i] = Q::template decode_nonzero<uint32_t>(above(codes.words[i / kPerWord] ^ kSigns, i % kPerWord) - kMiddle,
-                                                   scale);
+      to[i] = Q::template dequantize_nonzero<uint32_t>(
+          above(codes.words[i / kPerWord] ^ kSigns, i % kPerWord) - kMiddle, scale);
     if ((zeros & kSigns) == 0) return;
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
@@ -104,18 +104,18 @@ struct QuantizedState {
 #pragma unroll
       for (int i = 0; i < kN; ++i) size = larger_size(size, i < n ? from[i] : 0.0f);
     }
-    const uint32_t largest = warp_maximum(bit_cast<uint32_t>(size));
-    const Block block(largest);
+    const uint32_t max_abs = warp_maximum(bit_cast<uint32_t>(size));
+    const Block block(max_abs);
 #pragma unroll
     for (int i = 0; i < kN; i += kPerWord) {
       uint32_t c[kPerWord];
 #pragma unroll
       for (int j = 0; j < kPerWord; ++j)
-        c[j] = Q::template encode_relative<uint32_t>(size_of(from[i + j]) * block.inverse,
-                                                     bit_cast<uint32_t>(from[i + j]));
+        c[j] = Q::template quantize_relative<uint32_t>(size_of(from[i + j]) * block.inverse,
+                                                       bit_cast<uint32_t>(from[i + j]));
       codes.words[i / kPerWord] = block.keep != 0 ? word_of(c) : 0u;
     }
-    if (place_in_block(at) == 0 && n > 0) global(record.precision.scales[k])[block_of(at)] = Block::scale(largest);
+    if (offset_in_block(at) == 0 && n > 0) global(record.precision.scales[k])[block_of(at)] = Block::scale(max_abs);
   }
 
  private:

@@ -13,7 +13,7 @@
 namespace fusedstep::cuda {
 
 // States from k on.
-template <class Rule, StateFormat kStates, int kN, int k = 0, bool kEnd = k == kNamed<Rule>>
+template <class Rule, StateFormat kStates, int kN, int k = 0, bool kEnd = k == kNumNamed<Rule>>
 struct States {
   static constexpr bool kHas = has_state<Rule>(k);
   struct Absent {};
@@ -110,7 +110,7 @@ struct Tile {
   States<Rule, kF.states, kN> states;
   Followers<kN, kFollowed> followers;
   int whole_from;  // as many numbers as make a whole vector, or more than there are if not all addresses are aligned
-  static constexpr int kPlaces = kNamed<Rule> > 0 ? kNamed<Rule> : 1;
+  static constexpr int kStateSlots = kNumNamed<Rule> > 0 ? kNumNamed<Rule> : 1;
 
   // Blocks for each multiprocessor: eight that have 64 bytes in flight for each thread, six that have more, and fewer
   // where many scalars take the registers.
@@ -135,7 +135,7 @@ struct Tile {
   __device__ __forceinline__ void ask(const Record& record, const void* gradient, int64_t i, int n) {
     if (whole(n)) for_loaded(record, gradient, [&](auto& array, auto data) { array.load(data + i); });
     // A lane behind the last element may still be in the last block. A whole warp behind it takes any.
-    const uint32_t block = static_cast<int>(place_in_block(i)) + n > 0 ? block_of(i) : 0;
+    const uint32_t block = static_cast<int>(offset_in_block(i)) + n > 0 ? block_of(i) : 0;
     states.for_each([&](int k, auto& state) { state.load_scale(record, k, block); });
   }
 
@@ -146,7 +146,7 @@ struct Tile {
 
   __device__ __forceinline__ void update(const Record& record, void* const& gradient, const Prepared& prepared,
                                          int64_t i, int n, double average_weight) {
-    float param[kN], values[kPlaces][kN];
+    float param[kN], values[kStateSlots][kN];
     const bool stores_grad = prepared.stores;
     if (!whole(n) || !compute<Quick>(prepared, param, values)) {
       forget_addresses();
@@ -219,13 +219,13 @@ struct Tile {
     for (int j = 0; j < kN; ++j) {
       T p = param[j], of_one[kMaxStates] = {};
 #pragma unroll
-      for (int k = 0; k < kNamed<Rule>; ++k) {
+      for (int k = 0; k < kNumNamed<Rule>; ++k) {
         if (has_state<Rule>(k)) of_one[k] = values[k][j];
       }
       update_with<Rule>(p, T(g[j]), of_one, s);
       param[j] = taken(p, &doubts);
 #pragma unroll
-      for (int k = 0; k < kNamed<Rule>; ++k) values[k][j] = taken(of_one[k], &doubts);
+      for (int k = 0; k < kNumNamed<Rule>; ++k) values[k][j] = taken(of_one[k], &doubts);
     }
     return doubts.none();
   }

@@ -25,7 +25,7 @@ constexpr int kNormMinBlocks = 5;                                    // for each
 constexpr int kNormPacks = 8;                                        // 16-byte vectors a thread asks for at once
 constexpr int64_t kNormRoundBytes = kNormThreads * kNormPacks * 16;  // that a block asks for at once
 constexpr int64_t kNormSmallBytes = kWarp * kNormPacks * 16;         // of a warp
-// Of a block: more where there is plenty, so that its beginning and its end weigh less.
+// A block's bytes: more where there is plenty, so that its beginning and its end weigh less.
 constexpr int64_t norm_chunk_bytes(int64_t gradient_bytes) {
   return kNormRoundBytes * (gradient_bytes >= (16 << 20) ? 4 : gradient_bytes >= (1 << 20) ? 2 : 1);
 }

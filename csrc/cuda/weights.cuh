@@ -37,7 +37,7 @@ struct MasterWeight {
   template <class Visitor>
   __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
     visitor(stored, static_cast<BF16*>(record.param), false);
-    visitor(master, static_cast<float*>(record.precision.companion));
+    visitor(master, static_cast<float*>(record.precision.aux));
   }
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
@@ -58,7 +58,7 @@ struct SplitWeight {
   template <class Visitor>
   __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
     visitor(upper, static_cast<BF16*>(record.param));
-    visitor(lower, static_cast<int16_t*>(record.precision.companion));
+    visitor(lower, static_cast<int16_t*>(record.precision.aux));
   }
   __device__ __forceinline__ void join(float* to) const {
     uint32_t zeros = 0;  // has a bit set if an upper half is zero, and maybe if one is not
@@ -103,7 +103,7 @@ struct KahanWeight {
   template <class Visitor>
   __device__ __forceinline__ void for_arrays(const Record& record, Visitor&& visitor) {
     visitor(stored, static_cast<BF16*>(record.param));
-    visitor(rest, static_cast<BF16*>(record.precision.companion));
+    visitor(rest, static_cast<BF16*>(record.precision.aux));
   }
   __device__ __forceinline__ void join(float* to) const {
 #pragma unroll
@@ -128,7 +128,7 @@ struct StochasticWeight : PlainWeight<BF16, kN> {
   __device__ __forceinline__ void split(float* from, const Record& record, int64_t i, uint32_t step) {
     static_assert(kN == kPhiloxElements, "a thread's numbers share a counter");
     const Philox random(record.precision.seed, record.precision.index, step,
-                        static_cast<uint64_t>(record.precision.place.element(i)) / kPhiloxElements);
+                        static_cast<uint64_t>(record.precision.element_map.element(i)) / kPhiloxElements);
 #pragma unroll
     for (int j = 0; j < kN; j += 2) {
       const uint32_t low = stochastic_upper_half<uint32_t>(from[j], random.bits(j));
@@ -140,34 +140,34 @@ struct StochasticWeight : PlainWeight<BF16, kN> {
 };
 
 // What the names of formats stand for.
-template <WeightFormat kWeight, int kN>
+template <StoredWeight kWeight, int kN>
 struct WeightOf;
 template <int kN>
-struct WeightOf<WeightFormat::kF32, kN> {
+struct WeightOf<StoredWeight::kF32, kN> {
   using Type = PlainWeight<float, kN>;
 };
 template <int kN>
-struct WeightOf<WeightFormat::kBF16, kN> {
+struct WeightOf<StoredWeight::kBF16, kN> {
   using Type = PlainWeight<BF16, kN>;
 };
 template <int kN>
-struct WeightOf<WeightFormat::kF16, kN> {
+struct WeightOf<StoredWeight::kF16, kN> {
   using Type = PlainWeight<F16, kN>;
 };
 template <int kN>
-struct WeightOf<WeightFormat::kMaster, kN> {
+struct WeightOf<StoredWeight::kMaster, kN> {
   using Type = MasterWeight<kN>;
 };
 template <int kN>
-struct WeightOf<WeightFormat::kSplit, kN> {
+struct WeightOf<StoredWeight::kSplit, kN> {
   using Type = SplitWeight<kN>;
 };
 template <int kN>
-struct WeightOf<WeightFormat::kKahan, kN> {
+struct WeightOf<StoredWeight::kKahan, kN> {
   using Type = KahanWeight<kN>;
 };
 template <int kN>
-struct WeightOf<WeightFormat::kStochastic, kN> {
+struct WeightOf<StoredWeight::kStochastic, kN> {
   using Type = StochasticWeight<kN>;
 };
 

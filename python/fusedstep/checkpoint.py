@@ -108,7 +108,7 @@ def loading(optimizer: FusedOptimizer) -> Iterator[list[Entry]]:
             # A flattened checkpoint that lacks a value has an empty dict in its place.
             if state := {name: part for name, part in value.items() if not (isinstance(part, dict) and not part)}:
                 entry = by_id[key]._replace(state=state)
-                loaded[entry.param] = _adopted(key, entry)
+                loaded[entry.param] = _load_one(key, entry)
                 given_states.append(entry)
         return {**given, "state": {}}
 
@@ -155,11 +155,11 @@ def _check_form(given: StateDict) -> None:
 _NOUNS = {"params": "the keys of states", "param_names": "names"}
 
 
-def _adopted(key: Any, entry: Entry) -> dict[str, Any]:
+def _load_one(key: Any, entry: Entry) -> dict[str, Any]:
     """A parameter's loaded state: our own copies, on its device."""
     optimizer = entry.rule
-    adopted = optimizer.stepper.kept.load(key, entry)
-    if optimizer.step_form == "absent" and dcp.is_blank(adopted, optimizer.state_names):
+    loaded_state = optimizer.stepper.kept.load(key, entry)
+    if optimizer.step_form == "absent" and dcp.is_blank(loaded_state, optimizer.state_names):
         for name in (*optimizer.state_names, *map(scale_name, optimizer.state_names)):
-            adopted.pop(name, None)
-    return adopted
+            loaded_state.pop(name, None)
+    return loaded_state

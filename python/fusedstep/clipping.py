@@ -32,7 +32,7 @@ def clip_grad_norm_(
     one scales them, which is left out if they are within the limit. Gradients on other devices, sparse ones, other
     orders of the norm and ``foreach=False`` are torch's own function's.
 
-    Of DTensors it takes the norm of the whole gradients, also beside plain ones and on several meshes: every process
+    The norm of DTensors is that of the whole gradients, also beside plain ones and on several meshes: every process
     must call it with the same parameters, whether they have gradients there or not.
 
     An optimizer of this package does not need it: its option ``max_grad_norm`` clips within the step.
@@ -74,8 +74,8 @@ def clip_grad_norm_(
             found = _C.cpu_sums(grads, 1.0, threads)
     if found is None:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-    sum_of_squares, largest = found
-    norm = largest if order == math.inf else math.sqrt(sum_of_squares)
+    sum_of_squares, max_abs = found
+    norm = max_abs if order == math.inf else math.sqrt(sum_of_squares)
     if error_if_nonfinite and not math.isfinite(norm):
         raise_nonfinite(order)
     coefficient = float(max_norm) / (norm + 1e-6)
@@ -86,7 +86,7 @@ def clip_grad_norm_(
 
 def _clip_parts(parameters: list[Tensor], max_norm: float, order: float, error_if_nonfinite: bool) -> Tensor:
     """The same where processes have parts of the gradients; the host waits for the device only if it may raise."""
-    sharers, by_largest = Exchange(parameters), order == math.inf
+    sharers, by_max_abs = Exchange(parameters), order == math.inf
     parts: list[tuple[Tensor, Tensor]] = []  # a gradient, and its part
     numbers = sharers.numbers()
     for index, param in enumerate(parameters):
@@ -96,9 +96,9 @@ def _clip_parts(parameters: list[Tensor], max_norm: float, order: float, error_i
             )
             part = layout.local(param.grad)
             parts.append((param.grad, part))
-            sharers.add(numbers, over(param), *sums([part], None, part.device), by_largest)
-    sharers.share(numbers, by_largest)
-    if by_largest:
+            sharers.add(numbers, over(param), *sums([part], None, part.device), by_max_abs)
+    sharers.share(numbers, by_max_abs)
+    if by_max_abs:
         norm = torch.where(numbers[ODD] > 0, math.nan, numbers[:ODD].amax())
     else:
         norm = numbers[:ODD].sum().sqrt()

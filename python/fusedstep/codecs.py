@@ -129,7 +129,7 @@ class Quantizer(NamedTuple):
     def code(self, signed: bool) -> torch.dtype:
         return torch.int8 if signed and self.bits == 8 else torch.uint8
 
-    def place(self, like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    def codes_layout(self, like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Shape and strides of the codes of a tensor like the dense ``like``; None: it cannot be stored in this way."""
         shape, strides, numel = list(like.shape), list(like.stride()), like.numel()
         if self.bits == 8:
@@ -165,7 +165,7 @@ QUANTIZERS = {quantizer.name: quantizer for quantizer in (EIGHT_BITS, FOUR_BITS)
 def quantizer_for(name: str, like: Tensor) -> Quantizer:
     """The quantizer of that name, or of more bits where a tensor like the dense ``like`` cannot be stored in it."""
     quantizer = QUANTIZERS[name]
-    return EIGHT_BITS if quantizer.place(like) is None else quantizer
+    return EIGHT_BITS if quantizer.codes_layout(like) is None else quantizer
 
 
 def quantizer_of(codes: Tensor, like: Tensor) -> Quantizer | None:
@@ -200,8 +200,8 @@ def are_laid_out_as(codes: Tensor, quantizer: Quantizer, like: Tensor) -> bool:
     """Whether dense codes are in the order of the memory of the dense ``like``."""
     if quantizer.bits == 8:
         return layout.same_layout(codes, like)
-    place = quantizer.place(like)
-    return place is not None and layout.same_layout(codes, torch.empty_strided(*place, device="meta"))
+    codes_layout = quantizer.codes_layout(like)
+    return codes_layout is not None and layout.same_layout(codes, torch.empty_strided(*codes_layout, device="meta"))
 
 
 def pieces(values: Tensor, codes: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -210,28 +210,28 @@ def pieces(values: Tensor, codes: Tensor, scales: Tensor) -> Iterator[tuple[Tens
     return zip(flat(values).split(PIECE), flat(codes).split(size), scales.split(PIECE // BLOCK), strict=True)
 
 
-def encode(values: Tensor, quantizer: Quantizer, signed: bool) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, quantizer: Quantizer, signed: bool) -> tuple[Tensor, Tensor]:
     """A dense fp32 tensor as codes along its memory, and one fp32 scale for each block of them."""
-    shape, strides = quantizer.place(values)
+    shape, strides = quantizer.codes_layout(values)
     codes = torch.empty_strided(shape, strides, dtype=quantizer.code(signed), device=values.device)
     scales = torch.empty(blocks_of(values.numel()), dtype=torch.float32, device=values.device)
     for wide, target, target_scales in pieces(values, codes, scales):
-        some_codes, some_scales = encode_blocks(wide, quantizer, signed)
+        some_codes, some_scales = quantize_blocks(wide, quantizer, signed)
         target.copy_(quantizer.pack(some_codes))
         target_scales.copy_(some_scales)
     return codes, scales
 
 
-def encode_blocks(values: Tensor, quantizer: Quantizer, signed: bool) -> tuple[Tensor, Tensor]:
+def quantize_blocks(values: Tensor, quantizer: Quantizer, signed: bool) -> tuple[Tensor, Tensor]:
     """The codes of some numbers in a row, and their scales."""
     numel = values.numel()
     padded = torch.zeros(blocks_of(numel) * BLOCK, dtype=torch.float32, device=values.device)
     padded[:numel] = values
     bits = bits_of(padded).view(-1, BLOCK)
     magnitude = bits & 0x7FFFFFFF
-    largest = magnitude.amax(1)
-    coded = (largest >= SMALLEST_NORMAL) & (largest < INFINITY)
-    scales = torch.where(coded, largest, (largest >= INFINITY) * QUIET_NAN).to(torch.int32).view(torch.float32)
+    max_abs = magnitude.amax(1)
+    coded = (max_abs >= SMALLEST_NORMAL) & (max_abs < INFINITY)
+    scales = torch.where(coded, max_abs, (max_abs >= INFINITY) * QUIET_NAN).to(torch.int32).view(torch.float32)
     inverse = torch.where(coded, 1.0 / scales, 0.0)
     relative = bits_of(magnitude.view(torch.float32) * inverse[:, None])
     shift, bias = ROOT_BIAS[signed]
@@ -244,17 +244,17 @@ def encode_blocks(values: Tensor, quantizer: Quantizer, signed: bool) -> tuple[T
     return torch.where(coded[:, None], codes, 0).view(-1)[:numel], scales
 
 
-def decode(codes: Tensor, scales: Tensor, quantizer: Quantizer, signed: bool, like: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, quantizer: Quantizer, signed: bool, like: Tensor) -> Tensor:
     """The fp32 numbers of a tensor like ``like``, in the layout of the dense ``codes``."""
     strides = strides_of(codes, quantizer, like)
     values = torch.empty_strided(like.shape, strides, dtype=torch.float32, device=codes.device)
     for target, some_codes, some_scales in pieces(values, codes, scales):
         numbers = quantizer.unpack(some_codes, signed, target.numel())
-        target.copy_(decode_blocks(numbers, some_scales, quantizer, signed))
+        target.copy_(dequantize_blocks(numbers, some_scales, quantizer, signed))
     return values
 
 
-def decode_blocks(numbers: Tensor, scales: Tensor, quantizer: Quantizer, signed: bool) -> Tensor:
+def dequantize_blocks(numbers: Tensor, scales: Tensor, quantizer: Quantizer, signed: bool) -> Tensor:
     """The numbers of some codes in a row."""
     steps = quantizer.steps(signed)
     shift, bias = ROOT_BIAS[signed]

@@ -63,24 +63,24 @@ class Exchange:
         """A zero for each of these kinds, or of all, and the last two."""
         return torch.zeros(len(self.kinds if kinds is None else kinds) + 2, dtype=torch.float64, device=self.device)
 
-    def add(self, numbers: Tensor, kind: Over, sum_of_squares: Tensor, largest: Tensor, by_largest: bool) -> None:
+    def add(self, numbers: Tensor, kind: Over, sum_of_squares: Tensor, max_abs: Tensor, by_max_abs: bool) -> None:
         """Add sums over gradients of this process."""
         number = numbers[self.kinds[kind]]
-        if by_largest:
-            odd = largest.isnan()
-            number.copy_(torch.maximum(number, torch.where(odd, 0.0, largest).to(self.device)))
+        if by_max_abs:
+            odd = max_abs.isnan()
+            number.copy_(torch.maximum(number, torch.where(odd, 0.0, max_abs).to(self.device)))
         else:
-            odd = ~largest.isfinite()
+            odd = ~max_abs.isfinite()
             number += sum_of_squares.to(self.device)
         numbers[ODD] += odd.to(self.device)
 
-    def share(self, numbers: Tensor, by_largest: bool, kinds: Sequence[Over] | None = None) -> None:
+    def share(self, numbers: Tensor, by_max_abs: bool, kinds: Sequence[Over] | None = None) -> None:
         """Add up numbers of these kinds, or take the largest, over all processes that have parts of the tensors."""
         from torch.distributed import ReduceOp, all_reduce
 
         for group, indices in self._members_of((*(self.kinds if kinds is None else kinds), self.groups, self.groups)):
             part = numbers if indices is None else numbers.index_select(0, indices)
-            all_reduce(part, op=ReduceOp.MAX if by_largest else ReduceOp.SUM, group=group)
+            all_reduce(part, op=ReduceOp.MAX if by_max_abs else ReduceOp.SUM, group=group)
             if indices is not None:
                 numbers.index_copy_(0, indices, part)
 

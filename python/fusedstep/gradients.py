@@ -125,8 +125,8 @@ class Gradients:
         """A copy of the last norm; in fp64 if all parameters are."""
         if self.last is None:
             return None
-        twice = all(param.dtype in (torch.float64, torch.complex128) for param in _params(groups))
-        return self.last.norm.to(torch.float64 if twice else torch.float32, copy=True)
+        fp64 = all(param.dtype in (torch.float64, torch.complex128) for param in _params(groups))
+        return self.last.norm.to(torch.float64 if fp64 else torch.float32, copy=True)
 
     def look_for_sharers(self, optimizer: FusedOptimizer) -> None:
         """Find the other processes, of a new or changed optimizer; raise RuntimeError in all if they differ."""
@@ -149,10 +149,10 @@ class Gradients:
     def give_up(self, cls: str, error: Exception) -> None:
         """After an error: enter what other processes wait in, so that they can raise too, or skip the step."""
         to_come, self.to_come, sharers = self.to_come, [], self.sharers
-        for by_largest, kinds in to_come:
+        for by_max_abs, kinds in to_come:
             numbers = sharers.numbers(kinds)
             numbers[STOP] = FAIL
-            sharers.share(numbers, by_largest, kinds)
+            sharers.share(numbers, by_max_abs, kinds)
             if sharers.device.type == "cpu":
                 return sharers.raise_failure(cls, error)
             # There the others do not wait for the device, and go on as in a step that is skipped.
@@ -192,25 +192,25 @@ class Gradients:
     def _reduce(
         self, plans: Sequence[Plan], limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> int:
-        places: dict[tuple[Backend, torch.device, Over], list[Plan]] = {}
+        by_device: dict[tuple[Backend, torch.device, Over], list[Plan]] = {}
         for plan in plans:
             for part in (plan, plan.rows_plan):
                 if part is not None and (device := part.norm_device()) is not None:
-                    places.setdefault((part.backend, device, part.over), []).append(part)
-        self.any_seen = bool(places) or self.sharers is not None
+                    by_device.setdefault((part.backend, device, part.over), []).append(part)
+        self.any_seen = bool(by_device) or self.sharers is not None
         if self.sharers is None:
-            if not places:
+            if not by_device:
                 self._take_sums([], limits, grad_scale, found_inf)
                 return 0
-            ((backend, device, _), members), *others = places.items()
+            ((backend, device, _), members), *others = by_device.items()
             self.last = self._at(device)
             if not others:
                 return backend.norm(members, self.last, limits, grad_scale, found_inf)
         calls, parts = 0, []
-        for (backend, device, kind), members in places.items():
+        for (backend, device, kind), members in by_device.items():
             part = self._at(device)
             calls += backend.norm(members, part, None, grad_scale, None)
-            parts.append((kind, part.sum_of_squares.clone(), part.largest.clone()))
+            parts.append((kind, part.sum_of_squares.clone(), part.max_abs.clone()))
         self._take_sums(parts, limits, grad_scale, found_inf)
         return calls
 
@@ -242,23 +242,23 @@ class Gradients:
         """The same where other processes have parts too: they skip a step if this one does."""
         numbers = sharers.numbers()
         for part in parts:
-            sharers.add(numbers, *part, limits.by_largest)
+            sharers.add(numbers, *part, limits.by_max_abs)
         if found_inf is not None:
             numbers[STOP] = torch.where(found_inf.to(numbers.device).reshape(()) != 0, SKIP, 0.0)
-        self._enter(sharers, numbers, limits.by_largest)
+        self._enter(sharers, numbers, limits.by_max_abs)
         self.last = self._at(sharers.device)
         self.last.numbers.zero_()
-        if limits.by_largest:
-            self.last.largest.copy_(torch.where(numbers[ODD] > 0, math.nan, numbers[:ODD].amax()))
+        if limits.by_max_abs:
+            self.last.max_abs.copy_(torch.where(numbers[ODD] > 0, math.nan, numbers[:ODD].amax()))
         else:
             self.last.sum_of_squares.copy_(numbers[:ODD].sum())
-            self.last.largest.copy_(torch.where(numbers[ODD] > 0, math.inf, 0.0))
+            self.last.max_abs.copy_(torch.where(numbers[ODD] > 0, math.inf, 0.0))
         self.last.finish(limits, grad_scale, numbers[STOP])
 
-    def _enter(self, sharers: Exchange, numbers: Tensor, by_largest: bool, kinds: Sequence[Over] | None = None) -> None:
+    def _enter(self, sharers: Exchange, numbers: Tensor, by_max_abs: bool, kinds: Sequence[Over] | None = None) -> None:
         """Share numbers; raise RuntimeError if another process cannot make the step."""
         del self.to_come[:1]
-        sharers.share(numbers, by_largest, kinds)
+        sharers.share(numbers, by_max_abs, kinds)
         if numbers.device.type == "cpu" and numbers[STOP] >= FAIL:
             self.to_come = []
             sharers.raise_failure("step()", None)

@@ -12,7 +12,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """True if the elements fill one stretch of memory without gaps or overlaps, in any order of dimensions."""
+    """True if the elements lie in memory without gaps or overlaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1):
         if stride != expected:
@@ -65,8 +65,8 @@ def zero(tensor: Tensor) -> None:
         tensor.zero_()
 
 
-def place(tensor: Tensor) -> tuple:
-    """Equal for two tensors that are the same stretch of memory, read in the same way."""
+def memory_key(tensor: Tensor) -> tuple:
+    """Equal for two tensors that are the same memory, read in the same way."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, is_lazy(tensor)
 
 

@@ -72,12 +72,12 @@ def _entries_of(
 
 
 @torch.no_grad()
-def look_up(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Chosen]]:
+def check_and_select(optimizer: FusedOptimizer, needs_norm: bool) -> list[list[Chosen]]:
     """Every parameter of each group, after all checks of it, its gradient and its states; nothing is created.
 
     ``needs_norm``: the step takes the norm of all gradients together.
     """
-    optimizer.stepper.learning_rates.settle(optimizer.param_groups)
+    optimizer.stepper.learning_rates.move_schedules(optimizer.param_groups)
     chosen: list[list[Chosen]] = []
     any_reduces = False
     for group, members in zip(optimizer.param_groups, entries(optimizer), strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .kept.weights import PLAIN, WeightFormat
-from .shards import WHOLE, Place
+from .shards import IDENTITY, ElementMap
 
 
 class Record(NamedTuple):
@@ -25,11 +25,11 @@ class Record(NamedTuple):
     matrices: tuple[int, int, int] | None = None  # (batch, rows, columns) for a rule that reduces; None: flat
     average: Tensor | None = None  # of the weight over the steps
     copy: Tensor | None = None  # of the weight, in a narrower dtype
-    form: WeightFormat = PLAIN
-    companion: Tensor | None = None  # of the weight, as its form says
+    weight_format: WeightFormat = PLAIN
+    aux: Tensor | None = None  # what the weight's format keeps beside it
     scales: tuple[Tensor | None, ...] = ()  # of each state; None: not quantized. Empty: none is
     seed: int = 0  # of stochastic rounding
-    place: Place = WHOLE  # of the memory in the whole parameter, by whose elements it is random
+    element_map: ElementMap = IDENTITY  # of the memory in the whole parameter, by whose elements it is random
 
     @property
     def target(self) -> Tensor:
@@ -38,7 +38,7 @@ class Record(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether weight and states are numbers of their dtypes."""
-        return self.form is PLAIN and not any(scale is not None for scale in self.scales)
+        return self.weight_format is PLAIN and not any(scale is not None for scale in self.scales)
 
 
 class Step(NamedTuple):

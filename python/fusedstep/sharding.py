@@ -50,7 +50,7 @@ def has_pieces(params: Iterable[Tensor]) -> bool:
 def check(optimizer: FusedOptimizer, norm: bool, norm_of_each: bool, sums: bool) -> None:
     """Raise RuntimeError, or warn once, if what a step needs would be known of one process's gradients alone.
 
-    Of a DTensor the checks of parameters and gradients see the same.
+    The checks of parameters and gradients see the same of a DTensor.
 
     Args:
         norm: a step takes the norm of all gradients together.

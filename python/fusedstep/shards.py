@@ -10,8 +10,8 @@ from torch import Tensor
 from . import layout
 
 
-class Place(NamedTuple):
-    """Which element of the whole tensor, in the order of its memory, each element of a part is; csrc/table.h's Place.
+class ElementMap(NamedTuple):
+    """Which element of the whole tensor, in the order of its memory, each element of a part is, as in csrc/table.h.
 
     The elements lie in runs of ``run``, of which ``runs`` begin ``stride`` apart from each other, and groups of these
     ``outer`` apart; a ``run`` of 0 never ends.
@@ -36,7 +36,7 @@ class Place(NamedTuple):
         return all(number % 8 == 0 for number in (self.first, self.run, self.stride, self.outer))
 
 
-WHOLE = Place()
+IDENTITY = ElementMap()
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -49,20 +49,20 @@ def wraps(tensor: Tensor, memory: Tensor | None) -> bool:
     return is_sharded(tensor) and getattr(tensor, "_local_tensor", None) is memory and hasattr(tensor, "_spec")
 
 
-def place_of(param: Tensor, what: str) -> Place:
+def element_map_of(param: Tensor, what: str) -> ElementMap:
     """Where the local memory of a parameter lies in the whole one, which ``what`` describes.
 
     Raises:
-        ValueError: its elements are too scattered for a `Place`.
+        ValueError: its elements are too scattered for an `ElementMap`.
     """
     if not is_sharded(param):
-        return WHOLE
+        return IDENTITY
     memory = layout.local(param.detach())
     strides, first = list(param.stride()), 0
     for dim, size in enumerate(param.shape):
         indices = _indices(param, dim, size)
         if memory.numel() == 0:
-            return WHOLE
+            return IDENTITY
         step = int(indices[1] - indices[0]) if len(indices) > 1 else 1
         if len(indices) != memory.shape[dim] or not torch.equal(
             indices, torch.arange(len(indices)) * step + indices[:1]
@@ -80,11 +80,11 @@ def place_of(param: Tensor, what: str) -> Place:
     if levels and levels[0][1] != 1:
         levels.insert(0, (1, 1))
     if len(levels) <= 1:
-        return Place(first)
+        return ElementMap(first)
     if len(levels) > 3:
         raise _too_scattered(what)
     (run, _), (runs, stride), outer = levels[0], levels[1], (levels[2][1] if len(levels) > 2 else 0)
-    return Place(first, run, runs, stride, outer)
+    return ElementMap(first, run, runs, stride, outer)
 
 
 def keeps_rows(param: Tensor, size: int) -> bool:

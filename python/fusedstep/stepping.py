@@ -169,7 +169,7 @@ class Stepper:
                 dcp.own(optimizer)
                 # What is made now may be used by a step outside of inference mode.
                 with torch.inference_mode(False):
-                    chosen = planning.look_up(optimizer, limits is not None)
+                    chosen = planning.check_and_select(optimizer, limits is not None)
                     self.norms_checked = needs_norm
                     if limits is not None and gradients.skip_unplanned(optimizer, limits, grad_scale, found_inf):
                         return
@@ -210,24 +210,24 @@ class Stepper:
     def clip(self, optimizer: FusedOptimizer, plans: list[Plan], grad_scale: Tensor | None) -> None:
         """Put unscaled and clipped gradients into the plans."""
         groups = optimizer.param_groups
-        places, grads = [], []
+        origins, grads = [], []
         for plan in plans:
             if optimizer.clips_by_norm(optimizer.param_groups[plan.group]):
                 plan.check_norm_is_known()
             for i, grad in plan.grads_in_use():
                 grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-                places.append((plan, i))
+                origins.append((plan, i))
                 grads.append(
                     (optimizer.param_groups[plan.group], grad if grad_scale is None else grad / grad_scale.to(grad))
                 )
 
         def norms(grads: list[Tensor | None]) -> list[Tensor | None]:
             asked = [k for k, grad in enumerate(grads) if grad is not None]
-            parts = [(places[k][0].records[places[k][1]].index, grads[k]) for k in asked]
+            parts = [(origins[k][0].records[origins[k][1]].index, grads[k]) for k in asked]
             found = dict(zip(asked, self.gradients.single_norms(parts, kinds_of(groups)), strict=True))
             return [found.get(k) for k in range(len(grads))]
 
-        for (plan, i), grad in zip(places, optimizer.clip(grads, norms), strict=True):
+        for (plan, i), grad in zip(origins, optimizer.clip(grads, norms), strict=True):
             plan.replace_grad(i, grad)
 
     def _expect(self, optimizer: FusedOptimizer, limits: Limits | None, clips: bool, norm_of_each: bool) -> None:
@@ -238,12 +238,12 @@ class Stepper:
             return
         exchanges: list[tuple[bool, Any]] = []
         if clips and limits is not None:
-            exchanges.append((limits.by_largest, None))
+            exchanges.append((limits.by_max_abs, None))
             limits = limits_of_clipped(limits)
         if norm_of_each:
             exchanges.append((False, kinds_of(optimizer.param_groups)))
         if limits is not None:
-            exchanges.append((limits.by_largest, None))
+            exchanges.append((limits.by_max_abs, None))
         self.gradients.expect(exchanges)
 
     def hyper_of(self, optimizer: FusedOptimizer, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:

@@ -2,7 +2,7 @@
 
 Two statements are checked for each row. The backend gives the same bits as the reference implementation, over several
 steps; and the reference stays within a stated number of units in the last place (ULP) of the same steps in float64.
-The precision options are rows of their own, whose states and companions of weights count among the tensors; so is the
+The precision options are rows of their own, whose states and aux states count among the tensors; so is the
 chain of clipping, zeroed gradients and averages, of which the averages count too.
 Sums over rows, columns and tensors have an order of their own on each backend: of a rule that has any, backend and
 reference are both held to float64, with the backend's states.

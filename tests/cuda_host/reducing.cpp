@@ -29,7 +29,7 @@ int host_reducing_step(const char* rule, int n_states, const Scalar* hyper, bool
   int launches = 0;
   const auto step = [&](auto r) {
     using Rule = decltype(r);
-    if (std::string(rule) != Rule::kName || n_states != kHeld<Rule>) return;
+    if (std::string(rule) != Rule::kName || n_states != kNumPresent<Rule>) return;
     const ReducingTable table =
         build_reducing_table(std::vector<Record>(records, records + n_records), kReducingTraits<Rule>);
     std::vector<char> bytes = table.bytes();

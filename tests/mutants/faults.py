@@ -245,7 +245,7 @@ CPU = [
     Fault(
         "8 bits: the blocks that wait at the end are not encoded",
         "csrc/cpu/quantized.h",
-        "for (; waiting_ > 0; --waiting_) encode_block(block_ - waiting_);",
+        "for (; waiting_ > 0; --waiting_) quantize_block(block_ - waiting_);",
         "waiting_ = 0;",
         STORAGE,
     ),
@@ -336,21 +336,21 @@ CPU = [
     Fault(
         "8 bits: states behind the third are forgotten",
         "csrc/cpu/quantized.h",
-        "std::make_integer_sequence<int, kNamed<Rule>>{}",
-        "std::make_integer_sequence<int, (kNamed<Rule> < 3 ? kNamed<Rule> : 3)>{}",
+        "std::make_integer_sequence<int, kNumNamed<Rule>>{}",
+        "std::make_integer_sequence<int, (kNumNamed<Rule> < 3 ? kNumNamed<Rule> : 3)>{}",
         "tests/test_own_rules.py",
     ),
     Fault(
         "8 bits: the scale of a block with an infinity is infinite",
         "csrc/cpu/quantized.h",
-        "record_.precision.scales[k][block_] = Block::scale(largest);",
-        "record_.precision.scales[k][block_] = bit_cast<float>(largest);",
+        "record_.precision.scales[k][block_] = Block::scale(max_abs);",
+        "record_.precision.scales[k][block_] = bit_cast<float>(max_abs);",
         BITS,
     ),
     Fault(
         "8 bits: a block with a NaN keeps its codes",
         "csrc/cpu/quantized.h",
-        "    if (Block(largest).keep == 0) std::fill(numbers, numbers + kBlock, 0.0f);\n",
+        "    if (Block(max_abs).keep == 0) std::fill(numbers, numbers + kBlock, 0.0f);\n",
         "",
         BITS,
     ),
@@ -396,8 +396,8 @@ CUDA_ENGINE = [
     Fault(
         "8 bits: the scale of a block with an infinity is infinite, in tiles",
         "csrc/cuda/states.cuh",
-        "global(record.precision.scales[k])[block_of(at)] = Block::scale(largest);",
-        "global(record.precision.scales[k])[block_of(at)] = bit_cast<float>(largest);",
+        "global(record.precision.scales[k])[block_of(at)] = Block::scale(max_abs);",
+        "global(record.precision.scales[k])[block_of(at)] = bit_cast<float>(max_abs);",
         CUDA_STORAGE,
     ),
     Fault(
@@ -417,14 +417,14 @@ CUDA_ENGINE = [
     Fault(
         "8 bits: the scale of a block with an infinity is infinite, in the general way",
         "csrc/cuda/general.cuh",
-        "global(record.precision.scales[k])[at / kBlock] = Block::scale(largest[k]);",
-        "global(record.precision.scales[k])[at / kBlock] = bit_cast<float>(largest[k]);",
+        "global(record.precision.scales[k])[at / kBlock] = Block::scale(max_abs[k]);",
+        "global(record.precision.scales[k])[at / kBlock] = bit_cast<float>(max_abs[k]);",
         CUDA_STORAGE,
     ),
     Fault(
         "master weights: the fp32 copy is not stored in the general way",
         "csrc/cuda/general.cuh",
-        "      global(static_cast<float*>(p.companion))[i] = param;\n",
+        "      global(static_cast<float*>(p.aux))[i] = param;\n",
         "",
         CUDA_STORAGE,
     ),
@@ -459,7 +459,7 @@ CUDA_ENGINE = [
     Fault(
         "the norm of a plan replaces those before it",
         "csrc/cuda/norm.cuh",
-        "  if (!a.first) add(&sums, {norm.sum_of_squares, norm.largest});\n",
+        "  if (!a.first) add(&sums, {norm.sum_of_squares, norm.max_abs});\n",
         "",
         CUDA,
     ),
@@ -526,8 +526,8 @@ TRITON_ENGINE = [
     Fault(
         "Kahan: the rest is not read",
         "triton_kernels/stored.py",
-        "return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE) + rest",
-        "return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, WHOLE)",
+        "return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, UNMASKED) + rest",
+        "return load(row.param, begin, lanes, mask, PARAM, ARITHMETIC, UNMASKED)",
         TRITON,
     ),
     Fault(

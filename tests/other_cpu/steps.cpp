@@ -46,7 +46,7 @@ void run(RuleId id, const Format& format) {
       hash = hashed(tensor.grad, format.param, hash);
     }
     hash = tensor.hash_of_weight(hash);
-    for (int k = 0; k < kNamed<Rule>; ++k) hash = tensor.hash_of_state(k, hash);
+    for (int k = 0; k < kNumNamed<Rule>; ++k) hash = tensor.hash_of_state(k, hash);
   }
   std::printf("%s %d, %s: %016llx\n", Rule::kName, static_cast<int>(id), format.name,
               static_cast<unsigned long long>(hash));

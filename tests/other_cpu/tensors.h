@@ -66,36 +66,38 @@ enum class States { kFp32, kFp64, kBf16, kFp16, k8Bit, k4Bit };
 struct Format {
   const char* name;
   Dtype param;
-  Form form;
+  WeightFormat weight_format;
   States states;
 };
 constexpr Format kFormats[] = {
-    {"fp64", Dtype::kF64, Form::kPlain, States::kFp64},
-    {"fp32", Dtype::kF32, Form::kPlain, States::kFp32},
-    {"fp32, bf16 states", Dtype::kF32, Form::kPlain, States::kBf16},
-    {"fp32, 8-bit states", Dtype::kF32, Form::kPlain, States::k8Bit},
-    {"fp32, 4-bit states", Dtype::kF32, Form::kPlain, States::k4Bit},
-    {"bf16", Dtype::kBF16, Form::kPlain, States::kBf16},
-    {"bf16, fp32 states", Dtype::kBF16, Form::kPlain, States::kFp32},
-    {"bf16, 8-bit states", Dtype::kBF16, Form::kPlain, States::k8Bit},
-    {"bf16, 4-bit states", Dtype::kBF16, Form::kPlain, States::k4Bit},
-    {"fp16", Dtype::kF16, Form::kPlain, States::kFp16},
-    {"fp16, 8-bit states", Dtype::kF16, Form::kPlain, States::k8Bit},
-    {"split", Dtype::kBF16, Form::kSplit, States::kFp32},
-    {"split, bf16 states", Dtype::kBF16, Form::kSplit, States::kBf16},
-    {"split, 8-bit states", Dtype::kBF16, Form::kSplit, States::k8Bit},
-    {"master bf16", Dtype::kBF16, Form::kMaster, States::kFp32},
-    {"master fp16", Dtype::kF16, Form::kMaster, States::kFp32},
-    {"kahan bf16", Dtype::kBF16, Form::kKahan, States::kBf16},
-    {"kahan fp16", Dtype::kF16, Form::kKahan, States::kFp16},
-    {"stochastic bf16", Dtype::kBF16, Form::kStochastic, States::kBf16},
-    {"stochastic fp16", Dtype::kF16, Form::kStochastic, States::kFp16},
-    {"stochastic, 8-bit states", Dtype::kBF16, Form::kStochastic, States::k8Bit},
-    {"stochastic, 4-bit states", Dtype::kBF16, Form::kStochastic, States::k4Bit},
+    {"fp64", Dtype::kF64, WeightFormat::kPlain, States::kFp64},
+    {"fp32", Dtype::kF32, WeightFormat::kPlain, States::kFp32},
+    {"fp32, bf16 states", Dtype::kF32, WeightFormat::kPlain, States::kBf16},
+    {"fp32, 8-bit states", Dtype::kF32, WeightFormat::kPlain, States::k8Bit},
+    {"fp32, 4-bit states", Dtype::kF32, WeightFormat::kPlain, States::k4Bit},
+    {"bf16", Dtype::kBF16, WeightFormat::kPlain, States::kBf16},
+    {"bf16, fp32 states", Dtype::kBF16, WeightFormat::kPlain, States::kFp32},
+    {"bf16, 8-bit states", Dtype::kBF16, WeightFormat::kPlain, States::k8Bit},
+    {"bf16, 4-bit states", Dtype::kBF16, WeightFormat::kPlain, States::k4Bit},
+    {"fp16", Dtype::kF16, WeightFormat::kPlain, States::kFp16},
+    {"fp16, 8-bit states", Dtype::kF16, WeightFormat::kPlain, States::k8Bit},
+    {"split", Dtype::kBF16, WeightFormat::kSplit, States::kFp32},
+    {"split, bf16 states", Dtype::kBF16, WeightFormat::kSplit, States::kBf16},
+    {"split, 8-bit states", Dtype::kBF16, WeightFormat::kSplit, States::k8Bit},
+    {"master bf16", Dtype::kBF16, WeightFormat::kMaster, States::kFp32},
+    {"master fp16", Dtype::kF16, WeightFormat::kMaster, States::kFp32},
+    {"kahan bf16", Dtype::kBF16, WeightFormat::kKahan, States::kBf16},
+    {"kahan fp16", Dtype::kF16, WeightFormat::kKahan, States::kFp16},
+    {"stochastic bf16", Dtype::kBF16, WeightFormat::kStochastic, States::kBf16},
+    {"stochastic fp16", Dtype::kF16, WeightFormat::kStochastic, States::kFp16},
+    {"stochastic, 8-bit states", Dtype::kBF16, WeightFormat::kStochastic, States::k8Bit},
+    {"stochastic, 4-bit states", Dtype::kBF16, WeightFormat::kStochastic, States::k4Bit},
 };
 
-inline Dtype companion_dtype(const Format& format) {
-  return format.form == Form::kMaster ? Dtype::kF32 : format.form == Form::kSplit ? Dtype::kI16 : format.param;
+inline Dtype aux_dtype(const Format& format) {
+  return format.weight_format == WeightFormat::kMaster  ? Dtype::kF32
+         : format.weight_format == WeightFormat::kSplit ? Dtype::kI16
+                                                        : format.param;
 }
 
 // A parameter and what a rule has beside it.
@@ -103,21 +105,22 @@ template <class Rule>
 struct Tensor {
   const Format format;
   float step = 0.0f;
-  Bytes param, grad, companion, states[kMaxStates];
+  Bytes param, grad, aux, states[kMaxStates];
   std::vector<float> scales[kMaxStates];
   Record record{};
 
   Tensor(const Format& given, int64_t n, Random& random) : format(given) {
     const auto memory = [&](Dtype dtype) { return Bytes(static_cast<size_t>(size_of(dtype, n))); };
-    param = memory(format.param), grad = param, companion = memory(companion_dtype(format));
+    param = memory(format.param), grad = param, aux = memory(aux_dtype(format));
     record.param = param.data();
     record.step = &step;
     record.numel = n;
     record.param_dtype = record.grad_dtype = format.param;
-    record.precision.form = format.form;
-    if (format.form != Form::kPlain && format.form != Form::kStochastic) record.precision.companion = companion.data();
+    record.precision.weight_format = format.weight_format;
+    if (format.weight_format != WeightFormat::kPlain && format.weight_format != WeightFormat::kStochastic)
+      record.precision.aux = aux.data();
     record.precision.seed = 7, record.precision.index = 3;
-    for (int k = 0; k < kNamed<Rule>; ++k) {
+    for (int k = 0; k < kNumNamed<Rule>; ++k) {
       if (!Rule::kPresent[k]) continue;
       Dtype dtype = format.states == States::kFp64   ? Dtype::kF64
                     : format.states == States::kBf16 ? Dtype::kBF16
@@ -137,7 +140,7 @@ struct Tensor {
     for (int64_t i = 0; i < n; ++i) {
       const float number = random.number();
       put(param, format.param, i, number);
-      if (format.form == Form::kMaster) put(companion, Dtype::kF32, i, number);
+      if (format.weight_format == WeightFormat::kMaster) put(aux, Dtype::kF32, i, number);
     }
   }
   Tensor(const Tensor&) = delete;
@@ -147,7 +150,7 @@ struct Tensor {
   }
   uint64_t hash_of_weight(uint64_t hash) const {
     hash = hashed(param, format.param, hash);
-    return record.precision.companion == nullptr ? hash : hashed(companion, companion_dtype(format), hash);
+    return record.precision.aux == nullptr ? hash : hashed(aux, aux_dtype(format), hash);
   }
   uint64_t hash_of_state(int k, uint64_t hash) const {
     Bytes scale(scales[k].size() * sizeof(float));

@@ -82,7 +82,7 @@ struct Six : Five {
   static constexpr const char* kStateNames[] = {"a", "b", "c", "d", "e", "f"};
   static constexpr bool kPresent[] = {true, true, true, true, true, true};
 };
-constexpr int kSix = kNamed<Six>;
+constexpr int kSix = kNumNamed<Six>;
 #endif
 
 // The kernels of every format are for these.
@@ -151,7 +151,7 @@ void check(int own_id, int real_id, const double (&hyper)[n], int k, bool weight
       take_steps(own_id, own, kAdamHyper);
       take_steps(real_id, real, hyper);
       if (weight) compare(Own::kName, -1, format, own.hash_of_weight(0), real.hash_of_weight(0));
-      for (int j = 0; j < kNamed<Real>; ++j)
+      for (int j = 0; j < kNumNamed<Real>; ++j)
         if (has_state<Real>(j))
           compare(Own::kName, k + j, format, own.hash_of_state(k + j, 0), real.hash_of_state(j, 0));
     }

@@ -124,4 +124,4 @@ def watch(state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> Any:
         return _AlwaysChanged()
     from .. import _C
 
-    return _C.Watch(state, param_groups)
+    return _C.ChangeDetector(state, param_groups)

@@ -72,9 +72,9 @@ class Backend(ABC):
             grad_scale: gradients count divided by it.
             found_inf: if not 0, the step is skipped in any case.
         """
-        total, largest = sums((grad for plan in plans for grad in plan.grads_as_used()), grad_scale, norm.device)
+        total, max_abs = sums((grad for plan in plans for grad in plan.grads_as_used()), grad_scale, norm.device)
         norm.sum_of_squares.copy_(total)
-        norm.largest.copy_(largest)
+        norm.max_abs.copy_(max_abs)
         if limits is not None:
             norm.finish(limits, grad_scale, found_inf)
         return 0

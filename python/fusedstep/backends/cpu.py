@@ -24,7 +24,7 @@ class CpuPlan(KernelPlan):
 
     @property
     def steps_at_once(self) -> bool:
-        return not (self.places or self.grads_change)
+        return not (self.memory_keys or self.grads_change)
 
     def launch(self, step: Step) -> int:
         from .. import _C
@@ -32,7 +32,7 @@ class CpuPlan(KernelPlan):
         if step.skipped:
             if step.zero_grads:
                 # Those that the plan has copies of are zeroed with these.
-                grads = [grad for i, grad in self.grads_in_use() if i not in self.odd_grads]
+                grads = [grad for i, grad in self.grads_in_use() if i not in self.converted_grads]
                 with torch.inference_mode():  # in which inference tensors can be written, and any other one as always
                     if grads:
                         torch._foreach_zero_(grads)

@@ -17,7 +17,7 @@ class Limits(NamedTuple):
 
     max_norm: float  # coefficient: 1, or what brings the norm down to this
     epsilon: float  # added to the norm before max_norm is divided by it
-    by_largest: bool  # the norm is the largest absolute value, not the root of the sum of squares
+    by_max_abs: bool  # the norm is the largest absolute value, not the root of the sum of squares
     nan_if_nonfinite: bool  # the coefficient is NaN if the norm is not finite
     find_nonfinite: bool  # a step with a gradient that is not finite is skipped
     skip_nonfinite: bool  # so is a step whose norm is not finite
@@ -43,21 +43,21 @@ class Norm:
     def __setstate__(self, state: tuple[Tensor, Tensor]) -> None:
         self.numbers, self.found_inf = state
         self.device = self.numbers.device
-        self.sum_of_squares, self.largest, self.norm, self.coefficient = self.numbers.unbind()
+        self.sum_of_squares, self.max_abs, self.norm, self.coefficient = self.numbers.unbind()
 
-    def add(self, sum_of_squares: Tensor, largest: Tensor) -> None:
+    def add(self, sum_of_squares: Tensor, max_abs: Tensor) -> None:
         """Add the sums over other gradients."""
         self.sum_of_squares.add_(moved(sum_of_squares, self.device))
-        self.largest.copy_(torch.maximum(self.largest, moved(largest, self.device)))
+        self.max_abs.copy_(torch.maximum(self.max_abs, moved(max_abs, self.device)))
 
     def finish(self, limits: Limits, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """From the sums to what they decide."""
-        if limits.by_largest:
+        if limits.by_max_abs:
             scale = 1.0 if grad_scale is None else moved(grad_scale, self.device).to(self.norm)
-            self.norm.copy_(self.largest / scale)
+            self.norm.copy_(self.max_abs / scale)
         else:
             self.norm.copy_(self.sum_of_squares.sqrt())
-        # Of two tensors: a number divided by one would be a product with its reciprocal, which rounds twice.
+        # Both operands are tensors: torch multiplies a number by the reciprocal of a tensor, which rounds twice.
         coefficient = (torch.full_like(self.norm, limits.max_norm) / (self.norm + limits.epsilon)).clamp(max=1.0)
         if limits.nan_if_nonfinite:
             coefficient = coefficient + (self.norm - self.norm)
@@ -66,7 +66,7 @@ class Norm:
         if found_inf is not None:
             skipped = skipped | (moved(found_inf, self.device).reshape(()) != 0)
         if limits.find_nonfinite:
-            skipped = skipped | ~self.largest.isfinite()
+            skipped = skipped | ~self.max_abs.isfinite()
         if limits.skip_nonfinite:
             skipped = skipped | ~self.norm.isfinite()
         self.found_inf.copy_(skipped)
@@ -80,15 +80,15 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 def sums(grads: Iterable[Tensor], grad_scale: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Sum of squares of the gradients divided by their scale, and the largest absolute value of those given."""
     total = torch.zeros((), dtype=torch.float64, device=device)
-    largest = torch.zeros((), dtype=torch.float64, device=device)
+    max_abs = torch.zeros((), dtype=torch.float64, device=device)
     for grad in grads:
         values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
         if values.numel() == 0:
             continue
-        sizes = values.abs()  # of a complex number too
-        sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32))
-        largest = torch.maximum(largest, sizes.max().to(largest))
+        magnitudes = values.abs()  # of a complex number too
+        magnitudes = magnitudes.to(torch.promote_types(magnitudes.dtype, torch.float32))
+        max_abs = torch.maximum(max_abs, magnitudes.max().to(max_abs))
         if grad_scale is not None:
-            sizes = sizes * grad_scale.to(grad.device).double().reciprocal().to(sizes)
-        total = total + sizes.square().sum(dtype=torch.float64).to(device)
-    return total, largest
+            magnitudes = magnitudes * grad_scale.to(grad.device).double().reciprocal().to(magnitudes)
+        total = total + magnitudes.square().sum(dtype=torch.float64).to(device)
+    return total, max_abs

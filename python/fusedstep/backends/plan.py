@@ -206,7 +206,7 @@ class KernelPlan(Plan):
 
         self.streams = Streams()
         self.native = _C.Plan(self.rule, self.states, self.records)
-        self.stand_ins = [
+        self.staged = [
             (i, record)
             for i, record in enumerate(self.records)
             if record.param is not None and record.param is not layout.local(record.target)
@@ -218,15 +218,15 @@ class KernelPlan(Plan):
             elif record.param is not None and layout.is_wrapper(record.target):
                 self.wrappers.append((i, record.target))
         # The compiled plan sees the memory that it updates; whether that still stands for the parameter is seen here.
-        apart = [record.target for _, record in self.stand_ins] + [target for _, target in self.wrappers]
-        self.places = [(target, layout.place(layout.local(target))) for target in apart]
+        apart = [record.target for _, record in self.staged] + [target for _, target in self.wrappers]
+        self.memory_keys = [(target, layout.memory_key(layout.local(target))) for target in apart]
 
     def native_records(self) -> np.ndarray:
         """The records as the engines read them, with addresses, in `memory_layout`."""
         return np.frombuffer(self.native.records(), memory_layout())
 
     def gather(self, grads: list[Tensor | None] | None = None) -> bool:
-        moved = any(layout.place(layout.local(target)) != place for target, place in self.places)
+        moved = any(layout.memory_key(layout.local(target)) != key for target, key in self.memory_keys)
         borrow = self.borrows_grads and grads is None and not self.writes_grads
         self.given = grads
         gathered = 0 if moved else self.native.gather(borrow, grads)
@@ -234,10 +234,10 @@ class KernelPlan(Plan):
             self.native.release_grads()
             return False
         self.grads_moved = gathered == 2
-        self.odd_grads = {}
+        self.converted_grads = {}
         try:
             sparse = []
-            for i in self.native.odd_grads():
+            for i in self.native.unconverted_grads():
                 grad = self._grad_of(i, grads)
                 if grad.layout == torch.sparse_coo:
                     self.native.drop_grad(i)
@@ -254,7 +254,7 @@ class KernelPlan(Plan):
         return [(i, layout.local(self.records[i].owner.grad)) for i in self.native.active()]
 
     def grads_as_used(self) -> list[Tensor]:
-        return [self.odd_grads.get(i, grad) for i, grad in self.grads_in_use()]
+        return [self.converted_grads.get(i, grad) for i, grad in self.grads_in_use()]
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -271,16 +271,16 @@ class KernelPlan(Plan):
         if not known or layout.is_lazy(grad) or not layout.same_layout(grad, tensor):
             grad = layout.laid_out_as(grad, tensor, None if known else torch.float32)
         self.native.set_grad(index, grad)
-        self.odd_grads[index] = grad
+        self.converted_grads[index] = grad
         self.grads_moved = True
 
     def copied_grads(self) -> list[int]:
-        own = {i: self._own_grad(i) for i in self.odd_grads}
-        return [i for i, grad in self.odd_grads.items() if own[i] is not None and not _is_same(own[i], grad)]
+        own = {i: self._own_grad(i) for i in self.converted_grads}
+        return [i for i, grad in self.converted_grads.items() if own[i] is not None and not _is_same(own[i], grad)]
 
     def copy_grad(self, index: int) -> None:
         """Let the kernel have a copy of a gradient that `gather` found; it is copied back after the step."""
-        grad = self.odd_grads.get(index)
+        grad = self.converted_grads.get(index)
         if grad is None:
             grad = layout.local(self._own_grad(index))
         self.replace_grad(index, layout.laid_out_as(grad, self.records[index].param))
@@ -290,25 +290,25 @@ class KernelPlan(Plan):
         if not self.native.any_active():
             self.given = None
             return rows_calls
-        launch = self._staged_launch if self.stand_ins or self.wrappers else self.launch
+        launch = self._staged_launch if self.staged or self.wrappers else self.launch
         calls = launch(step)
-        if self.odd_grads and self.writes_grads:
+        if self.converted_grads and self.writes_grads:
             # Copies that a GPU has skipped are as they were.
             skipped = step.found_inf is not None and step.found_inf.device.type == "cpu" and step.skipped
-            for index, grad in self.odd_grads.items():  # the kernel saw copies
+            for index, grad in self.converted_grads.items():  # the kernel saw copies
                 if self._own_grad(index) is not None:  # those of rows are their plan's
                     self._leave_in(index, grad, skipped)
-        self.odd_grads, self.given = {}, None
+        self.converted_grads, self.given = {}, None
         return rows_calls + calls
 
     def _staged_launch(self, step: Step) -> int:
         active = set(self.native.active())
-        staged = [record for i, record in self.stand_ins if i in active]
+        records = [record for i, record in self.staged if i in active]
         with torch.inference_mode():
-            for record in staged:
+            for record in records:
                 record.param.copy_(layout.local(record.target))
             calls = self.launch(step)
-            for record in staged:
+            for record in records:
                 layout.local(record.target).copy_(record.param)
         torch.autograd.graph.increment_version([target for i, target in self.wrappers if i in active])
         return calls
@@ -356,6 +356,6 @@ class SharedGrads:
         own = [plan._own_grad(i) for plan in plans for i in plan.copied_grads()]
         extents = [layout.extent(layout.local(grad)) for grad in own if grad.layout == torch.strided]
         shared = self.overlaps.find([plan.native for plan in kernel_plans], extents)
-        for place, index in shared:
-            kernel_plans[place].copy_grad(index)
+        for position, index in shared:
+            kernel_plans[position].copy_grad(index)
         return bool(shared)

@@ -27,7 +27,7 @@ class ReferencePlan(Plan):
     @staticmethod
     def _looks(record: Record) -> list[tuple]:
         """What a plan is made for: a parameter that gets another dtype, for one, may get another form."""
-        kept = record.average, record.copy, record.companion, *record.scales
+        kept = record.average, record.copy, record.aux, *record.scales
         tensors = [record.owner, record.step, *record.states, *kept]
         return [
             (t.shape, t.stride(), t.dtype, t.device, layout.has_memory(layout.local(t)))
@@ -112,8 +112,8 @@ class ReferencePlan(Plan):
         rule = self.functions
         scalars = numerics.narrowed(rule.prepare(step.hyper, count), arithmetic)
         stored = Stored(record, memory, arithmetic)
-        places = [(k, name) for k, name in enumerate(self.states) if record.states[k] is not None]
-        states = {name: stored.state(k, name not in rule.non_negative) for k, name in places}
+        present = [(k, name) for k, name in enumerate(self.states) if record.states[k] is not None]
+        states = {name: stored.state(k, name not in rule.non_negative) for k, name in present}
         if rule.reduces:
             param, states = reference_reducing.update(rule, stored.weight(), grad, states, record.matrices, scalars)
         else:
@@ -125,7 +125,7 @@ class ReferencePlan(Plan):
         follow(stored.followed(), *followers, step.average_weight)
         if layout.is_wrapper(record.param):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(record.param)
-        for k, name in places:
+        for k, name in present:
             stored.set_state(k, name not in rule.non_negative, states[name])
 
 
@@ -136,31 +136,31 @@ class Stored:
         self.record = record
         self.memory = memory
         self.arithmetic = arithmetic
-        self.companion = None if record.companion is None else layout.local(record.companion)
+        self.aux = None if record.aux is None else layout.local(record.aux)
 
     def weight(self) -> Tensor:
-        if self.companion is None:
+        if self.aux is None:
             return self.memory.to(self.arithmetic)
-        return self.record.form.join(self.memory, self.companion)
+        return self.record.weight_format.join(self.memory, self.aux)
 
     def set_weight(self, weight: Tensor) -> None:
         record, memory, random = self.record, self.memory, None
-        if record.form.is_random:
-            elements = record.place.elements(codecs.elements_of(memory))
+        if record.weight_format.is_random:
+            elements = record.element_map.elements(codecs.elements_of(memory))
             random = codecs.random_16(elements, record.seed, record.index, count_of(record.step))
-        narrowed, companion = record.form.split(weight, memory.dtype, random)
+        narrowed, aux = record.weight_format.split(weight, memory.dtype, random)
         memory.copy_(narrowed)
-        if self.companion is not None:
-            self.companion.copy_(companion)
+        if self.aux is not None:
+            self.aux.copy_(aux)
 
     def followed(self) -> Tensor:
-        return self.weight() if self.record.form.is_exact else self.memory
+        return self.weight() if self.record.weight_format.is_exact else self.memory
 
     def state(self, index: int, signed: bool) -> Tensor:
         state, scales = self._stored_state(index)
         if scales is None:
             return real_memory(state).to(self.arithmetic)
-        return codecs.decode(state, scales, codecs.quantizer_of(state, self.memory), signed, self.memory)
+        return codecs.dequantize(state, scales, codecs.quantizer_of(state, self.memory), signed, self.memory)
 
     def set_state(self, index: int, signed: bool, value: Tensor) -> None:
         state, scales = self._stored_state(index)
@@ -169,7 +169,7 @@ class Stored:
             return
         quantizer = codecs.quantizer_of(state, self.memory)
         wide = torch.empty_strided(value.shape, codecs.strides_of(state, quantizer, value), device=value.device)
-        codes, fresh = codecs.encode(wide.copy_(value), quantizer, signed)
+        codes, fresh = codecs.quantize(wide.copy_(value), quantizer, signed)
         state.copy_(codes)
         scales.copy_(fresh)
 

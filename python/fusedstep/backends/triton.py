@@ -47,11 +47,11 @@ class Launch:
         indices: list[int],
         plan: TritonPlan,
         followers: tuple[int, int] = (NONE, NONE),
-        form: str = "plain",
+        weight_format: str = "plain",
     ) -> None:
         self.dtypes = dtypes
         self.followers = followers
-        self.form = form
+        self.weight_format = weight_format
         self.indices = np.array(indices)
         self.done = torch.zeros(1, dtype=torch.int32, device=plan.device)
         self.raw = b""  # the addresses of all gradients of the plan
@@ -70,7 +70,7 @@ class Launch:
         from ..triton_kernels.step import chunk_size, is_light
 
         self.table = plan.upload(torch.from_numpy(words_of(plan.native_records()[indices])))
-        light = is_light(self.dtypes, self.followers, self.form)
+        light = is_light(self.dtypes, self.followers, self.weight_format)
         self.chunks = plan.chunks(indices, chunk_size(blocks_of(plan.device, light)))
 
     def set_grads(self, raw: bytes, plan: TritonPlan) -> bool:
@@ -88,7 +88,7 @@ class Launch:
         from ..triton_kernels import step
 
         block = step.block_size()
-        fixed = (plan.functions, self.dtypes, self.followers, maximize, plan.left, block, self.form)
+        fixed = (plan.functions, self.dtypes, self.followers, maximize, plan.left, block, self.weight_format)
         return [step.prepare(*fixed)]
 
     def run(self, plan: TritonPlan, maximize: bool, flags: list[Tensor | None]) -> int:
@@ -258,11 +258,14 @@ class TritonPlan(KernelPlan):
                     named = [dtype if name in there else NONE for name, dtype in dtypes_here]
                 dtypes = (DTYPES[record.param.dtype], grad_dtypes[index], *named)
                 followers = tuple(NONE if t is None else DTYPES[t.dtype] for t in (record.average, record.copy))
-                scattered = record.form.is_random and not record.place.keeps_groups
-                form = "scattered" if scattered else record.form.name
-                groups.setdefault((dtypes, followers, form), []).append(index)
+                scattered = record.weight_format.is_random and not record.element_map.keeps_groups
+                weight_format = "scattered" if scattered else record.weight_format.name
+                groups.setdefault((dtypes, followers, weight_format), []).append(index)
         kind = ReducingLaunch if self.reduces else Launch
-        return [kind(dtypes, indices, self, followers, form) for (dtypes, followers, form), indices in groups.items()]
+        return [
+            kind(dtypes, indices, self, followers, weight_format)
+            for (dtypes, followers, weight_format), indices in groups.items()
+        ]
 
     def _set_hyper(self, hyper: tuple[float | Tensor, ...]) -> None:
         """Put the hyperparameters into device memory in float64, the numbers only if one has changed."""

@@ -40,7 +40,7 @@ def names_of(rule: type[Rule]) -> Names:
 
 
 def dtypes_of(states: dict[str, int], rule: type[Rule], factored: bool) -> tuple[int, ...]:
-    """Of the dtypes of a tensor's states, those that the kernels' constants ask for."""
+    """The dtypes of a tensor's states, as the kernels' constants take them."""
     from ..triton_kernels.numeric import NONE
 
     names = names_of(rule)
@@ -112,7 +112,7 @@ class ReducingTable:
         factors = 2 if names.row2 or names.column2 else 1
         of_rows = batch * rows if factored and names.row else 0
         of_columns = batch * columns if factored and names.column else 0
-        # Of the sums over all items; of each matrix: its blocks of rows, its strips, and itself.
+        # Two counters for the sums over all items; a matrix has one for each block of rows, each strip, and itself.
         of_matrix = n_row_blocks + n_strips + 1 if cut == reducing_lines.TILES else 0
         counters, self.counters = self.counters, self.counters + 2 + batch * of_matrix
         return {

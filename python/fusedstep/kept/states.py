@@ -104,7 +104,7 @@ class States(Kind):
 
     @staticmethod
     def _mismatch(key: str, entry: Entry, state: dict[str, Any]) -> tuple[str, str, str] | None:
-        """What of a quantized state cannot be the parameter's: its key, what was found, what is expected."""
+        """A mismatch between a quantized state and its parameter: its key, what was found, what is expected."""
         param, scales = own_part(entry.param), scale_name(key)
         quantizer = codecs.quantizer_of(state[key], param)
         code = (quantizer or codecs.EIGHT_BITS).code(key not in entry.rule.non_negative)
@@ -160,15 +160,15 @@ class States(Kind):
         signed = key not in entry.rule.non_negative
         scales = state.pop(scale_name(key), None)
         if found is not None:
-            value = codecs.decode(value, scales, found, signed, part)
+            value = codecs.dequantize(value, scales, found, signed, part)
         quantizer = codecs.QUANTIZERS.get(wanted)
         if quantizer is None:
             state[key] = as_part(value, param).to(wanted)
         else:
             wide = own_part(value)
-            if not layout.is_dense(wide) or quantizer.place(wide) is None:  # it was loaded in another layout
+            if not layout.is_dense(wide) or quantizer.codes_layout(wide) is None:  # it was loaded in another layout
                 wide = layout.laid_out_as(wide, layout.dense_like(part))
-            state[key], state[scale_name(key)] = codecs.encode(wide.float(), quantizer, signed)
+            state[key], state[scale_name(key)] = codecs.quantize(wide.float(), quantizer, signed)
 
     @staticmethod
     def _laid_out(entry: Entry, key: str, elementwise: bool) -> tuple[Tensor, Tensor | None]:
@@ -243,8 +243,8 @@ def laid_out_as(codes: Tensor, scales: Tensor, signed: bool, like: Tensor) -> tu
     codes = codes if layout.is_dense(codes) else codes.contiguous()
     if codecs.are_laid_out_as(codes, quantizer, like):
         return codes, scales
-    values = layout.laid_out_as(codecs.decode(codes, scales, quantizer, signed, like), like)
-    return codecs.encode(values, codecs.quantizer_for(quantizer.name, like), signed)
+    values = layout.laid_out_as(codecs.dequantize(codes, scales, quantizer, signed, like), like)
+    return codecs.quantize(values, codecs.quantizer_for(quantizer.name, like), signed)
 
 
 # Quantized states of a DTensor are plain tensors for the part that a process has, whose blocks are its own. Nobody else
@@ -276,7 +276,7 @@ def shown_as_numbers(rule: Rule, param: Tensor, state: dict[str, Any]) -> dict[s
     for key, value in state.items():
         if is_quantized(value):
             part, scales, signed = own_part(param), state[scale_name(key)], key not in rule.non_negative
-            numbers = codecs.decode(value, scales, codecs.quantizer_of(value, part), signed, part)
+            numbers = codecs.dequantize(value, scales, codecs.quantizer_of(value, part), signed, part)
             shown[key] = as_part(numbers, param)
             shown[scale_name(key)] = torch.ones(1, dtype=torch.float32, device=value.device)
     return shown

@@ -1,4 +1,4 @@
-"""In which form a 16-bit weight is stored, so that rounding loses nothing, or nothing on average."""
+"""The formats of a 16-bit weight, whose rounding loses nothing, or nothing on average."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ HALVES = (torch.bfloat16, torch.float16)
 class WeightFormat:
     """A weight as a number of its dtype. Each format is one object, in `FORMATS`."""
 
-    number: ClassVar[int] = 0  # csrc/codecs.h's Form
+    number: ClassVar[int] = 0  # csrc/codecs.h's WeightFormat
     name: ClassVar[str] = "plain"
-    key: ClassVar[str | None] = None  # in a state, of what is kept beside the weight: its companion
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = ()  # of the companion
+    key: ClassVar[str | None] = None  # of the aux state: what the format keeps beside the weight
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = ()  # of the aux state
     is_exact: ClassVar[bool] = False  # whether it keeps an fp32 weight
     is_random: ClassVar[bool] = False  # whether `split` needs random bits
 
-    def takes(self, dtype: torch.dtype, companion: torch.dtype) -> bool:
-        """Whether a weight of that dtype can have a companion of the other."""
-        return companion in self.dtypes
+    def takes(self, dtype: torch.dtype, aux: torch.dtype) -> bool:
+        """Whether a weight of that dtype can have an aux state of the other."""
+        return aux in self.dtypes
 
-    def join(self, memory: Tensor, companion: Tensor | None) -> Tensor:
+    def join(self, memory: Tensor, aux: Tensor | None) -> Tensor:
         """The fp32 weight that a 16-bit one stands for."""
         return memory.float()
 
@@ -36,7 +36,7 @@ class WeightFormat:
         """An fp32 weight as it is stored: in 16 bits, and what is kept beside these."""
         return weight, None
 
-    def companion_of(self, weight: Tensor, memory: Tensor) -> Tensor:
+    def aux_of(self, weight: Tensor, memory: Tensor) -> Tensor:
         """What is kept beside ``memory``, already rounded in some way, for it to stand for the fp32 ``weight``."""
         raise NotImplementedError
 
@@ -46,13 +46,13 @@ class Master(WeightFormat):
 
     number, name, key, dtypes, is_exact = 1, "master", "master_weight", (torch.float32,), True
 
-    def join(self, memory: Tensor, companion: Tensor | None) -> Tensor:
-        return companion.float()
+    def join(self, memory: Tensor, aux: Tensor | None) -> Tensor:
+        return aux.float()
 
     def split(self, weight: Tensor, dtype: torch.dtype, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, weight
 
-    def companion_of(self, weight: Tensor, memory: Tensor) -> Tensor:
+    def aux_of(self, weight: Tensor, memory: Tensor) -> Tensor:
         return weight
 
 
@@ -61,16 +61,16 @@ class Split(WeightFormat):
 
     number, name, key, dtypes, is_exact = 2, "split", "weight_remainder", (torch.int16,), True
 
-    def takes(self, dtype: torch.dtype, companion: torch.dtype) -> bool:
-        return dtype == torch.bfloat16 and companion == torch.int16
+    def takes(self, dtype: torch.dtype, aux: torch.dtype) -> bool:
+        return dtype == torch.bfloat16 and aux == torch.int16
 
-    def join(self, memory: Tensor, companion: Tensor | None) -> Tensor:
-        return codecs.join(memory, companion)
+    def join(self, memory: Tensor, aux: Tensor | None) -> Tensor:
+        return codecs.join(memory, aux)
 
     def split(self, weight: Tensor, dtype: torch.dtype, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return codecs.split(weight)
 
-    def companion_of(self, weight: Tensor, memory: Tensor) -> Tensor:
+    def aux_of(self, weight: Tensor, memory: Tensor) -> Tensor:
         return codecs.remainder_of(weight, memory)
 
 
@@ -79,16 +79,16 @@ class Kahan(WeightFormat):
 
     number, name, key, dtypes = 3, "kahan", "compensation", HALVES
 
-    def takes(self, dtype: torch.dtype, companion: torch.dtype) -> bool:
-        return dtype == companion
+    def takes(self, dtype: torch.dtype, aux: torch.dtype) -> bool:
+        return dtype == aux
 
-    def join(self, memory: Tensor, companion: Tensor | None) -> Tensor:
-        return memory.float() + companion.float()
+    def join(self, memory: Tensor, aux: Tensor | None) -> Tensor:
+        return memory.float() + aux.float()
 
     def split(self, weight: Tensor, dtype: torch.dtype, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return codecs.compensate(weight, dtype)
 
-    def companion_of(self, weight: Tensor, memory: Tensor) -> Tensor:
+    def aux_of(self, weight: Tensor, memory: Tensor) -> Tensor:
         return torch.where(memory.isfinite(), weight - memory.float(), 0.0).to(memory.dtype)
 
 
@@ -103,7 +103,7 @@ class Stochastic(WeightFormat):
 
 PLAIN = WeightFormat()
 FORMATS = (PLAIN, Master(), Split(), Kahan(), Stochastic())  # by their numbers
-COMPANIONS = {made.key: made for made in FORMATS if made.key is not None}
+AUX = {made.key: made for made in FORMATS if made.key is not None}
 
 
 class Weights(Kind):
@@ -165,7 +165,7 @@ class Weights(Kind):
     def check_param(self, entry: Entry, reduces: bool) -> None:
         if reduces and self.format is not PLAIN:
             refuse_reduces(entry)
-        if entry.param.dtype == torch.float16 and self.format is COMPANIONS["weight_remainder"]:
+        if entry.param.dtype == torch.float16 and self.format is AUX["weight_remainder"]:
             raise ValueError(
                 f"master_weights='split' needs bfloat16 parameters, whose bits are the upper half of fp32 "
                 f"({entry.what}); use master_weights=True"
@@ -179,21 +179,21 @@ class Weights(Kind):
     def fields(self, entry: Entry) -> dict[str, Any]:
         made = self.format_of(entry.param)
         self._convert(entry, made)
-        companion = None
+        aux = None
         if made.key is not None:
-            companion = entry.usable(entry.state[made.key])
-            if companion is None:
-                companion = layout.laid_out_as(entry.state[made.key], entry.memory)
-                entry.state[made.key] = companion
+            aux = entry.usable(entry.state[made.key])
+            if aux is None:
+                aux = layout.laid_out_as(entry.state[made.key], entry.memory)
+                entry.state[made.key] = aux
         if made is PLAIN:
             return {}
-        fields = {"form": made, "companion": companion, "seed": self.seed}
-        return {**fields, "place": shards.place_of(entry.param, entry.what)} if made.is_random else fields
+        fields = {"weight_format": made, "aux": aux, "seed": self.seed}
+        return {**fields, "element_map": shards.element_map_of(entry.param, entry.what)} if made.is_random else fields
 
     def _convert(self, entry: Entry, made: WeightFormat) -> None:
         """Bring what is kept beside the parameter into these options' format, whatever format it was in."""
         state, param = entry.state, entry.param
-        kept = [key for key in COMPANIONS if key in state]
+        kept = [key for key in AUX if key in state]
         if not kept and made.key is None:
             return
         found = found_format(state, param)
@@ -204,7 +204,7 @@ class Weights(Kind):
         fresh = None
         if made.key is not None:
             memory = layout.local(param.detach())
-            fresh = _like(param, made.companion_of(_weight(found, param, state), memory))
+            fresh = _like(param, made.aux_of(_weight(found, param, state), memory))
         for key in kept:
             del state[key]
         if fresh is not None:
@@ -219,18 +219,18 @@ class Weights(Kind):
 
     def load(self, key: Any, entry: Entry, loaded: dict[str, Any]) -> dict[str, Any]:
         wrong = _mismatch(loaded, entry.param)
-        for name in COMPANIONS:
-            if wrong is None and name in loaded and not COMPANIONS[name].takes(entry.param.dtype, loaded[name].dtype):
-                wrong = _foreign_dtype(name, loaded[name], entry.param)
+        for name in AUX:
+            if wrong is None and name in loaded and not AUX[name].takes(entry.param.dtype, loaded[name].dtype):
+                wrong = _dtype_mismatch(name, loaded[name], entry.param)
         if wrong is not None:
             name, found, expected = wrong
             raise ValueError(f"loaded state dict: '{name}' of parameter {key} {found}, expected {expected}")
-        return {name: copied(loaded.pop(name), entry.param.device) for name in [*loaded] if name in COMPANIONS}
+        return {name: copied(loaded.pop(name), entry.param.device) for name in [*loaded] if name in AUX}
 
     def report(self, loaded: list[Entry]) -> Iterator[str]:
         for entry in loaded:
             made = self.format_of(entry.param)
-            for key in COMPANIONS:
+            for key in AUX:
                 if key in entry.state and key != made.key:
                     yield f"{key} becomes {made.key or 'nothing (the weights go on as they are)'}"
 
@@ -241,16 +241,16 @@ def is_seed(value: Any) -> bool:
 
 def found_format(state: dict[str, Any], param: Tensor) -> WeightFormat:
     """The format of a parameter by what its state has; what belongs to a weight of another dtype does not count."""
-    for key, made in COMPANIONS.items():
+    for key, made in AUX.items():
         if key in state and made.takes(param.dtype, state[key].dtype):
             return made
     return PLAIN
 
 
 def _weight(found: WeightFormat, param: Tensor, state: dict[str, Any]) -> Tensor:
-    """The fp32 weight that a parameter and its companion stand for."""
-    companion = None if found.key is None else layout.local(state[found.key]).to(param.device)
-    return found.join(layout.local(param.detach()), companion)
+    """The fp32 weight that a parameter and its aux state stand for."""
+    aux = None if found.key is None else layout.local(state[found.key]).to(param.device)
+    return found.join(layout.local(param.detach()), aux)
 
 
 def _like(param: Tensor, values: Tensor) -> Tensor:
@@ -261,14 +261,14 @@ def _like(param: Tensor, values: Tensor) -> Tensor:
 
 
 def _mismatch(state: dict[str, Any], param: Tensor) -> tuple[str, str, str] | None:
-    """What of a companion cannot be a parameter's: its key, what was found, what is expected."""
-    keys = [key for key in COMPANIONS if key in state]
+    """A mismatch between an aux state and its parameter: its key, what was found, what is expected."""
+    keys = [key for key in AUX if key in state]
     if len(keys) > 1:
         return keys[1], f"stands beside '{keys[0]}'", "one of them"
-    return mismatch(keys[0], state[keys[0]], param, COMPANIONS[keys[0]].dtypes, param.shape) if keys else None
+    return mismatch(keys[0], state[keys[0]], param, AUX[keys[0]].dtypes, param.shape) if keys else None
 
 
-def _foreign_dtype(name: str, companion: Tensor, param: Tensor) -> tuple[str, str, str]:
+def _dtype_mismatch(name: str, aux: Tensor, param: Tensor) -> tuple[str, str, str]:
     if name == "weight_remainder":
         return name, f"belongs to a {param.dtype} weight", "a torch.bfloat16 weight"
-    return name, f"is {companion.dtype}", f"{param.dtype}, shape {tuple(param.shape)}"
+    return name, f"is {aux.dtype}", f"{param.dtype}, shape {tuple(param.shape)}"

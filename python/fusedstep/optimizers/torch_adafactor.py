@@ -215,5 +215,5 @@ class TorchAdafactor(FusedOptimizer):
 
 
 def bounded(factor, s):
-    """Of the estimate's root, torch takes the larger of it and eps1, before dividing by it."""
+    """Torch divides by the larger of the estimate's root and eps1."""
     return where(s.limit < factor, s.limit, factor)

@@ -33,7 +33,7 @@ class AdafactorSchedule(LambdaLR):
     def get_lr(self) -> list[Any]:
         """The learning rate of each group's first parameter in its last step.
 
-        Of a group where that has no gradient it is the one from before, if no group has one ``initial_lr``.
+        It is the previous one for a group where that parameter has no gradient, ``initial_lr`` if no group has one.
         """
         initial_lr = self.base_lrs[0]
         firsts = [(group, group["params"][0]) for group in self.optimizer.param_groups]

@@ -151,7 +151,7 @@ class GreedyLR(lr_scheduler.LRScheduler):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
         self.min_lrs = self._one_for_each_group("min_lrs", min_lr, optimizer)
         self.max_lrs = self._one_for_each_group("max_lrs", max_lr, optimizer)
-        # Of groups that join later; None: there was a list.
+        # For groups that join later; None: there was a list.
         self._default_bounds = {
             name: None if isinstance(bound, (list, tuple)) else bound
             for name, bound in (("min_lrs", min_lr), ("max_lrs", max_lr))

@@ -100,11 +100,11 @@ class LearningRates:
     def __init__(self, choice: str) -> None:
         self.choice = choice
         self.parts: list[DeviceSchedules] = []
-        self.places: dict[int, tuple[Tensor, Schedule, DeviceSchedules]] = {}  # of each learning rate, by its id
+        self.followed_by: dict[int, tuple[Tensor, Schedule, DeviceSchedules]] = {}  # of each learning rate, by its id
         self.graphs = Graphs()
 
     def __getstate__(self) -> dict[str, Any]:
-        followed = [(lr, schedule) for lr, schedule, _ in self.places.values()]
+        followed = [(lr, schedule) for lr, schedule, _ in self.followed_by.values()]
         return {"choice": self.choice, "count": self.count, "followed": followed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ class LearningRates:
             part = DeviceSchedules([schedule for _, schedule in members], count, device, backend)
             for (group, schedule), lr in zip(members, part.lrs, strict=True):
                 group["lr"] = lr
-                self.places[id(lr)] = lr, schedule, part
+                self.followed_by[id(lr)] = lr, schedule, part
             self.parts.append(part)
 
     def follow(self, groups: list[Group], most_steps: Callable[[], int]) -> None:
@@ -146,11 +146,11 @@ class LearningRates:
 
     def followers(self, groups: list[Group]) -> Iterator[tuple[Group, Schedule, DeviceSchedules]]:
         """The groups that follow a schedule, with it and where it is evaluated."""
-        if not self.places:
+        if not self.followed_by:
             return
         for group in groups:
-            if id(group["lr"]) in self.places:
-                _, schedule, part = self.places[id(group["lr"])]
+            if id(group["lr"]) in self.followed_by:
+                _, schedule, part = self.followed_by[id(group["lr"])]
                 yield group, schedule, part
 
     def begin_step(self, groups: list[Group], most_steps: Callable[[], int]) -> None:
@@ -166,7 +166,7 @@ class LearningRates:
                     "group: either give the optimizer a number as lr, or make no scheduler"
                 )
 
-    def settle(self, groups: list[Group]) -> None:
+    def move_schedules(self, groups: list[Group]) -> None:
         """Go where the parameters are, which may have moved to another device."""
         found = list(self.followers(groups))
         moved = [(group, schedule) for group, schedule, part in found if part.device != device_of(group)]
@@ -174,7 +174,7 @@ class LearningRates:
             self._add(moved, self.count)
             used = {id(part) for _, _, part in self.followers(groups)}
             self.parts = [part for part in self.parts if id(part) in used]
-            self.places = {key: place for key, place in self.places.items() if id(place[2]) in used}
+            self.followed_by = {key: entry for key, entry in self.followed_by.items() if id(entry[2]) in used}
 
     def end_step(self, found_inf: Tensor | None) -> int:
         """Count a step, unless it was skipped, and go on to the next learning rates; returns the kernel calls."""

@@ -192,7 +192,7 @@ class WarmUp(Schedule):
         if initial_learning_rate is None:
             initial_learning_rate = schedule(0)
         self.initial_learning_rate = check_lr("initial_learning_rate", initial_learning_rate)
-        # Of any other function there are no pieces: only the warm-up is known.
+        # Any other function has no pieces: only the warm-up is known.
         own = [rise(0, 0.0, self.initial_learning_rate, self.warmup_steps, self.power)] if warmup_steps > 0 else []
         rest = schedule.pieces if isinstance(schedule, Schedule) else ()
         super().__init__([*own, *_later(rest, self.warmup_steps)])

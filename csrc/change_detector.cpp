@@ -1,4 +1,4 @@
-#include "watch.h"
+#include "change_detector.h"
 
 #include <algorithm>
 
@@ -53,7 +53,7 @@ constexpr bool kVersions = false;
 
 }  // namespace
 
-Watch::Watch(const py::dict& state, const py::list& param_groups) {
+ChangeDetector::ChangeDetector(const py::dict& state, const py::list& param_groups) {
   const auto keep = [&](PyObject* object) {
     objects_.push_back(py::reinterpret_borrow<py::object>(object));
     return true;
@@ -66,7 +66,7 @@ Watch::Watch(const py::dict& state, const py::list& param_groups) {
   remember_versions(state);
 }
 
-void Watch::remember_versions(const py::dict& state) {
+void ChangeDetector::remember_versions(const py::dict& state) {
   versions_.clear();
   if (!kVersions) return;
   walk_state(state, [&](PyObject* object) {
@@ -75,7 +75,7 @@ void Watch::remember_versions(const py::dict& state) {
   });
 }
 
-bool Watch::same_versions(const py::dict& state) const {
+bool ChangeDetector::same_versions(const py::dict& state) const {
   if (versions_.empty() || versions_[0].first != state.ptr()) return false;
   for (const auto& [dict, version] : versions_) {
     if (version_of(dict) != version) return false;
@@ -83,7 +83,7 @@ bool Watch::same_versions(const py::dict& state) const {
   return true;
 }
 
-bool Watch::unchanged(const py::dict& state, const py::list& param_groups) {
+bool ChangeDetector::unchanged(const py::dict& state, const py::list& param_groups) {
   size_t next = 0;
   const bool same_params = walk_params(param_groups, [&](PyObject* const* objects, size_t n) {
     const bool same = n <= params_.size() - next && std::equal(objects, objects + n, params_.data() + next);

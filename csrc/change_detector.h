@@ -13,9 +13,9 @@ namespace py = pybind11;
 
 // Remembers which objects the two hold, and compares by identity: no hashing, a few nanoseconds an object. Values
 // inside a tensor may change freely; a plan checks addresses itself.
-class Watch {
+class ChangeDetector {
  public:
-  Watch(const py::dict& state, const py::list& param_groups);
+  ChangeDetector(const py::dict& state, const py::list& param_groups);
   bool unchanged(const py::dict& state, const py::list& param_groups);
 
  private:

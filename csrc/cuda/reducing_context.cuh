@@ -13,7 +13,7 @@ template <class Rule>
 struct Shared {
   union Scalars {
     typename Rule::template Scalars<float> single;
-    typename Rule::template Scalars<double> twice;
+    typename Rule::template Scalars<double> fp64;
   };
   Scalars scalars;
   double hyper[kMaxHyper];
@@ -27,12 +27,12 @@ __device__ __forceinline__ auto& pick(Both& both) {
   if constexpr (sizeof(T) == 4)
     return both.single;
   else
-    return both.twice;
+    return both.fp64;
 }
 
 // A tensor in one call: where everything is.
 template <class Rule, class T>
-struct Place {
+struct ItemContext {
   using Number = T;
   const Record& record;
   const Partition& p;
@@ -55,14 +55,15 @@ struct Place {
 
 // The places of a rule's states of one span, four bits each, because device code reads no arrays of the host's.
 template <class Rule, Span span>
-constexpr uint32_t kPlaces = [] {
+constexpr uint32_t kStateIndices = [] {
   uint32_t bits = 0;
-  for (int n = 0; n < kLineStates<Rule>; ++n) bits |= static_cast<uint32_t>(place_of<Rule, span>(n) & 15) << 4 * n;
+  for (int n = 0; n < kLineStates<Rule>; ++n)
+    bits |= static_cast<uint32_t>(state_index_of<Rule, span>(n) & 15) << 4 * n;
   return bits;
 }();
 template <class Rule, Span span>
 __device__ __forceinline__ constexpr int line_state(int n) {
-  return kPlaces<Rule, span> >> 4 * n & 15;
+  return kStateIndices<Rule, span> >> 4 * n & 15;
 }
 
 // The sum over neighbouring lanes, a power of two of them, known to all of them. Always in the same order.
