@@ -1,7 +1,7 @@
 """What several processes do together, for test_ranks.py: each scenario runs in all of them, one after the other.
 
-``python ranks.py RANK SIZE FOLDER`` is one process of them. Each compares its parts with what one process makes of the
-whole tensors, which all of them compute for themselves.
+Each process compares its parts with what one makes of the whole tensors, which all of them compute for themselves.
+Models and optimizers that torch wraps are in ranks_wrapped.py.
 """
 
 import contextlib
@@ -694,7 +694,3 @@ def main(rank, size, folder):
         if results[name]:
             break  # who left a collective early is in none of the next ones with the others
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -62,6 +62,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             group = {**self.defaults, **param_group}
             checks.check_implementation(group)
             checks.check_values(group, f"parameter group {len(self.param_groups)}")
+            sharding.check_learning_rate(self, group)
             self.check_group(on_device.at_the_beginning(group))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
