@@ -161,7 +161,7 @@ def raised(error, call):
         call()
     except error as found:
         return str(found)
-    raise AssertionError(f"no {error.__name__}")
+    raise AssertionError(f"no {error}")
 
 
 def snapshot(pair):
@@ -665,6 +665,84 @@ def processes_that_disagree():
             found = raised(RuntimeError, pair.mine.step)
             assert text in found, found
             assert_untouched(pair, before)
+
+
+@scenario
+def processes_that_ask_for_different_steps():
+    """Of the first step all know; later ones take a norm if the first one did, and none if it did not."""
+    odd = dist.get_rank() == 2
+    asked = {
+        "max_grad_norm of SGD: None in process 0, 1.0 in process 2": (None, 1.0),
+        "max_grad_norm of SGD: 0.5 in process 0, None in process 2": (0.5, None),
+        "max_grad_norm of SGD: 0.5 in process 0, 1.0 in process 2": (0.5, 1.0),
+        "TypeError: Invalid max_grad_norm: 'all' is a str": (0.5, "all"),
+        "ValueError: Invalid max_grad_norm: -1.0": (None, -1.0),
+    }
+    for where in ("four", "HSDP", SEVERAL):
+        for given in ({}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "norm_type": torch.inf}):
+            for text, (usual, other) in asked.items():
+                if given and usual is None:
+                    continue  # both would be the option's
+                if given and other is None:
+                    other = torch.inf
+                for first in (True, False):
+                    pair = Pair(fusedstep.SGD, where, lr=0.1, momentum=0.9, **given)
+                    if not first:
+                        pair.give()
+                        pair.mine.step(max_grad_norm=usual)
+                    before = snapshot(pair)
+                    pair.give()
+                    alone = not first and usual is None  # no other process waits
+                    if alone and not odd:
+                        pair.mine.step(max_grad_norm=usual)
+                        continue
+                    step = functools.partial(pair.mine.step, max_grad_norm=other if odd else usual)
+                    found = raised((RuntimeError, TypeError, ValueError), step)
+                    if alone and other == 1.0:
+                        assert "max_grad_norm=math.inf" in found, found
+                    elif "Error" in text:
+                        assert text.split(": ", 1)[1] in found, found
+                        assert odd or "process 2 could not make this step" in found, found
+                    else:
+                        of = "SGD" if first else "step()"
+                        assert found.startswith(f"processes differ in max_grad_norm of {of}: "), found
+                    assert_untouched(pair, before)
+                    pair.give()
+                    pair.mine.step(max_grad_norm=usual)
+
+
+@scenario
+def a_norm_that_the_first_step_took_is_taken_by_all_later_ones():
+    """So that nobody waits for a process that asks for none."""
+    for given in ({"max_grad_norm": torch.inf}, {}):
+        pair = Pair(fusedstep.SGD, "four", lr=0.1, **given)
+        for limit in (None if given else 0.5, None, 0.25, None):
+            pair.give()
+            pair.expected.step(max_grad_norm=limit)
+            pair.mine.step(max_grad_norm=limit)
+            assert pair.mine.grad_norm is not None
+        pair.assert_same(**CLOSE)
+
+
+@scenario
+def an_error_of_one_process_in_its_first_step_is_raised_by_all():
+    """Also where no step takes a norm; in a later step nobody else hears of it, and nobody waits."""
+    for where in ("four", "HSDP", "FSDP and TP"):
+        pair = Pair(fusedstep.AdamW, where)
+        for number in range(2):
+            before = snapshot(pair)
+            pair.give()
+            if dist.get_rank() == 1:
+                pair.parts[1].grad = torch.zeros(pair.parts[1].shape)
+            if number == 1 and dist.get_rank() != 1:
+                pair.mine.step()
+                continue
+            found = raised(RuntimeError, pair.mine.step)
+            assert "the gradient is a plain tensor, it must be a DTensor like parameter 1 'p1'" in found, found
+            assert ("process 1 could not" in found) == (dist.get_rank() != 1), found
+            assert_untouched(pair, before)
+            pair.give()
+            pair.mine.step()
 
 
 def main(rank, size, folder):

@@ -218,7 +218,11 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         return loss
 
     def _plain_step(self, closure: Callable[[], Any] | None = None, *, max_grad_norm: float | None = None) -> Any:
-        self.check_call(max_grad_norm)
+        try:
+            self.check_call(max_grad_norm)
+        except Exception as error:
+            self.stepper.refuse(self, error)
+            raise
         loss = None
         if closure is not None:
             with torch.enable_grad():

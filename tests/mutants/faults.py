@@ -748,6 +748,34 @@ SHARDED = [
         "",
         "tests/test_sharding.py",
     ),
+    Fault(
+        "norms: processes clip by different limits",
+        "python/fusedstep/gradients.py",
+        "        if not differ:\n",
+        "        if True:\n",
+        "tests/test_ranks.py",
+    ),
+    Fault(
+        "a process asks for a norm that no other one takes",
+        "python/fusedstep/gradients.py",
+        "if self.sharers is None or self.takes_norm == (limits is not None):",
+        "if self.sharers is None or limits is not None:",
+        "tests/test_ranks.py",
+    ),
+    Fault(
+        "a call that is refused in one process leaves the others waiting",
+        "python/fusedstep/optimizer.py",
+        "            self.stepper.refuse(self, error)\n",
+        "",
+        "tests/test_ranks.py",
+    ),
+    Fault(
+        "only the process with an error in its first step raises",
+        "python/fusedstep/stepping.py",
+        "            if not skipped:\n                planning.check_and_select(optimizer, limits is not None)\n",
+        "            return\n",
+        "tests/test_ranks.py",
+    ),
 ]
 
 GROUPS = {
