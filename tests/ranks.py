@@ -7,6 +7,7 @@ Models and optimizers that torch wraps are in ranks_wrapped.py.
 import contextlib
 import copy
 import functools
+import gc
 import json
 import sys
 import warnings
@@ -404,6 +405,23 @@ def every_process_has_the_same_norm():
         norms = [None] * SIZE
         dist.all_gather_object(norms, pair.mine.grad_norm.item())
         assert len(set(norms)) == 1, norms
+
+
+@scenario
+def norms_keep_nothing():
+    """Whatever limits steps are given."""
+    if takes_part("two"):
+        pair = Pair(fusedstep.SGD, "two", lr=0.0, max_grad_norm=1.0)
+        pair.give()
+
+        def objects(steps):
+            for number in steps:
+                pair.mine.step(max_grad_norm=float(number))
+            gc.collect()
+            return len(gc.get_objects())
+
+        before = objects(range(1, 30))
+        assert objects(range(30, 130)) - before < 50
 
 
 @scenario

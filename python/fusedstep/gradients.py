@@ -114,6 +114,7 @@ class Gradients:
         self.sharers: Exchange | None = None  # the processes that have parts of the same tensors; None: no others
         self.takes_norm = False  # whether each step takes a norm, as those know
         self.agreed: set[Limits | None] = set()  # that those were found to have too
+        self.marks: dict[Limits, Tensor] = {}  # by which it is found; on the device, which is not waited for
         self.to_come: list[tuple[bool, Sequence[Over] | None]] = []  # of this step, what those will wait in
 
     def __getstate__(self) -> tuple[GradientOptions, Norm | None]:
@@ -139,7 +140,7 @@ class Gradients:
             self.sharers = None
         elif self.sharers is None or found.kinds != self.sharers.kinds:
             found.check_agreement(optimizer, shown(limits), check)
-            self.sharers, self.takes_norm, self.agreed = found, limits is not None, {limits}
+            self.sharers, self.takes_norm, self.agreed, self.marks = found, limits is not None, {limits}, {}
 
     def for_all(self, cls: str, limits: Limits | None) -> Limits | None:
         """The limits of a step in which other processes take a norm, or do not, as in the first one.
@@ -267,9 +268,15 @@ class Gradients:
             sharers.add(numbers, *part, limits.by_max_abs)
         if found_inf is not None:
             numbers[STOP] = torch.where(found_inf.to(numbers.device).reshape(()) != 0, SKIP, 0.0)
-        mark = mark_of(limits)
-        count = numbers[ONE:ODD]
-        count.copy_(torch.tensor([1.0, mark, -mark if limits.by_max_abs else mark * mark], dtype=torch.float64))
+        if limits not in self.marks:
+            if len(self.marks) > 8:  # limits of each step's own
+                self.marks.clear()
+                self.agreed.clear()
+            mark = mark_of(limits)
+            sent = [1.0, mark, -mark if limits.by_max_abs else mark * mark]
+            self.marks[limits] = torch.tensor(sent, dtype=torch.float64, device=sharers.device)
+        mark = self.marks[limits]
+        numbers[ONE:ODD] = mark
         self._enter(sharers, numbers, limits.by_max_abs, kinds)
         self._check_limits(sharers, numbers, limits, mark)
         self.last = self._at(sharers.device)
@@ -286,19 +293,17 @@ class Gradients:
         groups = self.sharers.groups
         return (*self.sharers.kinds, groups, groups, groups)
 
-    def _check_limits(self, sharers: Exchange, numbers: Tensor, limits: Limits, mark: float) -> None:
+    def _check_limits(self, sharers: Exchange, numbers: Tensor, limits: Limits, mark: Tensor) -> None:
         """Raise RuntimeError if other processes have sent the marks of other limits; on a GPU, skip the step."""
-        ones, marks, last = numbers[ONE:ODD].unbind()
-        # Numbers whose mean is one of them and whose mean square is its square are all equal.
-        expected = (mark, -mark) if limits.by_max_abs else (ones * mark, ones * (mark * mark))
-        differ = (marks != expected[0]) | (last != expected[1])
+        # Numbers are all equal if their mean is one of them and their mean square its square; or if the largest is, and
+        # the largest of the negative ones.
+        found, times = numbers[ONE:ODD], 1.0 if limits.by_max_abs else numbers[ONE]
+        differ = (found != times * mark).any()
         if numbers.device.type != "cpu":
             numbers[STOP] += torch.where(differ, FAIL, 0.0)
             if limits in self.agreed:
                 return  # without waiting for the device
         if not differ:
-            if len(self.agreed) > 8:  # a limit of each step's own
-                self.agreed.clear()
             self.agreed.add(limits)
             return
         self.to_come = []
