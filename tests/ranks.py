@@ -1,12 +1,13 @@
 """What several processes do together, for test_ranks.py: each scenario runs in all of them, one after the other.
 
-``python ranks.py RANK SIZE FOLDER`` is one process of them. Each compares its parts with what one process makes of the
-whole tensors, which all of them compute for themselves.
+Each process compares its parts with what one makes of the whole tensors, which all of them compute for themselves.
+Models and optimizers that torch wraps are in ranks_wrapped.py.
 """
 
 import contextlib
 import copy
 import functools
+import gc
 import json
 import sys
 import warnings
@@ -161,7 +162,7 @@ def raised(error, call):
         call()
     except error as found:
         return str(found)
-    raise AssertionError(f"no {error.__name__}")
+    raise AssertionError(f"no {error}")
 
 
 def snapshot(pair):
@@ -404,6 +405,23 @@ def every_process_has_the_same_norm():
         norms = [None] * SIZE
         dist.all_gather_object(norms, pair.mine.grad_norm.item())
         assert len(set(norms)) == 1, norms
+
+
+@scenario
+def norms_keep_nothing():
+    """Whatever limits steps are given."""
+    if takes_part("two"):
+        pair = Pair(fusedstep.SGD, "two", lr=0.0, max_grad_norm=1.0)
+        pair.give()
+
+        def objects(steps):
+            for number in steps:
+                pair.mine.step(max_grad_norm=float(number))
+            gc.collect()
+            return len(gc.get_objects())
+
+        before = objects(range(1, 30))
+        assert objects(range(30, 130)) - before < 50
 
 
 @scenario
@@ -667,6 +685,84 @@ def processes_that_disagree():
             assert_untouched(pair, before)
 
 
+@scenario
+def processes_that_ask_for_different_steps():
+    """Of the first step all know; later ones take a norm if the first one did, and none if it did not."""
+    odd = dist.get_rank() == 2
+    asked = {
+        "max_grad_norm of SGD: None in process 0, 1.0 in process 2": (None, 1.0),
+        "max_grad_norm of SGD: 0.5 in process 0, None in process 2": (0.5, None),
+        "max_grad_norm of SGD: 0.5 in process 0, 1.0 in process 2": (0.5, 1.0),
+        "TypeError: Invalid max_grad_norm: 'all' is a str": (0.5, "all"),
+        "ValueError: Invalid max_grad_norm: -1.0": (None, -1.0),
+    }
+    for where in ("four", "HSDP", SEVERAL):
+        for given in ({}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "norm_type": torch.inf}):
+            for text, (usual, other) in asked.items():
+                if given and usual is None:
+                    continue  # both would be the option's
+                if given and other is None:
+                    other = torch.inf
+                for first in (True, False):
+                    pair = Pair(fusedstep.SGD, where, lr=0.1, momentum=0.9, **given)
+                    if not first:
+                        pair.give()
+                        pair.mine.step(max_grad_norm=usual)
+                    before = snapshot(pair)
+                    pair.give()
+                    alone = not first and usual is None  # no other process waits
+                    if alone and not odd:
+                        pair.mine.step(max_grad_norm=usual)
+                        continue
+                    step = functools.partial(pair.mine.step, max_grad_norm=other if odd else usual)
+                    found = raised((RuntimeError, TypeError, ValueError), step)
+                    if alone and other == 1.0:
+                        assert "max_grad_norm=math.inf" in found, found
+                    elif "Error" in text:
+                        assert text.split(": ", 1)[1] in found, found
+                        assert odd or "process 2 could not make this step" in found, found
+                    else:
+                        of = "SGD" if first else "step()"
+                        assert found.startswith(f"processes differ in max_grad_norm of {of}: "), found
+                    assert_untouched(pair, before)
+                    pair.give()
+                    pair.mine.step(max_grad_norm=usual)
+
+
+@scenario
+def a_norm_that_the_first_step_took_is_taken_by_all_later_ones():
+    """So that nobody waits for a process that asks for none."""
+    for given in ({"max_grad_norm": torch.inf}, {}):
+        pair = Pair(fusedstep.SGD, "four", lr=0.1, **given)
+        for limit in (None if given else 0.5, None, 0.25, None):
+            pair.give()
+            pair.expected.step(max_grad_norm=limit)
+            pair.mine.step(max_grad_norm=limit)
+            assert pair.mine.grad_norm is not None
+        pair.assert_same(**CLOSE)
+
+
+@scenario
+def an_error_of_one_process_in_its_first_step_is_raised_by_all():
+    """Also where no step takes a norm; in a later step nobody else hears of it, and nobody waits."""
+    for where in ("four", "HSDP", "FSDP and TP"):
+        pair = Pair(fusedstep.AdamW, where)
+        for number in range(2):
+            before = snapshot(pair)
+            pair.give()
+            if dist.get_rank() == 1:
+                pair.parts[1].grad = torch.zeros(pair.parts[1].shape)
+            if number == 1 and dist.get_rank() != 1:
+                pair.mine.step()
+                continue
+            found = raised(RuntimeError, pair.mine.step)
+            assert "the gradient is a plain tensor, it must be a DTensor like parameter 1 'p1'" in found, found
+            assert ("process 1 could not" in found) == (dist.get_rank() != 1), found
+            assert_untouched(pair, before)
+            pair.give()
+            pair.mine.step()
+
+
 def main(rank, size, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
@@ -694,7 +790,3 @@ def main(rank, size, folder):
         if results[name]:
             break  # who left a collective early is in none of the next ones with the others
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

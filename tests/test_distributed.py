@@ -2,13 +2,16 @@
 
 import copy
 import gc
+import itertools
 import sys
+import tracemalloc
 
 import pytest
 import torch
 from support import ADAMW, EXACT, WITH_STATES, by_kind, copies, ours, parameters, parameters_of, step, theirs
 
 import fusedstep
+from fusedstep.schedules import CosineScheduler
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -209,14 +212,45 @@ def test_a_steady_step_asks_nothing_of_dtensors(options, mesh):
     assert all(count == 4 for count in (optimizer.state[p]["step"] for p in parameters_of(optimizer)))
 
 
+KEPT = {
+    "plain": {},
+    "averages and copies": {"ema_decay": 0.5, "weights_copy": torch.bfloat16, "zero_grads": True},
+    "norm, schedule": {"max_grad_norm": 1.0, "skip_nonfinite": True, "lr": CosineScheduler(max_update=9, base_lr=0.1)},
+}
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_steady_steps_keep_no_object(mesh):
-    optimizer = given(mesh)
-    gc.collect()
-    before = sys.getallocatedblocks()
-    for _ in range(200):
-        optimizer.step()
-    assert sys.getallocatedblocks() - before < len(parameters_of(optimizer))
+@pytest.mark.parametrize("options", KEPT.values(), ids=KEPT)
+def test_a_thousand_steps_keep_nothing(options, mesh):
+    """Neither a Python object nor memory, whether gradients stay or come anew, and whatever a step is given."""
+    optimizer = given(mesh, n=4, **options)
+    params = parameters_of(optimizer)
+    fresh = [param.grad.clone() for param in params]
+    asked = itertools.count(1)
+
+    def steps(count):
+        for number in range(count):
+            if number % 10 == 0:
+                for param, grad in zip(params, fresh, strict=True):
+                    param.grad = grad.detach()
+            if "max_grad_norm" in options:
+                optimizer.step(max_grad_norm=1.0 / next(asked))
+            else:
+                optimizer.step()
+        gc.collect()
+        return len(gc.get_objects()), sys.getallocatedblocks(), tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        steps(50)
+        before = steps(50)
+        after = steps(1000)
+    finally:
+        tracemalloc.stop()
+    objects, blocks, memory = (now - then for now, then in zip(after, before, strict=True))
+    assert objects < 50, objects
+    assert blocks < 200, blocks
+    assert memory < 16_000, memory
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -14,12 +14,13 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 import ranks  # noqa: E402
+import ranks_wrapped  # noqa: E402, F401 - whose scenarios it adds to the others
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(ranks.__file__)
+    script = Path(ranks.__file__).with_name("ranks_main.py")
     command = [sys.executable, "-W", "error::UserWarning:fusedstep", script]
     # Each process has little to compute, and all of them share the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

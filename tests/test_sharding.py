@@ -133,6 +133,23 @@ def test_zeros_share_has_no_norm_that_a_step_asks_for(backend):
     assert own.eq(-1).all()
 
 
+def test_zeros_share_follows_no_schedule_by_itself():
+    """What it loads takes the place of the learning rate: the schedule would end there."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    schedule = fusedstep.schedules.CosineScheduler(max_update=9, base_lr=0.1)
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"CosineScheduler.*ZeroRedundancyOptimizer.*ScheduleLR"):
+        ZeroRedundancyOptimizer(params, fusedstep.SGD, lr=schedule)
+    optimizer, _ = zero(fusedstep.SGD, params, lr=1.0)
+    scheduler = fusedstep.schedules.ScheduleLR(optimizer, schedule)
+    for number in range(3):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(schedule(number), rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.optim.param_groups[0]["lr"] == pytest.approx(schedule(number), rel=1e-12)
+
+
 def test_what_zeros_share_has_whole_is_done(backend):
     """The norm of each tensor by itself, and sums over it."""
     for cls, options in (

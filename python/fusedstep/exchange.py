@@ -7,7 +7,7 @@ parameters. Sums travel in float64, and stay on the device.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -26,6 +26,7 @@ Over: TypeAlias = "tuple[ProcessGroup, ...]"  # the groups over which the parts 
 # whether the step is to be skipped, or cannot be made. Before them are sums of squares, or largest absolute values.
 ODD, STOP = -2, -1
 SKIP, FAIL = 1.0, 2.0**30
+FAILURE = "failure"  # in what a process tells of its optimizer
 
 
 def over(tensor: Tensor) -> Over:
@@ -112,26 +113,44 @@ class Exchange:
         told = self.tell(None if mine is None else f"{type(mine).__name__}: {mine}")
         if mine is None:
             rank, text = next((rank, text) for rank, text in told if text is not None)
-            raise RuntimeError(f"{cls}: process {rank} could not make this step, so no process did: {text}")
+            raise failed(cls, rank, text)
 
-    def check_agreement(self, optimizer: FusedOptimizer) -> None:
-        """Raise RuntimeError, in all processes, if they differ in parameters or options: they would wait for ever."""
+    def check_agreement(self, optimizer: FusedOptimizer, asked: dict[str, str], check: Callable[[], object]) -> None:
+        """Raise, in all processes, if one cannot make its first step or they differ: they would wait for ever.
+
+        Args:
+            asked: what of the step itself must be equal.
+            check: raises what a step would raise before it changes anything.
+        """
         from torch.distributed import ReduceOp, all_reduce
 
+        failure = None
+        try:
+            check()
+        except Exception as error:
+            failure = error
         described = descriptions(optimizer)
+        described[0][1].update(asked)
+        if failure is not None:
+            described[0][1][FAILURE] = f"{type(failure).__name__}: {failure}"
         digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:7], "big")
         seen = torch.tensor([digest, -digest], dtype=torch.int64, device=self.device)
         for group in self.groups:
             all_reduce(seen, op=ReduceOp.MAX, group=group)
         highest, lowest = seen.tolist()
-        if highest == -lowest:
+        told = self.tell(described) if highest != -lowest else []
+        if failure is not None:
+            raise failure
+        if not told:
             return
-        told = self.tell(described)
+        for rank, theirs in told:
+            if FAILURE in theirs[0][1]:
+                raise failed(type(optimizer).__name__, rank, theirs[0][1][FAILURE])
         (first, ours), *others = told
         for rank, theirs in others:
             for one, other in zip(ours, theirs, strict=False):
                 if one != other:
-                    raise _disagreement(first, one, rank, other)
+                    raise disagreement(first, one, rank, other)
             if len(ours) != len(theirs):
                 raise RuntimeError(
                     f"{type(optimizer).__name__}: process {first} has {len(ours) - 1} parameters, process {rank} "
@@ -163,7 +182,11 @@ def _shown(value: Any) -> str:
     return repr(value) if plain else type(value).__name__
 
 
-def _disagreement(first: int, one: Any, rank: int, other: Any) -> RuntimeError:
+def failed(cls: str, rank: int, text: str) -> RuntimeError:
+    return RuntimeError(f"{cls}: process {rank} could not make this step, so no process did: {text}")
+
+
+def disagreement(first: int, one: Any, rank: int, other: Any) -> RuntimeError:
     (what, mine), (others_what, theirs) = one, other
     if what != others_what:
         return RuntimeError(f"processes have different parameters: {what} in process {first}, {others_what} in {rank}")

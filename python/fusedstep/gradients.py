@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import checks, layout, shards
 from .backends.norm import Limits, Norm, sums
 from .backends.plan import SharedGrads
-from .exchange import FAIL, ODD, SKIP, STOP, Exchange, Over, over
+from .exchange import FAIL, ODD, SKIP, STOP, Exchange, Over, disagreement, over
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 NORM_TYPES = (2.0, math.inf)
+ONE = -5  # where the three numbers begin by which processes see that they have the same limits
 
 
 def check_max_norm(label: str, value: Any) -> None:
@@ -110,6 +112,9 @@ class Gradients:
         self.any_seen = False  # whether that step had gradients
         self.shared = SharedGrads()
         self.sharers: Exchange | None = None  # the processes that have parts of the same tensors; None: no others
+        self.takes_norm = False  # whether each step takes a norm, as those know
+        self.agreed: set[Limits | None] = set()  # that those were found to have too
+        self.marks: dict[Limits, Tensor] = {}  # by which it is found; on the device, which is not waited for
         self.to_come: list[tuple[bool, Sequence[Over] | None]] = []  # of this step, what those will wait in
 
     def __getstate__(self) -> tuple[GradientOptions, Norm | None]:
@@ -128,14 +133,30 @@ class Gradients:
         fp64 = all(param.dtype in (torch.float64, torch.complex128) for param in _params(groups))
         return self.last.norm.to(torch.float64 if fp64 else torch.float32, copy=True)
 
-    def look_for_sharers(self, optimizer: FusedOptimizer) -> None:
-        """Find the other processes, of a new or changed optimizer; raise RuntimeError in all if they differ."""
+    def look_for_sharers(self, optimizer: FusedOptimizer, limits: Limits | None, check: Callable[[], object]) -> None:
+        """Find the other processes, of a new or changed optimizer; raise in all if they differ or ``check`` raises."""
         found = Exchange(_params(optimizer.param_groups))
         if not found.groups:
             self.sharers = None
         elif self.sharers is None or found.kinds != self.sharers.kinds:
-            found.check_agreement(optimizer)
-            self.sharers = found
+            found.check_agreement(optimizer, shown(limits), check)
+            self.sharers, self.takes_norm, self.agreed, self.marks = found, limits is not None, {limits}, {}
+
+    def for_all(self, cls: str, limits: Limits | None) -> Limits | None:
+        """The limits of a step in which other processes take a norm, or do not, as in the first one.
+
+        Raises:
+            RuntimeError: they would take none, and this one would wait for them for ever.
+        """
+        if self.sharers is None or self.takes_norm == (limits is not None):
+            return limits
+        if limits is None:
+            return self.options.limits(math.inf, False)
+        raise RuntimeError(
+            f"{cls}: other processes have parts of the parameters and expect no norm of gradients, as the first step "
+            "took none; for step(max_grad_norm=...) or a fusedstep.GradScaler now, make the optimizer with "
+            "max_grad_norm=math.inf: it clips nothing, and every step takes the norm"
+        )
 
     @staticmethod
     def can_sum(optimizer: FusedOptimizer) -> bool:
@@ -150,6 +171,7 @@ class Gradients:
         """After an error: enter what other processes wait in, so that they can raise too, or skip the step."""
         to_come, self.to_come, sharers = self.to_come, [], self.sharers
         for by_max_abs, kinds in to_come:
+            kinds = self._kinds_of_norm() if kinds is None else kinds
             numbers = sharers.numbers(kinds)
             numbers[STOP] = FAIL
             sharers.share(numbers, by_max_abs, kinds)
@@ -240,20 +262,57 @@ class Gradients:
         found_inf: Tensor | None,
     ) -> None:
         """The same where other processes have parts too: they skip a step if this one does."""
-        numbers = sharers.numbers()
+        kinds = self._kinds_of_norm()
+        numbers = sharers.numbers(kinds)
         for part in parts:
             sharers.add(numbers, *part, limits.by_max_abs)
         if found_inf is not None:
             numbers[STOP] = torch.where(found_inf.to(numbers.device).reshape(()) != 0, SKIP, 0.0)
-        self._enter(sharers, numbers, limits.by_max_abs)
+        if limits not in self.marks:
+            if len(self.marks) > 8:  # limits of each step's own
+                self.marks.clear()
+                self.agreed.clear()
+            mark = mark_of(limits)
+            sent = [1.0, mark, -mark if limits.by_max_abs else mark * mark]
+            self.marks[limits] = torch.tensor(sent, dtype=torch.float64, device=sharers.device)
+        mark = self.marks[limits]
+        numbers[ONE:ODD] = mark
+        self._enter(sharers, numbers, limits.by_max_abs, kinds)
+        self._check_limits(sharers, numbers, limits, mark)
         self.last = self._at(sharers.device)
         self.last.numbers.zero_()
         if limits.by_max_abs:
-            self.last.max_abs.copy_(torch.where(numbers[ODD] > 0, math.nan, numbers[:ODD].amax()))
+            self.last.max_abs.copy_(torch.where(numbers[ODD] > 0, math.nan, numbers[:ONE].amax()))
         else:
-            self.last.sum_of_squares.copy_(numbers[:ODD].sum())
+            self.last.sum_of_squares.copy_(numbers[:ONE].sum())
             self.last.max_abs.copy_(torch.where(numbers[ODD] > 0, math.inf, 0.0))
         self.last.finish(limits, grad_scale, numbers[STOP])
+
+    def _kinds_of_norm(self) -> tuple[Over, ...]:
+        """Of the numbers that a norm sends: the last three, from `ONE` on, show whether all have the same limits."""
+        groups = self.sharers.groups
+        return (*self.sharers.kinds, groups, groups, groups)
+
+    def _check_limits(self, sharers: Exchange, numbers: Tensor, limits: Limits, mark: Tensor) -> None:
+        """Raise RuntimeError if other processes have sent the marks of other limits; on a GPU, skip the step."""
+        # Numbers are all equal if their mean is one of them and their mean square its square; or if the largest is, and
+        # the largest of the negative ones.
+        found, times = numbers[ONE:ODD], 1.0 if limits.by_max_abs else numbers[ONE]
+        differ = (found != times * mark).any()
+        if numbers.device.type != "cpu":
+            numbers[STOP] += torch.where(differ, FAIL, 0.0)
+            if limits in self.agreed:
+                return  # without waiting for the device
+        if not differ:
+            self.agreed.add(limits)
+            return
+        self.to_come = []
+        own = shown(limits)
+        if numbers.device.type != "cpu":  # where the others do not wait either
+            raise RuntimeError(f"processes differ in what step() was given: this one has {own}")
+        (first, mine), *others = sharers.tell(own)
+        rank, theirs = next((rank, theirs) for rank, theirs in others if theirs != mine)
+        raise disagreement(first, ("step()", mine), rank, ("step()", theirs))
 
     def _enter(self, sharers: Exchange, numbers: Tensor, by_max_abs: bool, kinds: Sequence[Over] | None = None) -> None:
         """Share numbers; raise RuntimeError if another process cannot make the step."""
@@ -339,6 +398,19 @@ def _params(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
 
 def _grads(groups: list[dict[str, Any]]) -> list[Tensor]:
     return [param.grad for param in _params(groups) if param.grad is not None]
+
+
+def shown(limits: Limits | None) -> dict[str, str]:
+    """What of the limits of a step a user gives it."""
+    return {
+        "max_grad_norm": str(None if limits is None or limits.max_norm == math.inf else limits.max_norm),
+        "fusedstep.GradScaler": str(limits is not None and limits.find_nonfinite),
+    }
+
+
+def mark_of(limits: Limits) -> float:
+    """A number by which limits can be told from others; so small that sums of its squares are exact in any cluster."""
+    return float(int.from_bytes(hashlib.sha256(repr(limits).encode()).digest()[:2], "big"))
 
 
 def raise_nonfinite(norm_type: float) -> None:

@@ -62,6 +62,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             group = {**self.defaults, **param_group}
             checks.check_implementation(group)
             checks.check_values(group, f"parameter group {len(self.param_groups)}")
+            sharding.check_learning_rate(self, group)
             self.check_group(on_device.at_the_beginning(group))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -217,7 +218,11 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         return loss
 
     def _plain_step(self, closure: Callable[[], Any] | None = None, *, max_grad_norm: float | None = None) -> Any:
-        self.check_call(max_grad_norm)
+        try:
+            self.check_call(max_grad_norm)
+        except Exception as error:
+            self.stepper.refuse(self, error)
+            raise
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from . import shards
 from .caller import level_of_the_user
+from .schedules.schedule import Schedule
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -35,7 +37,7 @@ def has_pieces(params: Iterable[Tensor]) -> bool:
     """Whether some of the parameters are pieces of `FullyShardedDataParallel`'s flat ones."""
     whole, unknown = set(), set()
     for param in params:
-        if not getattr(param, "_fsdp_flattened", False):
+        if not shards.is_flattened(param):
             continue
         size = getattr(param, "_unpadded_unsharded_size", None)  # of a flat parameter itself
         if size is not None:
@@ -45,6 +47,15 @@ def has_pieces(params: Iterable[Tensor]) -> bool:
             # Pieces are flat. Without sharding parameters have their shapes, and lie in the flat one as pieces do.
             (unknown if param.dim() == 1 else whole).add(param.untyped_storage().data_ptr())
     return bool(unknown - whole)
+
+
+def check_learning_rate(optimizer: FusedOptimizer, group: dict[str, Any]) -> None:
+    """Raise ValueError if the learning rate of a group would stop to follow its schedule once a state is loaded."""
+    if optimizer.stepper.shared_out and isinstance(group.get("lr"), Schedule):
+        raise ValueError(
+            f"Invalid learning rate: {group['lr']!r} under ZeroRedundancyOptimizer, which loads a number in its place; "
+            "give it a number as lr, and the schedule to fusedstep.schedules.ScheduleLR"
+        )
 
 
 def check(optimizer: FusedOptimizer, norm: bool, norm_of_each: bool, sums: bool) -> None:

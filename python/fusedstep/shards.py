@@ -44,6 +44,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return layout.is_wrapper(tensor) and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether a tensor is a flat parameter of `FullyShardedDataParallel`, or a parameter that lies in one."""
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
 def wraps(tensor: Tensor, memory: Tensor | None) -> bool:
     """Whether a DTensor is made of ``memory`` in the way that csrc/plan.cpp knows."""
     return is_sharded(tensor) and getattr(tensor, "_local_tensor", None) is memory and hasattr(tensor, "_spec")

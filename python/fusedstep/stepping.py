@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -147,9 +148,17 @@ class Stepper:
         groups, coefficient, undo = optimizer.param_groups, None, None
         clips = optimizer.clips()
         norm_of_each = clips and any(map(optimizer.clips_by_norm, groups))
-        self._expect(optimizer, limits, clips, norm_of_each)
         # Where other processes wait in an exchange, they get to know there that the step is skipped.
         skipped = found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0
+        if self.plans is None:
+            self._look_for_sharers(optimizer, limits, skipped)
+        try:
+            limits = gradients.for_all(type(optimizer).__name__, limits)
+        except RuntimeError as error:
+            self._expect(optimizer, None, clips, norm_of_each)
+            gradients.give_up(type(optimizer).__name__, error)
+            raise
+        self._expect(optimizer, limits, clips, norm_of_each)
         if skipped and not gradients.to_come:
             if limits is not None:
                 gradients.measure(optimizer, limits, grad_scale, found_inf)
@@ -230,10 +239,31 @@ class Stepper:
         for (plan, i), grad in zip(origins, optimizer.clip(grads, norms), strict=True):
             plan.replace_grad(i, grad)
 
+    def _look_for_sharers(self, optimizer: FusedOptimizer, limits: Limits | None, skipped: bool) -> None:
+        """Find other processes that have parts of the parameters; they hear of what is wrong with a first step here."""
+
+        @torch.inference_mode(False)
+        def check() -> None:
+            if not skipped:
+                planning.check_and_select(optimizer, limits is not None)
+
+        self.gradients.look_for_sharers(optimizer, limits, check)
+
+    def refuse(self, optimizer: FusedOptimizer, error: Exception) -> None:
+        """Before the error of a call that begins no step is raised: let other processes know that wait for this one."""
+        cls, limits = type(optimizer).__name__, self.gradients.options.limits(None, self.finds_nonfinite)
+        try:
+            if self.plans is None:
+                self.gradients.look_for_sharers(optimizer, limits, functools.partial(_raise, error))
+            limits = self.gradients.for_all(cls, limits)
+            clips = optimizer.clips()
+            self._expect(optimizer, limits, clips, clips and any(map(optimizer.clips_by_norm, optimizer.param_groups)))
+        except Exception:
+            return  # which is theirs too, or the same one
+        self.gradients.give_up(cls, error)
+
     def _expect(self, optimizer: FusedOptimizer, limits: Limits | None, clips: bool, norm_of_each: bool) -> None:
         """Tell `gradients` in what order a step enters exchanges with other processes, if there are others."""
-        if self.plans is None:
-            self.gradients.look_for_sharers(optimizer)
         if self.gradients.sharers is None:
             return
         exchanges: list[tuple[bool, Any]] = []
@@ -256,6 +286,10 @@ class Stepper:
         except (TypeError, ValueError) as error:
             index = next(index for index, other in enumerate(optimizer.param_groups) if other is group)
             raise type(error)(f"{error} (parameter group {index})") from None
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def limits_of_clipped(limits: Limits) -> Limits | None:

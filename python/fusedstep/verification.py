@@ -231,10 +231,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="by default a GPU for the backends that run on it, the CPU for the others")
     parser.add_argument("--steps", type=int, default=7, help="updates per row (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--distributed",
+        type=int,
+        metavar="N",
+        help="compare instead the training of DTensors in N processes of this machine with that of one: with NCCL if "
+        "there are N GPUs, else with gloo",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 if everything is as it should be, 1 if not, 2 for a bad argument."""
+    if args.distributed is not None:
+        from . import sharded_verification
+
+        return sharded_verification.run(args)
     try:
         report = verify(
             args.optimizer,

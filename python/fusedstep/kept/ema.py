@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import checks, layout
+from .. import checks, gathered, layout
 from ..caller import level_of_the_user
 from .kind import Entry, Kind
 from .weights import Weights
@@ -149,6 +149,7 @@ def swapped(optimizer: FusedOptimizer, ema: Ema, followers: Iterable[Kind]) -> I
                 param.copy_(average)
                 average.copy_(weights)
                 exchanged.append((param, average, kept))
+            gathered.drop(params)
             optimizer.renew_copies()
         yield
     finally:
@@ -157,5 +158,6 @@ def swapped(optimizer: FusedOptimizer, ema: Ema, followers: Iterable[Kind]) -> I
                 averages = param.clone() if kept is None else kept
                 param.copy_(average)
                 average.copy_(averages)
+            gathered.drop(params)
         ema.swapped = False
         optimizer.renew_copies()

@@ -206,7 +206,7 @@ class States(Kind):
             if shape is not None:
                 shape = value.shape if is_quantized(value) else shape
                 checks.check_loaded(f"'{name}' of parameter {key}", value, param, shape, codecs.CODES)
-            if shards.is_sharded(param):
+            if shards.is_sharded(param) or shards.is_flattened(param):
                 loaded.pop(scale_name(name), None)  # as `shown_as_numbers` has it
             if not is_quantized(value):
                 taken[name] = copied_like(value, param)
@@ -266,11 +266,12 @@ def as_part(value: Tensor, param: Tensor) -> Tensor:
 
 
 def shown_as_numbers(rule: Rule, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """The state of a DTensor as a state_dict has it: codes as fp32 numbers, beside a scale of 1.
+    """The state of a part as a state_dict has it: codes as fp32 numbers, beside a scale of 1.
 
     That keeps them apart from the codes of a whole tensor, which have many scales: DCP does not compare dtypes.
     """
-    if not shards.is_sharded(param):
+    is_flattened = shards.is_flattened(param)
+    if not (is_flattened or shards.is_sharded(param)):
         return state
     shown = dict(state)
     for key, value in state.items():
@@ -278,5 +279,18 @@ def shown_as_numbers(rule: Rule, param: Tensor, state: dict[str, Any]) -> dict[s
             part, scales, signed = own_part(param), state[scale_name(key)], key not in rule.non_negative
             numbers = codecs.dequantize(value, scales, codecs.quantizer_of(value, part), signed, part)
             shown[key] = as_part(numbers, param)
-            shown[scale_name(key)] = torch.ones(1, dtype=torch.float32, device=value.device)
-    return shown
+            # A tensor that has dimensions would be gathered beside the pieces of others.
+            shown[scale_name(key)] = torch.ones(() if is_flattened else 1, device=value.device)
+    return _in_one_dtype(param, shown) if is_flattened else shown
+
+
+def _in_one_dtype(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a piece as `FullyShardedDataParallel` can gather it: with one dtype, and that of fractions."""
+    pieces = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.shape == param.shape}
+    dtypes = {value.dtype for value in pieces.values()}
+    if dtypes == {param.dtype} or (len(dtypes) == 1 and dtypes.pop().is_floating_point):
+        return state
+    return {
+        **state,
+        **{key: value.to(torch.promote_types(param.dtype, torch.float32)) for key, value in pieces.items()},
+    }

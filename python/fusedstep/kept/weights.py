@@ -218,6 +218,11 @@ class Weights(Kind):
         return state[found.key] if found.name == "master" else _like(param, _weight(found, param, state))
 
     def load(self, key: Any, entry: Entry, loaded: dict[str, Any]) -> dict[str, Any]:
+        for name in AUX.keys() & loaded.keys() if shards.is_flattened(entry.param) else ():
+            # It may have been widened to be gathered.
+            dtype = entry.param.dtype if name == Kahan.key else AUX[name].dtypes[0]
+            if isinstance(loaded[name], Tensor):
+                loaded[name] = loaded[name].to(dtype)
         wrong = _mismatch(loaded, entry.param)
         for name in AUX:
             if wrong is None and name in loaded and not AUX[name].takes(entry.param.dtype, loaded[name].dtype):
