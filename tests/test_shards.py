@@ -82,7 +82,13 @@ def check_place(shape, mesh_shape, placements, order):
         own = torch.empty_like(local)
         own.as_strided((local.numel(),), (1,)).copy_(torch.arange(local.numel()))
         if param.stride() == whole.stride() and own.stride() == local.stride():
-            assert torch.equal(shards.element_map_of(param, "it").elements(own), local)
+            try:
+                found = shards.element_map_of(param, "it")
+            except ValueError:  # torch has laid out the part in another order than it says of the whole tensor
+                dims = [d for d in range(local.dim()) if local.shape[d] > 1]
+                assert sorted(dims, key=local.stride().__getitem__) != sorted(dims, key=whole.stride().__getitem__)
+                continue
+            assert torch.equal(found.elements(own), local)
 
 
 @by_layout
