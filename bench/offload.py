@@ -1,7 +1,7 @@
 """What a step costs on the CPU where `fully_shard` keeps weights in main memory (`CPUOffloadPolicy`).
 
-    python -m fusedstep.bench.offload [--layers N] [--threads N] [--output FOLDER]    measures, and writes a results file
-    python -m fusedstep.bench.offload bench/results/FILE.jsonl          prints its table
+    python -m fusedstep.bench.offload [--layers N] [--threads N]    measures, and writes a results file
+    python -m fusedstep.bench.offload bench/results/FILE.jsonl      prints its table
 
 One process, whose parts are the whole model; a step on the CPU knows no other one. Bytes are those of the tensors that
 there are, once a contender has made steps.
