@@ -307,7 +307,7 @@ def pair_of(where, kept, seed=None):
 @scenario(kept=KEPT)
 def from_one_number_of_processes_to_another(kept):
     """On each a step, as one process goes on alone; parameter 1 has no gradient before the third stage."""
-    flat = kept != "plain"
+    flat = kept not in ("plain", "stochastic")
     form = StateDictOptions(flatten_optimizer_state_dict=flat)
     stages = [None, "two", "three", "FSDP and TP", "four", None]
     if kept == "8bit":
