@@ -1,7 +1,7 @@
 """What a step costs on the CPU where `fully_shard` keeps weights in main memory (`CPUOffloadPolicy`).
 
-    python -m fusedstep.bench.offload [--layers N] [--output FOLDER]    measures, and writes a results file
-    python -m fusedstep.bench.offload bench/results/FILE.jsonl          prints its table
+    python -m fusedstep.bench.offload [--layers N] [--threads N]    measures, and writes a results file
+    python -m fusedstep.bench.offload bench/results/FILE.jsonl      prints its table
 
 One process, whose parts are the whole model; a step on the CPU knows no other one. Bytes are those of the tensors that
 there are, once a contender has made steps.
@@ -195,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m fusedstep.bench.offload", description=__doc__.splitlines()[0])
     made.add_argument("file", metavar="FILE.jsonl", type=Path, nargs="?", help="print the table of this file")
     made.add_argument("--layers", type=int, default=4, help="of a GPT-2 (default: %(default)s)")
+    made.add_argument("--threads", type=int, help="torch's choice by default; one where other programs run meanwhile")
     made.add_argument("--seconds", type=float, default=8.0, help="for each contender (default: %(default)s)")
     made.add_argument("--output", type=Path, default=results.DEFAULT_FOLDER, help="default: %(default)s")
     return made
@@ -212,6 +213,8 @@ def main(argv: list[str]) -> int:
         if args.file is not None:
             print(markdown(args.file))
             return 0
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
         settings = {"all_optimizers": False, "optimizers": ["offload"], "precision": False, "quick": False}
         command = shlex.join(["python", "-m", "fusedstep.bench.offload", *argv])
         header = results.header(torch.device("cpu"), command, settings | {"layers": args.layers})

@@ -30,7 +30,7 @@ def results(tmp_path_factory):
             for rank in range(ranks.SIZE)
         ]
         try:
-            codes = [process.wait(timeout=200) for process in started]
+            codes = [process.wait(timeout=400) for process in started]
         finally:
             for process in started:
                 process.kill()

@@ -154,8 +154,8 @@ class Gradients:
             return self.options.limits(math.inf, False)
         raise RuntimeError(
             f"{cls}: other processes have parts of the parameters and expect no norm of gradients, as the first step "
-            "took none; for step(max_grad_norm=...) or a fusedstep.GradScaler now, make the optimizer with "
-            "max_grad_norm=math.inf: it clips nothing, and every step takes the norm"
+            "took none; for step(max_grad_norm=...), an edited global_clipnorm or a fusedstep.GradScaler that come "
+            "later, make the optimizer with a limit (max_grad_norm=math.inf clips nothing): then every step takes it"
         )
 
     @staticmethod

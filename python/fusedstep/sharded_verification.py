@@ -80,7 +80,7 @@ class Configuration:
 
 
 def configurations(optimizers: Sequence[str] | None) -> list[Configuration]:
-    """Each elementwise rule; and each option and what else there is, with one of them.
+    """Each elementwise rule; and each option and what else there is, with the last of them.
 
     Raises:
         ValueError: there is no such optimizer, or all of them sum over tensors.
@@ -89,8 +89,7 @@ def configurations(optimizers: Sequence[str] | None) -> list[Configuration]:
     if not cases:
         elementwise = sorted({case.optimizer for case in CASES})
         raise ValueError(f"{', '.join(optimizers or ())}: sharded training has {', '.join(elementwise)}")
-    chosen = [case for case in cases if case.optimizer == "AdamW"] or cases
-    last = chosen[-1]
+    last = cases[-1]
 
     def having(**options: Any) -> Case:
         return Case(last.optimizer, {**last.options, **options})
@@ -100,9 +99,8 @@ def configurations(optimizers: Sequence[str] | None) -> list[Configuration]:
         narrow = options.keys() & {"master_weights", "kahan", "rounding"}
         found.append(Configuration(having(**options), "bf16" if narrow else "fp32"))
     found.append(Configuration(having(ema_decay=0.9, weights_copy=torch.bfloat16, zero_grads=True)))
-    if last.optimizer != "AdamWeightDecay":  # which may clip by itself
-        for norm_type in (2.0, math.inf):
-            found.append(Configuration(having(max_grad_norm=0.3, norm_type=norm_type), exact=False))
+    for norm_type in (2.0, math.inf):
+        found.append(Configuration(having(max_grad_norm=0.3, norm_type=norm_type), exact=False))
     return [
         *found,
         Configuration(having(skip_nonfinite=True), what=INFINITY),

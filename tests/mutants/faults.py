@@ -735,6 +735,13 @@ SHARDED = [
         "tests/test_ranks.py",
     ),
     Fault(
+        "averages: weights that fully_shard has gathered stay",
+        "python/fusedstep/gathered.py",
+        "            module.reshard()\n",
+        "            pass\n",
+        "tests/test_ranks.py",
+    ),
+    Fault(
         "FSDP's pieces: states leave the optimizer in several dtypes",
         "python/fusedstep/kept/states.py",
         "return _in_one_dtype(param, shown) if is_flattened else shown",
