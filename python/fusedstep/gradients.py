@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks, layout, shards
 from .backends.norm import Limits, Norm, sums
 from .backends.plan import SharedGrads
-from .exchange import FAIL, ODD, SKIP, STOP, Exchange, Over, over
+from .exchange import FAIL, ODD, SKIP, STOP, Exchange, Over, Pack, over
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -110,7 +110,7 @@ class Gradients:
         self.any_seen = False  # whether that step had gradients
         self.shared = SharedGrads()
         self.sharers: Exchange | None = None  # the processes that have parts of the same tensors; None: no others
-        self.to_come: list[tuple[bool, Sequence[Over] | None]] = []  # of this step, what those will wait in
+        self.to_come: list[tuple[bool, Sequence[Over] | Pack | None]] = []  # of this step, what those will wait in
 
     def __getstate__(self) -> tuple[GradientOptions, Norm | None]:
         return self.options, self.last
@@ -142,7 +142,7 @@ class Gradients:
         """Whether it is known of which tensors the parameters are parts."""
         return not any(layout.is_wrapper(p) and not shards.is_sharded(p) for p in _params(optimizer.param_groups))
 
-    def expect(self, exchanges: list[tuple[bool, Sequence[Over] | None]]) -> None:
+    def expect(self, exchanges: list[tuple[bool, Sequence[Over] | Pack | None]]) -> None:
         """Before anything of a step can fail: what other processes will enter, as `Exchange.share` takes it."""
         self.to_come = [] if self.sharers is None else exchanges
 
@@ -245,7 +245,7 @@ class Gradients:
             sharers.add(numbers, *part, limits.by_max_abs)
         if found_inf is not None:
             numbers[STOP] = torch.where(found_inf.to(numbers.device).reshape(()) != 0, SKIP, 0.0)
-        self._enter(sharers, numbers, limits.by_max_abs)
+        self.enter(sharers, numbers, limits.by_max_abs)
         self.last = self._at(sharers.device)
         self.last.numbers.zero_()
         if limits.by_max_abs:
@@ -255,7 +255,9 @@ class Gradients:
             self.last.max_abs.copy_(torch.where(numbers[ODD] > 0, math.inf, 0.0))
         self.last.finish(limits, grad_scale, numbers[STOP])
 
-    def _enter(self, sharers: Exchange, numbers: Tensor, by_max_abs: bool, kinds: Sequence[Over] | None = None) -> None:
+    def enter(
+        self, sharers: Exchange, numbers: Tensor, by_max_abs: bool, kinds: Sequence[Over] | Pack | None = None
+    ) -> None:
         """Share numbers; raise RuntimeError if another process cannot make the step."""
         del self.to_come[:1]
         sharers.share(numbers, by_max_abs, kinds)
@@ -278,7 +280,7 @@ class Gradients:
             numbers = self.sharers.numbers(kinds)
             for index, norm in parts.items():
                 numbers[index] = norm.square()
-            self._enter(self.sharers, numbers, False, kinds)
+            self.enter(self.sharers, numbers, False, kinds)
             parts |= {index: numbers[index].sqrt() for index in parts if kinds[index]}
         return [parts[index].to(grad) for index, grad in grads]
 

@@ -1,0 +1,191 @@
+"""The passes of rules that reduce over processes: all sums of a pass travel together, in one call for each group."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, exchange, layout, planning, shards
+from .backends.parts import PartsPlan
+from .backends.reference_reducing import sum_of_squares
+from .exchange import SKIP, STOP
+from .lines import Lines, Sum, crosses
+
+if TYPE_CHECKING:
+    from .exchange import Exchange, Pack
+    from .gradients import Gradients
+    from .optimizer import FusedOptimizer
+    from .record import Step
+
+PASSES = 3
+FROZEN = 2.0**20  # beside 1 for a gradient, what tells that a process has none and will have none
+
+
+class Member(NamedTuple):
+    """A parameter whose sums cross processes."""
+
+    index: int  # among all parameters of the optimizer
+    what: str
+    param: Tensor
+    lines: Lines
+    passes: tuple[list[Sum], ...]
+    sizes: tuple[list[int], ...]  # of each sum: how many numbers travel
+
+
+class SharedSums:
+    """Of one optimizer. Which numbers travel is known from its parameters alone: a process without gradients sends 0."""
+
+    def __init__(self, optimizer: FusedOptimizer, sharers: Exchange) -> None:
+        self.sharers = sharers
+        self.members = list(_members(optimizer))
+        flags = [(exchange.over(member.param), 1) for member in self.members]
+        self.packs: list[Pack] = [
+            sharers.pack([*(() if number else flags), *self._kinds(number)], decides=number == 0)
+            for number in range(PASSES)
+        ]
+        self.running: dict[int, Generator[list[Tensor], list[Tensor], None]] = {}
+        self.asked: dict[int, list[Tensor]] = {}  # of each, its sums in this pass
+
+    def _kinds(self, number: int) -> Iterator[tuple[exchange.Over, int]]:
+        for member in self.members:
+            yield from ((s.over, n) for s, n in zip(member.passes[number], member.sizes[number], strict=True) if n)
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        optimizer: FusedOptimizer,
+        gradients: Gradients,
+        steps: Sequence[tuple[Any, Step]],
+        found_inf: Tensor | None,
+    ) -> Tensor | None:
+        """The first pass, before anything is written; returns the flag by which all processes skip the step or do not.
+
+        Raises:
+            RuntimeError: another process cannot make the step, or has a gradient where this one never will.
+        """
+        self.running, places = {}, {}
+        for plan, step in steps:
+            if isinstance(plan, PartsPlan):
+                places |= {record.index: (plan, i, step) for i, record in enumerate(plan.records)}
+        for member in self.members:
+            plan, i, step = places.get(member.index, (None, 0, None))
+            if plan is not None and plan.grads[i] is not None:
+                self.running[member.index] = plan.start(i, member.lines, step)
+        self.asked = {index: next(update) for index, update in self.running.items()}
+        numbers = self._packed(0)
+        if found_inf is not None:
+            numbers[STOP] = torch.where(found_inf.to(numbers.device).reshape(()) != 0, SKIP, 0.0)
+        gradients.enter(self.sharers, numbers, False, self.packs[0])
+        *flags, stop = torch.cat([numbers[: len(self.members)], numbers[STOP:]]).tolist()
+        if stop:
+            self.running, self.asked = {}, {}
+            return numbers[STOP].to(torch.float32)
+        for member, flag in zip(self.members, flags, strict=True):
+            count, frozen = flag % FROZEN, flag >= FROZEN
+            if count and frozen:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}: some processes have a gradient of {member.what}, in others it "
+                    "does not require one; every process must train the same parameters"
+                )
+            if count and member.index not in self.running:
+                self._start_without_gradient(optimizer, member, *places[member.index])
+        self._take(0, numbers)
+        return found_inf
+
+    def _start_without_gradient(
+        self, optimizer: FusedOptimizer, member: Member, plan: PartsPlan, i: int, step: Step
+    ) -> None:
+        """Another process has a part of the gradient: this one's is zero, and what they share must stay the same."""
+        record = plan.records[i]
+        if record.param is None:
+            entry = next(e for e in chain.from_iterable(planning.entries(optimizer)) if e.index == member.index)
+            with torch.inference_mode(False), torch.no_grad():
+                record = record._replace(**planning.fields(entry, plan.backend, True))
+            plan.records[i], plan.seen[i] = record, plan._looks(record)
+        update = self.running[member.index] = plan.start(i, member.lines, step)
+        self.asked[member.index] = next(update)
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """The other passes; then everything is written."""
+        for number in range(1, PASSES):
+            self.asked = {index: update.send(self.asked[index]) for index, update in self.running.items()}
+            if self.packs[number].members:
+                numbers = self._packed(number)
+                self.sharers.share(numbers, False, self.packs[number])
+                self._take(number, numbers)
+        for index, update in self.running.items():
+            for _ in _last(update, self.asked[index]):
+                raise AssertionError("a rule has more passes than there are")
+        self.running, self.asked = {}, {}
+
+    def _packed(self, number: int) -> Tensor:
+        """All numbers of a pass that travel."""
+        device = self.sharers.device
+        flags, pieces = [], []
+        for member in self.members:
+            own = self.asked.get(member.index)
+            is_frozen = not member.param.requires_grad and own is None
+            flags.append(FROZEN if is_frozen else float(own is not None))
+            for place, (each, size) in enumerate(zip(member.passes[number], member.sizes[number], strict=True)):
+                if size == 0:
+                    continue
+                if own is not None:
+                    pieces.append(own[place].reshape(-1).to(device))
+                elif number == 0 and each is member.lines.tensor and not is_frozen:
+                    # Of the parameter, in the first pass.
+                    pieces.append(sum_of_squares(layout.local(member.param)).reshape(-1).to(device))
+                else:
+                    pieces.append(torch.zeros(size, dtype=torch.float64, device=device))
+        if number == 0:
+            pieces = [torch.tensor(flags, dtype=torch.float64, device=device), *pieces, pieces[0].new_zeros(2)]
+        return torch.cat(pieces)
+
+    def _take(self, number: int, numbers: Tensor) -> None:
+        """Put the sums of whole tensors in the place of those of parts."""
+        begin = 0 if number else len(self.members)
+        for member in self.members:
+            own = self.asked.get(member.index)
+            for place, size in enumerate(member.sizes[number]):
+                if own is not None and size:
+                    own[place] = numbers[begin : begin + size].view_as(own[place]).to(own[place].device)
+                begin += size
+
+
+def _members(optimizer: FusedOptimizer) -> Iterator[Member]:
+    index, seen = 0, set()
+    for group in optimizer.param_groups:
+        for name, param in planning.named(group):
+            if crosses(optimizer, group, name, param):
+                what = checks.describe(index, name, param)
+                if param in seen:
+                    raise ValueError(f"{type(optimizer).__name__}: {what} is given twice, as a DTensor it cannot be")
+                seen.add(param)
+                lines = Lines.of_part(optimizer, group, name, param)
+                rule, _ = optimizer.rule_of(optimizer.variant_of(group, name, param))
+                passes = lines.passes(optimizer.rule_named(rule))
+                shape = shards.part_shape(param)
+                sizes = tuple([each.lines(shape) if each.crosses else 0 for each in sums] for sums in passes)
+                yield Member(index, what, param, lines, passes, sizes)
+            index += 1
+
+
+def shared_sums(optimizer: FusedOptimizer, sharers: Exchange | None) -> SharedSums | None:
+    """None: no sum of a step crosses processes."""
+    if sharers is None:
+        return None
+    found = SharedSums(optimizer, sharers)
+    return found if found.members else None
+
+
+def _last(update: Generator[list[Tensor], list[Tensor], None], totals: list[Tensor]) -> Iterator[None]:
+    """Nothing, once an update has written."""
+    try:
+        update.send(totals)
+    except StopIteration:
+        return
+    yield
