@@ -4,18 +4,34 @@ Sums are added up in another order than one process has: numbers are those of on
 crosses processes to the last bit.
 """
 
+import copy
 import functools
 import sys
+import warnings
 
 import ranks
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ranks import (
+    CLOSE,
+    COPIES,
+    FOLDER,
     MESHES,
     SEVERAL,
+    Model,
     Pair,
+    assert_untouched,
+    checkpoint,
+    local,
+    mesh,
+    overflow,
+    raised,
+    snapshot,
     takes_part,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import fusedstep
 from fusedstep.cases import REDUCING
@@ -81,6 +97,364 @@ def rules(case):
                 for number in range(3):
                     pair.step(skip=(2,) if number else (0, 2))
                 assert_close(pair, exact=where == "replicated")
+
+
+# Options, on one rule or two; each with the class.
+
+OPTIONS = {
+    "clipped": (fusedstep.Adafactor, {"max_grad_norm": 0.5}),
+    "clipped by the largest": (fusedstep.TorchAdafactor, {"max_grad_norm": 0.5, "norm_type": torch.inf}),
+    "average and copy": (fusedstep.Adafactor, {**ADAFACTOR, "ema_decay": 0.75, "weights_copy": torch.bfloat16}),
+    "zero": (fusedstep.Adafactor, {"zero_grads": True}),
+    "write": (fusedstep.Adafactor, {"write_grads": True, "max_grad_norm": 0.5, "maximize": True}),
+    "reference": (fusedstep.Adafactor, {**ADAFACTOR, "backend": "reference"}),
+    "cpu": (fusedstep.Adafactor, {"backend": "cpu"}),
+    "narrow": (fusedstep.Adafactor, {**ADAFACTOR, "dtype": torch.bfloat16, "ema_decay": 0.75}),
+    "narrow states": (fusedstep.TorchAdafactor, {"dtype": torch.bfloat16}),
+    "narrow reduced": (fusedstep.Amos, {"reduce": (-1,), "momentum": 0.5, "dtype": torch.bfloat16}),
+}
+
+
+@scenario(option=OPTIONS)
+def options(option):
+    cls, given = OPTIONS[option]
+    for where in ("three", "columns", "FSDP and TP", "HSDP", SEVERAL):
+        if where is SEVERAL or takes_part(where):
+            pair = Pair(cls, where, SHAPES[:5], **given)
+            for number in range(3):
+                pair.step(skip=(number,))
+            if given.get("dtype") == torch.bfloat16:
+                assert_close_in_16_bits(pair)
+            else:
+                assert_close(pair)
+            for i, (part, expected) in enumerate(zip(pair.parts, pair.whole, strict=True)):
+                if expected.grad is not None:
+                    grad = pair.part(expected.grad, i)
+                    torch.testing.assert_close(local(part.grad), local(grad), **CLOSE)
+
+
+def assert_close_in_16_bits(pair):
+    """A number that is rounded another way is one of the neighbours."""
+    for part, expected in zip(pair.parts, pair.whole, strict=True):
+        pairs = [(part, expected)]
+        pairs += [(state, pair.expected.state[expected][key]) for key, state in pair.mine.state[part].items()]
+        for mine, other in pairs:
+            scale = other.detach().float().abs().max().item()
+            torch.testing.assert_close(whole(mine).float(), other.detach().float(), rtol=2.0**-7, atol=2e-3 * scale)
+
+
+@scenario
+def a_schedule_on_the_device():
+    schedule = fusedstep.schedules.CosineScheduler(max_update=5, base_lr=0.1, final_lr=0.01, warmup_steps=2)
+    pair = Pair(fusedstep.TorchAdafactor, "four", lr=schedule)
+    for _ in range(4):
+        pair.step()
+    assert_close(pair)
+
+
+@scenario
+def no_matrix_travels():
+    """All sums of a step go through three calls for each group, of as many numbers as there are lines, at most."""
+    sent = []
+    original = dist.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        sent.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    pair = Pair(fusedstep.Adafactor, "four", SHAPES)
+    pair.step()
+    pair.give()
+    dist.all_reduce = counted
+    try:
+        pair.mine.step()
+    finally:
+        dist.all_reduce = original
+    lines = sum(torch.Size(shape[:-2]).numel() * shape[-1] for shape in SHAPES if len(shape) > 1)
+    assert len(sent) == 3, sent
+    assert sum(sent) <= lines + 5 * len(SHAPES) + 2 + 3 * 4, (sent, lines)
+
+
+@scenario
+def every_run_and_every_process_has_the_same_bits():
+    for where in ("four", "HSDP", "FSDP and TP", SEVERAL):
+        runs = []
+        for _ in range(2):
+            pair = Pair(fusedstep.Adafactor, where, SHAPES[:5], **ADAFACTOR, max_grad_norm=1.0)
+            for _ in range(3):
+                pair.give()
+                pair.mine.step()
+            runs.append([whole(t) for p in pair.parts for t in (p, *pair.mine.state[p].values())])
+        assert all(map(torch.equal, *runs))
+        others = [None] * ranks.SIZE
+        dist.all_gather_object(others, runs[0])
+        for other in others:
+            assert all(map(torch.equal, other, runs[0]))
+
+
+@scenario
+def what_no_sum_crosses_is_left_to_the_engine():
+    """Where dimensions are sharded that the rule keeps: it has the bits of an optimizer of the part alone."""
+    case = {"lr": 0.1, "momentum": 0.5, "backend": "cpu"}
+    shapes = ((8, 6), (7, 5), (64, 96), (3, 5, 4), (1, 7))
+    for where, reduce in (("three", (-1,)), ("columns", (0,)), ("HSDP", (-1,)), ("replicated", (-1,)), ("four", (1,))):
+        if takes_part(where):
+            pair = Pair(fusedstep.Amos, where, shapes, **case, reduce=reduce)
+            alone = [torch.nn.Parameter(local(part).clone()) for part in pair.parts]
+            expected = fusedstep.Amos(alone, **case, reduce=reduce)
+            for _ in range(3):
+                pair.give()
+                for own, part in zip(alone, pair.parts, strict=True):
+                    own.grad = local(part.grad).clone()
+                for optimizer in (pair.expected, pair.mine, expected):
+                    optimizer.step()
+            assert_close(pair, exact=where == "replicated")
+            for own, part in zip(alone, pair.parts, strict=True):
+                assert torch.equal(local(part), own)
+            assert pair.mine.backends_used == {"cpu"}
+            assert pair.mine.kernel_calls > 0
+    if takes_part("three"):
+        pair = Pair(fusedstep.Amos, "three", shapes, **case, reduce=(0,))
+        pair.step()
+        assert_close(pair)
+        assert "reference" in pair.mine.backends_used
+
+
+# Gradients that are not everywhere.
+
+
+@scenario(where=("four", "HSDP", "FSDP and TP", "columns"))
+def gradients_on_some_processes_alone(where):
+    """The others' parts count as zeros, and what all share stays the same for all; also before there are states."""
+    if takes_part(where):
+        for first in (True, False):
+            pair = Pair(fusedstep.Adafactor, where, SHAPES[:5], **ADAFACTOR)
+            if not first:
+                pair.step()
+            for _ in range(2):
+                pair.give()
+                for i, (part, expected) in enumerate(zip(pair.parts, pair.whole, strict=True)):
+                    # Of HSDP these are both copies of a part.
+                    lacks = i in (1, 2, 4) and dist.get_rank() in (0, 2)
+                    if lacks:
+                        local(part.grad).zero_()
+                    expected.grad = part.grad.full_tensor()
+                    if lacks:
+                        part.grad = None
+                pair.expected.step()
+                pair.mine.step()
+            assert_close(pair)
+
+
+@scenario
+def an_overflow_on_one_process_skips_on_all():
+    for where in ("four", "FSDP and TP", SEVERAL):
+        pair = Pair(fusedstep.Adafactor, where, SHAPES[:5], skip_nonfinite=True, zero_grads=True)
+        pair.step()
+        before = snapshot(pair)
+        pair.step(change=overflow(torch.inf))
+        assert_untouched(pair, before)
+        assert all(not local(p.grad).any() for p in pair.parts)
+        pair.step()
+        assert_close(pair)
+
+
+@scenario
+def a_flag_of_one_process_skips_on_all():
+    """Also without a norm, which would tell it."""
+    for where in ("four", "HSDP", SEVERAL):
+        pair = Pair(fusedstep.Adafactor, where, SHAPES[:5], zero_grads=True)
+        pair.step()
+        before = snapshot(pair)
+        pair.give()
+        pair.mine.found_inf = torch.tensor(float(dist.get_rank() == 1))
+        pair.mine.step()
+        del pair.mine.found_inf
+        assert_untouched(pair, before)
+        assert all(not local(p.grad).any() for p in pair.parts)
+        pair.step()
+
+
+@scenario
+def a_scaler():
+    pair = Pair(fusedstep.TorchAdafactor, "four", SHAPES[:5])
+    scaler = fusedstep.GradScaler("cpu", init_scale=4.0)
+    for number in range(3):
+        before = snapshot(pair)
+        scaler.scale(torch.ones(()))
+        scale = scaler.get_scale()
+        pair.give(change=overflow(torch.inf) if number == 1 else None)
+        for part, expected in zip(pair.parts, pair.whole, strict=True):
+            local(part.grad).mul_(scale)
+        if number != 1:
+            pair.expected.step()
+        scaler.step(pair.mine)
+        scaler.update()
+        if number == 1:
+            assert_untouched(pair, before)
+            assert scaler.get_scale() == scale / 2
+    assert_close(pair)
+
+
+# Checkpoints.
+
+KEPT = {
+    "Adafactor": (fusedstep.Adafactor, {**ADAFACTOR, "ema_decay": 0.75}),
+    "TorchAdafactor": (fusedstep.TorchAdafactor, {"lr": 0.1}),
+    "Amos": (fusedstep.Amos, {"lr": 0.1, "reduce": (0,), "momentum": 0.5}),
+}
+TARGETS = (None, "three", "four", "columns", "HSDP", "FSDP and TP")
+
+
+@scenario(kept=KEPT)
+def from_two_processes_to_others(kept):
+    """States are those that were saved to the last bit; then a step is made, and all is saved for one process again."""
+    cls, given = KEPT[kept]
+    form = StateDictOptions(flatten_optimizer_state_dict=kept != "Amos")
+    first = Pair(cls, "two", SHAPES, **given) if takes_part("two") else Pair(cls, None, SHAPES, **given)
+    for number in range(2):
+        first.step(skip=(1,) if number == 0 else ())
+    if takes_part("two"):
+        group = mesh(2).get_group()
+        dcp.save(
+            checkpoint(Model(first.parts), first.mine, form), checkpoint_id=f"{FOLDER}/{kept}", process_group=group
+        )
+        saved = [{key: whole(value) for key, value in first.mine.state[p].items()} for p in first.parts]
+        if dist.get_rank() == 0:
+            torch.save(saved, f"{FOLDER}/{kept}.saved")
+    dist.barrier()
+    saved = torch.load(f"{FOLDER}/{kept}.saved", weights_only=True)
+    for where in TARGETS:
+        if where is None or takes_part(where):
+            how = {"no_dist": True}
+            if where is not None and mesh(*MESHES[where][0]).size() < ranks.SIZE:
+                how = {"process_group": mesh(*MESHES[where][0]).get_group()}
+            elif where is not None:
+                how = {}
+            pair = Pair(cls, where, SHAPES, **given)
+            model = Model(pair.parts)
+            template = checkpoint(model, pair.mine, form)
+            dcp.load(template, checkpoint_id=f"{FOLDER}/{kept}", **how)
+            model.load_state_dict(template["model"])
+            set_optimizer_state_dict(model, pair.mine, template["optimizer"], options=form)
+            for part, states in zip(pair.parts, saved, strict=True):
+                found = pair.mine.state[part]
+                assert found.keys() == states.keys()
+                for key, value in states.items():
+                    assert torch.equal(whole(found[key]), value), key
+                    assert isinstance(found[key], DTensor) == (where is not None and value.dim() > 0), key
+            pair.expected = copy.deepcopy(first.expected)
+            pair.whole = pair.expected.param_groups[0]["params"]
+            pair.number = first.number
+            pair.step()
+            assert_close(pair)
+            if where == "four":
+                dcp.save(checkpoint(model, pair.mine, form), checkpoint_id=f"{FOLDER}/{kept} again")
+                dist.barrier()
+                alone = Pair(cls, None, SHAPES, **given)
+                model = Model(alone.parts)
+                template = checkpoint(model, alone.mine, form)
+                dcp.load(template, checkpoint_id=f"{FOLDER}/{kept} again", no_dist=True)
+                set_optimizer_state_dict(model, alone.mine, template["optimizer"], options=form)
+                for part, other in zip(pair.parts, alone.parts, strict=True):
+                    for key, value in pair.mine.state[part].items():
+                        assert torch.equal(whole(value), alone.mine.state[other][key]), key
+
+
+# Mistakes.
+
+
+@scenario
+def an_error_of_one_process_is_raised_by_all():
+    """In its first step too."""
+    for where in ("four", "HSDP", SEVERAL):
+        for given in ({}, {"max_grad_norm": 1.0}):
+            for steps in (0, 1):
+                pair = Pair(fusedstep.Adafactor, where, SHAPES[:5], **given)
+                for _ in range(steps):
+                    pair.step()
+                before = snapshot(pair)
+                pair.give()
+                if dist.get_rank() == 2:
+                    pair.parts[2].grad = torch.zeros(pair.parts[2].shape)
+                found = raised(RuntimeError, pair.mine.step)
+                assert "the gradient is a plain tensor, it must be a DTensor like parameter 2 'p2'" in found, found
+                assert ("process 2 could not" in found) == (dist.get_rank() != 2), found
+                assert_untouched(pair, before)
+                pair.step()
+                pair.step()
+                assert_close(pair)
+
+
+@scenario
+def a_parameter_that_is_frozen_in_some_processes():
+    pair = Pair(fusedstep.Adafactor, "four", SHAPES[:3])
+    pair.step(skip=(1,))
+    before = snapshot(pair)
+    pair.give()
+    if dist.get_rank() == 1:
+        pair.parts[1].requires_grad_(False)
+        pair.parts[1].grad = None
+    found = raised(RuntimeError, pair.mine.step)
+    assert "some processes have a gradient of parameter 1 'p1'" in found, found
+    assert_untouched(pair, before)
+
+
+@scenario
+def states_of_other_places():
+    pair = Pair(fusedstep.Adafactor, "four", SHAPES[:3])
+    pair.step()
+    state = pair.mine.state[pair.parts[0]]
+    before = dict(state)
+    odd = {
+        "exp_avg_sq_row' is a plain tensor": torch.zeros(8),
+        "exp_avg_sq_row' has placements (Replicate(),); they must be (Shard(dim=0),)": distribute_tensor(
+            torch.zeros(8), mesh(4), COPIES
+        ),
+    }
+    for text, value in odd.items():
+        state["exp_avg_sq_row"] = value
+        pair.give()
+        found = raised(RuntimeError, pair.mine.step)
+        assert text in found, found
+        assert "parameter 0 'p0'" in found, found
+        state.update(before)
+    pair.mine.step()
+    found = raised(ValueError, lambda: pair.mine.load_state_dict(pair.expected.state_dict()))
+    assert "is a plain tensor, it must be a DTensor like parameter 0 'p0'" in found, found
+    pair.mine.step()
+
+
+@scenario
+def parameters_that_cannot_be():
+    for cls in (fusedstep.Adafactor, fusedstep.TorchAdafactor):
+        summed = torch.nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh(4), [Partial()]))
+        found = raised(RuntimeError, lambda: cls([("weight", summed)]))
+        assert f"{cls.__name__} takes sums over tensors that are sharded or replicated" in found, found
+        assert "parameter 0 'weight'" in found, found
+    twice = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh(4), [Shard(0)]))
+    found = raised(ValueError, lambda: listed_twice(twice).step())
+    assert "parameter 1, shape (4, 4), torch.float32, cpu is given twice" in found, found
+
+
+def listed_twice(param):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        optimizer = fusedstep.Adafactor([param, param])
+    param.grad = distribute_tensor(torch.ones(4, 4), mesh(4), [Shard(0)])
+    return optimizer
+
+
+@scenario
+def processes_that_disagree_about_dimensions():
+    reduce = {f"p{i}": (0,) for i in range(3)}
+    if dist.get_rank() == 3:
+        reduce["p1"] = (1,)
+    pair = Pair(fusedstep.Amos, "four", SHAPES[:3], reduce=reduce)
+    before = snapshot(pair)
+    pair.give()
+    assert "processes differ in reduce of parameter 0 'p0'" in raised(RuntimeError, pair.mine.step)
+    assert_untouched(pair, before)
 
 
 def main():

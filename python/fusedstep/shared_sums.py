@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -119,8 +120,8 @@ class SharedSums:
                 self.sharers.share(numbers, False, self.packs[number])
                 self._take(number, numbers)
         for index, update in self.running.items():
-            for _ in _last(update, self.asked[index]):
-                raise AssertionError("a rule has more passes than there are")
+            with contextlib.suppress(StopIteration):
+                update.send(self.asked[index])
         self.running, self.asked = {}, {}
 
     def _packed(self, number: int) -> Tensor:
@@ -163,7 +164,9 @@ def _members(optimizer: FusedOptimizer) -> Iterator[Member]:
             if crosses(optimizer, group, name, param):
                 what = checks.describe(index, name, param)
                 if param in seen:
-                    raise ValueError(f"{type(optimizer).__name__}: {what} is given twice, as a DTensor it cannot be")
+                    raise ValueError(
+                        f"{type(optimizer).__name__}: {what} is given twice; one whose sums cross processes can be given once"
+                    )
                 seen.add(param)
                 lines = Lines.of_part(optimizer, group, name, param)
                 rule, _ = optimizer.rule_of(optimizer.variant_of(group, name, param))
@@ -180,12 +183,3 @@ def shared_sums(optimizer: FusedOptimizer, sharers: Exchange | None) -> SharedSu
         return None
     found = SharedSums(optimizer, sharers)
     return found if found.members else None
-
-
-def _last(update: Generator[list[Tensor], list[Tensor], None], totals: list[Tensor]) -> Iterator[None]:
-    """Nothing, once an update has written."""
-    try:
-        update.send(totals)
-    except StopIteration:
-        return
-    yield
