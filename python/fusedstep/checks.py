@@ -200,8 +200,8 @@ def check_param(cls: type[FusedOptimizer], reduces: bool, param: Tensor, memory:
         for placement in param.placements:
             if not (placement.is_replicate() or hasattr(placement, "dim")):
                 raise RuntimeError(
-                    f"{cls.__name__} takes sums over tensors that are sharded or replicated, not over one with placement "
-                    f"{placement} ({what}): call .redistribute(placements=...) on it"
+                    f"{cls.__name__} takes sums over tensors that are sharded or replicated, not over one with "
+                    f"placement {placement} ({what}): call .redistribute(placements=...) on it"
                 )
     if param.layout != torch.strided:
         raise ValueError(f"{what}: a {param.layout} parameter cannot be updated; pass a dense one")

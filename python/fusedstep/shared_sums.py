@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
 
 class SharedSums:
-    """Of one optimizer. Which numbers travel is known from its parameters alone: a process without gradients sends 0."""
+    """Of one optimizer. Which numbers travel is known from its parameters: a process without gradients sends zeros."""
 
     def __init__(self, optimizer: FusedOptimizer, sharers: Exchange) -> None:
         self.sharers = sharers
@@ -165,7 +165,7 @@ def _members(optimizer: FusedOptimizer) -> Iterator[Member]:
                 what = checks.describe(index, name, param)
                 if param in seen:
                     raise ValueError(
-                        f"{type(optimizer).__name__}: {what} is given twice; one whose sums cross processes can be given once"
+                        f"{type(optimizer).__name__}: {what} is given twice; where sums cross processes, give it once"
                     )
                 seen.add(param)
                 lines = Lines.of_part(optimizer, group, name, param)

@@ -22,6 +22,7 @@ class PartsPlan(ReferencePlan):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.counts: list[int] = []  # updates so far, of each record
+        self.scalars: dict[int, Any] = {}  # of this step, by such a count
 
     def foresee(self, hyper: tuple[float | Tensor, ...]) -> None:
         counters = [record.step for record in self.records if record.step is not None]
@@ -29,19 +30,21 @@ class PartsPlan(ReferencePlan):
         values = iter(torch.stack(counters).tolist() if counters else ())
         self.counts = [0 if record.step is None else count_of(next(values)) for record in self.records]
         h = self._numbers(hyper)
-        for count in {n for n, grad in zip(self.counts, self.grads, strict=True) if grad is not None}:
-            self.functions.prepare(h, count + 1)
+        active = {n for n, grad in zip(self.counts, self.grads, strict=True) if grad is not None}
+        self.scalars = {count: self.functions.prepare(h, count + 1) for count in active}
 
     def start(self, index: int, lines: Lines, step: Step) -> Generator[list[Tensor], list[Tensor], None]:
         """The update of a record: gives its sums of each pass, gets those of whole tensors, and writes in the end."""
-        record, grad = self.records[index], self.grads[index]
+        record, grad, count = self.records[index], self.grads[index], self.counts[index]
         used = Used(record, torch.zeros_like(layout.local(record.owner)) if grad is None else grad, step)
-        count, rule, stored = self.counts[index] + 1, self.functions, Stored(record, used.memory, used.arithmetic)
-        scalars = numerics.narrowed(rule.prepare(self._numbers(step.hyper), count), used.arithmetic)
+        if count not in self.scalars:
+            self.scalars[count] = self.functions.prepare(self._numbers(step.hyper), count + 1)
+        scalars = numerics.narrowed(self.scalars[count], used.arithmetic)
+        stored = Stored(record, used.memory, used.arithmetic)
         param, states = yield from reference_reducing.updating(
-            rule, lines, stored.weight, used, self.reading(stored), scalars
+            self.functions, lines, stored.weight, used, self.reading(stored), scalars
         )
-        record.step.fill_(counter_value(count))
+        record.step.fill_(counter_value(count + 1))
         self.write(stored, used, param, states)
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeAlias
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..lines import Lines, Sum
-from ..numerics import narrowed, square_root
+from ..numerics import Number, narrowed, square_root
 from ..rule import Rule
 
 # Takes turns with whoever adds up: it gives its sums of a pass, in float64, and gets those of whole tensors.
@@ -63,9 +64,9 @@ def updating(
     of_directions = yield asked
     finish, param = None, weight()
     if rule.finish is not None:
-        rms, of_update = (square_root(total / lines.tensor.count) for total in (totals[-1], *of_directions))
+        rms, of_update = (_root_mean(total, lines.tensor.count) for total in (totals[-1], *of_directions))
         finish = narrowed(rule.finish(scalars, rms, of_update), param.dtype)
-        new.update((name, rms.to(param.dtype)) for name in rule.names_of("tensor"))
+        new.update((name, torch.as_tensor(rms, dtype=param.dtype)) for name in rule.names_of("tensor"))
     names = rule.names_of("element")
     old = [states[name]().reshape(param.shape) if name in states else None for name in names]
     has = rule.has(state is not None for state in old)
@@ -86,6 +87,13 @@ def alone(process: Updating) -> tuple[Tensor, dict[str, Tensor]]:
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
     return tensor.double().square().sum()
+
+
+def _root_mean(total: Tensor, count: int) -> Number:
+    """Of squares; a number on a device stays there. Not a number for an empty tensor."""
+    if count and total.device.type == "cpu":
+        return math.sqrt(total.item() / count)
+    return square_root(total / count)
 
 
 def _sum(numbers: Tensor, each: Sum) -> Tensor:
