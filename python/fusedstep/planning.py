@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, exchange, layout, lines, sharding, shards
-from .backends.parts import PARTS
+from .backends.parts import backend_of_parts
 from .backends.plan import Plan
 from .kept import Entry
 from .kept.states import is_quantized
@@ -113,7 +113,7 @@ def _checked(entry: Entry, what: str) -> tuple[backends.Backend, Any]:
     reduces = optimizer.rule_of(variant)[1]
     backend = optimizer.stepper.select(optimizer, param, reduces)
     if reduces and lines.crosses(optimizer, group, entry.name, param):
-        backend = PARTS
+        backend = backend_of_parts(backend, param)
     if param.grad is None and not started(optimizer, param):
         return backend, variant
     cls = type(optimizer)

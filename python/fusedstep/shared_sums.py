@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,12 +10,15 @@ import torch
 from torch import Tensor
 
 from . import checks, exchange, layout, planning, shards
-from .backends.parts import PartsPlan
+from .backends.parts import PARTS, CpuPartsPlan, PartsPlan
 from .backends.reference_reducing import sum_of_squares
 from .exchange import SKIP, STOP
 from .lines import Lines, Sum, crosses
+from .record import Record
 
 if TYPE_CHECKING:
+    from .backends.parts import Passes
+    from .backends.plan import Plan
     from .exchange import Exchange, Pack
     from .gradients import Gradients
     from .optimizer import FusedOptimizer
@@ -48,8 +50,8 @@ class SharedSums:
             sharers.pack([*(() if number else flags), *self._kinds(number)], decides=number == 0)
             for number in range(PASSES)
         ]
-        self.running: dict[int, Generator[list[Tensor], list[Tensor], None]] = {}
-        self.asked: dict[int, list[Tensor]] = {}  # of each, its sums in this pass
+        self.running: list[tuple[Passes, list[int]]] = []  # plans, with the index of the parameter of each record
+        self.asked: dict[int, list[Tensor]] = {}  # of each parameter that takes part, its sums in this pass
 
     def _kinds(self, number: int) -> Iterator[tuple[exchange.Over, int]]:
         for member in self.members:
@@ -68,22 +70,21 @@ class SharedSums:
         Raises:
             RuntimeError: another process cannot make the step, or has a gradient where this one never will.
         """
-        self.running, places = {}, {}
+        self.running, self.asked = [], {}
+        places: dict[int, tuple[Any, int, Step]] = {}
+        lines = {member.index: member.lines for member in self.members}
         for plan, step in steps:
-            if isinstance(plan, PartsPlan):
-                places |= {record.index: (plan, i, step) for i, record in enumerate(plan.records)}
-        for member in self.members:
-            plan, i, step = places.get(member.index, (None, 0, None))
-            if plan is not None and plan.grads[i] is not None:
-                self.running[member.index] = plan.start(i, member.lines, step)
-        self.asked = {index: next(update) for index, update in self.running.items()}
+            if isinstance(plan, (PartsPlan, CpuPartsPlan)):
+                indices = [record.index for record in plan.records]
+                places |= {index: (plan, i, step) for i, index in enumerate(indices)}
+                self._run(plan, indices, plan.begin(step, {i: lines[index] for i, index in enumerate(indices)}))
         numbers = self._packed(0)
         if found_inf is not None:
             numbers[STOP] = torch.where(found_inf.to(numbers.device).reshape(()) != 0, SKIP, 0.0)
         gradients.enter(self.sharers, numbers, False, self.packs[0])
         *flags, stop = torch.cat([numbers[: len(self.members)], numbers[STOP:]]).tolist()
         if stop:
-            self.running, self.asked = {}, {}
+            self.running, self.asked = [], {}
             return numbers[STOP].to(torch.float32)
         for member, flag in zip(self.members, flags, strict=True):
             count, frozen = flag % FROZEN, flag >= FROZEN
@@ -92,37 +93,42 @@ class SharedSums:
                     f"{type(optimizer).__name__}: some processes have a gradient of {member.what}, in others it "
                     "does not require one; every process must train the same parameters"
                 )
-            if count and member.index not in self.running:
-                self._start_without_gradient(optimizer, member, *places[member.index])
+            if count and member.index not in self.asked:
+                self._run_without_gradient(optimizer, member, *places[member.index])
         self._take(0, numbers)
         return found_inf
 
-    def _start_without_gradient(
-        self, optimizer: FusedOptimizer, member: Member, plan: PartsPlan, i: int, step: Step
-    ) -> None:
+    def _run(self, plan: Passes, indices: list[int], asked: dict[int, list[Tensor]]) -> None:
+        self.running.append((plan, indices))
+        self.asked |= {indices[i]: sums for i, sums in asked.items()}
+
+    def _run_without_gradient(self, optimizer: FusedOptimizer, member: Member, plan: Plan, i: int, step: Step) -> None:
         """Another process has a part of the gradient: this one's is zero, and what they share must stay the same."""
-        record = plan.records[i]
-        if record.param is None:
-            entry = next(e for e in chain.from_iterable(planning.entries(optimizer)) if e.index == member.index)
-            with torch.inference_mode(False), torch.no_grad():
-                record = record._replace(**planning.fields(entry, plan.backend, True))
-            plan.records[i], plan.seen[i] = record, plan._looks(record)
-        update = self.running[member.index] = plan.start(i, member.lines, step)
-        self.asked[member.index] = next(update)
+        entry = next(e for e in chain.from_iterable(planning.entries(optimizer)) if e.index == member.index)
+        record = Record(entry.index, entry.name, entry.param)
+        with torch.inference_mode(False), torch.no_grad():
+            record = record._replace(**planning.fields(entry, PARTS, True))
+            zero = torch.zeros_like(entry.param)
+        alone = PARTS.plan(plan.optimizer, plan.group, plan.options, plan.variant, plan.states, [record])
+        alone.gather([zero])
+        alone.foresee(step.hyper)
+        self._run(alone, [member.index], alone.begin(step, {0: member.lines}))
 
     @torch.inference_mode()
     def finish(self) -> None:
         """The other passes; then everything is written."""
         for number in range(1, PASSES):
-            self.asked = {index: update.send(self.asked[index]) for index, update in self.running.items()}
+            self.asked = {}
+            running, self.running = self.running, []
+            for plan, indices in running:
+                self._run(plan, indices, plan.advance())
             if self.packs[number].members:
                 numbers = self._packed(number)
                 self.sharers.share(numbers, False, self.packs[number])
                 self._take(number, numbers)
-        for index, update in self.running.items():
-            with contextlib.suppress(StopIteration):
-                update.send(self.asked[index])
-        self.running, self.asked = {}, {}
+        for plan, _ in self.running:
+            plan.write()
+        self.running, self.asked = [], {}
 
     def _packed(self, number: int) -> Tensor:
         """All numbers of a pass that travel."""
@@ -148,13 +154,20 @@ class SharedSums:
 
     def _take(self, number: int, numbers: Tensor) -> None:
         """Put the sums of whole tensors in the place of those of parts."""
+        sizes = [size for member in self.members for size in member.sizes[number] if size]
         begin = 0 if number else len(self.members)
+        pieces = iter(numbers[begin : begin + sum(sizes)].split(sizes) if sizes else ())
+        into, totals = [], []
         for member in self.members:
             own = self.asked.get(member.index)
             for place, size in enumerate(member.sizes[number]):
-                if own is not None and size:
-                    own[place] = numbers[begin : begin + size].view_as(own[place]).to(own[place].device)
-                begin += size
+                if size:
+                    piece = next(pieces)
+                    if own is not None:
+                        into.append(own[place].reshape(-1))
+                        totals.append(piece)
+        if into:
+            torch._foreach_copy_(into, totals)
 
 
 def _members(optimizer: FusedOptimizer) -> Iterator[Member]:

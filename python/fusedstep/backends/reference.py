@@ -114,7 +114,7 @@ class ReferencePlan(Plan):
             has = rule.has(name in states for name in rule.state_names)
             param, *new = rule.update(stored.weight(), used(), *map(states.get, rule.state_names), scalars, has)
             states = dict(zip(rule.state_names, new, strict=True))
-        self.write(stored, used, param, states)
+        self.write_record(stored, used, param, states)
 
     def reading(self, stored: Stored) -> dict[str, Callable[[], Tensor]]:
         """What gives each state that a parameter has."""
@@ -122,7 +122,7 @@ class ReferencePlan(Plan):
         present = (k for k, state in enumerate(stored.record.states) if state is not None)
         return {self.states[k]: functools.partial(stored.state, k, signed[self.states[k]]) for k in present}
 
-    def write(self, stored: Stored, used: Used, param: Tensor, states: dict[str, Tensor]) -> None:
+    def write_record(self, stored: Stored, used: Used, param: Tensor, states: dict[str, Tensor]) -> None:
         """Store the new parameter and states, in whatever shapes they are, and with ``write_grads`` the gradient."""
         record = stored.record
         stored.set_weight(param.reshape(stored.memory.shape))
