@@ -8,6 +8,7 @@ import copy
 import functools
 import sys
 import warnings
+from random import Random
 
 import ranks
 import torch
@@ -31,7 +32,7 @@ from ranks import (
     takes_part,
 )
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fusedstep
 from fusedstep.cases import REDUCING
@@ -97,6 +98,40 @@ def rules(case):
                 for number in range(3):
                     pair.step(skip=(2,) if number else (0, 2))
                 assert_close(pair, exact=where == "replicated")
+
+
+@scenario(backend=("cpu", "reference"))
+def random_layouts(backend):
+    """Any shape on any of the meshes, along whatever dimensions; all processes draw the same."""
+    random = Random(17)
+    for seed in range(60):
+        where = random.choice(("two", "three", "four", "HSDP"))
+        shape = [random.choice((1, 2, 3, 5, 8, 17)) for _ in range(random.randint(1, 4))]
+        dims = [random.choice((None, *range(len(shape)))) for _ in MESHES[where][0]]
+        placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+        case = random.choice(REDUCING)
+        options = dict(case.options)
+        if "reduce" in options:
+            first = random.randrange(len(shape))
+            options["reduce"] = tuple(range(first, random.randint(first, len(shape) - 1) + 1))
+        if takes_part(where):
+            placed = functools.partial(
+                distribute_tensor, device_mesh=mesh(*MESHES[where][0]), placements=placements, src_data_rank=None
+            )
+            values, *grads = (ranks.numbers(*shape, seed=4 * seed + i, dtype=torch.float64) for i in range(3))
+            alone, part = torch.nn.Parameter(values.clone()), torch.nn.Parameter(placed(values.clone()))
+            make = functools.partial(getattr(fusedstep, case.optimizer), backend=backend, **options)
+            expected, mine = make([alone]), make([part])
+            for grad in grads:
+                alone.grad, part.grad = grad, placed(grad.clone())
+                expected.step()
+                mine.step()
+            for key, other in {"parameter": alone.detach(), **expected.state[alone]}.items():
+                text = f"{key} of {case} {options}, shape {shape}, {placements} on {where}"
+                found = whole(part if key == "parameter" else mine.state[part][key])
+                torch.testing.assert_close(
+                    found, other, rtol=1e-9, atol=1e-12, msg=lambda given, text=text: f"{text}: {given}"
+                )
 
 
 # Options, on one rule or two; each with the class.

@@ -7,7 +7,7 @@ parameters. Sums travel in float64, and stay on the device.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -28,20 +28,24 @@ ODD, STOP = -2, -1
 SKIP, FAIL = 1.0, 2.0**30
 
 
-def over(tensor: Tensor, dims: Collection[int] | None = None) -> Over:
-    """The process groups over which the parts of a tensor add up; ``dims``: sums over these dimensions alone."""
-    return _groups(
-        tensor,
-        lambda placement: not placement.is_replicate() if dims is None else getattr(placement, "dim", None) in dims,
-    )
+def over(tensor: Tensor) -> Over:
+    """The process groups over which the parts of a tensor add up."""
+    return _groups(tensor, copies=False)
 
 
-def _groups(tensor: Tensor, counts: Callable[[Any], bool]) -> Over:
-    """Those along the dimensions of a tensor's mesh of whose placement that is true."""
+def over_dims(tensor: Tensor, dims: Collection[int]) -> Over:
+    """The same of sums over some of its dimensions."""
+    return _groups(tensor, copies=False, dims=dims)
+
+
+def _groups(tensor: Tensor, copies: bool, dims: Collection[int] | None = None) -> Over:
+    """Those along the dimensions of a tensor's mesh; ``copies``: also along those where others have the same part."""
     if not shards.is_sharded(tensor) or tensor.device_mesh.get_coordinate() is None:
         return ()
     mesh = tensor.device_mesh
-    taken = [dim for dim, placement in enumerate(tensor.placements) if counts(placement)]
+    taken = [dim for dim, placement in enumerate(tensor.placements) if copies or not placement.is_replicate()]
+    if dims is not None:
+        taken = [dim for dim in taken if getattr(tensor.placements[dim], "dim", None) in dims]
     return tuple(mesh.get_group(dim) for dim in taken if mesh.size(dim) > 1)
 
 
@@ -61,7 +65,7 @@ class Exchange:
         device = None
         for param in params:
             self.kinds.setdefault(over(param), len(self.kinds))
-            found = _groups(param, lambda _: True)  # also where others have the same part
+            found = _groups(param, copies=True)
             if found and device is None:
                 device = layout.local(param).device
             groups |= dict.fromkeys(found)

@@ -245,7 +245,7 @@ class Gradients:
             sharers.add(numbers, *part, limits.by_max_abs)
         if found_inf is not None:
             numbers[STOP] = torch.where(found_inf.to(numbers.device).reshape(()) != 0, SKIP, 0.0)
-        self.enter(sharers, numbers, limits.by_max_abs)
+        self._enter(sharers, numbers, limits.by_max_abs)
         self.last = self._at(sharers.device)
         self.last.numbers.zero_()
         if limits.by_max_abs:
@@ -255,7 +255,7 @@ class Gradients:
             self.last.max_abs.copy_(torch.where(numbers[ODD] > 0, math.inf, 0.0))
         self.last.finish(limits, grad_scale, numbers[STOP])
 
-    def enter(
+    def _enter(
         self, sharers: Exchange, numbers: Tensor, by_max_abs: bool, kinds: Sequence[Over] | Pack | None = None
     ) -> None:
         """Share numbers; raise RuntimeError if another process cannot make the step."""
@@ -264,6 +264,10 @@ class Gradients:
         if numbers.device.type == "cpu" and numbers[STOP] >= FAIL:
             self.to_come = []
             sharers.raise_failure("step()", None)
+
+    def enter(self, numbers: Tensor, pack: Pack) -> None:
+        """Share sums that a rule takes, where others of `expect` do; raise RuntimeError as for a norm."""
+        self._enter(self.sharers, numbers, False, pack)
 
     def single_norms(self, grads: Sequence[tuple[int, Tensor]], kinds: Sequence[Over]) -> list[Tensor]:
         """The norm of each of some whole gradients, of which this process has these parts.
@@ -280,7 +284,7 @@ class Gradients:
             numbers = self.sharers.numbers(kinds)
             for index, norm in parts.items():
                 numbers[index] = norm.square()
-            self.enter(self.sharers, numbers, False, kinds)
+            self._enter(self.sharers, numbers, False, kinds)
             parts |= {index: numbers[index].sqrt() for index in parts if kinds[index]}
         return [parts[index].to(grad) for index, grad in grads]
 

@@ -25,7 +25,7 @@ class Sum(NamedTuple):
     @classmethod
     def of(cls, param: Tensor, dims: tuple[int, ...]) -> Sum:
         count = math.prod(param.shape[dim] for dim in dims)
-        return cls(dims, count, bool(shards.sharded_dims(param) & {*dims}), exchange.over(param, dims))
+        return cls(dims, count, bool(shards.sharded_dims(param) & {*dims}), exchange.over_dims(param, dims))
 
     def lines(self, shape: tuple[int, ...]) -> int:
         """How many sums there are of a tensor of this shape."""

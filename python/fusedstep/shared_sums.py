@@ -81,7 +81,7 @@ class SharedSums:
         numbers = self._packed(0)
         if found_inf is not None:
             numbers[STOP] = torch.where(found_inf.to(numbers.device).reshape(()) != 0, SKIP, 0.0)
-        gradients.enter(self.sharers, numbers, False, self.packs[0])
+        gradients.enter(numbers, self.packs[0])
         *flags, stop = torch.cat([numbers[: len(self.members)], numbers[STOP:]]).tolist()
         if stop:
             self.running, self.asked = [], {}

@@ -240,6 +240,7 @@ class Stepper:
         """Tell `gradients` in what order a step enters exchanges with other processes, if there are others."""
         if self.plans is None:
             self.gradients.look_for_sharers(optimizer)
+        if self.plans is None:
             self.sums = shared_sums.shared_sums(optimizer, self.gradients.sharers)
         if self.gradients.sharers is None:
             return
