@@ -188,6 +188,19 @@ def a_schedule_on_the_device():
 
 
 @scenario
+def dimensions_that_are_edited():
+    """From the next step on they are others, also where no sum crossed processes before."""
+    pair = Pair(fusedstep.Amos, "four", SHAPES[:3], lr=0.1)
+    for reduce in (None, {"p0": (0,)}, {"p0": (0, 1), "p1": (0,)}, {"p1": (1,)}):
+        for optimizer in (pair.expected, pair.mine):
+            optimizer.param_groups[0]["reduce"] = reduce
+            optimizer.state.clear()
+        for _ in range(2):
+            pair.step()
+        assert_close(pair)
+
+
+@scenario
 def no_matrix_travels():
     """All sums of a step go through three calls for each group, of as many numbers as there are lines, at most."""
     sent = []

@@ -190,9 +190,7 @@ def _members(optimizer: FusedOptimizer) -> Iterator[Member]:
             index += 1
 
 
-def shared_sums(optimizer: FusedOptimizer, sharers: Exchange | None) -> SharedSums | None:
+def shared_sums(optimizer: FusedOptimizer, sharers: Exchange) -> SharedSums | None:
     """None: no sum of a step crosses processes."""
-    if sharers is None:
-        return None
     found = SharedSums(optimizer, sharers)
     return found if found.members else None

@@ -240,10 +240,11 @@ class Stepper:
         """Tell `gradients` in what order a step enters exchanges with other processes, if there are others."""
         if self.plans is None:
             self.gradients.look_for_sharers(optimizer)
-        if self.plans is None:
-            self.sums = shared_sums.shared_sums(optimizer, self.gradients.sharers)
         if self.gradients.sharers is None:
+            self.sums = None
             return
+        if not self.plans_fit(optimizer, needs_norm=False):
+            self.sums = shared_sums.shared_sums(optimizer, self.gradients.sharers)
         exchanges: list[tuple[bool, Any]] = []
         if clips and limits is not None:
             exchanges.append((limits.by_max_abs, None))
