@@ -197,7 +197,7 @@ void ReducingParts::run(int stage, double* numbers) {
   if (waves_.empty()) return;
   CacheBatch& cache_batch = waves_.front();
   const PhaseFunction run_phase = current().run_phase;
-  parallel(team_, [&](int index, int size, const auto& wait) {
+  parallel(team_, [&](int index, int size, const auto&) {
     const int64_t first = first_tile(cache_batch, index, size), last = first_tile(cache_batch, index + 1, size);
     const int64_t lines = static_cast<int64_t>(cache_batch.lines.size());
     if (stage == 0) run_phase(cache_batch, Phase::kSums, first, last);
