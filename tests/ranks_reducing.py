@@ -34,6 +34,7 @@ from ranks import (
 )
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedstep
 from fusedstep.cases import REDUCING
@@ -262,6 +263,50 @@ def what_no_sum_crosses_is_left_to_the_engine():
                 assert torch.equal(local(part), own)
             assert pair.mine.backends_used == {"cpu"}
             assert pair.mine.kernel_calls > 0
+
+
+@scenario
+def a_mesh_of_one_process_costs_no_exchange():
+    """The engine takes tensors that are whole, in one call, and to the bits of plain ones."""
+    alone = mesh(1)
+    if alone.get_coordinate() is not None:
+        values = [ranks.numbers(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+        plain = [torch.nn.Parameter(v.clone()) for v in values]
+        parts = [torch.nn.Parameter(distribute_tensor(v, alone, [Shard(0)], src_data_rank=None)) for v in values]
+        expected, mine = (fusedstep.Adafactor(params, **ADAFACTOR) for params in (plain, parts))
+        for _ in range(2):
+            for i, (a, b) in enumerate(zip(plain, parts, strict=True)):
+                a.grad = ranks.numbers(*a.shape, seed=100 + i)
+                b.grad = distribute_tensor(a.grad, alone, [Shard(0)], src_data_rank=None)
+            expected.step()
+            mine.step()
+        assert (mine.backends_used, mine.kernel_calls) == (expected.backends_used, expected.kernel_calls)
+        for a, b in zip(plain, parts, strict=True):
+            assert torch.equal(a, local(b))
+            assert all(torch.equal(value, local(mine.state[b][key])) for key, value in expected.state[a].items())
+
+
+@scenario
+def a_steady_step_asks_nothing_of_dtensors():
+    types = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, seen, args=(), kwargs=None):
+            types.extend(seen)
+            return function(*args, **(kwargs or {}))
+
+    pair = Pair(fusedstep.Adafactor, "four", SHAPES, backend="cpu", **ADAFACTOR)
+    for _ in range(2):
+        pair.step()
+    versions = [part._version for part in pair.parts]
+    with Watching():
+        torch.ones_like(pair.parts[0])
+        assert DTensor in types
+        types.clear()
+        pair.mine.step()
+    assert DTensor not in types
+    assert pair.mine.kernel_calls == 1
+    assert all(part._version > version for part, version in zip(pair.parts, versions, strict=True))
 
 
 @scenario
