@@ -334,7 +334,10 @@ def parts_that_are_no_stretch_of_memory():
 
 @scenario(shard=(ranks.fsdp, ranks.fsdp_with_copies, ranks.fsdp_and_tp))
 def models(shard):
-    """All processes have the same data, so that the mean of their gradients is that of one."""
+    """All processes have the same data, so that the mean of their gradients is that of one.
+
+    What is saved is, for a process that has the whole model, what they had together.
+    """
     for cls, given in ((fusedstep.Adafactor, ADAFACTOR), (fusedstep.TorchAdafactor, {"max_grad_norm": 0.1})):
         alone, parts = ranks.layers(), shard(ranks.layers())
         expected = cls(alone.parameters(), **given)
@@ -350,6 +353,18 @@ def models(shard):
             assert mine.state[a].keys() == expected.state[b].keys()
             for key, value in mine.state[a].items():
                 torch.testing.assert_close(whole(value), expected.state[b][key], rtol=1e-4, atol=1e-7)
+        place, form = f"{FOLDER}/{shard.__name__} {cls.__name__}", StateDictOptions()
+        dcp.save(checkpoint(parts, mine, form), checkpoint_id=place)
+        dist.barrier()
+        loaded = ranks.layers()
+        optimizer = cls(loaded.parameters(), **given)
+        template = checkpoint(loaded, optimizer, form)
+        dcp.load(template, checkpoint_id=place, no_dist=True)
+        set_optimizer_state_dict(loaded, optimizer, template["optimizer"], options=form)
+        for a, b in zip(parts.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(whole(a), b)
+            for key, value in mine.state[a].items():
+                assert torch.equal(whole(value), optimizer.state[b][key]), key
 
 
 # Gradients that are not everywhere.

@@ -151,9 +151,9 @@ class Rule:
         return cls.rule, cls.reduces
 
     def matrix_dims(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int] | None:
-        """For a rule that reduces: the first dimension of the rows, and that of the columns, of a parameter's matrices.
+        """For a rule that reduces: with which dimensions the rows and the columns of a parameter's matrices begin.
 
-        Those before are the batch; each but the columns' last goes up to the next. None: it is taken as flat.
+        Rows go up to the columns, these to the end; what is before the rows is the batch. None: it is taken as flat.
         """
         raise NotImplementedError
 
