@@ -136,6 +136,23 @@ def random_layouts(backend):
                 )
 
 
+@scenario
+def large_matrices():
+    """Lines are cut into blocks, and several threads share them: with the same bits."""
+    for where in ("two", "columns", "FSDP and TP"):
+        if takes_part(where):
+            runs = []
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                pair = Pair(fusedstep.Adafactor, where, ((300, 260), (5, 20000), (70000,)), **ADAFACTOR)
+                for _ in range(2):
+                    pair.step()
+                assert_close(pair)
+                runs.append([local(t).clone() for p in pair.parts for t in (p, *pair.mine.state[p].values())])
+            torch.set_num_threads(1)
+            assert all(map(torch.equal, *runs))
+
+
 # Options, on one rule or two; each with the class.
 
 OPTIONS = {
