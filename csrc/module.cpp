@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdlib>
 #include <tuple>
@@ -60,6 +61,34 @@ cpu::ReducingCall to_reducing_call(const Plan& plan, const cpu::Step& step) {
   }
   return call;
 }
+
+// The stages of a step on what a plan of parts has gathered.
+class CpuParts {
+ public:
+  // wholes: (rows, columns, elements) of the tensor of which each of the plan's records is a part.
+  CpuParts(const Plan& plan, const py::object& step, const std::vector<std::array<int64_t, 3>>& wholes, int threads)
+      : parts_(to_reducing_call(plan, to_step(plan, GivenStep(step))), active_wholes(plan, wholes), threads) {}
+
+  void run(int stage, uintptr_t numbers, int64_t size) {
+    if (stage < 0 || stage > 3 || size != parts_.size(stage))
+      throw std::invalid_argument("the numbers are not those of the stage");
+    const py::gil_scoped_release release;
+    parts_.run(stage, reinterpret_cast<double*>(numbers));
+  }
+
+ private:
+  static std::vector<cpu::WholeTensor> active_wholes(const Plan& plan,
+                                                     const std::vector<std::array<int64_t, 3>>& wholes) {
+    if (wholes.size() != plan.size()) throw std::invalid_argument("there must be as many wholes as records");
+    std::vector<cpu::WholeTensor> active;
+    for (size_t i = 0; i < plan.size(); ++i) {
+      if (plan.active(i)) active.push_back(cpu::WholeTensor{wholes[i][0], wholes[i][1], wholes[i][2]});
+    }
+    return active;
+  }
+
+  cpu::ReducingParts parts_;
+};
 
 // Updates what a plan has gathered. undisturbed: all plans of this step are so, and since they have gathered, this has
 // neither returned to the interpreter nor let its lock go.
@@ -248,6 +277,11 @@ PYBIND11_MODULE(_C, m) {
       .def("unchanged", &ChangeDetector::unchanged, py::arg("state"), py::arg("param_groups"));
   m.def("record_fields", &record_fields, "how a record lies in memory, as numpy.dtype() takes it");
   m.def("cpu_step", &cpu_step, py::arg("plan"), py::arg("step"), py::arg("threads"));
+  py::class_<CpuParts>(m, "CpuParts")
+      .def(py::init<const Plan&, const py::object&, const std::vector<std::array<int64_t, 3>>&, int>(), py::arg("plan"),
+           py::arg("step"), py::arg("wholes"), py::arg("threads"), py::keep_alive<1, 2>())
+      .def("run", &CpuParts::run, py::arg("stage"), py::arg("numbers"), py::arg("size"),
+           "run stage 0, 1, 2 or 3 of cpu/reducing.h; numbers is an address");
   m.def("cpu_gather_and_step", &cpu_gather_and_step, py::arg("parts"), py::arg("threads"));
   bind_norm(m);
   m.def("cpu_run_range", &cpu_run_range, py::arg("plan"), py::arg("step"), py::arg("first"), py::arg("last"),

@@ -35,16 +35,16 @@ SHAPES = ((8, 6), (7, 5), (3,), (2, 33), (16, 256))
 ROWS, COLUMNS, COPIES = [Shard(0)], [Shard(1)], [Replicate()]
 
 
-def scenario(function=None, **values):
+def scenario(function=None, *, among=SCENARIOS, **values):
     """Registers a function, once for each of some ``values`` of one argument."""
     if function is None:
-        return functools.partial(scenario, **values)
+        return functools.partial(scenario, among=among, **values)
     for name, some in values.items():
         for value in some:
             label = value if isinstance(value, str) else getattr(value, "__name__", str(value))
-            SCENARIOS[f"{function.__name__}[{label}]"] = functools.partial(function, **{name: value})
+            among[f"{function.__name__}[{label}]"] = functools.partial(function, **{name: value})
     if not values:
-        SCENARIOS[function.__name__] = function
+        among[function.__name__] = function
     return function
 
 
@@ -763,14 +763,14 @@ def an_error_of_one_process_in_its_first_step_is_raised_by_all():
             pair.mine.step()
 
 
-def main(rank, size, folder):
+def main(rank, size, folder, scenarios=SCENARIOS):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", rank=rank, world_size=size, store=store, timeout=timedelta(seconds=30))
     for shape, _ in MESHES.values():
         mesh(*shape)
     results = {}
-    for name, run in SCENARIOS.items():
+    for name, run in scenarios.items():
         mine = None
         try:
             with warnings.catch_warnings():

@@ -17,10 +17,8 @@ import ranks  # noqa: E402
 import ranks_wrapped  # noqa: E402, F401 - whose scenarios it adds to the others
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(ranks.__file__).with_name("ranks_main.py")
+def results_of(script, folder):
+    """What each scenario of a script ended with, in as many processes as it asks for."""
     command = [sys.executable, "-W", "error::UserWarning:fusedstep", script]
     # Each process has little to compute, and all of them share the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -39,6 +37,11 @@ def results(tmp_path_factory):
         print((folder / "log").read_text())
     assert (folder / "results.json").exists(), codes
     return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return results_of(Path(ranks.__file__).with_name("ranks_main.py"), tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", ranks.SCENARIOS)

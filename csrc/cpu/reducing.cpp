@@ -71,7 +71,11 @@ void finish_block_lines(const Context<Rule, T>& context, const Lines& lines) {
   const int64_t stride = lines.columns ? tensor.padded_columns() : n;
   sums += lines.matrix * blocks * stride + lines.first;
   alignas(64) T means[kLineBlock], first_states[kLineBlock];
-  if (blocks == 1) {
+  if (const double* of_whole = lines.columns ? tensor.whole_columns : tensor.whole_rows; of_whole != nullptr) {
+    of_whole += lines.matrix * n + lines.first;
+    const double count = static_cast<double>(lines.columns ? tensor.whole->rows : tensor.whole->columns);
+    for (int64_t i = 0; i < lines.count; ++i) means[i] = static_cast<T>(of_whole[i] / count);
+  } else if (blocks == 1) {
     // Fewer than 2^24: twice rounded, as below, the quotient of two fp32 numbers is the same.
     for (int64_t i = 0; i < lines.count; ++i) means[i] = sums[i] / static_cast<T>(elements);
   } else {
@@ -337,7 +341,7 @@ void run_rule(const CacheBatch& cache_batch, Phase phase, int64_t first, int64_t
       constexpr int kTensor = kStateIndex<Rule, Span::kTensor>;
       if constexpr (kTensor >= 0) {
         context.tensor = &cache_batch.tensors[static_cast<size_t>(i)];
-        const auto rms = context.rms(context.tensor->param_sums);
+        const auto rms = context.rms_of_param();
         using T = decltype(context.change().sign);
         context.state(kTensor).store_part(0, 1, Pack<T>{} + static_cast<T>(rms));
       }

@@ -3,6 +3,7 @@
 // do not depend on the number of threads.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "../reducing_rules.h"
@@ -20,6 +21,11 @@ struct ReducingCall : Step {
   ReducingRuleId rule;
   std::vector<ReducingWork> work;
   int64_t numel;  // of all tensors together
+};
+
+// Of a tensor of which a record is a part: how many rows, columns and elements its sums are of.
+struct WholeTensor {
+  int64_t rows, columns, numel;
 };
 
 // Updates everything on up to `threads` threads and then advances the step counters.
@@ -44,6 +50,11 @@ struct ReducingTensor {
   char *row_factors, *column_factors;  // [factors][batch][rows], [factors][batch][columns]
   double* row_totals;                  // [batch][blocks of kLineBlock rows]: of the rows' first state
   double *param_sums, *update_sums;    // [tiles]: of squares
+  // Of a part, with sums over the whole tensor in place of those above once its stages have left them; else null.
+  const WholeTensor* whole;
+  const double *whole_rows, *whole_columns;  // [batch][rows], [batch][columns]
+  const double* whole_matrices;              // [batch]: of the rows' first state
+  const double *whole_param, *whole_update;  // one number
 
   // Sums of columns are whole packs: what a processor has just stored under a mask it is slow to load.
   int64_t padded_columns() const { return (work->record->matrices.columns + 15) / 16 * 16; }
@@ -86,5 +97,32 @@ enum class Phase {
 
 // Takes the pieces [first, last) of a batch through a phase. All before it must have been through the phase before.
 using PhaseFunction = void (*)(const CacheBatch& cache_batch, Phase phase, int64_t first, int64_t last);
+
+// A step on parts of tensors, in stages. Each leaves its sums over the parts in `numbers`, tensor after tensor; before
+// the next one somebody puts those over whole tensors there. `numbers` must live until the last stage has run.
+//   0: of squares, of each row [batch][rows] and column [batch][columns], if the rule has such lines and the tensor is
+//      no flat one; and of the parameter, if the rule needs it
+//   1: of the first state of the rows of each matrix [batch], if the rule needs it and the tensor is no flat one
+//   2: of the directions, if the rule needs it
+//   3: no sums; everything is updated, and the step counters advance
+class ReducingParts {
+ public:
+  ReducingParts(ReducingCall call, std::vector<WholeTensor> wholes, int threads);
+  ReducingParts(const ReducingParts&) = delete;
+  ReducingParts& operator=(const ReducingParts&) = delete;
+
+  void run(int stage, double* numbers);
+  int64_t size(int stage) const;  // of `numbers`
+
+ private:
+  struct Release {
+    void operator()(char* memory) const;
+  };
+  ReducingCall call_;
+  std::vector<WholeTensor> wholes_;
+  int team_;
+  std::vector<CacheBatch> waves_;  // one
+  std::unique_ptr<char, Release> memory_;
+};
 
 }  // namespace fusedstep::cpu

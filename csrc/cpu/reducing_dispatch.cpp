@@ -1,8 +1,10 @@
 // How the work of a reducing rule is cut and dealt out to threads; the arithmetic is in reducing.cpp.
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "team.h"
 
@@ -85,7 +87,8 @@ void cut_blocks(CacheBatch& cache_batch, ReducingTensor& tensor, int64_t at) {
   }
 }
 
-std::vector<CacheBatch> cut(const ReducingCall& call, int64_t batch_elements) {
+// wholes: of each tensor, if they are parts. These are cut into blocks, where sums are at hand between the phases.
+std::vector<CacheBatch> cut(const ReducingCall& call, int64_t batch_elements, const WholeTensor* wholes = nullptr) {
   std::vector<CacheBatch> cache_batches;
   for (const ReducingWork& work : call.work) {
     if (cache_batches.empty() || cache_batches.back().numel + work.record->numel > batch_elements)
@@ -94,7 +97,8 @@ std::vector<CacheBatch> cut(const ReducingCall& call, int64_t batch_elements) {
     const Matrices& m = work.record->matrices;
     ReducingTensor tensor{};
     tensor.work = &work;
-    tensor.blocks = m.factored && (m.rows * m.columns > kRun || work.record->numel == 0);
+    if (wholes != nullptr) tensor.whole = wholes++;
+    tensor.blocks = m.factored && (m.rows * m.columns > kRun || work.record->numel == 0 || tensor.whole != nullptr);
     tensor.first_tile = static_cast<int64_t>(cache_batch.tiles.size());
     const int64_t at = static_cast<int64_t>(cache_batch.tensors.size());
     if (tensor.blocks) {
@@ -108,18 +112,144 @@ std::vector<CacheBatch> cut(const ReducingCall& call, int64_t batch_elements) {
   return cache_batches;
 }
 
+int64_t bytes_of(std::vector<ReducingTensor>& tensors, LineFactors factors) {
+  Memory count{nullptr};
+  for (ReducingTensor& tensor : tensors) assign_memory(tensor, factors, count);
+  return count.used;
+}
+
+LineFactors factors_of(ReducingRuleId id) {
+  return visit_reducing_rule(id, [](auto rule) { return kLineFactors<decltype(rule)>; });
+}
+
+// The first of the tiles that thread `index` of `size` begins with.
+int64_t first_tile(const CacheBatch& cache_batch, int index, int size) {
+  const auto before = [](const Tile& tile, int64_t element) { return tile.begin < element; };
+  const int64_t element = index == size ? cache_batch.numel : cache_batch.numel / size * index;
+  return std::lower_bound(cache_batch.tiles.begin(), cache_batch.tiles.end(), element, before) -
+         cache_batch.tiles.begin();
+}
+
+// Which sums a rule takes of a tensor.
+struct Sums {
+  bool rows, columns, param, matrices, update;
+};
+
+Sums sums_of(ReducingRuleId id, const ReducingTensor& tensor) {
+  const bool lines = tensor.blocks;
+  return visit_reducing_rule(id, [&](auto rule) {
+    using Rule = decltype(rule);
+    const LineFactors factors = kLineFactors<Rule>;
+    return Sums{lines && factors.of_row > 0, lines && factors.of_column > 0, Rule::kParamSum, lines && Rule::kRowMean,
+                Rule::kUpdateSum};
+  });
+}
+
+// Adds up the blocks of each line of a tensor, which begin `stride` sums apart.
+template <class T>
+void add_blocks(const char* sums, int64_t batch, int64_t blocks, int64_t lines, int64_t stride, double* totals) {
+  const T* block = reinterpret_cast<const T*>(sums);
+  for (int64_t matrix = 0; matrix < batch; ++matrix, totals += lines) {
+    for (int64_t i = 0; i < lines; ++i) totals[i] = 0.0;
+    for (int64_t b = 0; b < blocks; ++b, block += stride) {
+      for (int64_t i = 0; i < lines; ++i) totals[i] += static_cast<double>(block[i]);
+    }
+  }
+}
+
+double total(const double* sums, int64_t n) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; ++i) sum += sums[i];
+  return sum;
+}
+
 }  // namespace
+
+void ReducingParts::Release::operator()(char* memory) const {
+  ::operator delete(memory, std::align_val_t{kAlignment});
+}
+
+ReducingParts::ReducingParts(ReducingCall call, std::vector<WholeTensor> wholes, int threads)
+    : call_(std::move(call)), wholes_(std::move(wholes)), team_(team_size(threads, call_.numel)) {
+  waves_ = cut(call_, std::numeric_limits<int64_t>::max(), wholes_.data());
+  if (waves_.empty()) return;
+  const LineFactors factors = factors_of(call_.rule);
+  std::vector<ReducingTensor>& tensors = waves_.front().tensors;
+  const auto bytes = static_cast<size_t>(bytes_of(tensors, factors));
+  memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t{kAlignment})));
+  Memory memory{memory_.get()};
+  for (ReducingTensor& tensor : tensors) assign_memory(tensor, factors, memory);
+}
+
+int64_t ReducingParts::size(int stage) const {
+  int64_t size = 0;
+  if (waves_.empty()) return size;
+  for (const ReducingTensor& tensor : waves_.front().tensors) {
+    const Matrices& m = tensor.work->record->matrices;
+    const Sums sums = sums_of(call_.rule, tensor);
+    if (stage == 0) size += (sums.rows ? m.batch * m.rows : 0) + (sums.columns ? m.batch * m.columns : 0) + sums.param;
+    if (stage == 1 && sums.matrices) size += m.batch;
+    if (stage == 2) size += sums.update;
+  }
+  return size;
+}
+
+void ReducingParts::run(int stage, double* numbers) {
+  if (waves_.empty()) return;
+  CacheBatch& cache_batch = waves_.front();
+  const PhaseFunction run_phase = current().run_phase;
+  parallel(team_, [&](int index, int size, const auto&) {
+    const int64_t first = first_tile(cache_batch, index, size), last = first_tile(cache_batch, index + 1, size);
+    const int64_t lines = static_cast<int64_t>(cache_batch.lines.size());
+    if (stage == 0) run_phase(cache_batch, Phase::kSums, first, last);
+    if (stage == 1) run_phase(cache_batch, Phase::kLines, lines * index / size, lines * (index + 1) / size);
+    if (stage == 2) run_phase(cache_batch, Phase::kDirections, first, last);
+    if (stage == 3) {
+      run_phase(cache_batch, Phase::kUpdate, first, last);
+      if (index == 0) run_phase(cache_batch, Phase::kTensors, 0, static_cast<int64_t>(cache_batch.tensors.size()));
+    }
+  });
+  for (ReducingTensor& tensor : cache_batch.tensors) {
+    const Record& record = *tensor.work->record;
+    const Matrices& m = record.matrices;
+    const Sums sums = sums_of(call_.rule, tensor);
+    const auto add_lines = record.param_dtype == Dtype::kF64 ? add_blocks<double> : add_blocks<float>;
+    if (stage == 0 && sums.rows) {
+      add_lines(tensor.row_sums, m.batch, tensor.column_blocks, m.rows, m.rows, numbers);
+      tensor.whole_rows = numbers;
+      numbers += m.batch * m.rows;
+    }
+    if (stage == 0 && sums.columns) {
+      add_lines(tensor.column_sums, m.batch, tensor.row_blocks, m.columns, tensor.padded_columns(), numbers);
+      tensor.whole_columns = numbers;
+      numbers += m.batch * m.columns;
+    }
+    if (stage == 0 && sums.param) {
+      *numbers = total(tensor.param_sums, tensor.tiles);
+      tensor.whole_param = numbers++;
+    }
+    if (stage == 1 && sums.matrices) {
+      for (int64_t i = 0; i < m.batch; ++i)
+        numbers[i] = total(tensor.row_totals + i * tensor.line_blocks(), tensor.line_blocks());
+      tensor.whole_matrices = numbers;
+      numbers += m.batch;
+    }
+    if (stage == 2 && sums.update) {
+      *numbers = total(tensor.update_sums, tensor.tiles);
+      tensor.whole_update = numbers++;
+    }
+    if (stage == 3) *record.step = next_counter(*record.step);
+  }
+}
 
 void reducing_step(const ReducingCall& call, int threads) {
   const int team = team_size(threads, call.numel);
   std::vector<CacheBatch> cache_batches = cut(call, kBatchElementsPerThread * team);
-  const LineFactors factors = visit_reducing_rule(call.rule, [](auto rule) { return kLineFactors<decltype(rule)>; });
+  const LineFactors factors = factors_of(call.rule);
   // A thread may be in the next batch while another is still in this one: they take turns in two parts of the memory.
   int64_t bytes[2] = {0, 0};
   for (size_t i = 0; i < cache_batches.size(); ++i) {
-    Memory count{nullptr};
-    for (ReducingTensor& tensor : cache_batches[i].tensors) assign_memory(tensor, factors, count);
-    bytes[i % 2] = std::max(bytes[i % 2], count.used);
+    bytes[i % 2] = std::max(bytes[i % 2], bytes_of(cache_batches[i].tensors, factors));
   }
   const std::align_val_t alignment{kAlignment};
   const auto release = [&](char* memory) { ::operator delete(memory, alignment); };
@@ -133,13 +263,7 @@ void reducing_step(const ReducingCall& call, int threads) {
   const PhaseFunction run_phase = current().run_phase;
   parallel(team, [&](int index, int size, const auto& wait) {
     for (const CacheBatch& cache_batch : cache_batches) {
-      const auto first_of = [&](int i) {
-        const auto before = [](const Tile& tile, int64_t element) { return tile.begin < element; };
-        const int64_t element = i == size ? cache_batch.numel : cache_batch.numel / size * i;
-        return std::lower_bound(cache_batch.tiles.begin(), cache_batch.tiles.end(), element, before) -
-               cache_batch.tiles.begin();
-      };
-      const int64_t first = first_of(index), last = first_of(index + 1);
+      const int64_t first = first_tile(cache_batch, index, size), last = first_tile(cache_batch, index + 1, size);
       run_phase(cache_batch, Phase::kSums, first, last);
       wait();
       if (!cache_batch.lines.empty()) {

@@ -36,9 +36,11 @@ struct Context {
     const int64_t number = count_of(*record().step) + 1;
     if (number != step) scalars = Rule::template prepare<T>(cache_batch.call->hyper, step = number);
     if (phase == Phase::kUpdate)
-      finish = Rule::template finish<T>(scalars, rms(next.param_sums), rms(next.update_sums));
+      finish = Rule::template finish<T>(scalars, rms_of_param(), rms(next.update_sums, next.whole_update));
   }
-  double rms(const double* sums) const {
+  double rms_of_param() const { return rms(tensor->param_sums, tensor->whole_param); }
+  double rms(const double* sums, const double* of_whole) const {
+    if (of_whole != nullptr) return square_root(*of_whole / static_cast<double>(tensor->whole->numel));
     double sum = 0.0;
     for (int64_t i = 0; i < tensor->tiles; ++i) sum += sums[i];
     return square_root(sum / static_cast<double>(record().numel));
@@ -153,6 +155,10 @@ struct Block {
 template <class Rule, class T>
 T factor_of_matrix(const Context<Rule, T>& context, const Block<Rule, T>& block) {
   if constexpr (Rule::kRowMean) {
+    if (const double* const totals = block.tensor.whole_matrices; totals != nullptr) {
+      const double mean = totals[block.tile.matrix] / static_cast<double>(block.tensor.whole->rows);
+      return Rule::matrix(static_cast<T>(mean), context.scalars);
+    }
     const int64_t blocks = block.tensor.line_blocks();
     double total = 0.0;
     for (int64_t i = 0; i < blocks; ++i) total += block.tensor.row_totals[block.tile.matrix * blocks + i];

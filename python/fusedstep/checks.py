@@ -191,11 +191,18 @@ def describe(index: int, name: str | None, tensor: Tensor) -> str:
 
 def check_param(cls: type[FusedOptimizer], reduces: bool, param: Tensor, memory: Tensor, what: str) -> None:
     """Raise unless ``param``, which is stored in ``memory``, can be updated in place; ``what`` is its `describe`."""
-    if reduces and layout.is_wrapper(param):
+    if reduces and layout.is_wrapper(param) and not shards.is_sharded(param):
         raise RuntimeError(
             f"{cls.__name__} does not support {type(param).__name__} parameters ({what}): its sums would be those of "
             "the local part alone"
         )
+    if reduces and shards.is_sharded(param):
+        for placement in param.placements:
+            if not (placement.is_replicate() or hasattr(placement, "dim")):
+                raise RuntimeError(
+                    f"{cls.__name__} takes sums over tensors that are sharded or replicated, not over one with "
+                    f"placement {placement} ({what}): call .redistribute(placements=...) on it"
+                )
     if param.layout != torch.strided:
         raise ValueError(f"{what}: a {param.layout} parameter cannot be updated; pass a dense one")
     if layout.overlaps_itself(memory):

@@ -7,8 +7,8 @@ parameters. Sums travel in float64, and stay on the device.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,13 +34,27 @@ def over(tensor: Tensor) -> Over:
     return _groups(tensor, copies=False)
 
 
-def _groups(tensor: Tensor, copies: bool) -> Over:
+def over_dims(tensor: Tensor, dims: Collection[int]) -> Over:
+    """The same of sums over some of its dimensions."""
+    return _groups(tensor, copies=False, dims=dims)
+
+
+def _groups(tensor: Tensor, copies: bool, dims: Collection[int] | None = None) -> Over:
     """Those along the dimensions of a tensor's mesh; ``copies``: also along those where others have the same part."""
     if not shards.is_sharded(tensor) or tensor.device_mesh.get_coordinate() is None:
         return ()
     mesh = tensor.device_mesh
     taken = [dim for dim, placement in enumerate(tensor.placements) if copies or not placement.is_replicate()]
+    if dims is not None:
+        taken = [dim for dim in taken if getattr(tensor.placements[dim], "dim", None) in dims]
     return tuple(mesh.get_group(dim) for dim in taken if mesh.size(dim) > 1)
+
+
+class Pack(NamedTuple):
+    """Numbers that travel together."""
+
+    size: int
+    members: list[tuple[ProcessGroup, Tensor | None]]  # each group with the places of its numbers; None: all
 
 
 class Exchange:
@@ -58,11 +72,11 @@ class Exchange:
             groups |= dict.fromkeys(found)
         self.device: torch.device = device or torch.device("cpu")
         self.groups: Over = tuple(groups)  # through which goes what all must know
-        self._members: dict[tuple[Over, ...], list[tuple[ProcessGroup, Tensor | None]]] = {}
+        self._packs: dict[tuple[Over, ...], Pack] = {}
 
-    def numbers(self, kinds: Sequence[Over] | None = None) -> Tensor:
+    def numbers(self, kinds: Sequence[Over] | Pack | None = None) -> Tensor:
         """A zero for each of these kinds, or of all, and the last two."""
-        return torch.zeros(len(self.kinds if kinds is None else kinds) + 2, dtype=torch.float64, device=self.device)
+        return torch.zeros(self._pack_of(kinds).size, dtype=torch.float64, device=self.device)
 
     def add(self, numbers: Tensor, kind: Over, sum_of_squares: Tensor, max_abs: Tensor, by_max_abs: bool) -> None:
         """Add sums over gradients of this process."""
@@ -75,26 +89,38 @@ class Exchange:
             number += sum_of_squares.to(self.device)
         numbers[ODD] += odd.to(self.device)
 
-    def share(self, numbers: Tensor, by_max_abs: bool, kinds: Sequence[Over] | None = None) -> None:
+    def share(self, numbers: Tensor, by_max_abs: bool, kinds: Sequence[Over] | Pack | None = None) -> None:
         """Add up numbers of these kinds, or take the largest, over all processes that have parts of the tensors."""
         from torch.distributed import ReduceOp, all_reduce
 
-        for group, indices in self._members_of((*(self.kinds if kinds is None else kinds), self.groups, self.groups)):
+        for group, indices in self._pack_of(kinds).members:
             part = numbers if indices is None else numbers.index_select(0, indices)
             all_reduce(part, op=ReduceOp.MAX if by_max_abs else ReduceOp.SUM, group=group)
             if indices is not None:
                 numbers.index_copy_(0, indices, part)
 
-    def _members_of(self, kinds: tuple[Over, ...]) -> list[tuple[ProcessGroup, Tensor | None]]:
-        """Each group with the places of the numbers that go through it; None: all."""
-        if kinds not in self._members:
-            found = []
-            for group in self.groups:
-                indices = [i for i, kind in enumerate(kinds) if group in kind]
-                every = len(indices) == len(kinds)
-                found.append((group, None if every else torch.tensor(indices, device=self.device)))
-            self._members[kinds] = found
-        return self._members[kinds]
+    def _pack_of(self, kinds: Sequence[Over] | Pack | None) -> Pack:
+        if isinstance(kinds, Pack):
+            return kinds
+        each = tuple(self.kinds if kinds is None else kinds)
+        if each not in self._packs:
+            self._packs[each] = self.pack([(kind, 1) for kind in each])
+        return self._packs[each]
+
+    def pack(self, parts: Sequence[tuple[Over, int]], decides: bool = True) -> Pack:
+        """Of numbers in this order, so many of each kind, then the last two; these are left out unless it ``decides``.
+
+        Without them, only those groups are entered through which some number goes.
+        """
+        if decides:
+            parts = [*parts, (self.groups, 2)]
+        size, members = sum(count for _, count in parts), []
+        for group in self.groups:
+            goes = torch.tensor([group in kind for kind, _ in parts], dtype=torch.bool)
+            indices = goes.repeat_interleave(torch.tensor([count for _, count in parts], dtype=torch.int64)).nonzero()
+            if len(indices):
+                members.append((group, None if len(indices) == size else indices.reshape(-1).to(self.device)))
+        return Pack(size, members)
 
     def tell(self, mine: Any) -> list[tuple[int, Any]]:
         """What each process that shares tensors with this one, or with one of those, tells, with its rank."""
@@ -178,6 +204,8 @@ def descriptions(optimizer: FusedOptimizer) -> list[tuple[str, dict[str, str]]]:
 def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_shown(each)}' for key, each in sorted(value.items()))}}}"
     plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype))
     return repr(value) if plain else type(value).__name__
 
@@ -197,26 +225,32 @@ def disagreement(first: int, one: Any, rank: int, other: Any) -> RuntimeError:
     )
 
 
-def refuse_other_parts(owner: str, subject: str, tensor: Tensor, param: Tensor, what: str) -> None:
-    """Raise RuntimeError unless ``tensor``, which ``subject`` names, is shared out to processes as ``param`` is."""
+def refuse_other_parts(
+    owner: str, subject: str, tensor: Tensor, param: Tensor, what: str, kept: Sequence[int | None] | None = None
+) -> None:
+    """Raise RuntimeError unless ``tensor``, which ``subject`` names, is shared out to processes as ``param`` is.
+
+    ``kept``: for each dimension of the tensor the one of the parameter that it has in common; None: all are the same.
+    """
     is_part, of_part = shards.is_sharded(tensor), shards.is_sharded(param)
     if not (is_part or of_part):
         return
     if not (is_part and of_part):
         found, expected = ("DTensor", "plain tensor") if is_part else ("plain tensor", "DTensor")
         raise RuntimeError(f"{owner}: {subject} is a {found}, it must be a {expected} like {what}")
-    if tensor._spec is param._spec:
+    if kept is None and tensor._spec is param._spec:
         return
     mesh = param.device_mesh
     if tensor.device_mesh != mesh:
         raise RuntimeError(f"{owner}: {subject} lies on {tensor.device_mesh}, it must be on {mesh}, the mesh of {what}")
     # Along a dimension of one process all placements are the same.
-    pairs = enumerate(zip(tensor.placements, param.placements, strict=True))
+    placements = param.placements if kept is None else tuple(shards.lines_placements(param, kept))
+    pairs = enumerate(zip(tensor.placements, placements, strict=True))
     differ = [own for dim, (own, other) in pairs if own != other and mesh.size(dim) > 1]
     if not differ:
         return
     to_sum = ", a sum that is still to be made" if any(placement.is_partial() for placement in differ) else ""
     raise RuntimeError(
         f"{owner}: {subject} has placements {tensor.placements}{to_sum}; they must be "
-        f"{param.placements}, those of {what}: call .redistribute(placements=...) on it"
+        f"{placements}, those of {what}: call .redistribute(placements=...) on it"
     )

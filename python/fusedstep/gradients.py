@@ -15,7 +15,7 @@ from torch import Tensor
 from . import checks, layout, shards
 from .backends.norm import Limits, Norm, sums
 from .backends.plan import SharedGrads
-from .exchange import FAIL, ODD, SKIP, STOP, Exchange, Over, disagreement, over
+from .exchange import FAIL, ODD, SKIP, STOP, Exchange, Over, Pack, disagreement, over
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -115,7 +115,7 @@ class Gradients:
         self.takes_norm = False  # whether each step takes a norm, as those know
         self.agreed: set[Limits | None] = set()  # that those were found to have too
         self.marks: dict[Limits, Tensor] = {}  # by which it is found; on the device, which is not waited for
-        self.to_come: list[tuple[bool, Sequence[Over] | None]] = []  # of this step, what those will wait in
+        self.to_come: list[tuple[bool, Sequence[Over] | Pack | None]] = []  # of this step, what those will wait in
 
     def __getstate__(self) -> tuple[GradientOptions, Norm | None]:
         return self.options, self.last
@@ -163,7 +163,7 @@ class Gradients:
         """Whether it is known of which tensors the parameters are parts."""
         return not any(layout.is_wrapper(p) and not shards.is_sharded(p) for p in _params(optimizer.param_groups))
 
-    def expect(self, exchanges: list[tuple[bool, Sequence[Over] | None]]) -> None:
+    def expect(self, exchanges: list[tuple[bool, Sequence[Over] | Pack | None]]) -> None:
         """Before anything of a step can fail: what other processes will enter, as `Exchange.share` takes it."""
         self.to_come = [] if self.sharers is None else exchanges
 
@@ -314,13 +314,19 @@ class Gradients:
         rank, theirs = next((rank, theirs) for rank, theirs in others if theirs != mine)
         raise disagreement(first, ("step()", mine), rank, ("step()", theirs))
 
-    def _enter(self, sharers: Exchange, numbers: Tensor, by_max_abs: bool, kinds: Sequence[Over] | None = None) -> None:
+    def _enter(
+        self, sharers: Exchange, numbers: Tensor, by_max_abs: bool, kinds: Sequence[Over] | Pack | None = None
+    ) -> None:
         """Share numbers; raise RuntimeError if another process cannot make the step."""
         del self.to_come[:1]
         sharers.share(numbers, by_max_abs, kinds)
         if numbers.device.type == "cpu" and numbers[STOP] >= FAIL:
             self.to_come = []
             sharers.raise_failure("step()", None)
+
+    def enter(self, numbers: Tensor, pack: Pack) -> None:
+        """Share sums that a rule takes, where others of `expect` do; raise RuntimeError as for a norm."""
+        self._enter(self.sharers, numbers, False, pack)
 
     def single_norms(self, grads: Sequence[tuple[int, Tensor]], kinds: Sequence[Over]) -> list[Tensor]:
         """The norm of each of some whole gradients, of which this process has these parts.

@@ -134,4 +134,8 @@ def narrowed(scalars: Any, arithmetic: torch.dtype) -> Any:
     if arithmetic == torch.float64:
         return scalars
     pairs = zip(scalars, narrows(type(scalars)), strict=True)
-    return scalars._make([c_float(value).value if narrow else value for value, narrow in pairs])
+    return scalars._make([_as_fp32(value) if narrow else value for value, narrow in pairs])
+
+
+def _as_fp32(value: Number) -> Number:
+    return value.to(torch.float32) if isinstance(value, Tensor) else c_float(value).value

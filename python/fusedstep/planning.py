@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import backends, checks, exchange, layout, sharding
+from . import backends, checks, exchange, layout, lines, sharding, shards
+from .backends.parts import backend_of_parts
 from .backends.plan import Plan
 from .kept import Entry
 from .kept.states import is_quantized
@@ -111,6 +112,8 @@ def _checked(entry: Entry, what: str) -> tuple[backends.Backend, Any]:
     variant = optimizer.variant_of(group, entry.name, param)
     reduces = optimizer.rule_of(variant)[1]
     backend = optimizer.stepper.select(optimizer, param, reduces)
+    if reduces and lines.crosses(optimizer, group, entry.name, param):
+        backend = backend_of_parts(backend, param)
     if param.grad is None and not started(optimizer, param):
         return backend, variant
     cls = type(optimizer)
@@ -130,13 +133,19 @@ def _checked(entry: Entry, what: str) -> tuple[backends.Backend, Any]:
 def _check_kept(entry: Entry, what: str) -> None:
     """Raise RuntimeError if what is kept for a parameter cannot go with it."""
     cls = type(entry.rule).__name__
+    reduces = entry.rule.rule_of(entry.rule.variant_of(entry.group, entry.name, entry.param))[1]
+    of_lines = entry.rule.state_names if reduces and shards.is_sharded(entry.param) else ()
     for key, value in entry.state.items():
         if isinstance(value, Tensor):
             if value.layout != torch.strided:
                 raise RuntimeError(f"{cls}: state '{key}' has layout {value.layout}, it must be dense like {what}")
             checks.check_memory(cls, f"state '{key}' of {what},", value)
-            if value.shape == entry.param.shape and value.dim() and not is_quantized(value):  # else a count, or a scale
-                exchange.refuse_other_parts(cls, f"state '{key}'", value, entry.param, what)
+            kept = None
+            if key in of_lines:
+                kept = entry.rule.kept_dims(key, entry.group, entry.name, entry.param)
+            if value.dim() and not is_quantized(value) and (kept or value.shape == entry.param.shape):
+                # Else it is a count, or a scale.
+                exchange.refuse_other_parts(cls, f"state '{key}'", value, entry.param, what, kept)
     for kind in entry.rule.stepper.kept:
         kind.check(entry, what)
 
@@ -245,7 +254,7 @@ def fields(entry: Entry, backend: backends.Backend, reduces: bool) -> dict[str, 
     state = optimizer.state[param] if optimizer.stepper.kept.any_keys(entry) else optimizer.state.get(param, {})
     memory = backend.memory(param, reduces)
     found = optimizer.stepper.kept.fields(entry._replace(state=state, backend=backend, memory=memory))
-    matrices = optimizer.matrices(entry.group, entry.name, param) if reduces else None
+    matrices = optimizer.matrices(entry.group, entry.name, param, shards.part_shape(param)) if reduces else None
     return {"param": memory, "matrices": matrices, **found}
 
 

@@ -6,12 +6,15 @@ No plan, no backend and no state is known here.
 from __future__ import annotations
 
 import functools
+import math
 from collections import namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from . import shards
 
 
 class Rule:
@@ -147,13 +150,46 @@ class Rule:
         """The compiled rule for parameters of a variant, and whether it has sums over rows, columns or tensors."""
         return cls.rule, cls.reduces
 
-    def matrices(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int, int] | None:
-        """For a rule that reduces: (batch, rows, columns) of a contiguous parameter; None: it is taken as flat."""
+    def matrix_dims(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int] | None:
+        """For a rule that reduces: with which dimensions the rows and the columns of a parameter's matrices begin.
+
+        Rows go up to the columns, these to the end; what is before the rows is the batch. None: it is taken as flat.
+        """
         raise NotImplementedError
+
+    def matrices(
+        self, group: dict[str, Any], name: str | None, param: Tensor, shape: Sequence[int]
+    ) -> tuple[int, int, int] | None:
+        """(batch, rows, columns) of a contiguous part, of that shape, of a parameter; None: it is taken as flat."""
+        split = self.matrix_dims(group, name, param)
+        if split is None:
+            return None
+        rows, columns = split
+        return math.prod(shape[:rows]), math.prod(shape[rows:columns]), math.prod(shape[columns:])
 
     def state_shape(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> torch.Size | None:
         """The shape of the state ``key`` of a parameter; None if this parameter does not have the state."""
         return param.shape
+
+    def kept_dims(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> list[int | None]:
+        """For each dimension of the state ``key`` the one of the parameter that it has in common; None: it has none."""
+        dims: list[int | None] = list(range(param.dim()))
+        functions = self.rule_named(self.rule_of(self.variant_of(group, name, param))[0])
+        span = functions.spans.get(key, "element")
+        if span == "tensor":
+            return []
+        if span not in ("row", "column"):
+            return dims
+        rows, columns = self.matrix_dims(group, name, param)
+        summed = dims[columns:] if span == "row" else dims[rows:columns]
+        kept = [None if dim in summed else dim for dim in dims]
+        keeps_all = len(self.state_shape(key, group, name, param)) == len(dims)
+        return kept if keeps_all else [dim for dim in kept if dim is not None]
+
+    def zeros(self, key: str, group: dict[str, Any], name: str | None, param: Tensor, dtype: torch.dtype) -> Tensor:
+        """The state ``key`` of a rule that reduces before its first step, shared out as the parameter is."""
+        shape = self.state_shape(key, group, name, param)
+        return shards.zeros(param, shape, self.kept_dims(key, group, name, param), dtype)
 
     def exact_states(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Those of `states_of` that stay in fp32 where ``state_dtype`` is less: the rule takes their difference."""

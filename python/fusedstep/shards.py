@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,60 @@ def is_flattened(tensor: Tensor) -> bool:
 def wraps(tensor: Tensor, memory: Tensor | None) -> bool:
     """Whether a DTensor is made of ``memory`` in the way that csrc/plan.cpp knows."""
     return is_sharded(tensor) and getattr(tensor, "_local_tensor", None) is memory and hasattr(tensor, "_spec")
+
+
+def sharded_dims(tensor: Tensor) -> set[int]:
+    """The dimensions along which processes have parts of a tensor."""
+    if not is_sharded(tensor):
+        return set()
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return {placement.dim for placement, size in sizes if size > 1 and hasattr(placement, "dim")}
+
+
+def part_shape(param: Tensor) -> tuple[int, ...]:
+    """The shape of the part that this process has of a parameter; of the parameter's dimensions in any case."""
+    memory = layout.local(param.detach())
+    return tuple(memory.shape) if memory.dim() == param.dim() else (0,) * param.dim()
+
+
+def lines_placements(param: Tensor, kept: Sequence[int | None]) -> list[Any]:
+    """How a tensor is placed whose dimensions are those ``kept`` of a parameter's, None for others."""
+    from torch.distributed.tensor import Replicate
+
+    places = {dim: element_map for element_map, dim in enumerate(kept) if dim is not None}
+    return [
+        _moved(placement, places[placement.dim]) if getattr(placement, "dim", None) in places else Replicate()
+        for placement in param.placements
+    ]
+
+
+def _moved(placement: Any, dim: int) -> Any:
+    """A way to shard, of another dimension."""
+    if placement.dim == dim:
+        return placement
+    strided = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+    return type(placement)(dim, **strided)
+
+
+def zeros(param: Tensor, shape: Sequence[int], kept: Sequence[int | None], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of zeros, whose dimensions ``kept`` are a parameter's, as shared out to processes as that."""
+    if not is_sharded(param):
+        return torch.zeros(shape, dtype=dtype, device=param.device)
+    memory = layout.local(param.detach())
+    if not shape:  # each process has such numbers by itself, as it counts steps
+        return torch.zeros((), dtype=dtype, device=memory.device)
+    from torch.distributed.tensor import DTensor
+
+    if param.device_mesh.get_coordinate() is None:
+        own = memory.new_zeros(0, dtype=dtype)
+    else:
+        sizes = [size if dim is None else memory.shape[dim] for size, dim in zip(shape, kept, strict=True)]
+        own = memory.new_zeros(sizes, dtype=dtype)
+    strides = torch.empty(shape, device="meta").stride()
+    placements = lines_placements(param, kept)
+    return DTensor.from_local(
+        own, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
+    )
 
 
 def element_map_of(param: Tensor, what: str) -> ElementMap:

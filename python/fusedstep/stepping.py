@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, dcp, exchange, planning
+from . import backends, checks, dcp, exchange, planning, shared_sums
 from .backends import cpu
 from .backends.lifetime import CHANGED, Graphs, refuse_capture
 from .gradients import GradientOptions, Gradients
@@ -48,6 +48,7 @@ class Stepper:
         self.watch: Any = None
         self.seen_options: list[list[Any]] | None = None  # those that the variants of the plans were made with
         self.at_once = False  # whether all plans can be gathered and stepped in one native call
+        self.sums: shared_sums.SharedSums | None = None  # that cross processes; None: none does
         self.norms_checked = False  # whether it was checked that the plans' gradients are all that a norm is of
         self.finds_nonfinite = False  # set by `fusedstep.GradScaler`: a step fills in its own found_inf
         self.graphs = Graphs()
@@ -198,6 +199,10 @@ class Stepper:
                 optimizer.kernel_calls += calls
             if gradients.writes:
                 gradients.shared.copy(plans)
+            scaled = {"grad_scale": grad_scale, "coefficient": coefficient}
+            steps = [(plan, step._replace(found_inf=found_inf, **scaled)) for plan, step in steps]
+            if self.sums is not None:
+                found_inf = self.sums.begin(optimizer, gradients, steps, found_inf)
         except BaseException as error:
             self.plans = None  # and with the plans their references to the gradients
             if undo is not None:
@@ -210,9 +215,10 @@ class Stepper:
                     gradients.give_up(type(optimizer).__name__, error)
             raise
         # Whatever may fail is behind; from here on things are written.
+        if self.sums is not None:
+            self.sums.finish()
         for plan, step in steps:
-            given = step._replace(grad_scale=grad_scale, found_inf=found_inf, coefficient=coefficient)
-            optimizer.kernel_calls += plan.step(given)
+            optimizer.kernel_calls += plan.step(step._replace(found_inf=found_inf))
         optimizer.kernel_calls += self.learning_rates.end_step(found_inf)
 
     @torch.no_grad()
@@ -265,7 +271,10 @@ class Stepper:
     def _expect(self, optimizer: FusedOptimizer, limits: Limits | None, clips: bool, norm_of_each: bool) -> None:
         """Tell `gradients` in what order a step enters exchanges with other processes, if there are others."""
         if self.gradients.sharers is None:
+            self.sums = None
             return
+        if not self.plans_fit(optimizer, needs_norm=False):
+            self.sums = shared_sums.shared_sums(optimizer, self.gradients.sharers)
         exchanges: list[tuple[bool, Any]] = []
         if clips and limits is not None:
             exchanges.append((limits.by_max_abs, None))
@@ -274,6 +283,8 @@ class Stepper:
             exchanges.append((False, kinds_of(optimizer.param_groups)))
         if limits is not None:
             exchanges.append((limits.by_max_abs, None))
+        if self.sums is not None:
+            exchanges.append((False, self.sums.packs[0]))
         self.gradients.expect(exchanges)
 
     def hyper_of(self, optimizer: FusedOptimizer, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:

@@ -24,6 +24,7 @@ STORAGE = "tests/test_engines.py tests/test_cpu_engine.py"
 PRECISION = "tests/test_precision_options.py"
 CHAIN = "tests/test_precision_chain.py"
 REDUCING = "tests/test_reducing.py tests/test_adafactor.py"
+PARTS = "tests/test_ranks_reducing.py"
 CUDA = "tests/test_cuda_host.py tests/test_engines.py"
 CUDA_STORAGE = "tests/test_engines.py"
 CUDA_REDUCING = "tests/test_reducing_engines.py"
@@ -111,15 +112,15 @@ REFERENCE = [
     Fault(
         "a rule that reduces: rows are not multiplied by their matrix's factor",
         "python/fusedstep/backends/reference_reducing.py",
-        'if span == "row" and rule.matrix is not None:',
-        "if False:",
+        "(factor * rule.matrix(_mean(total, each, arithmetic), scalars), *others)",
+        "(factor, *others)",
         "tests/test_adafactor.py",
     ),
     Fault(
         "the reference does not maximize",
         "python/fusedstep/backends/reference.py",
-        "        if step.maximize:\n            grad = -grad\n",
-        "",
+        "return -grad if self.step.maximize else grad",
+        "return grad",
         PARENTS,
     ),
 ]
@@ -796,6 +797,90 @@ SHARDED = [
         "difference if math.isfinite(difference) else math.inf",
         "difference",
         "tests/test_sharded_verification.py",
+    ),
+    Fault(
+        "sums of parts: means are over the part",
+        "python/fusedstep/lines.py",
+        "count = math.prod(param.shape[dim] for dim in dims)",
+        "count = math.prod(shards.part_shape(param)[dim] for dim in dims)",
+        PARTS,
+    ),
+    Fault(
+        "sums of parts: what processes have in common is added up too",
+        "python/fusedstep/lines.py",
+        "exchange.over_dims(param, dims))",
+        "exchange.over(param))",
+        PARTS,
+    ),
+    Fault(
+        "sums of parts: the mean of the rows' states stays that of the part",
+        "python/fusedstep/shared_sums.py",
+        "for number in range(1, PASSES):",
+        "for number in range(2, PASSES):",
+        PARTS,
+    ),
+    Fault(
+        "sums of parts: a parameter without a gradient here has no norm",
+        "python/fusedstep/shared_sums.py",
+        "elif number == 0 and each is member.lines.tensor and not is_frozen:",
+        "elif False:",
+        PARTS,
+    ),
+    Fault(
+        "sums of parts: where there is no gradient, a gradient elsewhere is not heard of",
+        "python/fusedstep/shared_sums.py",
+        "if count and member.index not in self.asked:",
+        "if False:",
+        PARTS,
+    ),
+    Fault(
+        "sums of parts: a step that is skipped in one process is made in the others",
+        "python/fusedstep/shared_sums.py",
+        "        if stop:\n",
+        "        if False:\n",
+        PARTS,
+    ),
+    Fault(
+        "sums of parts: states of columns are sharded as the rows are",
+        "python/fusedstep/rule.py",
+        'summed = dims[columns:] if span == "row" else dims[rows:columns]',
+        "summed = dims[columns:]",
+        PARTS,
+    ),
+    Fault(
+        "a state that has fewer dimensions than the parameter is sharded along the parameter's",
+        "python/fusedstep/shards.py",
+        "_moved(placement, places[placement.dim]) if",
+        "placement if",
+        PARTS,
+    ),
+    Fault(
+        "sums of parts, CPU: rows are divided by their number",
+        "csrc/cpu/reducing.cpp",
+        "lines.columns ? tensor.whole->rows : tensor.whole->columns",
+        "lines.columns ? tensor.whole->columns : tensor.whole->rows",
+        PARTS,
+    ),
+    Fault(
+        "sums of parts, CPU: the mean of a matrix's rows is that of the part",
+        "csrc/cpu/reducing_parts.h",
+        "if (const double* const totals = block.tensor.whole_matrices; totals != nullptr) {",
+        "if (const double* const totals = block.tensor.whole_matrices; false) {",
+        PARTS,
+    ),
+    Fault(
+        "sums of parts, CPU: the scale is that of the part",
+        "csrc/cpu/reducing_parts.h",
+        "if (of_whole != nullptr) return",
+        "if (false) return",
+        PARTS,
+    ),
+    Fault(
+        "sums of parts, CPU: of lines in several blocks the last block counts",
+        "csrc/cpu/reducing_dispatch.cpp",
+        "totals[i] += static_cast<double>(block[i]);",
+        "totals[i] = static_cast<double>(block[i]);",
+        PARTS,
     ),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from .. import codecs, layout, numerics
 from ..counts import count_of, counter_value
 from ..kept.ema import follow
+from ..lines import Lines
 from ..record import Record, Step
 from . import reference_reducing
 from .base import Backend
@@ -92,41 +95,74 @@ class ReferencePlan(Plan):
 
     def update(self, record: Record, stored_grad: Tensor, step: Step) -> None:
         """Update a parameter, and with ``write_grads`` the copy of its gradient."""
-        grad = layout.local(stored_grad)
-        if grad.is_complex():
-            grad = torch.view_as_real(grad.resolve_conj())
-        memory = real_memory(record.param)
-        arithmetic = torch.float64 if memory.dtype == torch.float64 else torch.float32
-        grad = grad.to(arithmetic)
-        if step.grad_scale is not None:
-            grad = grad / step.grad_scale.to(grad.device, arithmetic)
-        if step.coefficient is not None:
-            grad = grad * step.coefficient.to(grad.device, arithmetic)
-        if step.write_grads:
-            stored = layout.local(stored_grad)
-            stored.copy_(torch.view_as_complex(grad) if stored.is_complex() else grad)
-        if step.maximize:
-            grad = -grad
+        used = Used(record, stored_grad, step)
         count = count_of(record.step) + 1
+        rule, stored = self.functions, Stored(record, used.memory, used.arithmetic)
+        scalars = numerics.narrowed(rule.prepare(step.hyper, count), used.arithmetic)
         record.step.fill_(counter_value(count))
-        rule = self.functions
-        scalars = numerics.narrowed(rule.prepare(step.hyper, count), arithmetic)
-        stored = Stored(record, memory, arithmetic)
-        present = [(k, name) for k, name in enumerate(self.states) if record.states[k] is not None]
-        states = {name: stored.state(k, name not in rule.non_negative) for k, name in present}
         if rule.reduces:
-            param, states = reference_reducing.update(rule, stored.weight(), grad, states, record.matrices, scalars)
+            lines = Lines.of_matrices(record.matrices, used.memory.numel())
+            reading = self.reading(stored)
+            shape = record.matrices or (-1,)
+            param, states = reference_reducing.alone(
+                reference_reducing.updating(
+                    rule, lines, lambda: stored.weight().reshape(shape), lambda: used().reshape(shape), reading, scalars
+                )
+            )
         else:
+            states = {name: read() for name, read in self.reading(stored).items()}
             has = rule.has(name in states for name in rule.state_names)
-            param, *new = rule.update(stored.weight(), grad, *map(states.get, rule.state_names), scalars, has)
+            param, *new = rule.update(stored.weight(), used(), *map(states.get, rule.state_names), scalars, has)
             states = dict(zip(rule.state_names, new, strict=True))
-        stored.set_weight(param)
+        self.write_record(stored, used, param, states)
+
+    def reading(self, stored: Stored) -> dict[str, Callable[[], Tensor]]:
+        """What gives each state that a parameter has."""
+        signed = {name: name not in self.functions.non_negative for name in self.states}
+        present = (k for k, state in enumerate(stored.record.states) if state is not None)
+        return {self.states[k]: functools.partial(stored.state, k, signed[self.states[k]]) for k in present}
+
+    def write_record(self, stored: Stored, used: Used, param: Tensor, states: dict[str, Tensor]) -> None:
+        """Store the new parameter and states, in whatever shapes they are, and with ``write_grads`` the gradient."""
+        record = stored.record
+        stored.set_weight(param.reshape(stored.memory.shape))
         followers = [None if tensor is None else real_memory(tensor) for tensor in (record.average, record.copy)]
-        follow(stored.followed(), *followers, step.average_weight)
+        follow(stored.followed(), *followers, used.step.average_weight)
+        if used.step.write_grads:
+            used.write_grad()
         if layout.is_wrapper(record.param):  # the copy was counted by the tensor inside
             torch.autograd.graph.increment_version(record.param)
-        for k, name in present:
-            stored.set_state(k, name not in rule.non_negative, states[name])
+        for k, name in enumerate(self.states):
+            if record.states[k] is not None:
+                stored.set_state(k, name not in self.functions.non_negative, states[name])
+
+
+class Used:
+    """The gradient of a parameter as its rule takes it: made anew from the stored one each time."""
+
+    def __init__(self, record: Record, stored: Tensor, step: Step) -> None:
+        self.stored, self.step = layout.local(stored), step
+        self.memory = real_memory(record.param)
+        self.arithmetic = torch.float64 if self.memory.dtype == torch.float64 else torch.float32
+
+    def _clipped(self) -> Tensor:
+        grad, step = self.stored, self.step
+        if grad.is_complex():
+            grad = torch.view_as_real(grad.resolve_conj())
+        grad = grad.to(self.arithmetic)
+        if step.grad_scale is not None:
+            grad = grad / step.grad_scale.to(grad.device, self.arithmetic)
+        if step.coefficient is not None:
+            grad = grad * step.coefficient.to(grad.device, self.arithmetic)
+        return grad
+
+    def __call__(self) -> Tensor:
+        grad = self._clipped()
+        return -grad if self.step.maximize else grad
+
+    def write_grad(self) -> None:
+        grad = self._clipped()
+        self.stored.copy_(torch.view_as_complex(grad) if self.stored.is_complex() else grad)
 
 
 class Stored:
@@ -165,7 +201,8 @@ class Stored:
     def set_state(self, index: int, signed: bool, value: Tensor) -> None:
         state, scales = self._stored_state(index)
         if scales is None:
-            real_memory(state).copy_(value)
+            memory = real_memory(state)
+            memory.copy_(value.reshape(memory.shape))
             return
         quantizer = codecs.quantizer_of(state, self.memory)
         wide = torch.empty_strided(value.shape, codecs.strides_of(state, quantizer, value), device=value.device)

@@ -89,7 +89,7 @@ class Adafactor(FusedOptimizer):
 
     Raises:
         ValueError, TypeError: an argument is out of range, or ``lr`` and ``relative_step`` contradict each other.
-        RuntimeError: ``backend`` cannot run for these parameters, a parameter is a DTensor, or (from ``step``) it is
+        RuntimeError: ``backend`` cannot run for these parameters, or (from ``step``) it is
             complex or a gradient cannot be used.
 
     Example:
@@ -177,12 +177,10 @@ class Adafactor(FusedOptimizer):
 
     def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        return torch.zeros(self.state_shape(key, group, name, param), dtype=dtype, device=param.device)
+        return self.zeros(key, group, name, param, dtype)
 
-    def matrices(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int, int] | None:
-        if param.dim() < 2:
-            return None
-        return math.prod(param.shape[:-2]), param.shape[-2], param.shape[-1]
+    def matrix_dims(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int] | None:
+        return None if param.dim() < 2 else (param.dim() - 2, param.dim() - 1)
 
     def hyper(self, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:
         lr = group["lr"]

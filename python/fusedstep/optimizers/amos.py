@@ -195,11 +195,10 @@ class Amos(FusedOptimizer):
     def rule_of(cls, variant: Variant) -> tuple[str, bool]:
         return variant.rule, variant.rule != cls.rule
 
-    def matrices(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int, int]:
-        reduced, shape = self._reduced(group, name, param), param.shape
-        before, after = math.prod(shape[: reduced.start]), math.prod(shape[reduced.stop :])
-        inside = math.prod(shape[reduced.start : reduced.stop])
-        return (1, before, inside) if after == 1 else (before, inside, after)
+    def matrix_dims(self, group: dict[str, Any], name: str | None, param: Tensor) -> tuple[int, int]:
+        reduced = self._reduced(group, name, param)
+        of_rows = self.variant_of(group, name, param).rule == "amos_rows"
+        return (0, reduced.start) if of_rows else (reduced.start, reduced.stop)
 
     def state_shape(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> torch.Size:
         reduced = () if key == "exp_avg" else self._reduced(group, name, param)
@@ -209,7 +208,7 @@ class Amos(FusedOptimizer):
         if key == "exp_avg" or not self._reduced(group, name, param):
             return super().init_state(key, group, name, param)
         dtype = torch.promote_types(param.dtype, torch.float32)
-        return torch.zeros(self.state_shape(key, group, name, param), dtype=dtype, device=param.device)
+        return self.zeros(key, group, name, param, dtype)
 
     def hyper(self, group: dict[str, Any], variant: Variant) -> tuple[float | Tensor, ...]:
         numbers = (group[name] for name in ("extra_l2", "c_coef", "d_coef", "eps"))

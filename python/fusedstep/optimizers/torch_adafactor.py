@@ -83,7 +83,7 @@ class TorchAdafactor(FusedOptimizer):
 
     Raises:
         ValueError, TypeError: an argument is out of range.
-        RuntimeError: ``backend`` cannot run for these parameters, a parameter is a DTensor, or (from ``step``) it is
+        RuntimeError: ``backend`` cannot run for these parameters, or (from ``step``) it is
             complex or a gradient cannot be used.
 
     Example:
@@ -157,9 +157,9 @@ class TorchAdafactor(FusedOptimizer):
         return torch.Size((*shape[:-2], 1, *shape[-1:])) if key == "col_var" else shape
 
     def init_state(self, key: str, group: dict[str, Any], name: str | None, param: Tensor) -> Tensor:
-        return torch.zeros(self.state_shape(key, group, name, param), dtype=param.dtype, device=param.device)
+        return self.zeros(key, group, name, param, param.dtype)
 
-    matrices = Adafactor.matrices
+    matrix_dims = Adafactor.matrix_dims
 
     def variant_of(self, group: dict[str, Any], name: str | None, param: Tensor) -> float:
         """The bound of the estimate's root where the group has none."""
