@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from . import checkpoint, checks, dcp, layout, planning, sharding
 from .compiler import keep_from_compiler
-from .gradients import check_max_norm
+from .gradient_options import check_max_norm
 from .kept import ema
 from .options import Options
 from .rule import Rule

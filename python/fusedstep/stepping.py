@@ -13,7 +13,8 @@ from torch import Tensor
 from . import backends, checks, dcp, exchange, planning, shared_sums
 from .backends import cpu
 from .backends.lifetime import CHANGED, Graphs, refuse_capture
-from .gradients import GradientOptions, Gradients
+from .gradient_options import GradientOptions
+from .gradients import Gradients
 from .kept import Kept
 from .options import DEFAULTS
 from .schedules import on_device

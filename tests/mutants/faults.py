@@ -793,7 +793,7 @@ SHARDED = [
     ),
     Fault(
         "verify --distributed: a part that is not a number is within the tolerance",
-        "python/fusedstep/sharded_verification.py",
+        "python/fusedstep/sharded_comparison.py",
         "difference if math.isfinite(difference) else math.inf",
         "difference",
         "tests/test_sharded_verification.py",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import checks
-from ..gradients import GradientOptions
+from ..gradient_options import GradientOptions
 from ..optimizer import FusedOptimizer
 from ..options import Options
 from .adam import Adam
