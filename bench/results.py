@@ -164,7 +164,8 @@ def load(path: Path) -> dict[str, Any]:
 def describe(results: dict[str, Any]) -> str:
     """One line: what was measured on, with which versions."""
     device, version = results["device"], results["versions"]
-    name = device.get("gpu") or f"{device['cpu']} ({device['threads']} of {device['cores']} cores)"
+    code = f", {device['instruction_set']}" if device.get("instruction_set") else ""
+    name = device.get("gpu") or f"{device['cpu']} ({device['threads']} of {device['cores']} cores{code})"
     commit = results["git"]["commit"]
     parts = [name, f"torch {version['torch']}", f"fusedstep {version['fusedstep']}"]
     if commit:
