@@ -10,6 +10,7 @@ import gc
 import sys
 import warnings
 from random import Random
+from unittest import mock
 
 import ranks
 import torch
@@ -37,6 +38,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedstep
+from fusedstep.backends import lifetime
 from fusedstep.cases import REDUCING
 
 SCENARIOS = {}
@@ -653,6 +655,20 @@ def processes_that_disagree_about_dimensions():
     pair.give()
     assert "processes differ in reduce of parameter 0 'p0'" in raised(RuntimeError, pair.mine.step)
     assert_untouched(pair, before)
+
+
+@scenario
+def a_step_that_is_captured():
+    pair = Pair(fusedstep.TorchAdafactor, "four", SHAPES[:3])
+    pair.give()
+    pair.mine.step()
+    before = snapshot(pair)
+    pair.give()
+    with mock.patch.object(lifetime, "is_capturing", return_value=True):
+        assert "a CUDA graph cannot hold it" in raised(RuntimeError, pair.mine.step)
+    assert_untouched(pair, before)
+    pair.give()
+    pair.mine.step()
 
 
 def main():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks, exchange, layout, planning, shards
+from .backends import lifetime
 from .backends.parts import PARTS, CpuPartsPlan, PartsPlan
 from .backends.reference_reducing import sum_of_squares
 from .exchange import SKIP, STOP
@@ -68,8 +69,14 @@ class SharedSums:
         """The first pass, before anything is written; returns the flag by which all processes skip the step or do not.
 
         Raises:
-            RuntimeError: another process cannot make the step, or has a gradient where this one never will.
+            RuntimeError: another process cannot make the step, or has a gradient where this one never will; or the step
+                is to be captured in a CUDA graph.
         """
+        if lifetime.is_capturing(self.sharers.device):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: processes have parts of {self.members[0].what}, for whose sums the host "
+                "waits in each step: a CUDA graph cannot hold it; capture the forward and backward pass without step()"
+            )
         self.running, self.asked = [], {}
         places: dict[int, tuple[Any, int, Step]] = {}
         lines = {member.index: member.lines for member in self.members}
