@@ -1,10 +1,13 @@
 """How an engine is held to its contract: the same training by it and by the reference, and what must be equal."""
 
 import numpy as np
+import pytest
 import torch
+from on_gpu import DEVICE, running
 
 import fusedstep
 from fusedstep import _C
+from fusedstep.backends import BACKENDS
 from fusedstep.verification import same_bits
 
 
@@ -15,6 +18,24 @@ class Engine:
         self.name, self.backend, self.device = name, backend, device
         self.quick = name != "triton interpreted"
         self.isas = _C.cpu_isas() if name == "cpu" else (_C.cpu_isa(),)
+
+
+def engine_named(name, run_on_the_host):
+    """The engine under test; the test ends if it cannot run.
+
+    Args:
+        run_on_the_host: lets backend="cpu" run the CUDA source.
+    """
+    if name in ("cuda", "triton"):
+        return Engine(name, running(name), DEVICE)
+    if name == "triton interpreted":
+        reasons = BACKENDS["triton"].reasons(torch.device("cpu"))
+        if reasons:
+            pytest.skip("; ".join(reasons))
+        return Engine(name, "triton")
+    if name.startswith("cuda"):
+        run_on_the_host()
+    return Engine(name, "cpu")  # by each instruction set, if it is the CPU's own
 
 
 class Fences:

@@ -10,14 +10,13 @@ import math
 
 import pytest
 import torch
-from contract import Engine, beside_the_reference, normal
+from contract import beside_the_reference, engine_named, normal
 from host_plan import ElementwiseHostPlan, run_on_the_host
 from kinds import ALL, CHOOSING, choosing_grads
-from on_gpu import DEVICE, DRY, running
+from on_gpu import DRY
 from support import ADAMW, IN_ENGINES, WITH_STATES, by_case, by_kind, cases_of, each, precision_modes
 
 import fusedstep
-from fusedstep.backends import BACKENDS
 from fusedstep.cases import CASES, REDUCING, gradient, layouts
 from fusedstep.kept.states import MIN_QUANTIZED
 from fusedstep.verification import same_bits
@@ -52,20 +51,8 @@ pytestmark = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 
 @pytest.fixture
 def engine(request, monkeypatch):
-    name = request.param
-    if name in ("cuda", "triton"):
-        return Engine(name, running(name), DEVICE)
-    elif name == "triton interpreted":
-        reasons = BACKENDS["triton"].reasons(torch.device("cpu"))
-        if reasons:
-            pytest.skip("; ".join(reasons))
-        return Engine(name, "triton")
-    elif name.startswith("cuda"):
-        run_on_the_host(monkeypatch)
-        monkeypatch.setattr(ElementwiseHostPlan, "general", "general" in name)
-        return Engine(name, "cpu")
-    else:
-        return Engine(name, "cpu")  # by each instruction set
+    monkeypatch.setattr(ElementwiseHostPlan, "general", "general" in request.param)
+    return engine_named(request.param, lambda: run_on_the_host(monkeypatch))
 
 
 # Every length below twice the widest pack, around powers of two and chunks, and enough for several threads.

@@ -9,13 +9,12 @@ import math
 
 import pytest
 import torch
-from contract import Beside, Engine, Fences, normal, params_of
+from contract import Beside, Fences, engine_named, normal, params_of
 from host_plan import HostPlan, launches_of, reducing_library, run_reducing_on_the_host
 from kinds import ALL, each
-from on_gpu import DEVICE, DRY, running
+from on_gpu import DRY
 
 import fusedstep
-from fusedstep.backends import BACKENDS
 from fusedstep.cases import REDUCING, gradient, layouts
 from fusedstep.counts import count_of
 from fusedstep.verification import same_bits
@@ -46,18 +45,9 @@ LARGE_SHAPES = [(640, 3, 3), (768, 768), (5000, 512), (1, 70_000)]
 
 @pytest.fixture
 def engine(request, monkeypatch):
-    name = request.param
-    if name in ("cuda", "triton"):
-        yield Engine(name, running(name), DEVICE)
-    elif name == "triton interpreted":
-        reasons = BACKENDS["triton"].reasons(torch.device("cpu"))
-        if reasons:
-            pytest.skip("; ".join(reasons))
-        yield Engine(name, "triton")
-    else:
-        if name == "cuda on the host":
-            run_reducing_on_the_host(monkeypatch)
-        yield Engine(name, "cpu")
+    yield engine_named(request.param, lambda: run_reducing_on_the_host(monkeypatch))
+    if request.param == "cuda on the host":
+        reducing_library().set_reverse(0)
 
 
 def shapes_for(engine):
@@ -74,10 +64,12 @@ def numbers_of(optimizer):
 @by_case
 def test_every_shape_has_the_references_numbers(case, engine):
     """Where threads or programs are simulated, the large ones with a case of each rule alone."""
-    few = engine.name == "triton interpreted" or not (ALL or case in RULES or engine.name != "cuda on the host")
-    shapes = shapes_for(engine) if few else SHAPES
     if engine.device == "cuda":
         shapes = [*SHAPES, *LARGE_SHAPES]
+    elif engine.name == "cpu" or (engine.quick and (ALL or case in RULES)):
+        shapes = SHAPES
+    else:
+        shapes = shapes_for(engine)
     generator = torch.Generator().manual_seed(1)
     both = Beside(case, engine, normal(shapes, generator))
     for _ in range(2):
@@ -189,8 +181,6 @@ def test_bits_depend_neither_on_addresses_nor_on_other_tensors(case, dtype, engi
                 optimizer.step()
         fences.check()
         results.append([param.detach() for param in params])
-    if engine.name == "cuda on the host":
-        reducing_library().set_reverse(0)
     for other in results[1:]:
         assert all(map(same_bits, results[0], other))
 
