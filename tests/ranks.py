@@ -151,6 +151,18 @@ class Pair:
                     assert mine[key] == other
 
 
+def assert_all_raise(pair, index, odd):
+    """Where one process has a plain gradient for a part, all raise its error, and nothing has changed."""
+    before = snapshot(pair)
+    pair.give()
+    if dist.get_rank() == odd:
+        pair.parts[index].grad = torch.zeros(pair.parts[index].shape)
+    found = raised(RuntimeError, pair.mine.step)
+    assert f"the gradient is a plain tensor, it must be a DTensor like parameter {index} 'p{index}'" in found, found
+    assert (f"process {odd} could not" in found) == (dist.get_rank() != odd), found
+    assert_untouched(pair, before)
+
+
 def local(tensor):
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -637,14 +649,7 @@ def an_error_of_one_process_is_raised_by_all():
     ):
         pair = Pair(fusedstep.AdamWeightDecay, where, **given)
         pair.step()
-        before = snapshot(pair)
-        pair.give()
-        if dist.get_rank() == 2:
-            pair.parts[1].grad = torch.zeros(pair.parts[1].shape)
-        found = raised(RuntimeError, pair.mine.step)
-        assert "the gradient is a plain tensor, it must be a DTensor like parameter 1 'p1'" in found, found
-        assert ("process 2 could not" in found) == (dist.get_rank() != 2), found
-        assert_untouched(pair, before)
+        assert_all_raise(pair, index=1, odd=2)
         pair.give()
         pair.mine.step()
 
