@@ -231,6 +231,33 @@ def options(option):
             pair.assert_same()
 
 
+@scenario(where=MESHES)
+def accumulated_gradients(where):
+    """Of two micro-batches for a step; one parameter has a gradient in the second alone, another one never."""
+    if not takes_part(where):
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        pair = Pair(fusedstep.AdamW, where, dtype=dtype, lr=0.01, ema_decay=0.5)
+        both = [
+            fusedstep.GradientAccumulator(optimizer, mean=True, set_to_none=dtype == torch.float32)
+            for optimizer in (pair.expected, pair.mine)
+        ]
+        for _ in range(3):
+            for skip in ((0, 2), (2,)):
+                pair.give(skip=skip)
+                for accumulator in both:
+                    accumulator(weight=1.0 + len(skip))
+            for accumulator in both:
+                accumulator.assign()
+            for part, whole in zip(pair.parts, pair.whole, strict=True):
+                assert (part.grad is None) == (whole.grad is None)
+            pair.expected.step()
+            pair.mine.step()
+            for accumulator in both:
+                accumulator.reset()
+        pair.assert_same()
+
+
 @scenario
 def a_schedule_on_the_device():
     schedule = fusedstep.schedules.CosineScheduler(max_update=5, base_lr=0.1, final_lr=0.01, warmup_steps=2)

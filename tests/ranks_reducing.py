@@ -200,6 +200,26 @@ def assert_close_in_16_bits(pair):
             torch.testing.assert_close(whole(mine).float(), other.detach().float(), rtol=2.0**-7, atol=2e-3 * scale)
 
 
+@scenario(case=(REDUCING[0], REDUCING[-1]))
+def accumulated_gradients(case):
+    for where in ("three", "FSDP and TP"):
+        if takes_part(where):
+            pair = pair_of(case, where)
+            both = [fusedstep.GradientAccumulator(optimizer, mean=True) for optimizer in (pair.expected, pair.mine)]
+            for _ in range(3):
+                for skip in ((0, 2), (2,)):
+                    pair.give(skip=skip)
+                    for accumulator in both:
+                        accumulator(weight=1.0 + len(skip))
+                for accumulator in both:
+                    accumulator.assign()
+                pair.expected.step()
+                pair.mine.step()
+                for accumulator in both:
+                    accumulator.reset()
+            assert_close(pair)
+
+
 @scenario
 def a_schedule_on_the_device():
     schedule = fusedstep.schedules.CosineScheduler(max_update=5, base_lr=0.1, final_lr=0.01, warmup_steps=2)
