@@ -146,7 +146,8 @@ class Pair:
             for key in expected:
                 other = numbers_of(self.expected, expected, key, whole)
                 if other.shape == whole.shape:
-                    assert torch.equal(local(mine[key]), local(self.part(other, i))), (key, i)
+                    found = mine[key] if isinstance(part, DTensor) else numbers_of(self.mine, mine, key, part)
+                    assert torch.equal(local(found), local(self.part(other, i))), (key, i)
                 elif key == "step":
                     assert mine[key] == other
 
@@ -378,6 +379,64 @@ def from_one_number_of_processes_to_another(kept):
             whole.give(skip=skip)
             whole.expected.step()
         dist.barrier()
+
+
+@scenario(kept=KEPT)
+def state_dicts_of_whole_tensors(kept):
+    """Gathered from parts, of one process, sent by one to the others: training goes on, on parts and in one process."""
+    old = pair_of("four", kept)
+    for _ in range(2):
+        old.step(skip=(1,))
+    model, asked = Model(old.parts), {"full_state_dict": True}
+    forms = [StateDictOptions(**asked, flatten_optimizer_state_dict=flat) for flat in (False, True)]
+    gathered, flattened = (get_optimizer_state_dict(model, old.mine, options=form) for form in forms)
+    sent = get_optimizer_state_dict(model, old.mine, options=StateDictOptions(**asked, cpu_offload=True))
+    assert bool(sent) == (dist.get_rank() == 0)
+    of_one = copy.deepcopy(get_optimizer_state_dict(Model(old.whole), old.expected))
+    for state in of_one["state"].values():
+        if "weight_remainder" in state:  # no process group carries 16-bit integers
+            state["weight_remainder"] = state["weight_remainder"].int()
+    for state, where, options in (
+        (gathered, "four", asked),
+        (of_one, "four", asked),
+        (sent, "four", {**asked, "broadcast_from_rank0": True}),
+        (gathered, None, {}),
+        (flattened, None, {"flatten_optimizer_state_dict": True}),
+    ):
+        new = pair_of(where, kept, seed=5)
+        new.number = old.number
+        new.whole, new.expected = copy.deepcopy((old.whole, old.expected))
+        with torch.no_grad():
+            for i, (part, whole) in enumerate(zip(new.parts, old.whole, strict=True)):
+                part.copy_(new.part(whole, i))
+        form = StateDictOptions(**options)
+        set_optimizer_state_dict(Model(new.parts), new.mine, copy.deepcopy(state), options=form)
+        for _ in range(2):
+            new.step()
+        new.assert_same_numbers()
+
+
+@scenario(where=("three", "columns", "FSDP and TP"))
+def codes_of_a_whole_tensor_become_the_numbers_of_parts(where):
+    """Wherever the parts cut its blocks."""
+    if not takes_part(where):
+        return
+    pair = Pair(fusedstep.AdamW, where, ((41, 700), (5, 1024)), state_dtype="8bit")
+    for _ in range(2):
+        pair.give()
+        pair.expected.step()
+    given = pair.expected.state_dict()
+    expected = {}
+    for i, whole in enumerate(pair.whole):
+        state = given["state"][i] = dict(given["state"][i])
+        for key in ("exp_avg", "exp_avg_sq"):
+            expected[i, key] = numbers_of(pair.expected, state, key, whole)
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = pair.part(state[key], i)  # as torch's set_optimizer_state_dict does
+    new = fusedstep.AdamW([(f"p{i}", part) for i, part in enumerate(pair.parts)], state_dtype=torch.float32)
+    new.load_state_dict(given)
+    for (i, key), numbers in expected.items():
+        assert torch.equal(local(new.state[pair.parts[i]][key]), local(pair.part(numbers, i))), (i, key)
 
 
 @scenario

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks, codecs, layout, shards
 from .kind import Entry, Kind, copied, copied_like, mismatch, refuse_reduces
-from .weights import HALVES, Weights
+from .weights import HALVES, WIDENED, Weights
 
 if TYPE_CHECKING:
     from ..rule import Rule
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 StateDtype = torch.dtype | str | None
 
 MIN_QUANTIZED = 4096  # elements; states of smaller parameters stay in fp32, as in bitsandbytes
+WHOLE_CODES = "blocks of the whole tensor"
 NARROWABLE = (torch.float32, *HALVES)  # dtypes of parameters whose states may be narrower or wider than they
 
 
@@ -192,12 +193,10 @@ class States(Kind):
         for name in entry.rule.state_names:
             if name not in loaded:
                 continue
-            if is_quantized(loaded[name]) and shards.is_sharded(param):
-                raise ValueError(
-                    f"loaded state dict: '{name}' of parameter {key} is in codes of a whole tensor, the parameter "
-                    "is a DTensor: load it into an optimizer of whole tensors with state_dtype=torch.float32, make a "
-                    "step, and save that"
-                )
+            if shards.is_sharded(param) and (
+                is_quantized(loaded[name]) or has_scales_of_the_whole(name, loaded, param)
+            ):
+                loaded[name] = numbers_of_own_codes(name, key, entry, loaded)
             if is_quantized(loaded[name]) and (wrong := self._mismatch(name, entry, loaded)):
                 odd, found, expected = wrong
                 raise ValueError(f"loaded state dict: '{odd}' of parameter {key} {found}, expected {expected}")
@@ -225,10 +224,12 @@ class States(Kind):
                     continue
                 quantizer = codecs.quantizer_of(value, own_part(entry.param))
                 here = value.dtype if quantizer is None else quantizer.name
+                if quantizer is None and is_quantized(value):
+                    here = WHOLE_CODES
                 target = self.format_of(entry.param, entry.first_name, key in exact)
                 wanted = target or (here if quantizer is None else entry.param.dtype)
                 # A part is saved as numbers in any case; whole blocks of the tensor become what they were.
-                quantizes = wanted in codecs.QUANTIZERS and here == torch.float32
+                quantizes = wanted in codecs.QUANTIZERS and here in (torch.float32, WHOLE_CODES)
                 if here != wanted and not (quantizes and shards.keeps_rows(entry.param, codecs.BLOCK)):
                     yield f"{key} in {here} becomes {wanted}"
 
@@ -265,6 +266,36 @@ def as_part(value: Tensor, param: Tensor) -> Tensor:
     return made
 
 
+def has_scales_of_the_whole(name: str, loaded: dict[str, Any], param: Tensor) -> bool:
+    scales = loaded.get(scale_name(name))
+    return isinstance(scales, Tensor) and scales.shape == (codecs.blocks_of(param.numel()),) != (1,)
+
+
+def numbers_of_own_codes(name: str, key: Any, entry: Entry, loaded: dict[str, Any]) -> Tensor:
+    """A part's numbers from its codes of 8 bits in a whole tensor, as torch distributes them: perhaps as floats.
+
+    Raises:
+        ValueError: the codes are not of this tensor, or not distributed.
+    """
+    param, codes, scales = entry.param, loaded[name], loaded.get(scale_name(name))
+    if not has_scales_of_the_whole(name, loaded, param) or not shards.is_sharded(codes) or codes.shape != param.shape:
+        raise ValueError(
+            f"loaded state dict: '{name}' of parameter {key} is in codes of a whole tensor, the parameter is a DTensor: "
+            "give 8-bit states to set_optimizer_state_dict with StateDictOptions(full_state_dict=True); 4-bit ones "
+            "only another optimizer of whole tensors can load"
+        )
+    part = own_part(param)
+    like = layout.dense_like(part)
+    dense = layout.laid_out_as(own_part(codes), like).to(param.device)
+    flat = dense.as_strided((dense.numel(),), (1,)).to(torch.int32)
+    blocks = shards.element_map_of(param, entry.what).elements(torch.arange(flat.numel())) // codecs.BLOCK
+    signed = name not in entry.rule.non_negative
+    ones = torch.ones(codecs.blocks_of(flat.numel()), device=flat.device)
+    relative = codecs.dequantize_blocks(flat, ones, codecs.EIGHT_BITS, signed)
+    values = relative * scales.to(flat.device)[blocks.to(flat.device)]
+    return as_part(values.as_strided(like.shape, like.stride()), param)
+
+
 def shown_as_numbers(rule: Rule, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """The state of a part as a state_dict has it: codes as fp32 numbers, beside a scale of 1.
 
@@ -281,6 +312,8 @@ def shown_as_numbers(rule: Rule, param: Tensor, state: dict[str, Any]) -> dict[s
             shown[key] = as_part(numbers, param)
             # A tensor that has dimensions would be gathered beside the pieces of others.
             shown[scale_name(key)] = torch.ones(() if is_flattened else 1, device=value.device)
+        elif isinstance(value, Tensor) and value.dtype == WIDENED[1]:
+            shown[key] = value.to(WIDENED[0])
     return _in_one_dtype(param, shown) if is_flattened else shown
 
 

@@ -104,6 +104,8 @@ class Stochastic(WeightFormat):
 PLAIN = WeightFormat()
 FORMATS = (PLAIN, Master(), Split(), Kahan(), Stochastic())  # by their numbers
 AUX = {made.key: made for made in FORMATS if made.key is not None}
+# The lower halves of parts of tensors leave the optimizer as the first: no process group carries the second.
+WIDENED = (torch.int32, torch.int16)
 
 
 class Weights(Kind):
@@ -218,11 +220,11 @@ class Weights(Kind):
         return state[found.key] if found.name == "master" else _like(param, _weight(found, param, state))
 
     def load(self, key: Any, entry: Entry, loaded: dict[str, Any]) -> dict[str, Any]:
-        for name in AUX.keys() & loaded.keys() if shards.is_flattened(entry.param) else ():
+        for name in AUX.keys() & loaded.keys():
+            value, dtype = loaded[name], entry.param.dtype if name == Kahan.key else AUX[name].dtypes[0]
             # It may have been widened to be gathered.
-            dtype = entry.param.dtype if name == Kahan.key else AUX[name].dtypes[0]
-            if isinstance(loaded[name], Tensor):
-                loaded[name] = loaded[name].to(dtype)
+            if isinstance(value, Tensor) and (shards.is_flattened(entry.param) or (value.dtype, dtype) == WIDENED):
+                loaded[name] = value.to(dtype)
         wrong = _mismatch(loaded, entry.param)
         for name in AUX:
             if wrong is None and name in loaded and not AUX[name].takes(entry.param.dtype, loaded[name].dtype):
