@@ -280,9 +280,9 @@ def numbers_of_own_codes(name: str, key: Any, entry: Entry, loaded: dict[str, An
     param, codes, scales = entry.param, loaded[name], loaded.get(scale_name(name))
     if not has_scales_of_the_whole(name, loaded, param) or not shards.is_sharded(codes) or codes.shape != param.shape:
         raise ValueError(
-            f"loaded state dict: '{name}' of parameter {key} is in codes of a whole tensor, the parameter is a DTensor: "
-            "give 8-bit states to set_optimizer_state_dict with StateDictOptions(full_state_dict=True); 4-bit ones "
-            "only another optimizer of whole tensors can load"
+            f"loaded state dict: '{name}' of parameter {key} is in codes of a whole tensor, the parameter is a "
+            "DTensor: give 8-bit states to set_optimizer_state_dict with StateDictOptions(full_state_dict=True); 4-bit "
+            "ones only another optimizer of whole tensors can load"
         )
     part = own_part(param)
     like = layout.dense_like(part)
