@@ -16,6 +16,7 @@
 #include "overlaps.h"
 #include "plan.h"
 #include "schedule.h"
+#include "words.h"
 
 namespace fusedstep {
 namespace {
@@ -177,6 +178,15 @@ py::dict rules() {
   return result;
 }
 
+py::dict found_words() {
+  const Words found = find_words();
+  py::dict result;
+  const auto add = [&](const char* name, int64_t at) { result[name] = at; };
+  add("object", found.object), add("storage", found.storage), add("kind", found.kind), add("grad", found.grad);
+  add("python", found.python), add("version", found.version), add("counter", found.counter);
+  return result;
+}
+
 // The records themselves, laid out as record_fields() says.
 py::bytes records(const Plan& plan) {
   return py::bytes(reinterpret_cast<const char*>(plan.records().data()), plan.size() * sizeof(Record));
@@ -308,6 +318,7 @@ PYBIND11_MODULE(_C, m) {
     return static_cast<int>(find_rule(name, state_names));
   });
   m.def("look_up_torch", &look_up_torch, "to be called once, before anything else that takes a tensor");
+  m.def("find_words", &found_words, "where torch keeps what a plan looks at in every step; -1: it is not known");
   m.def("has_exchange_api", &has_exchange_api);
   bind_cuda(m);
   m.attr("with_cuda") = static_cast<bool>(FUSEDSTEP_WITH_CUDA);

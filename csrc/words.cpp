@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace fusedstep {
@@ -199,21 +200,41 @@ void find_python(Words* found) {
 }
 
 // A tensor shares its version counter with what detach() makes of it, not with its `.data`; an inference tensor has
-// none.
+// none. Some words have padding, in which anything may stand: several tensors are asked, each of which has a counter of
+// its own.
 void find_version(Words* found) {
   if (!found->objects_known()) return;
+  constexpr size_t kAsked = 8;
   const py::object torch = torch_module();
   const py::object empty = torch.attr("empty"), bump = torch.attr("autograd").attr("graph").attr("increment_version");
-  const py::object base = empty(3), detached = base.attr("detach")(), data = base.attr("data"), other = empty(3);
+  std::vector<py::object> bases, sharing, others;
+  for (size_t k = 0; k < kAsked; ++k) {
+    bases.push_back(empty(3));
+    sharing.push_back(bases[k].attr("detach")());
+    others.push_back(bases[k].attr("data"));
+  }
+  const auto may_be = [&](int i) {
+    std::vector<const void*> seen;
+    for (size_t k = 0; k < kAsked; ++k) {
+      const void* const word = impl_of(bases[k])[i];
+      const void* const other = impl_of(others[k])[i];
+      if (word == nullptr || other == nullptr || word == other || word != impl_of(sharing[k])[i]) return false;
+      for (const void* const each : {word, other}) {
+        if (reinterpret_cast<uintptr_t>(each) % alignof(void*) != 0) return false;
+        if (std::find(seen.begin(), seen.end(), each) != seen.end()) return false;
+        seen.push_back(each);
+      }
+    }
+    return true;
+  };
   int version = -1;
   for (int i = 0; i < kTensorWords; ++i) {
-    const void* word = impl_of(base)[i];
-    const bool shared = word != nullptr && word == impl_of(detached)[i] && word != impl_of(data)[i];
-    if (!shared || impl_of(data)[i] == nullptr) continue;
+    if (!may_be(i)) continue;
     if (version >= 0) return;
     version = i;
   }
-  if (version < 0 || reinterpret_cast<uintptr_t>(impl_of(base)[version]) % alignof(void*) != 0) return;
+  if (version < 0) return;
+  const py::object &base = bases[0], &data = others[0], &other = bases[1];
   const auto number = [&](const py::object& t, int at) {
     return static_cast<const uint32_t*>(impl_of(t)[version])[at];
   };
@@ -238,6 +259,8 @@ void find_version(Words* found) {
   found->counter = counter;
 }
 
+}  // namespace
+
 Words find_words() {
   Words found;
   for (const auto find : {find_object, find_memory, find_layout, find_grad, find_python, find_version}) {
@@ -249,8 +272,6 @@ Words find_words() {
   }
   return found;
 }
-
-}  // namespace
 
 const Words& words() {
   static const Words found = find_words();

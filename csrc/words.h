@@ -77,5 +77,7 @@ struct Kind {
 
 // Found by the first call, which must be that of look_up_torch().
 const Words& words();
+// The same, looked for anew.
+Words find_words();
 
 }  // namespace fusedstep
