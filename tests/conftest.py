@@ -72,21 +72,21 @@ def kernel(request):
     return running(request.param)
 
 
-def of_one_kind_on_the_reference(items):
-    """The items without those that show a feature on the reference with one more case.
+def once_on_the_reference(items):
+    """The items without those that show a function's statement on the reference once more.
 
-    All that surrounds a rule there is one text, and engines have its bits with every case. What a test tries besides,
-    like another kind of gradient, is tried on every backend; so is everything of a test that lists backends itself.
+    All that surrounds a rule is one text for the engines and the reference, and is shown with all values on an engine.
+    What the reference does by itself is the subject of tests that list backends themselves: all of those stay.
     """
     kept, seen = [], set()
     for item in reversed(items):
-        params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-        listed = any("backend" in mark.args[0] for mark in item.iter_markers("parametrize"))
-        if params.pop("backend", None) == "reference" and params.pop("case", None) and not listed:
-            key = item.path, item.originalname, str(params)
-            if key in seen:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        listed = " ".join(str(mark.args[0]) for mark in item.iter_markers("parametrize"))
+        if any(value == "reference" and name not in listed for name, value in params.items() if isinstance(value, str)):
+            function = item.path, item.originalname
+            if function in seen:
                 continue
-            seen.add(key)
+            seen.add(function)
         kept.append(item)
     return kept[::-1]
 
@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(config, items):
     from kinds import ALL  # which imports the package, and so Triton
 
     if not ALL:
-        kept = of_one_kind_on_the_reference(items)
+        kept = once_on_the_reference(items)
         config.hook.pytest_deselected(items=[*{*items} - {*kept}])
         items[:] = kept
     if REQUIRED or DRY or torch.cuda.is_available():

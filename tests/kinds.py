@@ -58,8 +58,21 @@ CLASSES = [
 # Every compiled rule, with the class that has its functions in Python.
 RULES = {name: next(f for cls in CLASSES if (f := cls.rule_named(name)).rule == name) for name in _C.rules()}
 ELEMENTWISE = list(CASES) if ALL else [case for kind, case in KINDS.items() if kind != "reducing"]
+# Of each class the case with the most options; where any rule will do, one of each kind.
+LAST = list({case.optimizer: case for case in (*REDUCING, *CASES)}.values())
+OF_EACH_KIND = LAST if ALL else list({kind_of(case): case for case in LAST}.values())
+
+
+def states_of(case: Case) -> tuple[str, ...]:
+    optimizer = getattr(fusedstep, case.optimizer)([("weight", torch.nn.Parameter(torch.zeros(2, 2)))], **case.options)
+    return tuple(optimizer.states_of(optimizer.param_groups[0]))
+
+
+# Of each class a case with each set of states that its options can ask for.
+OF_EACH_STATE = list(CASES) if ALL else list({(case.optimizer, states_of(case)): case for case in CASES}.values())
 # Those that differ in what an engine does; the others differ in what is kept, and how.
 IN_ENGINES = [KINDS[kind] for kind in ("no state", "no step", "two states", "three states")]
+BY_KIND = list(CASES) if ALL else IN_ENGINES
 # Elements of one tensor take different sides: eps or the average of the squares, a limit or the gradient, zero or a
 # variance that rounding has made negative.
 CHOOSING = (
@@ -85,8 +98,14 @@ def parametrize_cases(few, every):
 
 by_case = pytest.mark.parametrize("case", CASES, ids=str)  # for what each rule does by itself
 by_kind = pytest.mark.parametrize("case", IN_ENGINES, ids=str)  # for what a kind shows as well as every case
-by_kind_in_engines = parametrize_cases(IN_ENGINES, CASES)
-by_kind_of_state = parametrize_cases(ELEMENTWISE, CASES)
+by_one_kind = parametrize_cases(IN_ENGINES[2:3], IN_ENGINES)  # for what does not come near states and numbers
+by_kind_in_engines = pytest.mark.parametrize("case", BY_KIND, ids=str)
+by_kind_of_state = pytest.mark.parametrize("case", ELEMENTWISE, ids=str)
+
+
+def few(every: dict, *names):
+    """Of values with names those that stand for all, which differ in nothing that the test is about."""
+    return every if ALL else {name: every[name] for name in names}
 
 
 def each(**values):

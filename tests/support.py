@@ -2,6 +2,8 @@
 
 import torch
 from kinds import (  # noqa: F401 - for the test modules
+    ALL,
+    BY_KIND,
     ELEMENTWISE,
     IN_ENGINES,
     KINDS,
@@ -9,9 +11,11 @@ from kinds import (  # noqa: F401 - for the test modules
     by_kind,
     by_kind_in_engines,
     by_kind_of_state,
+    by_one_kind,
     cases_of,
     each,
     examples,
+    few,
     parametrize_cases,
 )
 from parents import parent

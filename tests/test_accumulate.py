@@ -325,8 +325,12 @@ def test_gradients_are_16_bit_again_after_a_round(backend, set_to_none):
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.eq(3).all() for p in params)
 
 
-@each(source=[list, fusedstep.SGD, torch.optim.SGD], dtype=[torch.float16, torch.bfloat16], set_to_none=[True, False])
-@pytest.mark.parametrize("end", ["reset", "load", "during"])
+@each(
+    source=[list, fusedstep.SGD, torch.optim.SGD],
+    end=["reset", "load", "during"],
+    dtype=[torch.float16, torch.bfloat16],
+    set_to_none=[True, False],
+)
 def test_a_parameter_that_is_converted_after_a_round_gets_gradients_of_its_new_dtype(dtype, set_to_none, source, end):
     (param,) = params = parameters([(2,)], dtype=dtype)
     accumulator = GradientAccumulator(source(params), set_to_none=set_to_none)
@@ -347,8 +351,7 @@ def test_a_parameter_that_is_converted_after_a_round_gets_gradients_of_its_new_d
     assert param.grad_dtype == torch.float32
 
 
-@pytest.mark.parametrize("chosen", [None, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@each(chosen=[None, torch.float32, torch.float16], dtype=[torch.float16, torch.float32])
 def test_a_round_leaves_alone_what_the_user_has_chosen_for_gradients(chosen, dtype, backend):
     (param,) = parameters([(3,)], dtype=dtype)
     param.grad_dtype = chosen
@@ -450,8 +453,7 @@ def loss_of(model, batch):
     return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
-@by_clearing
-@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
+@each(mean={"sum": False, "mean": True}, set_to_none=[True, False])
 def test_training_is_that_of_torch_accumulating_by_itself(backend, mean, set_to_none):
     model, batches = model_and_batches(torch.float64)
     other = copy.deepcopy(model)

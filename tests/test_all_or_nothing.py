@@ -4,19 +4,17 @@ import math
 
 import pytest
 import torch
-from kinds import each
+from kinds import LAST, OF_EACH_KIND, each
 from support import ADAMW, MOMENTUM, ours, parameters_of
 
 import fusedstep
-from fusedstep.cases import CASES, REDUCING
 from fusedstep.verification import same_bits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled", "ignore:fusedstep updates"),
 ]
 
-LAST = list({case.optimizer: case for case in (*REDUCING, *CASES)}.values())  # of each class, with the most options
-by_class = pytest.mark.parametrize("case", LAST, ids=str)
+by_rule = pytest.mark.parametrize("case", OF_EACH_KIND, ids=str)
 SHAPE = (4, 6)
 
 
@@ -117,8 +115,8 @@ def test_every_form_of_a_narrow_gradient(backend, left):
     assert_every_form_steps_alike(MOMENTUM, backend, left, torch.bfloat16)
 
 
-@each(case=LAST, left=LEFT)
-def test_every_form_of_a_gradient_in_every_class(backend, case, left):
+@each(case=OF_EACH_KIND, left=LEFT)
+def test_every_form_of_a_gradient_with_every_kind_of_rule(backend, case, left):
     assert_every_form_steps_alike(without_own_clipping(case), backend, left)
 
 
@@ -144,8 +142,8 @@ def test_inference_tensors_beside_weights_and_states(backend, kept):
     check_inference(ADAMW, backend, kept)
 
 
-@by_class
-def test_inference_tensors_in_every_class(backend, case):
+@by_rule
+def test_inference_tensors_with_every_kind_of_rule(backend, case):
     check_inference(without_own_clipping(case), backend, LEFT["written and clipped"])
 
 
@@ -276,8 +274,8 @@ def test_an_error_of_a_step_comes_before_anything_is_made(backend, wrong):
         check_wrong(ADAMW, backend, wrong, options)
 
 
-@by_class
-def test_an_error_of_a_step_of_every_class(backend, case):
+@by_rule
+def test_an_error_of_a_step_with_every_kind_of_rule(backend, case):
     case = without_own_clipping(case)
     for wrong in WRONG.values():
         check_wrong(case, backend, wrong, {})
@@ -345,7 +343,7 @@ def assert_same_things(found, before):
 HUGE = 10**400
 
 
-@by_class
+@pytest.mark.parametrize("case", LAST, ids=str)
 def test_a_number_that_no_float_can_hold_is_refused_where_it_is_given(case):
     """In every option that is a number, by the constructor and by `add_param_group`."""
     make = getattr(fusedstep, case.optimizer)
@@ -418,7 +416,7 @@ BESIDES = {
 }
 
 
-@each(case=LAST, change=BESIDES)
+@each(case=OF_EACH_KIND, change=BESIDES)
 def test_a_parameter_without_a_gradient_takes_no_part(backend, case, change):
     check_besides(case, backend, change)
 
@@ -475,9 +473,9 @@ MIXED = ("plain", "none", "of another dtype", "sparse", "expanded", "of inferenc
 MIXTURES = [(), *((name,) for name in MIXED), MIXED, MIXED[1:]]
 
 
-@pytest.mark.parametrize("how", ["skip_nonfinite", "fusedstep.GradScaler", "torch.amp.GradScaler"])
-@pytest.mark.parametrize(
-    "left", [LEFT["as they are"], LEFT["zeroed"], LEFT["written"]], ids=["left", "zeroed", "written"]
+@each(
+    how=["skip_nonfinite", "fusedstep.GradScaler", "torch.amp.GradScaler"],
+    left={name: LEFT[name] for name in ("zeroed", "written", "as they are")},
 )
 def test_a_skipped_step_with_any_mixture_of_gradients(engine, how, left):
     if "triton" in engine and how != "skip_nonfinite":

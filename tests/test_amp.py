@@ -6,11 +6,12 @@ import pytest
 import torch
 from support import (
     ADAMW,
+    BY_KIND,
     ELEMENTWISE,
+    IN_ENGINES,
     MOMENTUM,
     assert_same,
     assert_untouched,
-    by_kind,
     by_kind_in_engines,
     by_kind_of_state,
     copies,
@@ -42,7 +43,7 @@ def backward(scaler, *optimizers, bad=()):
                 param.grad.reshape(-1)[0] = float("inf") if index % 2 else float("nan")
 
 
-@each(case=ELEMENTWISE, scale=[1.0, 1024.0, 3.7, 1e-3])
+@each(case=BY_KIND, scale=[1.0, 1024.0, 3.7, 1e-3])
 def test_scaled_training_is_torchs_and_leaves_unscaled_gradients(case, backend, scale):
     mine, expected = pair(case, backend)
     scale = scaler(scale, growth_interval=2, growth_factor=1.5)
@@ -178,8 +179,7 @@ def observe(optimizer, dtype):
     return seen, grads
 
 
-@by_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each(case=IN_ENGINES, dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_torchs_scaler_sees_an_optimizer_of_torchs(case, backend, dtype):
     """Hooks, gradients, the scale, errors (torch refuses fp16 gradients), and what schedulers go by."""
     params = parameters(dtype=dtype)
@@ -218,7 +218,7 @@ def test_a_disabled_scaler(backend):
     assert_same(mine, expected)
 
 
-@each(case=ELEMENTWISE, dtype=[torch.float32, torch.float16, torch.bfloat16])
+@each(case=BY_KIND, dtype=[torch.float32, torch.float16, torch.bfloat16])
 def test_both_backends_unscale_to_the_same_bits(case, dtype):
     params = parameters(dtype=dtype)
     optimizers = ours(case, params, "cpu"), ours(case, copies(params), "reference")

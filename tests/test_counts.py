@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from kinds import OF_EACH_KIND
 from support import ADAMW, MOMENTUM, copies, each, ours, parameters, parameters_of, precision_modes, step
 
 import fusedstep
-from fusedstep.cases import CASES, REDUCING
+from fusedstep.cases import CASES
 from fusedstep.schedules import CosineScheduler
 
-ROWS = [*{case.optimizer: case for case in (*CASES, *REDUCING)}.values(), CASES[0], MOMENTUM]
+ROWS = [*OF_EACH_KIND, CASES[0], MOMENTUM]
 COSINE = CosineScheduler(max_update=100, base_lr=0.1)
 
 
@@ -56,8 +57,7 @@ def test_a_count_outlives_what_rebuilds_plans(case, rebuild, backend):
         assert optimizer.get_last_lr()[0] == COSINE(5)
 
 
-@pytest.mark.parametrize("dampening", [0.0, 0.5])
-@pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}], ids=str)
+@each(options=[{}, {"rounding": "stochastic"}], dampening=[0.0, 0.5])
 def test_momentum_that_is_turned_on_begins_as_torchs(dampening, options, backend):
     dtype = torch.bfloat16 if options else torch.float64
     mine = fusedstep.SGD(parameters(dtype=dtype), lr=0.1, dampening=dampening, backend=backend, **options)

@@ -64,8 +64,8 @@ def test_many_tensors_take_few_launches(on_host, n):
     in_reverse=[False, True],
     threads=[32, 96, 128],
     case=[CASES[10], ADAMW],
+    general=[False, True],
 )
-@pytest.mark.parametrize("general", [False, True])
 def test_any_order_and_number_of_threads_has_the_references_bits(
     on_host, library, case, mode, general, threads, in_reverse
 ):
@@ -106,8 +106,7 @@ def host_norm(library, plans, limits, grad_scale=None, found_inf=None):
     return (*norm.tolist(), flag.item())
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each(dtype=FLOATS, offset=[0, 1])
 def test_the_norm_of_several_plans_is_that_of_all_their_gradients(library, dtype, offset):
     generator, fences = torch.Generator().manual_seed(8), Fences()
     plans = [normal(SIZES, generator, (dtype,)), normal([40_000, 3], generator), [torch.ones(0), None]]
@@ -164,11 +163,14 @@ def test_a_norm_that_overflows_and_a_step_that_is_skipped_anyway(library):
         assert seen[4] == float(flag != 0)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 132])
-@pytest.mark.parametrize(
-    "sizes",
-    [[0], [5_000_000_000], [2**31 - 1, 2**31, 2**31 + 17, 3, 0, 1023, 1024], [1] * 10_001],
-    ids=["empty", "one", "several", "many"],
+@each(
+    sizes={
+        "empty": [0],
+        "one": [5_000_000_000],
+        "several": [2**31 - 1, 2**31, 2**31 + 17, 3, 0, 1023, 1024],
+        "many": [1] * 10_001,
+    },
+    multiprocessors=[1, 132],
 )
 def test_every_element_is_dealt_out_once_beyond_32_bits(library, sizes, multiprocessors):
     numels = (ctypes.c_int64 * len(sizes))(*sizes)
@@ -204,13 +206,13 @@ def test_schedules_have_the_bits_of_the_python_functions(library, n, blocks, thr
         assert part.values.tolist() == [[count] * n, [schedule(count) for schedule in made]]
 
 
-@each(offset=[0, 3], zero=[False, True])
-@pytest.mark.parametrize(
-    ("dtype", "grad"),
-    [*((torch.float32, g) for g in FLOATS), (torch.float64, torch.float64), (torch.float64, torch.bfloat16)],
-    ids=str,
+@each(
+    dtypes=[*((torch.float32, g) for g in FLOATS), (torch.float64, torch.float64), (torch.float64, torch.bfloat16)],
+    offset=[0, 3],
+    zero=[False, True],
 )
-def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, dtype, grad, zero, offset):
+def test_accumulating_has_the_references_bits_and_zeroes_what_it_read(library, dtypes, zero, offset):
+    dtype, grad = dtypes
     generator = torch.Generator().manual_seed(2)
     sizes = [0, 1, 7, 9, 33, 1000, 5001]
     fences = Fences()

@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 import torch
-from support import ADAMW, EXACT, WITH_STATES, by_kind, copies, ours, parameters, parameters_of, step, theirs
+from support import ADAMW, EXACT, WITH_STATES, by_kind, copies, each, ours, parameters, parameters_of, step, theirs
 
 import fusedstep
 from fusedstep.schedules import CosineScheduler
@@ -133,8 +133,7 @@ def test_a_scaler_that_joins_after_the_first_step(backend, mesh):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("case", WITH_STATES, ids=str)
-@pytest.mark.parametrize("flatten", [False, True])
+@each(case=WITH_STATES, flatten=[False, True])
 def test_distributed_checkpoint_state_dicts(case, backend, flatten):
     """They name states by parameter; setting them makes a step with lr 0 to create missing states."""
     from torch.distributed.checkpoint import state_dict as dcp

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support import KINDS, WEIGHTS, each, parameters_of
+from support import ALL, KINDS, WEIGHTS, each, parameters_of
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -27,7 +27,7 @@ WARMUP = CosineScheduler(max_update=20, base_lr=0.1, final_lr=0.01, warmup_steps
 # The last row of each class, and of those whose state hides the number of steps, all that differ in it.
 HIDING = [case for case in CASES if case.optimizer in ("SGD", "Lion")]
 ROWS = list(dict.fromkeys(map(str, [*HIDING, *{case.optimizer: case for case in (*CASES, *REDUCING)}.values()])))
-ALL = {str(case): case for case in (*CASES, *REDUCING)}
+BY_NAME = {str(case): case for case in (*CASES, *REDUCING)}
 OWN = {
     "plain": {},
     "schedule": {"lr": WARMUP},
@@ -112,7 +112,7 @@ def assert_same_bits(a, b, what=""):
 # Asking.
 
 
-@each(case=[ALL[row] for row in ROWS], own=OWN.keys())
+@each(case=[BY_NAME[row] for row in ROWS], own=OWN.keys())
 def test_to_ask_changes_nothing(case, own, backend):
     """Before the first step, between steps, and with a schedule: an optimizer that is never asked goes the same way."""
     models = [Model() for _ in range(2)]
@@ -288,7 +288,11 @@ def test_training_goes_on_with_the_same_bits(case, own, form, backend, tmp_path)
         check_it_goes_on(case, own, form, through_memory, backend, tmp_path, steps)
 
 
-@each(case=[ALL[row] for row in ROWS[2:]], form=FORMS.keys(), way=[through_a_file, through_dcp])
+@each(
+    case=[BY_NAME[row] for row in ROWS[2:]] if ALL else KINDS,
+    form=FORMS.keys(),
+    way=[through_a_file, through_dcp],
+)
 def test_training_goes_on_through_files(case, form, way, tmp_path):
     check_it_goes_on(case, "all", form, way, "cpu", tmp_path, 2)
 

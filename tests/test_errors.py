@@ -4,11 +4,12 @@ import pytest
 import torch
 from support import (
     ADAMW,
-    ELEMENTWISE,
+    BY_KIND,
     IN_ENGINES,
     MOMENTUM,
     assert_same,
     assert_untouched,
+    by_one_kind,
     each,
     give_grads,
     normal,
@@ -25,21 +26,21 @@ import fusedstep
 NAN = float("nan")
 
 # (classes, options, type, beginning of the text, the same from torch)
-ALL = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion", "AdaBelief", "Amos")
+CLASSES = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion", "AdaBelief", "Amos")
 ADAMS = ("Adam", "AdamW")
 DECAYS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion", "AdaBelief")
 EPS = ("Adam", "AdamW", "RMSprop", "Adagrad", "AdaBelief")
 BETAS = ("Adam", "AdamW", "AdaBelief")
 ARGUMENTS = [
-    (ALL, {"lr": -0.5}, ValueError, "Invalid learning rate: -0.5", True),
-    (ALL, {"lr": torch.tensor(-0.5)}, ValueError, "Invalid learning rate: -0.5", True),
-    (ALL, {"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element", True),
+    (CLASSES, {"lr": -0.5}, ValueError, "Invalid learning rate: -0.5", True),
+    (CLASSES, {"lr": torch.tensor(-0.5)}, ValueError, "Invalid learning rate: -0.5", True),
+    (CLASSES, {"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element", True),
     (ADAMS, {"lr": NAN}, ValueError, "Invalid learning rate: nan", True),
     (("SGD", "Lion", "AdaBelief", "Amos"), {"lr": NAN}, ValueError, "Invalid learning rate: nan", False),
-    (ALL, {"lr": "0.1"}, TypeError, "Invalid learning rate: '0.1' is a str", False),
-    (ALL, {"lr": None}, TypeError, "Invalid learning rate: None", False),
-    (ALL, {"lr": 1j}, TypeError, "Invalid learning rate: 1j", False),
-    (ALL, {"lr": torch.tensor(1j)}, TypeError, "Invalid learning rate: a complex tensor", False),
+    (CLASSES, {"lr": "0.1"}, TypeError, "Invalid learning rate: '0.1' is a str", False),
+    (CLASSES, {"lr": None}, TypeError, "Invalid learning rate: None", False),
+    (CLASSES, {"lr": 1j}, TypeError, "Invalid learning rate: 1j", False),
+    (CLASSES, {"lr": torch.tensor(1j)}, TypeError, "Invalid learning rate: a complex tensor", False),
     (DECAYS, {"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1", True),
     (DECAYS, {"weight_decay": "a"}, TypeError, "Invalid weight_decay value: 'a'", False),
     (EPS, {"eps": -1e-9}, ValueError, "Invalid epsilon value: -1e-09", True),
@@ -53,7 +54,7 @@ ARGUMENTS = [
     (BETAS, {"betas": ("a", "b")}, TypeError, "Invalid beta parameter at index 0: 'a'", False),
     (ADAMS, {"betas": (torch.tensor(0.9), 0.9)}, ValueError, "betas must be either both floats or both Tensors", True),
     (ADAMS, {"amsgrad": "yes"}, TypeError, "Invalid amsgrad value: 'yes'", False),
-    (ALL, {"maximize": "yes"}, TypeError, "Invalid maximize value: 'yes'", False),
+    (CLASSES, {"maximize": "yes"}, TypeError, "Invalid maximize value: 'yes'", False),
     (
         ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad"),
         {"differentiable": True},
@@ -109,7 +110,7 @@ ARGUMENTS = [
     ),
     (("AdamWeightDecay",), {"include_in_weight_decay": ["("]}, ValueError, "Invalid include_in_weight_decay", False),
     (("AdamWeightDecay",), {"exclude_from_weight_decay": ["bias"]}, ValueError, "Invalid weight decay patterns", False),
-    (ALL, {"no_such_option": 1}, TypeError, "", False),
+    (CLASSES, {"no_such_option": 1}, TypeError, "", False),
 ]
 by_argument = pytest.mark.parametrize(
     ("names", "options", "kind", "text", "torchs"), ARGUMENTS, ids=[f"{n[0]}-{o}" for n, o, *_ in ARGUMENTS]
@@ -144,28 +145,29 @@ def check_arguments_of_a_group(names, options, kind, text):
         assert parameters_of(optimizer) == [first]
 
 
-@each(case=IN_ENGINES, option=sorted(fusedstep.Options.__annotations__))
-def test_an_option_that_holds_for_all_groups_is_refused_in_one(case, option):
-    first, second = parameters([(2,), (3,)])
-    message = f"a parameter group has {option}='other', an option that holds for all groups"
-    with pytest.raises(ValueError, match=message):
-        ours(case, [{"params": [first]}, {"params": [second], option: "other"}])
-    optimizer = ours(case, [first])
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": [second], option: "other"})
-    assert parameters_of(optimizer) == [first]
-
-
-@pytest.mark.parametrize("option", sorted(fusedstep.Options.__annotations__))
-def test_an_option_that_a_group_repeats_is_taken(option):
-    """Whether the constructor was given it or not, as a copy of an optimizer's groups has it."""
-    default = fusedstep.SGD([torch.zeros(2, requires_grad=True)], 0.1).stepper.options[option]
-    chosen = {"max_grad_norm": 1.0, "ema_decay": 0.5, "rounding_seed": 3, "kahan": True}.get(option, default)
-    for options in ({}, {option: default}, {option: chosen}):
+@by_one_kind
+def test_each_option_that_holds_for_all_groups_is_refused_in_one(case):
+    for option in fusedstep.Options.__annotations__:
         first, second = parameters([(2,), (3,)])
-        groups = [{"params": [param], option: options.get(option, default)} for param in (first, second)]
-        optimizer = fusedstep.SGD(groups, 0.1, **options)
-        assert parameters_of(optimizer) == [first, second]
+        message = f"a parameter group has {option}='other', an option that holds for all groups"
+        with pytest.raises(ValueError, match=message):
+            ours(case, [{"params": [first]}, {"params": [second], option: "other"}])
+        optimizer = ours(case, [first])
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [second], option: "other"})
+        assert parameters_of(optimizer) == [first]
+
+
+def test_each_option_that_a_group_repeats_is_taken():
+    """Whether the constructor was given it or not, as a copy of an optimizer's groups has it."""
+    for option in fusedstep.Options.__annotations__:
+        default = fusedstep.SGD([torch.zeros(2, requires_grad=True)], 0.1).stepper.options[option]
+        chosen = {"max_grad_norm": 1.0, "ema_decay": 0.5, "rounding_seed": 3, "kahan": True}.get(option, default)
+        for options in ({}, {option: default}, {option: chosen}):
+            first, second = parameters([(2,), (3,)])
+            groups = [{"params": [param], option: options.get(option, default)} for param in (first, second)]
+            optimizer = fusedstep.SGD(groups, 0.1, **options)
+            assert parameters_of(optimizer) == [first, second]
 
 
 def not_a_leaf():
@@ -285,8 +287,7 @@ BAD_GRADS = {
 }
 
 
-@each(case=ELEMENTWISE, bad=BAD_GRADS.keys())
-@pytest.mark.parametrize("fresh", [True, False])
+@each(case=BY_KIND, bad=BAD_GRADS.keys(), fresh=[True, False])
 def test_one_bad_gradient_and_nothing_changes(case, backend, bad, fresh):
     """In the last group, after all the good ones, before the first step and in a steady state."""
     words = BAD_GRADS[bad]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from kinds import each
 from parents import OTHERS
 from transformers import Adafactor
 
@@ -99,15 +100,14 @@ def test_triton_has_the_references_numbers(name):
         pytest.skip("; ".join(reasons))
     cls, options = getattr(fusedstep, name), {"lr": INF}
     mine, expected = (trained(cls, name, options, 1.0, torch.float32, backend=b) for b in ("triton", "reference"))
-    assert not any(each.isnan().any() for each in expected)
+    assert not any(number.isnan().any() for number in expected)
     torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
 
 
 LIMITS = [("clipvalue",), ("clipnorm",), ("global_clipnorm",), ("clipvalue", "clipnorm")]
 
 
-@pytest.mark.parametrize("limits", LIMITS, ids="+".join)
-@pytest.mark.parametrize("grad", [0.0, 1.0, -1e30])
+@each(limits=LIMITS, grad=[0.0, 1.0, -1e30])
 def test_an_infinite_limit_clips_nothing(limits, grad, backend):
     results = [
         trained(fusedstep.AdamWeightDecay, "AdamWeightDecay", options, grad, torch.float32, backend=backend)
@@ -116,8 +116,7 @@ def test_an_infinite_limit_clips_nothing(limits, grad, backend):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("norm_type", [2.0, INF])
-@pytest.mark.parametrize("grad", [0.0, 1.0, 1e30])
+@each(grad=[0.0, 1.0, 1e30], norm_type=[2.0, INF])
 def test_an_infinite_max_grad_norm_clips_nothing(norm_type, grad, backend):
     results = [
         trained(fusedstep.SGD, "SGD", options, grad, torch.float32, backend=backend, norm_type=norm_type)

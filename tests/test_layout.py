@@ -4,10 +4,11 @@ import os
 
 import pytest
 import torch
-from kinds import IN_ENGINES, each
-from support import by_kind, by_kind_in_engines, ours
+from kinds import IN_ENGINES, each, parametrize_cases
+from support import ours
 
 from fusedstep import _C
+from fusedstep.cases import CASES
 from fusedstep.record import Record, Step
 from fusedstep.verification import same_bits
 
@@ -92,13 +93,12 @@ def test_nothing_outside_is_written(case, dtype, offset):
     fenced_training(case, dtype, offset, dtype, dtype)
 
 
-@by_kind_in_engines
+@parametrize_cases(IN_ENGINES[3:], CASES)
 def test_nothing_outside_is_written_by_any_instruction_set(case, isa):
     fenced_training(case, torch.float32, 3, torch.float32, torch.float32)
 
 
-@by_kind
-@pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[1:] + DTYPES[:1], DTYPES[::-1]], ids=["a", "b", "c"])
+@each(case=IN_ENGINES, dtypes={"a": DTYPES, "b": DTYPES[1:] + DTYPES[:1], "c": DTYPES[::-1]})
 def test_nothing_outside_is_written_with_mixed_dtypes(case, dtypes):
     fenced_training(case, dtypes[0], 1, dtypes[1], dtypes[2])
 

@@ -6,11 +6,9 @@ import math
 import pytest
 import torch
 from parents import OTHERS
-from support import EXACT, normal
+from support import EXACT, each, normal
 
 import fusedstep
-
-by_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
 
 def model():
@@ -31,7 +29,6 @@ def train(optimizers, models, steps=4, scale=1.0):
 # AdamWeightDecay
 
 
-@by_backend
 @pytest.mark.parametrize(
     ("patterns", "decaying"),
     [
@@ -69,10 +66,8 @@ def clipped(grads, clipvalue=None, clipnorm=None, global_clipnorm=None):
     return grads
 
 
-@by_backend
-@pytest.mark.parametrize(
-    "limits",
-    [
+@each(
+    limits=[
         {"clipvalue": 0.3},
         {"clipnorm": 0.5},
         {"global_clipnorm": 0.7},
@@ -80,9 +75,8 @@ def clipped(grads, clipvalue=None, clipnorm=None, global_clipnorm=None):
         {"clipvalue": 0.5, "clipnorm": 0.8},
         {"clipvalue": 0.5, "global_clipnorm": 0.6},
     ],
-    ids=str,
+    scaled=[False, True],
 )
-@pytest.mark.parametrize("scaled", [False, True])
 def test_gradients_are_clipped_as_in_keras_and_not_written(backend, limits, scaled):
     values = [normal(3, 4).t(), normal(5), normal(4, 6)[:, ::2]]
     params = [torch.nn.Parameter(v) for v in values]
@@ -148,7 +142,6 @@ def test_scales_of_common_layers():
         fusedstep.amos_scales(net)
 
 
-@by_backend
 def test_each_parameter_has_its_own_scale(backend):
     mine, theirs = model(), model()
     theirs.load_state_dict(mine.state_dict())
@@ -180,7 +173,6 @@ REDUCTIONS = [
 ]
 
 
-@by_backend
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_reduced_statistics_follow_the_formula(backend, momentum):
     options = {"lr": 0.2, "beta": 0.95, "momentum": momentum, "clip_value": 2.0, "extra_l2": 1e-3, "eta": 0.4}
@@ -204,7 +196,6 @@ def test_reduced_statistics_follow_the_formula(backend, momentum):
             torch.testing.assert_close(state.expand(param.shape), formula.state[copies[name]][key], **EXACT)
 
 
-@by_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reduced_statistics_save_the_memory(backend, dtype):
     net = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 6), torch.nn.LayerNorm(6)).to(dtype)
@@ -264,7 +255,6 @@ def test_a_state_of_another_reduction_is_refused_by_name():
 # RMSprop, Lion, AdaBelief
 
 
-@by_backend
 def test_momentum_decays(backend):
     param = torch.nn.Parameter(normal(9))
     value, square_avg, buffer = param.detach().clone(), torch.zeros(9).double(), torch.zeros(9).double()
@@ -278,7 +268,6 @@ def test_momentum_decays(backend):
     torch.testing.assert_close(param.detach(), value, **EXACT)
 
 
-@by_backend
 def test_a_constant_gradient_does_not_make_the_centered_variance_negative(backend):
     param = torch.nn.Parameter(torch.zeros(1000))
     grad = torch.linspace(0.1, 3.0, 1000)
@@ -293,7 +282,6 @@ def test_a_constant_gradient_does_not_make_the_centered_variance_negative(backen
     assert theirs.isnan().any()  # else this test shows nothing
 
 
-@by_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_sign_of_zero_is_zero(backend, dtype):
     param = torch.nn.Parameter(torch.full((40,), 2.0, dtype=dtype))

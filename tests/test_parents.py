@@ -1,12 +1,10 @@
 """The same training as with the class that is replaced."""
 
-import copy
-
 import pytest
 import torch
 from kinds import ALL, ELEMENTWISE
 from parents import parent
-from support import by_case, by_kind_of_state
+from support import by_case
 
 import fusedstep
 from fusedstep.cases import CASES, gradient, layouts
@@ -16,8 +14,6 @@ from fusedstep.cases import CASES, gradient, layouts
 # differ in fp32's last place may round to neighbours.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-by_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
 
 def parameters(dtype):
@@ -81,24 +77,6 @@ def test_every_option_changes_the_result(case):
             options[option] = 0.0
         other = results(options)
         assert len(other) != len(base) or any(not torch.equal(x, y) for x, y in zip(base, other, strict=True)), option
-
-
-@by_kind_of_state
-@by_backend
-def test_state_dict_goes_to_the_parent_and_back_in_mid_training(case, backend):
-    straight = train(parent(case, parameters(torch.float64)), 9)
-
-    first = ours(case, parameters(torch.float64), backend)
-    train(first, 3)
-    second = parent(case, [torch.nn.Parameter(p.detach().clone()) for p in first.param_groups[0]["params"]])
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    train(second, 3, first=3)
-    third = ours(case, [torch.nn.Parameter(p.detach().clone()) for p in second.param_groups[0]["params"]], backend)
-    third.load_state_dict(second.state_dict())
-    params = train(third, 3, first=6)
-
-    for mine, expected in zip(params, straight, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-13, atol=1e-13)
 
 
 def assert_same_states(a, b):

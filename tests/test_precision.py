@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kinds import each
+from kinds import BY_KIND, each
 
 import fusedstep
 from fusedstep import _C
@@ -50,7 +50,7 @@ def test_ulp_distance_counts_units():
     assert ulp_distance(nan, one.double(), one) != 0.0
 
 
-@each(case=CASES, dtype=LOW)
+@each(case=BY_KIND, dtype=LOW)
 def test_a_low_precision_step_is_the_fp32_step_rounded(case, dtype):
     generator = torch.Generator().manual_seed(4)
     start, grad = (torch.randn(3000, generator=generator).to(dtype) for _ in range(2))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from host_plan import run_on_the_host
-from kinds import each
+from kinds import each, few
 from support import ADAMW, MOMENTUM, STATES, WEIGHTS, parameters_of, precision_modes
 
 import fusedstep
@@ -25,7 +25,9 @@ CHAINS = {
 }
 FEW_CASES = [MOMENTUM, ADAMW, next(c for c in CASES if c.optimizer == "Amos" and "momentum" in c.options)]
 
-by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+# Around a step the format of the weights is seen, and whether states are quantized.
+FEW_MODES = few(MODES, "plain-8bit", "master-own", "split-8bit", "kahan-own", "stochastic-own")
+by_mode = pytest.mark.parametrize("mode", FEW_MODES.values(), ids=FEW_MODES)
 
 
 @pytest.fixture(params=["cpu", "cuda on the host", "triton"])
@@ -74,7 +76,7 @@ def assert_same(mine, reference):
             assert same_bits(mine.copies[a], reference.copies[b]), f"copy of {index}"
 
 
-@each(mode=MODES, chain=CHAINS)
+@each(mode=FEW_MODES, chain=CHAINS)
 def test_forms_and_what_is_done_around_a_step_have_the_references_bits(tested, mode, chain):
     """bf16, fp16 and fp32 weights of every layout in one group, with gradients of any dtype."""
     halves = (torch.bfloat16,) if mode.get("master_weights") == "split" else (torch.bfloat16, torch.float16)
@@ -169,8 +171,7 @@ def test_a_step_that_is_skipped_changes_nothing_but_zeroes_gradients(tested, mod
     assert_same(one, other)
 
 
-@pytest.mark.parametrize("mode", [WEIGHTS["split"], STATES["8bit"]], ids=str)
-@pytest.mark.parametrize("left", ["zero_grads", "write_grads"])
+@each(mode=[WEIGHTS["split"], STATES["8bit"]], left=["zero_grads", "write_grads"])
 def test_sparse_gradients_are_left_as_asked_for(tested, mode, left):
     """They are taken as dense ones, because a weight and its states have more to them than a row."""
     start = torch.randn(1000, 8, generator=torch.Generator().manual_seed(8)).bfloat16()

@@ -11,7 +11,19 @@ import time
 
 import pytest
 import torch
-from support import ADAMW, MOMENTUM, by_case, by_kind, copies, ours, parameters, parameters_of, step
+from support import (
+    ADAMW,
+    IN_ENGINES,
+    MOMENTUM,
+    by_kind,
+    by_kind_in_engines,
+    copies,
+    each,
+    ours,
+    parameters,
+    parameters_of,
+    step,
+)
 
 import fusedstep
 
@@ -141,8 +153,7 @@ COMPUTED = {
 }
 
 
-@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
-@pytest.mark.parametrize("number", [2, 3])
+@each(compute=COMPUTED, number=[2, 3])
 def test_the_callers_floating_point_mode_holds_in_every_thread(compute, number, threads):
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no such mode")
@@ -196,8 +207,7 @@ def child_loads_and_trains(pipe, data, seeds):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@by_kind
-@pytest.mark.parametrize("number", [1, 2, 3])
+@each(case=IN_ENGINES, number=[1, 2, 3])
 def test_a_forked_child_goes_on_after_the_parent_used_its_threads(case, threads, number):
     threads(number)
     mine = large(case)
@@ -252,7 +262,7 @@ def in_threads(works):
         raise errors[0]
 
 
-@by_case
+@by_kind_in_engines
 def test_different_optimizers_step_in_several_threads(case):
     optimizers = [large(case) for _ in range(4)]
     expected = [train(ours(case, copies(parameters_of(o)), "cpu"), range(8)) for o in optimizers]

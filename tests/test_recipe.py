@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from kinds import each
 from torch import nn
 
 import fusedstep
@@ -55,10 +56,9 @@ def keras_rate(step, init_lr, train, warmup, ratio, power):
     return (init_lr - end) * (1 - step / (train - warmup)) ** power + end
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
-@pytest.mark.parametrize("ratio", [0.0, 0.1])
-@pytest.mark.parametrize(("train", "warmup"), [(20, 0), (20, 5), (7, 6), (1, 0)])
-def test_the_schedule_is_kerass_beyond_its_end_too(train, warmup, ratio, power):
+@each(steps=[(20, 0), (20, 5), (7, 6), (1, 0)], ratio=[0.0, 0.1], power=[1.0, 2.0, 0.5])
+def test_the_schedule_is_kerass_beyond_its_end_too(steps, ratio, power):
+    train, warmup = steps
     optimizer, scheduler = create_optimizer(Block(), 0.5, train, warmup, ratio, power=power)
     for step in range(train + 5):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(

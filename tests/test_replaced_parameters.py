@@ -3,7 +3,6 @@
 import gc
 import weakref
 
-import pytest
 import torch
 from kinds import each
 from support import ours
@@ -62,8 +61,7 @@ def test_an_optimizer_keeps_nothing_of_a_replaced_parameter(name, options, backe
     assert set(optimizer.state) | set(optimizer.stepper.kept.step.beside) == set(optimizer.param_groups[0]["params"])
 
 
-@each(make=[fusedstep.SGD, fusedstep.AdamW, torch.optim.AdamW], set_to_none=[True, False])
-@pytest.mark.parametrize("again", [True, False])
+@each(make=[fusedstep.SGD, fusedstep.AdamW, torch.optim.AdamW], set_to_none=[True, False], again=[True, False])
 def test_an_accumulator_keeps_nothing_of_a_replaced_parameter(make, set_to_none, again, backend):
     """A step of ours tells it; of an optimizer of torch's it sees the change in its next call."""
     options = {} if make is torch.optim.AdamW else {"backend": backend}

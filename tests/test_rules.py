@@ -38,11 +38,9 @@ def test_every_exported_optimizer_has_cases():
     assert exported - {"FusedOptimizer"} == {cls.__name__ for cls in ALL_CLASSES}
 
 
-@pytest.mark.parametrize("rule", COMPILED)
-def test_names_are_those_of_the_compiled_rule(rule):
-    hyper, states = _C.rules()[rule]
-    assert tuple(hyper) == COMPILED[rule].Hyper._fields
-    assert tuple(states) == COMPILED[rule].state_names
+def test_names_are_those_of_the_compiled_rules():
+    names = {rule: (tuple(hyper), tuple(states)) for rule, (hyper, states) in _C.rules().items()}
+    assert names == {rule: (cls.Hyper._fields, cls.state_names) for rule, cls in COMPILED.items()}
 
 
 @by_rule

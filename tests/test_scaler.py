@@ -43,8 +43,7 @@ def give_scaled_grads(number, when, *pairs):
                 param.grad.reshape(-1)[0] = (math.inf, -math.inf, math.nan)[number % 3]
 
 
-@each(case=ELEMENTWISE, when=[(), (0,), (0, 1, 4), (2,), (1, 3, 5)])
-@pytest.mark.parametrize("limit", [None, 0.5])
+@each(case=ELEMENTWISE, when=[(), (0,), (0, 1, 4), (2,), (1, 3, 5)], limit=[None, 0.5])
 def test_unscale_check_clip_and_step_are_torchs_four_calls(case, backend, when, limit):
     mine = ours(case, parameters(), backend, max_grad_norm=limit)
     expected = theirs(case, copies(parameters_of(mine)))
@@ -72,8 +71,7 @@ def test_unscale_check_clip_and_step_are_torchs_four_calls(case, backend, when, 
     assert not hasattr(mine, "found_inf")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("unscale", [False, True])
+@each(dtype=[torch.float32, torch.bfloat16, torch.float16], unscale=[False, True])
 def test_the_step_has_the_bits_of_one_that_is_told_scale_and_finding(dtype, unscale, backend):
     """torch's scaler refuses to unscale fp16 gradients."""
     if unscale and dtype == torch.float16:

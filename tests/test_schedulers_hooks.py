@@ -6,13 +6,14 @@ import pytest
 import torch
 from support import (
     ADAMW,
-    ELEMENTWISE,
+    BY_KIND,
     EXACT,
     MOMENTUM,
     assert_same,
-    by_kind,
+    by_one_kind,
     copies,
     each,
+    few,
     give_grads,
     ours,
     pair,
@@ -30,7 +31,7 @@ import fusedstep
 
 
 @each(
-    case=ELEMENTWISE,
+    case=BY_KIND,
     make={
         "0-d": lambda: torch.tensor(0.05),
         "one element": lambda: torch.tensor([0.05]),
@@ -96,7 +97,11 @@ SCHEDULERS = {
 }
 
 
-@each(name=SCHEDULERS.keys(), case=[MOMENTUM, ADAMW], tensor_lr=[False, True])
+# Each sets a learning rate, some on the way to another scheduler's, and the last two the momentum too.
+FEW = few(SCHEDULERS, "StepLR", "SWALR", "ChainedScheduler", "SequentialLR", "OneCycleLR", "CyclicLR")
+
+
+@each(name=FEW.keys(), case=[MOMENTUM, ADAMW], tensor_lr=[False, True])
 def test_schedulers(name, case, backend, tensor_lr):
     optimizers = pair(case, backend)
     if tensor_lr:
@@ -151,7 +156,7 @@ def test_weights_averaged_beside_the_optimizer(backend):
 # Closures.
 
 
-@by_kind
+@by_one_kind
 def test_closure(case, backend):
     optimizers = pair(case, backend)
     for _ in range(3):
@@ -206,7 +211,7 @@ def hooked(optimizer, log):
     ]
 
 
-@by_kind
+@by_one_kind
 def test_hooks_run_in_torchs_order(case, backend):
     logs = []
     optimizers = pair(case, backend)
@@ -334,7 +339,7 @@ def test_no_range_is_opened_without_a_profiler(backend, monkeypatch):
 # Compiler.
 
 
-@by_kind
+@by_one_kind
 def test_inside_a_compiled_training_step(case, backend):
     torch.compiler.reset()
     mine, expected = pair(case, backend)

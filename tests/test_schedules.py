@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from kinds import each
+from kinds import ALL, each
 from torch.optim import lr_scheduler
 
 import fusedstep
@@ -86,7 +86,9 @@ BOOK = [
     (CosineScheduler(20, **WITH_WARMUP), [cosine(t, 20, 0.5, 0.01, 5, 0.1) for t in range(N)]),
 ]
 SCHEDULES = [schedule for schedule, _ in BOOK]
-by_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+# What is done with a schedule is one text for all: a formula, a product that grows, a list, and one with a warm-up.
+FEW = SCHEDULES if ALL else [SCHEDULES[k] for k in (1, 3, 7, 16)]
+by_schedule = pytest.mark.parametrize("schedule", FEW, ids=str)
 
 
 @pytest.mark.parametrize(("schedule", "expected"), BOOK, ids=[str(s) for s in SCHEDULES])
@@ -106,14 +108,13 @@ def test_a_schedule_can_be_asked_in_any_order(schedule):
         schedule(-1)
 
 
-@by_schedule
+@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if "max_update" in vars(s)], ids=str)
 def test_ends_are_met_exactly(schedule):
     options = vars(schedule)
-    if "max_update" in options:
-        begin = options["warmup_begin_lr"] if options["warmup_steps"] else options["base_lr"]
-        assert schedule(0) == begin
-        assert schedule(options["warmup_steps"]) == options["base_lr"]
-        assert schedule(options["max_update"]) == options["final_lr"]
+    begin = options["warmup_begin_lr"] if options["warmup_steps"] else options["base_lr"]
+    assert schedule(0) == begin
+    assert schedule(options["warmup_steps"]) == options["base_lr"]
+    assert schedule(options["max_update"]) == options["final_lr"]
 
 
 @by_schedule
@@ -147,7 +148,7 @@ def test_the_cosine_is_right_to_two_units_in_the_last_place():
 # Warm-up around any schedule.
 
 
-@each(schedule=SCHEDULES, warmup_steps=[0, 1, 7], power=[1.0, 2, 0.5, 1.7])
+@each(schedule=FEW, warmup_steps=[0, 1, 7], power=[1.0, 2, 0.5, 1.7])
 def test_warm_up_is_hugging_faces(schedule, warmup_steps, power):
     """lr (t / w)^power, then the schedule from its own beginning."""
     warm = WarmUp(schedule, warmup_steps, power)
@@ -293,8 +294,7 @@ def test_a_schedule_for_each_group_and_factors_of_the_groups_own_rates():
     assert walk(lr_scheduler.LambdaLR(made, first), 15) == [[0.7 * first(t), 0.1 * first(t)] for t in range(15)]
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, fusedstep.AdamW], ids=lambda c: c.__module__)
-@by_schedule
+@each(schedule=FEW, make=[torch.optim.SGD, fusedstep.AdamW])
 def test_resuming_pickling_copying(schedule, make, tmp_path):
     whole = [[schedule(t)] for t in range(30)]
     first = ScheduleLR(optimizer(make=make), schedule)

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from kinds import each
 
 import fusedstep
 from fusedstep import sharding
@@ -192,20 +193,18 @@ def fsdp1(use_orig_params, strategy="FULL_SHARD"):
 by_form = pytest.mark.parametrize("use_orig_params", [False, True])
 
 
-@by_form
-@pytest.mark.parametrize(
-    ("norm", "what"),
-    [
-        *((norm, "the norm of all gradients") for norm in NORMS.values()),
-        ((fusedstep.AdamWeightDecay, {"clipnorm": 1.0}), "the norm of each gradient"),
-        ((fusedstep.Adafactor, {}), "the rule's sums"),
-        ((fusedstep.TorchAdafactor, {}), "the rule's sums"),
-        ((fusedstep.Amos, {"reduce": (0,)}), "the rule's sums"),
-    ],
-    ids=str,
-)
-def test_a_norm_or_sum_of_fsdps_pieces_is_warned_of_once(use_orig_params, norm, what, backend):
-    cls, options = norm
+SUMMED = {
+    **{name: (*norm, "the norm of all gradients") for name, norm in NORMS.items()},
+    "clipnorm": (fusedstep.AdamWeightDecay, {"clipnorm": 1.0}, "the norm of each gradient"),
+    "Adafactor": (fusedstep.Adafactor, {}, "the rule's sums"),
+    "TorchAdafactor": (fusedstep.TorchAdafactor, {}, "the rule's sums"),
+    "Amos": (fusedstep.Amos, {"reduce": (0,)}, "the rule's sums"),
+}
+
+
+@each(summed=SUMMED, use_orig_params=[False, True])
+def test_a_norm_or_sum_of_fsdps_pieces_is_warned_of_once(use_orig_params, summed, backend):
+    cls, options, what = summed
     mine = cls(fsdp1(use_orig_params).parameters(), backend=backend, **options)
     with pytest.warns(UserWarning, match=f"pieces.*alone: {what}") as caught:
         mine.step()

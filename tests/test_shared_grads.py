@@ -4,18 +4,16 @@ import copy
 
 import pytest
 import torch
-from kinds import each
+from kinds import OF_EACH_KIND, each
 from support import ours
 
 import fusedstep
-from fusedstep.cases import CASES, REDUCING
+from fusedstep.cases import CASES
 from fusedstep.verification import same_bits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
 ]
-
-LAST = list({case.optimizer: case for case in (*REDUCING, *CASES)}.values())  # of each class, with the most options
 
 
 def same():
@@ -124,8 +122,8 @@ def test_a_step_is_the_one_on_gradients_that_share_nothing(engine, options):
     check(CASES[0], engine, forms, options)  # by Triton's interpreter, which takes its time, some of them
 
 
-@each(case=LAST, options=OPTIONS)
-def test_every_class_and_two_groups(backend, case, options):
+@each(case=OF_EACH_KIND, options=OPTIONS)
+def test_every_kind_of_rule_and_two_groups(backend, case, options):
     if case.optimizer == "AdamWeightDecay":
         case = type(case)(case.optimizer, {})  # its own clipping excludes these options
     check(case, backend, [same, overlapping, one_transposed], options, two_groups=True)

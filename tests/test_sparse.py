@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from kinds import each
+from kinds import ALL, each
 
 import fusedstep
 from fusedstep.backends import BACKENDS
@@ -104,7 +104,7 @@ def test_other_rows_stay_as_they_are(row, backend, dtype):
 
 
 @by_backend
-@pytest.mark.parametrize(("name", "options"), TAKES_ROWS)
+@pytest.mark.parametrize(("name", "options"), TAKES_ROWS if ALL else TAKES_ROWS[1:3])
 def test_gradients_may_change_between_sparse_dense_and_none(name, options, backend):
     table = torch.randn(6, 2, 3, dtype=torch.float64)
     optimizers = pair(name, options, backend, [table])
@@ -153,13 +153,13 @@ def test_weight_decay_is_refused_in_torchs_words(name):
         step([optimizers[1]], [sparse_grad(mine, [1])])
 
 
-@pytest.mark.parametrize("name", sorted({case.optimizer for case in CASES} - {"SGD", "Adagrad"}))
-def test_the_others_refuse(name):
-    param = torch.nn.Parameter(torch.randn(4, 2))
-    optimizer = getattr(fusedstep, name)([param])
-    param.grad = sparse_grad(param, [1])
-    with pytest.raises(RuntimeError, match=f"{name} does not support sparse gradients"):
-        optimizer.step()
+def test_the_others_refuse():
+    for name in {case.optimizer for case in CASES} - {"SGD", "Adagrad"}:
+        param = torch.nn.Parameter(torch.randn(4, 2))
+        optimizer = getattr(fusedstep, name)([param])
+        param.grad = sparse_grad(param, [1])
+        with pytest.raises(RuntimeError, match=f"{name} does not support sparse gradients"):
+            optimizer.step()
 
 
 def test_a_sparse_momentum_buffer_of_torch_is_loaded():

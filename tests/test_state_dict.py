@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from kinds import OF_EACH_STATE
 from support import (
     ADAMW,
     ELEMENTWISE,
@@ -16,7 +17,6 @@ from support import (
     WITH_STATES,
     assert_same,
     assert_untouched,
-    by_case,
     by_kind,
     by_kind_of_state,
     copies,
@@ -39,7 +39,7 @@ def another(make, case, of, *backend):
     return make(case, copies(parameters_of(of)), *backend)
 
 
-@by_case
+@pytest.mark.parametrize("case", OF_EACH_STATE, ids=str)
 def test_it_is_the_one_torch_would_write(case):
     for steps, backend in itertools.product((0, 1, 3), ("cpu", "reference")):
         optimizers = pair(case, backend)
@@ -73,8 +73,7 @@ def assert_written_alike(case, mine, expected):
             )
 
 
-@by_kind_of_state
-@pytest.mark.parametrize("first", ["ours", "torch"])
+@each(case=ELEMENTWISE, first=["ours", "torch"])
 def test_there_and_back_with_parameters_that_sleep(case, backend, first):
     """Every two steps the other class takes over through a file; step counts differ between parameters."""
     expected = theirs(case, parameters())
@@ -329,8 +328,7 @@ def through_torch_save(optimizer):
     return torch.load(file, weights_only=False)
 
 
-@by_kind_of_state
-@each(duplicate=[copy.deepcopy, through_pickle, through_torch_save], steps=[0, 1, 3])
+@each(case=ELEMENTWISE, duplicate=[copy.deepcopy, through_pickle, through_torch_save], steps=[0, 1, 3])
 def test_a_copy_goes_on_alone(case, backend, duplicate, steps):
     mine = ours(case, parameters(), backend)
     for number in range(steps):

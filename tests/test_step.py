@@ -10,7 +10,6 @@ import support
 import torch
 from support import (
     ADAMW,
-    ELEMENTWISE,
     EXACT,
     IN_ENGINES,
     MOMENTUM,
@@ -20,6 +19,7 @@ from support import (
     by_kind,
     by_kind_in_engines,
     by_kind_of_state,
+    by_one_kind,
     copies,
     each,
     give_grads,
@@ -48,7 +48,7 @@ def test_parameters_without_a_gradient_do_not_age(case, backend):
         assert_same(*optimizers)
 
 
-@by_kind_of_state
+@by_kind_in_engines
 def test_no_gradient_at_all(case, backend):
     mine = ours(case, parameters(), backend)
     before = snapshot(mine)
@@ -62,7 +62,7 @@ def test_no_gradient_at_all(case, backend):
     assert_untouched(before, mine)
 
 
-@by_kind
+@by_one_kind
 def test_freezing_and_unfreezing(case, backend):
     optimizers = pair(case, backend)
     for frozen in (True, False, True, False):
@@ -76,7 +76,8 @@ def test_freezing_and_unfreezing(case, backend):
         assert_same(*optimizers)
 
 
-@each(case=IN_ENGINES, set_to_none=[True, False])
+@by_one_kind
+@pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(case, backend, set_to_none):
     optimizers = pair(case, backend)
     for _ in range(4):
@@ -88,7 +89,7 @@ def test_zero_grad(case, backend, set_to_none):
         assert_same(*optimizers)
 
 
-@by_kind
+@by_one_kind
 def test_accumulated_gradients(case, backend):
     optimizers = pair(case, backend)
     for _ in range(3):
@@ -177,7 +178,7 @@ def test_the_gradients_dtype_may_change(backend, dtype):
     assert_same(*optimizers)
 
 
-@by_kind
+@by_one_kind
 def test_gradients_are_let_go_after_the_step(case, backend):
     mine = ours(case, parameters(), backend)
     for _ in range(3):
@@ -264,8 +265,7 @@ def negated_data(param):
     param.data = torch._neg_view(param.data)
 
 
-@by_kind
-@each(dense=[True, False], dtypes=[(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@each(case=IN_ENGINES, dense=[True, False], dtypes=[(torch.float64, torch.float32), (torch.float32, torch.float64)])
 def test_a_model_changes_its_dtype(case, backend, dense, dtypes):
     """State keeps its own dtype, and the parameter is not rounded on the way through anything narrower."""
     params = parameters(dtype=dtypes[0])
@@ -375,7 +375,7 @@ class MyParameter(torch.nn.Parameter):
     """A subclass as several libraries have them."""
 
 
-@by_kind
+@by_one_kind
 def test_subclass_of_parameter(case, backend):
     params = [MyParameter(normal(3, 4)), torch.nn.Parameter(normal(5)), torch.ones(3).double().requires_grad_()]
     optimizers = pair(case, backend, params)
@@ -385,7 +385,7 @@ def test_subclass_of_parameter(case, backend):
     assert type(params[0]) is MyParameter
 
 
-@by_kind_in_engines
+@parametrize_cases([ADAMW], CASES)
 def test_empty_and_0_dimensional(case, backend):
     params = parameters([(), (0,), (1,), (3, 0, 2), (1, 1, 1)])
     optimizers = pair(case, backend, params)
@@ -395,7 +395,7 @@ def test_empty_and_0_dimensional(case, backend):
 
 
 @parametrize_cases(
-    [c for c in ELEMENTWISE if c.optimizer in vars(torch.optim)], [c for c in CASES if c.optimizer in vars(torch.optim)]
+    [c for c in IN_ENGINES if c.optimizer in vars(torch.optim)], [c for c in CASES if c.optimizer in vars(torch.optim)]
 )
 def test_complex_parameters_take_the_reference_and_say_so(case):
     values = [torch.randn(3, 4, dtype=torch.complex128), torch.randn((), dtype=torch.complex128)]
@@ -598,7 +598,7 @@ def test_amsgrad_switched_on_and_off(backend):
     assert_same(mine, expected)
 
 
-@by_kind
+@by_one_kind
 def test_parameter_lists_are_edited(case, backend):
     optimizers = pair(case, backend)
     step(*optimizers)
@@ -657,7 +657,7 @@ def test_an_empty_group(backend):
 # What autograd sees.
 
 
-@by_kind
+@by_one_kind
 def test_a_step_counts_as_one_change_in_place(case, backend):
     params = [*parameters(), torch.nn.Parameter(every_second(normal(4)))]
     mine = ours(case, params, backend)
@@ -669,7 +669,7 @@ def test_a_step_counts_as_one_change_in_place(case, backend):
         assert changes == [number, 0, number, number, number]
 
 
-@by_kind
+@by_one_kind
 def test_autograd_notices_a_parameter_changed_under_a_saved_graph(case, backend):
     param = torch.nn.Parameter(normal(3, 3))
     mine = ours(case, [param], backend)
@@ -679,7 +679,7 @@ def test_autograd_notices_a_parameter_changed_under_a_saved_graph(case, backend)
         loss.backward()
 
 
-@by_kind
+@by_one_kind
 def test_a_step_under_every_grad_mode(case, backend):
     optimizers = pair(case, backend)
     for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.no_grad):
@@ -703,7 +703,7 @@ def test_inference_parameters(backend):
 # Memory.
 
 
-@by_kind
+@by_one_kind
 def test_everything_is_freed_with_the_optimizer(case, backend):
     params = parameters()
     mine = ours(case, params, backend)

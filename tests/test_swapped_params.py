@@ -5,13 +5,12 @@ import math
 
 import pytest
 import torch
+from kinds import OF_EACH_KIND, each, few
 from support import ADAMW, MOMENTUM, ours, parameters_of
 
 import fusedstep
-from fusedstep.cases import CASES, REDUCING
 from fusedstep.verification import same_bits
 
-LAST = list({case.optimizer: case for case in (*REDUCING, *CASES)}.values())  # of each class, with the most options
 KEPT = {
     "plain": {},
     "averaged": {"ema_decay": 0.5, "weights_copy": torch.bfloat16, "zero_grads": True},
@@ -83,14 +82,14 @@ def test_a_state_may_be_swapped(engine):
     assert same_bits(*(parameters_of(optimizer)[0].detach() for optimizer in optimizers))
 
 
-@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+@each(kept=few(KEPT, "averaged", "clipped", "master", "8bit"))
 def test_a_step_leaves_no_reference_that_torch_counts(engine, kept):
     dtype = torch.bfloat16 if {"master_weights", "kahan"} & kept.keys() else torch.float32
     check_references(ours(ADAMW, [weight(1.0, 64, 65, dtype=dtype), weight(1.0, 5, dtype=dtype)], engine, **kept))
 
 
-@pytest.mark.parametrize("case", LAST, ids=str)
-def test_no_class_leaves_a_reference(backend, case):
+@pytest.mark.parametrize("case", OF_EACH_KIND, ids=str)
+def test_no_kind_of_rule_leaves_a_reference(backend, case):
     check_references(ours(case, [weight(1.0, 4, 6), weight(1.0, 5)], backend))
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from kinds import each
 
 from fusedstep.backends import BACKENDS
 from fusedstep.numerics import divide, narrowed, power, real, square_root, where
@@ -72,13 +73,19 @@ class FiveStates(NoState):
         return param - s.lr * (a + b + d + e), a, b, c, d, e
 
 
-@pytest.mark.parametrize("flag", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("rule", "absent"),
-    [(NoState, ()), (TwoStates, ()), (TwoStates, ("second",)), (FiveStates, ()), (FiveStates, ("c",))],
+@each(
+    of={
+        "none": (NoState, ()),
+        "two": (TwoStates, ()),
+        "one of two": (TwoStates, ("second",)),
+        "five": (FiveStates, ()),
+        "four of five": (FiveStates, ("c",)),
+    },
+    dtype=[torch.float32, torch.float64],
+    flag=[0.0, 1.0],
 )
-def test_a_rule_has_any_number_of_states_and_the_references_bits(rule, absent, dtype, flag):
+def test_a_rule_has_any_number_of_states_and_the_references_bits(of, dtype, flag):
+    rule, absent = of
     reasons = BACKENDS["triton"].reasons(torch.device("cpu"))
     if reasons:
         pytest.skip("; ".join(reasons))

@@ -21,6 +21,7 @@ class Fault(NamedTuple):
 PARENTS = "tests/test_parents.py"
 BITS = "tests/test_engines.py"
 STORAGE = "tests/test_engines.py tests/test_cpu_engine.py"
+QUANTIZERS = "tests/test_quantizers.py"
 PRECISION = "tests/test_precision_options.py"
 CHAIN = "tests/test_precision_chain.py"
 REDUCING = "tests/test_reducing.py tests/test_adafactor.py"
@@ -100,14 +101,14 @@ REFERENCE = [
         "python/fusedstep/codecs.py",
         "return (numbers ^ 8) - 8 if signed else numbers",
         "return (numbers ^ 8) - 8",
-        PRECISION,
+        QUANTIZERS,
     ),
     Fault(
         "8 bits: codes are rounded down",
         "python/fusedstep/codecs.py",
         "quantizer.steps(signed) + 2.0**23",
         "quantizer.steps(signed) - 0.5 + 2.0**23",
-        PRECISION,
+        QUANTIZERS,
     ),
     Fault(
         "a rule that reduces: rows are not multiplied by their matrix's factor",
