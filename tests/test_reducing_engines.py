@@ -2,8 +2,8 @@
 depend on nothing but a tensor's own numbers.
 
 Each statement goes through the CPU engine, the CUDA source run on the host, at once and in the stages of a step on
-parts, Triton's kernels under their interpreter, and on a GPU through both engines. On the host the CUDA source proves its
-logic, nothing of a GPU.
+parts, Triton's kernels under their interpreter, and on a GPU through both engines. On the host the CUDA source proves
+its logic, nothing of a GPU.
 """
 
 import math
