@@ -15,7 +15,14 @@ from kinds import each, examples
 import fusedstep
 from fusedstep import planning
 from fusedstep.backends import BACKENDS
-from fusedstep.backends.parts import CPU_PARTS, has_parts
+from fusedstep.backends.parts import (
+    CPU_PARTS,
+    CUDA_PARTS,
+    PARTS,
+    CudaPartsBackend,
+    backend_of_parts,
+    has_parts,
+)
 from fusedstep.cases import REDUCING
 from fusedstep.lines import Lines
 from fusedstep.verification import same_bits
@@ -195,3 +202,13 @@ def skipped_step(staged, grads, times, given):
     reduced = {record.index for plan in staged.plans for record in plan.records}
     for i, param in enumerate(staged.params):
         assert not (left and i in reduced and param.grad is not None and param.grad.any())
+
+
+def test_triton_takes_the_stages_of_the_cuda_engine_where_that_can_run(monkeypatch):
+    param = torch.ones(3, 4)
+    assert backend_of_parts(BACKENDS["triton"], param) is PARTS
+    monkeypatch.setattr(CudaPartsBackend, "reasons", lambda *_: [])
+    for name in ("cuda", "triton"):
+        assert backend_of_parts(BACKENDS[name], param) is CUDA_PARTS
+        assert backend_of_parts(BACKENDS[name], param.t()) is PARTS  # no matrix of rows in memory
+    assert backend_of_parts(BACKENDS["reference"], param) is PARTS
