@@ -27,8 +27,8 @@ class Row:
 
 
 def reducing(name: str, stored: str, beside: str) -> str:
-    """The name of a kernel of Adafactor."""
-    return rf"\b{name}_kernel<\S*Adafactor<false>, \S*Packed<\S*\b{stored}, float>, \S*\b{beside}>"
+    """The name of a kernel of Adafactor, of tensors or of parts of them."""
+    return rf"\b(?:part_)?{name}_kernel<\S*Adafactor<false>, \S*Packed<\S*\b{stored}, float>, \S*\b{beside}>"
 
 
 def step(kind: int, followed: str = "false") -> str:

@@ -68,7 +68,10 @@ def compiled(source: Path, arch: int) -> Path:
     FOLDER.mkdir(parents=True, exist_ok=True)
     flags = [flag for flag in setup.NVCC_FLAGS if flag != "-Xcompiler" and not flag.startswith("-fPIC")]
     part = target.with_suffix(f".{os.getpid()}")
-    _run([nvcc, *flags, "-DFUSEDSTEP_WITH_CUDA=1", f"-arch=sm_{arch}", "-cubin", "-o", str(part), str(source)])
+    try:
+        _run([nvcc, *flags, "-DFUSEDSTEP_WITH_CUDA=1", f"-arch=sm_{arch}", "-cubin", "-o", str(part), str(source)])
+    except ToolError as error:
+        raise RuntimeError(f"a source does not compile, which is no lack of tools: {error}") from None
     part.replace(target)
     return target
 

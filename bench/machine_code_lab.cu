@@ -4,6 +4,7 @@
 //
 // The arithmetic is the package's, for that is fixed. How numbers get into registers and back is the lab's own.
 #include "../csrc/codecs.h"
+#include "../csrc/reducing_rules.h"
 #include "../csrc/rules.h"
 
 namespace lab {
@@ -160,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, 4) adamw_8bit(Arrays a, int64_t n, S
     const float signed_code = __uint_as_float(__byte_perm(first.words[i / 4] ^ 0x80808080u, 0x4b000000u, pick));
     const float code = __uint_as_float(__byte_perm(second.words[i / 4], 0x4b000000u, pick));
     p[i] = param.get(i);
-    m[i] = fusedstep::Quantizer<8, true>::decode<uint32_t>(signed_code - 8388736.0f, first_scale);
-    v[i] = fusedstep::Quantizer<8, false>::decode<uint32_t>(code - 8388607.0f, second_scale);
+    m[i] = fusedstep::Quantizer<8, true>::dequantize<uint32_t>(signed_code - 8388736.0f, first_scale);
+    v[i] = fusedstep::Quantizer<8, false>::dequantize<uint32_t>(code - 8388607.0f, second_scale);
     Rule::update(p[i], grad.get(i), m[i], v[i], none, s);
     first_largest = max(first_largest, bits_of(m[i]) & 0x7fffffffu);
     second_largest = max(second_largest, bits_of(v[i]) & 0x7fffffffu);
@@ -174,8 +175,8 @@ __global__ void __launch_bounds__(kThreads, 4) adamw_8bit(Arrays a, int64_t n, S
     uint32_t low[4], high[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      low[i] = fusedstep::Quantizer<8, true>::encode<uint32_t>(m[4 * w + i], first_block);
-      high[i] = fusedstep::Quantizer<8, false>::encode<uint32_t>(v[4 * w + i], second_block);
+      low[i] = fusedstep::Quantizer<8, true>::quantize<uint32_t>(m[4 * w + i], first_block);
+      high[i] = fusedstep::Quantizer<8, false>::quantize<uint32_t>(v[4 * w + i], second_block);
     }
     first.words[w] = __byte_perm(__byte_perm(low[0], low[1], 0x0040), __byte_perm(low[2], low[3], 0x0040), 0x5410);
     second.words[w] = __byte_perm(__byte_perm(high[0], high[1], 0x0040), __byte_perm(high[2], high[3], 0x0040), 0x5410);

@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "cuda/formats.h"
 #include "cuda/norm.h"
 #include "cuda/reducing.h"
@@ -46,22 +48,31 @@ py::list cuda_formats() {
 #if FUSEDSTEP_WITH_CUDA
 namespace {
 
+using Wholes = std::vector<std::array<int64_t, 3>>;  // (rows, columns, elements) each
+using Numbers = std::array<uintptr_t, cuda::kSumStages>;
+
 // The table of a plan as it was uploaded, for either kind of rule.
 class DeviceTable {
  public:
-  DeviceTable(const Plan& plan, int multiprocessors)
+  // wholes: of the tensors of which the records are parts; empty: they are whole.
+  DeviceTable(const Plan& plan, int multiprocessors, const Wholes& wholes)
       : reduces_(plan.reduces()), fitting_version_(plan.grad_dtypes_version()) {
+    if (!wholes.empty() && (!reduces_ || wholes.size() != plan.size()))
+      throw std::invalid_argument("there must be as many wholes as records, of a rule that reduces");
     if (!reduces_) {
       elementwise_ = cuda::build_table(plan.records(), plan.rule(), multiprocessors);
       return;
     }
     const cuda::ReducingTraits traits =
         visit_reducing_rule(plan.reducing_rule(), [](auto rule) { return cuda::kReducingTraits<decltype(rule)>; });
-    reducing_ = cuda::build_reducing_table(plan.records(), traits);
+    std::vector<cuda::WholeTensor> tensors;
+    for (const auto& [rows, columns, numel] : wholes) tensors.push_back({rows, columns, numel});
+    reducing_ = cuda::build_reducing_table(plan.records(), traits, tensors);
   }
 
   std::vector<char> bytes() const { return reduces_ ? reducing_.bytes() : elementwise_.bytes(); }
   int64_t work_bytes() const { return reducing_.work_bytes; }
+  const auto& sums() const { return reducing_.sums; }
   // It no longer fits when a gradient has changed its dtype.
   bool fits(const Plan& plan) const {
     if (plan.grad_dtypes_version() == fitting_version_) return true;
@@ -79,6 +90,13 @@ class DeviceTable {
   int step(const cuda::Call& call, const Plan& plan, char* work) const {
     return reduces_ ? cuda::step(call, plan.reducing_rule(), reducing_, work)
                     : cuda::step(call, plan.rule(), elementwise_);
+  }
+  int step_stage(const cuda::Call& call, const Plan& plan, char* work, const Numbers& numbers, int stage) const {
+    if (stage < 0 || stage > cuda::kSumStages || reducing_.parts.size() != plan.size())
+      throw std::invalid_argument("the table is not one of parts, or has no such stage");
+    std::array<double*, cuda::kSumStages> addresses;
+    for (size_t i = 0; i < numbers.size(); ++i) addresses[i] = reinterpret_cast<double*>(numbers[i]);
+    return cuda::step_stage(call, plan.reducing_rule(), reducing_, work, addresses, stage);
   }
 
  private:
@@ -162,7 +180,8 @@ class NormTable {
   cuda::NormTable table_;
 };
 
-int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uintptr_t work, const py::object& step) {
+// A call for what a plan has gathered; `grads` is the memory behind it.
+cuda::Call to_call(const Plan& plan, uintptr_t device_table, const py::object& step, std::vector<const void*>* grads) {
   if (plan.size() != 0 && plan.device() != Device::kCuda) throw std::invalid_argument("the plan is not on a GPU");
   const GivenStep given(step);
   if (static_cast<int>(given.hyper.size()) != plan.n_hyper())
@@ -181,9 +200,26 @@ int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uint
   call.device = plan.device_index();
   call.stream = current_stream(plan.device_index());
   plan.check_borrowed();
-  const std::vector<const void*> grads = addresses_of_grads(plan);
-  call.grads = grads.data();
+  *grads = addresses_of_grads(plan);
+  call.grads = grads->data();
+  return call;
+}
+
+int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uintptr_t work, const py::object& step) {
+  std::vector<const void*> grads;
+  const cuda::Call call = to_call(plan, device_table, step, &grads);
   const int launches = table.step(call, plan, reinterpret_cast<char*>(work));
+  plan.increment_written(call.zero_grads || call.write_grads);
+  plan.release_grads();
+  return launches;
+}
+
+int cuda_stage(Plan& plan, const DeviceTable& table, uintptr_t device_table, uintptr_t work, const Numbers& numbers,
+               int stage, const py::object& step) {
+  std::vector<const void*> grads;
+  const cuda::Call call = to_call(plan, device_table, step, &grads);
+  const int launches = table.step_stage(call, plan, reinterpret_cast<char*>(work), numbers, stage);
+  if (stage < cuda::kSumStages) return launches;
   plan.increment_written(call.zero_grads || call.write_grads);
   plan.release_grads();
   return launches;
@@ -194,15 +230,20 @@ int cuda_step(Plan& plan, const DeviceTable& table, uintptr_t device_table, uint
 void bind_cuda(py::module_& m) {
   m.def("cuda_formats", &cuda_formats);
   py::class_<DeviceTable>(m, "CudaTable")
-      .def(py::init<const Plan&, int>(), py::arg("plan"), py::arg("multiprocessors"))
+      .def(py::init<const Plan&, int, const Wholes&>(), py::arg("plan"), py::arg("multiprocessors"),
+           py::arg("wholes") = Wholes())
       .def("bytes",
            [](const DeviceTable& table) {
              const std::vector<char> bytes = table.bytes();
              return py::bytearray(bytes.data(), bytes.size());
            })
       .def_property_readonly("work_bytes", &DeviceTable::work_bytes)
+      .def_property_readonly("sums", &DeviceTable::sums,
+                             "of parts: for each stage that leaves sums, the sizes of those of each record")
       .def("fits", &DeviceTable::fits);
   m.def("cuda_step", &cuda_step);
+  m.def("cuda_stage", &cuda_stage, py::arg("plan"), py::arg("table"), py::arg("memory"), py::arg("work"),
+        py::arg("numbers"), py::arg("stage"), py::arg("step"), "make stage 0, 1, 2 or 3 of cuda/reducing.h");
   py::class_<NormTable>(m, "CudaNormTable")
       .def(py::init<const Plan&>(), py::arg("plan"))
       .def("bytes",

@@ -62,7 +62,8 @@ Partition cut(const Record& record) {
     p.n_tall = p.n_low = static_cast<int32_t>(std::max<int64_t>(divide_up(record.numel, kItemElements), 1));
   } else if (elements <= kSmallMatrix) {
     p.cut = Cut::kSmall;
-    p.team = elements <= kTinyMatrix ? 1 : 32;
+    // The lines of a part without elements are many, perhaps.
+    p.team = elements > 0 && elements <= kTinyMatrix ? 1 : 32;
     const int64_t teams = kReducingThreads / p.team;
     p.tall_rows = p.low_rows =
         static_cast<int32_t>(std::max<int64_t>(kItemElements / std::max<int64_t>(elements, 1) / teams, 1) * teams);
@@ -118,8 +119,27 @@ void assign_memory(Partition* p, const Record& record, LineFactors factors, int6
   take(&p->finished, kFinishedBytes, 1);
   p->counters = *counters;
   *counters += 2;
-  // A matrix has a counter for each block of rows, for each strip and its bands, and one of its own.
-  if (tiles) *counters += p->batch * (p->n_row_blocks + int64_t{p->n_bands + 1} * p->n_strips + 1);
+  if (tiles) *counters += p->batch * counters_of_matrix(*p);
+}
+
+// Assigns a part's sums their places behind those of the tensors before, whose number is n of each stage.
+Part part_of(const Partition& p, const WholeTensor& whole, const ReducingTraits& traits, int64_t* n,
+             ReducingTable* table) {
+  Part part{whole.rows, whole.columns, whole.numel, 0, 0, 0, 0, 0};
+  for (std::vector<std::vector<int64_t>>& of_stage : table->sums) of_stage.emplace_back();
+  const auto take = [&](int64_t* at, int stage, bool there, int64_t size) {
+    if (!there) return;
+    *at = n[stage];
+    n[stage] += size;
+    table->sums[stage].back().push_back(size);
+  };
+  const bool lines = p.cut != Cut::kFlat;
+  take(&part.of_rows, 0, lines && traits.factors.of_row > 0, p.batch * p.rows);
+  take(&part.of_columns, 0, lines && traits.factors.of_column > 0, p.batch * p.columns);
+  take(&part.of_param, 0, traits.param_sum, 1);
+  take(&part.of_matrices, 1, lines && traits.row_mean, p.batch);
+  take(&part.of_update, 2, traits.update_sum, 1);
+  return part;
 }
 
 void add_items(const Partition& p, const Record& record, int32_t index, bool tall, std::vector<Item>* items) {
@@ -163,8 +183,10 @@ void append(std::vector<char>* bytes, const std::vector<T>& values) {
 
 }  // namespace
 
-ReducingTable build_reducing_table(const std::vector<Record>& records, const ReducingTraits& traits) {
+ReducingTable build_reducing_table(const std::vector<Record>& records, const ReducingTraits& traits,
+                                   const std::vector<WholeTensor>& wholes) {
   ReducingTable table;
+  int64_t n_sums[kSumStages] = {};
   table.records = records;
   const int64_t n = static_cast<int64_t>(records.size());
   for (int64_t first = 0; first < n; first += kMaxTensorsPerLaunch) {
@@ -174,6 +196,7 @@ ReducingTable build_reducing_table(const std::vector<Record>& records, const Red
       Partition partition = cut(record);
       assign_memory(&partition, record, traits.factors, &table.work_bytes, &table.n_counters);
       table.partitions.push_back(partition);
+      if (!wholes.empty()) table.parts.push_back(part_of(partition, wholes[first + i], traits, n_sums, &table));
       table.kinds.push_back(kind_of(record, partition, traits.element_state));
       bool& followed = segment.followed[static_cast<int>(table.kinds.back())];
       followed = followed || record.has_followers();
@@ -199,6 +222,7 @@ std::vector<char> ReducingTable::bytes() const {
   append(&bytes, records);
   append(&bytes, partitions);
   append(&bytes, items);
+  append(&bytes, parts);
   bytes.resize(bytes.size() + n_counters * sizeof(uint32_t), 0);
   return bytes;
 }

@@ -7,6 +7,7 @@ the plan that a GPU would have. It proves nothing of a GPU.
 import ctypes
 import functools
 import shutil
+import weakref
 from abc import abstractmethod
 
 import numpy as np
@@ -16,7 +17,9 @@ from compiling import ROOT, linked
 
 from fusedstep import _C, backends
 from fusedstep.backends.cpu import CpuBackend, CpuPlan
+from fusedstep.backends.parts import CudaPartsPlan
 from fusedstep.backends.plan import KernelPlan
+from fusedstep.lines import Lines
 from fusedstep.record import memory_layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,6 +66,22 @@ def at(array):
     return ctypes.c_void_p(array.ctypes.data)
 
 
+def given_to(native, step):
+    """What a kernel is given of a step: hyperparameters, what becomes of gradients, and the gradients of a plan."""
+    scalars = (Scalar * MAX_HYPER)()
+    for scalar, value in zip(scalars, step.hyper, strict=False):
+        if isinstance(value, torch.Tensor):
+            scalar.tensor, scalar.dtype = value.data_ptr(), TAG[value.dtype]
+        else:
+            scalar.value = float(value)
+    changes = (
+        *map(ctypes.c_bool, (step.maximize, step.zero_grads, step.write_grads)),
+        *map(flag, (step.grad_scale, step.found_inf, step.coefficient)),
+        ctypes.c_double(step.average_weight),
+    )
+    return scalars, changes, np.frombuffer(native.grad_pointers(), dtype=np.int64).copy()
+
+
 class HostPlan(KernelPlan):
     """What the plans of all CUDA kernels have; `run` calls one."""
 
@@ -71,19 +90,8 @@ class HostPlan(KernelPlan):
 
     def launch(self, step):
         native, records = self.native, self.native_records()
-        scalars = (Scalar * MAX_HYPER)()
-        for scalar, value in zip(scalars, step.hyper, strict=False):
-            if isinstance(value, torch.Tensor):
-                scalar.tensor, scalar.dtype = value.data_ptr(), TAG[value.dtype]
-            else:
-                scalar.value = float(value)
-        gradients = (
-            *map(ctypes.c_bool, (step.maximize, step.zero_grads, step.write_grads)),
-            *map(flag, (step.grad_scale, step.found_inf, step.coefficient)),
-            ctypes.c_double(step.average_weight),
-        )
-        addresses = np.frombuffer(native.grad_pointers(), dtype=np.int64).copy()
-        launches = self.run(scalars, gradients, (at(records), ctypes.c_int64(len(records)), at(addresses)))
+        scalars, changes, addresses = given_to(native, step)
+        launches = self.run(scalars, changes, (at(records), ctypes.c_int64(len(records)), at(addresses)))
         assert launches > 0, "a counter is not ready for the next step"
         native.increment_written(step.changes_grads)
         native.release_grads()
@@ -129,7 +137,9 @@ class ReducingHostBackend(CpuBackend):
 
 def reducing_library():
     """The kernels of rules that reduce."""
-    return built("reducing", "reducing.cpp", "cuda_reducing_table.cpp")
+    loaded = built("reducing", "reducing.cpp", "cuda_reducing_table.cpp")
+    loaded.host_parts.restype = ctypes.c_void_p
+    return loaded
 
 
 def run_reducing_on_the_host(monkeypatch):
@@ -139,9 +149,77 @@ def run_reducing_on_the_host(monkeypatch):
     monkeypatch.setattr(backends, "_selected", {})
 
 
-def launches_of(case):
+class HostPartsPlan(CudaPartsPlan):
+    """The plan of parts that a GPU would have, but for the calls of the engine."""
+
+    handle = None
+    version = None  # of the gradients' dtypes, for which it was made
+
+    def upload_if_changed(self):
+        if self.version == self.native.grad_dtypes_version():
+            return
+        self.version, library, records = self.native.grad_dtypes_version(), reducing_library(), self.native_records()
+        self.named = self.rule.encode(), len(self.states)
+        wholes = np.array(self.wholes, np.int64)
+        handle = library.host_parts(*self.named, at(records), ctypes.c_int64(len(records)), at(wholes))
+        self.handle = ctypes.c_void_p(handle)
+        weakref.finalize(self, library.free_host_table, self.handle)
+        sums = []
+        for stage in range(3):
+            sums.append([])
+            for record in range(len(records)):
+                sizes = (ctypes.c_int64 * 3)()
+                found = library.host_sums(self.handle, stage, ctypes.c_int64(record), sizes)
+                sums[-1].append(sizes[:found])
+        self.lay_out(sums)
+        self.memory = self.work = torch.empty(0)
+
+    def _run(self, step):
+        scalars, changes, addresses = given_to(self.native, step)
+        numbers = (ctypes.c_void_p * 3)(*(numbers.data_ptr() for numbers in self.numbers))
+        given = self.handle, numbers, self.number, *self.named, scalars, *changes, at(addresses)
+        launches = reducing_library().host_stage(*given)
+        assert launches >= 0, "a counter is not ready for the next step"
+        self.calls += launches
+        if self.number == 3:
+            self.native.increment_written(step.changes_grads)
+            self.native.release_grads()
+
+
+class HostPartsBackend(CpuBackend):
+    def plan(self, *args):
+        return HostPartsPlan(self, *args)
+
+
+class StagedHostPlan(HostPartsPlan):
+    """Of whole tensors, which are parts too: each stage goes on from the sums of the one before."""
+
+    def launch(self, step):
+        lines = (Lines.of_matrices(r.matrices, 0 if r.param is None else r.param.numel()) for r in self.records)
+        self.begin(step, dict(enumerate(lines)))
+        for _ in range(2):
+            self.advance(step.found_inf)
+        self.write()
+        return super().launch(step)
+
+
+class StagedHostBackend(CpuBackend):
+    def plan(self, optimizer, group, options, variant, *args):
+        kind = StagedHostPlan if optimizer.rule_of(variant)[1] else CpuPlan
+        return kind(self, optimizer, group, options, variant, *args)
+
+
+def run_stages_on_the_host(monkeypatch):
+    """The same, as for parts of tensors."""
+    reducing_library()
+    monkeypatch.setitem(backends.BACKENDS, "cpu", StagedHostBackend())
+    monkeypatch.setattr(backends, "_selected", {})
+
+
+def launches_of(case, stages=False):
     """Of a rule that reduces, on tensors of one dtype: two or three passes over tiles of whole vectors, and over all
-    else."""
-    passes = 2 * (2 if case.optimizer == "Amos" else 3)
+    else; and those of the stages."""
+    is_amos = case.optimizer == "Amos"
+    passes = 2 * (2 if is_amos else 3) + stages * (1 if is_amos else 4)
     # Amos' scalars are updated by an elementwise rule, its vectors by rows whatever is reduced.
     return {(-1,): passes + 1, (0,): 2 * passes + 1}.get(case.options.get("reduce"), passes)

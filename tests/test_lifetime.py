@@ -16,8 +16,10 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fusedstep
-from fusedstep import _C, schedules
+from fusedstep import _C, planning, schedules
 from fusedstep.backends import BACKENDS, lifetime
+from fusedstep.backends.parts import CUDA_PARTS
+from fusedstep.lines import Lines
 from fusedstep.record import memory_layout
 
 CAPTURED = "while a CUDA graph is captured; run one step.* before capturing"
@@ -306,3 +308,42 @@ def test_a_failed_call_of_the_runtime_is_not_reported_again(tmp_path):
     command = [compiler, "-std=c++17", f"-I{tmp_path}", f"-I{csrc}", "main.cpp", "-o", "main"]
     subprocess.run(command, cwd=tmp_path, check=True)
     assert subprocess.run(["./main"], cwd=tmp_path).returncode == 0
+
+
+def test_another_stream_is_told_of_what_the_stages_of_parts_use(gpu, monkeypatch):
+    """Which are the real plan's: it makes stages 0 to 3, on memory that stays, from stream to stream."""
+    stages = []
+
+    class PartsTable(Table):
+        def __init__(self, native, multiprocessors, wholes):
+            super().__init__(native)
+            assert wholes == [(3, 4, 12)]
+            self.sums = [[[3, 4, 1]], [[1]], [[1]]]
+
+    def stage(native, table, memory, work, numbers, number, step):
+        stages.append((number, memory, work, *numbers))
+        return 1
+
+    monkeypatch.setattr(_C, "CudaTable", PartsTable, raising=False)
+    monkeypatch.setattr(_C, "cuda_stage", stage, raising=False)
+    param = torch.nn.Parameter(torch.ones(3, 4))
+    give([param])
+    optimizer = fusedstep.TorchAdafactor([param])
+    group = optimizer.param_groups[0]
+    ((entry,),) = planning.entries(optimizer)
+    variant = optimizer.variant_of(group, None, param)
+    (plan,) = planning.build(optimizer, [[(entry, CUDA_PARTS, variant)]])
+    for stream in (1, 2):
+        gpu.stream = stream
+        assert plan.gather()
+        step = plan.step_with(optimizer.hyper(group, variant), found_inf=torch.tensor(0.0))
+        sums = plan.begin(step, {0: Lines.of_part(optimizer, group, None, param)})
+        assert [len(each) for each in sums[0]] == [3, 4, 1]
+        for _ in range(2):
+            sums = plan.advance(torch.tensor(1.0))
+        assert [len(each) for each in sums[0]] == [1]
+        plan.write()
+        assert plan.step(step) == 4
+    assert [number for number, *_ in stages] == [0, 1, 2, 3] * 2
+    assert len({tuple(used) for _, *used in stages}) == 1
+    assert {*stages[0][1:]} <= {address for address, stream in gpu.told if stream == 2}

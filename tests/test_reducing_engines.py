@@ -1,8 +1,9 @@
 """The contract of the engines for rules that reduce: the reference's numbers but for the order of sums, and bits that
 depend on nothing but a tensor's own numbers.
 
-Each statement goes through the CPU engine, the CUDA source run on the host, Triton's kernels under their interpreter,
-and on a GPU through both engines. On the host the CUDA source proves its logic, nothing of a GPU.
+Each statement goes through the CPU engine, the CUDA source run on the host, at once and in the stages of a step on
+parts, Triton's kernels under their interpreter, and on a GPU through both engines. On the host the CUDA source proves
+its logic, nothing of a GPU.
 """
 
 import math
@@ -10,7 +11,13 @@ import math
 import pytest
 import torch
 from contract import Beside, Fences, engine_named, normal, params_of
-from host_plan import HostPlan, launches_of, reducing_library, run_reducing_on_the_host
+from host_plan import (
+    HostPlan,
+    launches_of,
+    reducing_library,
+    run_reducing_on_the_host,
+    run_stages_on_the_host,
+)
 from kinds import ALL, each
 from on_gpu import DRY
 
@@ -20,7 +27,7 @@ from fusedstep.counts import count_of
 from fusedstep.verification import same_bits
 
 ENGINES = [
-    *("cpu", "cuda on the host", "triton interpreted"),
+    *("cpu", "cuda on the host", "cuda in stages on the host", "triton interpreted"),
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.cuda_engine]),
     pytest.param("triton", marks=[pytest.mark.gpu, pytest.mark.triton_engine]),
 ]
@@ -45,8 +52,9 @@ LARGE_SHAPES = [(640, 3, 3), (768, 768), (5000, 512), (1, 70_000)]
 
 @pytest.fixture
 def engine(request, monkeypatch):
-    yield engine_named(request.param, lambda: run_reducing_on_the_host(monkeypatch))
-    if request.param == "cuda on the host":
+    run = run_stages_on_the_host if "stages" in request.param else run_reducing_on_the_host
+    yield engine_named(request.param, lambda: run(monkeypatch))
+    if request.param.endswith("on the host"):
         reducing_library().set_reverse(0)
 
 
@@ -167,7 +175,7 @@ def test_bits_depend_neither_on_addresses_nor_on_other_tensors(case, dtype, engi
     make = getattr(fusedstep, case.optimizer)
     results = []
     for blocks, reverse, offset, alone in [(1, 0, 0, False), (7, 1, 0, False), (40, 0, 1, False), (3, 1, 3, True)]:
-        if engine.name == "cuda on the host":
+        if engine.name.endswith("on the host"):
             monkeypatch.setattr(HostPlan, "blocks", blocks)
             reducing_library().set_reverse(reverse)
         fences = Fences()
@@ -234,7 +242,9 @@ def test_a_step_is_a_few_launches(case, engine):
         pytest.skip("the CPU engine launches nothing")
     generator = torch.Generator().manual_seed(7)
     shapes = [*shapes_for(engine), (64, 40), (8192,)]  # tiles of whole vectors too
-    if engine.quick and case == TORCH:
+    stages = "stages" in engine.name
+    many = engine.quick and case == TORCH and (ALL or not stages)
+    if many:
         shapes += [(2, 2)] * 4001  # more than one launch has room for
     both = Beside(case, engine, normal(shapes, generator), offsets=1)
     both.step(normal(shapes, generator))
@@ -243,4 +253,4 @@ def test_a_step_is_a_few_launches(case, engine):
         # Amos: two for rows, two for columns (a vector is one row), one for the scalar, which has nothing to reduce.
         assert both.mine.kernel_calls == (5 if case.options.get("reduce") == (0,) else 3)
     else:
-        assert both.mine.kernel_calls == launches_of(case) + 3 * (case == TORCH)
+        assert both.mine.kernel_calls == launches_of(case, stages) + (7 if stages else 3) * many

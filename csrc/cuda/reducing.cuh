@@ -56,8 +56,8 @@ __device__ __forceinline__ int block_of(const ReducingArguments& a) {
 }
 
 // Gives body the place of this block's item, if its tensor takes part in this launch; an item may have several blocks.
-template <class Rule, class Stored, int kBlocksPerItem = 1, class Body>
-__device__ __forceinline__ void with_item(const ReducingArguments& a, Body&& body) {
+template <class Rule, class Stored, int kBlocksPerItem = 1, class Arguments, class Body>
+__device__ __forceinline__ void with_item(const Arguments& a, Body&& body) {
   const int block = block_of(a);
   const Item item = global(a.items)[block / kBlocksPerItem];
   const void* const grad = a.grads[item.record];
@@ -66,11 +66,17 @@ __device__ __forceinline__ void with_item(const ReducingArguments& a, Body&& bod
   const Record& record = global(a.records)[item.record];
   const Partition& p = global(a.partitions)[item.record];
   uint32_t* const counters = global(a.counters) + p.counters;
+  const auto with = [&](const auto& context) {
+    if constexpr (std::is_same_v<Arguments, ReducingArguments>)
+      body(context);
+    else
+      body(context_of(a, context));  // which knows more
+  };
   if constexpr (kAny) {
     if (record.param_dtype == Dtype::kF64)
-      return body(ItemContext<Rule, double>{record, p, item, grad, a.work, counters});
+      return with(ItemContext<Rule, double>{record, p, item, grad, a.work, counters});
   }
-  body(ItemContext<Rule, float>{record, p, item, grad, a.work, counters});
+  with(ItemContext<Rule, float>{record, p, item, grad, a.work, counters});
 }
 
 // The scalars of this step, known to all threads of the block.
@@ -90,9 +96,9 @@ __device__ __noinline__ void prepare(const ReducingArguments& a, const float* st
   __syncthreads();
 }
 
-template <class Rule, class Stored, class Change>
-__global__ void __launch_bounds__(kReducingThreads, kTallBlocks)
-    sums_kernel(const __grid_constant__ ReducingArguments a) {
+// Pass 1 of this block's item.
+template <class Rule, class Stored, class Change, class Arguments>
+__device__ __forceinline__ void sum_item(const Arguments& a) {
   __shared__ Shared<Rule> shared;
   if (is_skipped(a)) return;
   with_item<Rule, Stored>(a, [&](const auto& context) {
@@ -111,7 +117,7 @@ __global__ void __launch_bounds__(kReducingThreads, kTallBlocks)
       if (context.p.cut == Cut::kTiles) {
         of_params = sum_tile_any<Rule, T>(context, change, s, reinterpret_cast<T*>(stage));
       } else {
-        if (context.p.cut == Cut::kSmall) sum_small<Rule, T>(context, change, s);
+        if (context.p.cut == Cut::kSmall) sum_small(context, change, s);
         if constexpr (Rule::kParamSum) of_params = sum_param(context);
       }
     } else {
@@ -120,8 +126,14 @@ __global__ void __launch_bounds__(kReducingThreads, kTallBlocks)
       if constexpr (Rule::kSquareTakesScalars) prepare_once();
       of_params = sum_tile<Rule, S>(context, Change(a.step), s, stage);
     }
-    finish_item<Rule, T>(context, of_params, &shared, prepare_once);
+    finish_item(context, of_params, &shared, prepare_once);
   });
+}
+
+template <class Rule, class Stored, class Change>
+__global__ void __launch_bounds__(kReducingThreads, kTallBlocks)
+    sums_kernel(const __grid_constant__ ReducingArguments a) {
+  sum_item<Rule, Stored, Change>(a);
 }
 
 template <class Rule, class Stored, class Change>
@@ -191,60 +203,80 @@ inline void set_arguments(ReducingArguments* a, const Call& call, const Reducing
   a->records = reinterpret_cast<const Record*>(call.device_table) + segment.first_record;
   a->partitions = reinterpret_cast<const Partition*>(partitions) + segment.first_record;
   a->items = reinterpret_cast<const Item*>(items);
-  a->counters = reinterpret_cast<uint32_t*>(items + table.items.size() * sizeof(Item));
+  a->counters =
+      reinterpret_cast<uint32_t*>(items + table.items.size() * sizeof(Item) + table.parts.size() * sizeof(Part));
   a->work = work;
   a->step = call;
   for (int64_t i = 0; i < segment.n_records; ++i) a->grads[i] = call.grads[segment.first_record + i];
 }
 
-// Calls launch(kernel, n_blocks, arguments) for each kernel of a step of a segment; returns how many there are.
-template <class Rule, class Launch>
-int for_launches(ReducingArguments* a, const Call& call, const ReducingTable& table, size_t segment_index,
-                 Launch&& launch) {
+// Calls launch(kernel, n_blocks, arguments) for each way of storing that occurs among some items of a segment;
+// kernel_of(kind, followed) is its kernel. Returns how many there are.
+template <class Arguments, class KernelOf, class Launch>
+int for_kinds(Arguments* a, const ReducingTable& table, size_t segment_index, const Span32* spans, int blocks_per_item,
+              const KernelOf& kernel_of, const Launch& launch) {
   const ReducingSegment& segment = table.segments[segment_index];
-  using First = typename Rule::FirstPasses;
-  constexpr bool kHasState = kElementState<Rule> >= 0;
-  const bool changed = call.maximize || call.grad_scale != nullptr || call.coefficient != nullptr;
   bool unaligned[kKinds] = {};
   for (int64_t i = 0; i < segment.n_records; ++i) {
     if ((reinterpret_cast<uintptr_t>(a->grads[i]) & 15) != 0)
       unaligned[static_cast<int>(table.kinds[segment.first_record + i])] = true;
   }
   const Item* const all = a->items;
-  a->backwards = false;
   int launches = 0;
-  const auto pass = [&](const Span32* spans, int blocks_per_item, const auto& kernel_of) {
-    for (int kind = 0; kind < kKinds; ++kind) {
-      for (const bool any : {false, true}) {
-        const bool is_any = kind == static_cast<int>(Kind::kAny);
-        if (spans[kind].n == 0 || (any ? !is_any && !unaligned[kind] : is_any)) continue;
-        a->items = all + spans[kind].first;
-        a->unaligned_only = any && !is_any;
-        const int blocks = spans[kind].n * (any ? 1 : blocks_per_item);
-        a->last_block = blocks - 1;
-        launch(kernel_of(any ? Kind::kAny : static_cast<Kind>(kind), segment.followed[kind]), blocks, *a);
-        ++launches;
-      }
+  for (int kind = 0; kind < kKinds; ++kind) {
+    for (const bool any : {false, true}) {
+      const bool is_any = kind == static_cast<int>(Kind::kAny);
+      if (spans[kind].n == 0 || (any ? !is_any && !unaligned[kind] : is_any)) continue;
+      a->items = all + spans[kind].first;
+      a->unaligned_only = any && !is_any;
+      const int blocks = spans[kind].n * (any ? 1 : blocks_per_item);
+      a->last_block = blocks - 1;
+      launch(kernel_of(any ? Kind::kAny : static_cast<Kind>(kind), segment.followed[kind]), blocks, *a);
+      ++launches;
     }
-    a->items = all;
-    a->backwards = !a->backwards;
-  };
+  }
+  a->items = all;
+  return launches;
+}
+
+// Whether rules take other gradients than the stored ones.
+inline bool changes_grads(const Call& call) {
+  return call.maximize || call.grad_scale != nullptr || call.coefficient != nullptr;
+}
+
+// Calls launch(kernel, n_blocks, arguments) for each kernel of a pass of a segment; returns how many there are.
+template <class Rule, class Launch>
+int for_launches(ReducingArguments* a, const Call& call, const ReducingTable& table, size_t segment_index, Pass pass,
+                 const Launch& launch) {
+  const ReducingSegment& segment = table.segments[segment_index];
+  using First = typename Rule::FirstPasses;
   using F32 = Packed<float, float>;
   using B16 = Packed<BF16, float>;
-  pass(segment.tall, 1, [&](Kind kind, bool) {
-    if (kind == Kind::kAny) return sums_kernel<First, AnyStored, Changes>;
-    if (kind == Kind::kF32) return changed ? sums_kernel<First, F32, Changes> : sums_kernel<First, F32, Unchanged>;
-    return changed ? sums_kernel<First, B16, Changes> : sums_kernel<First, B16, Unchanged>;
-  });
-  if constexpr (Rule::kUpdateSum) {
-    pass(segment.low, 1, [&](Kind kind, bool) {
-      if (kind == Kind::kAny) return update_kernel<First, AnyStored, Changes>;
-      if (kind == Kind::kF32)
-        return changed ? update_kernel<First, F32, Changes> : update_kernel<First, F32, Unchanged>;
-      return changed ? update_kernel<First, B16, Changes> : update_kernel<First, B16, Unchanged>;
+  constexpr bool kHasState = kElementState<Rule> >= 0;
+  const bool changed = changes_grads(call);
+  const auto for_items = [&](const Span32* spans, int blocks_per_item, const auto& kernel_of) {
+    return for_kinds(a, table, segment_index, spans, blocks_per_item, kernel_of, launch);
+  };
+  a->backwards = pass == (Rule::kUpdateSum ? Pass::kUpdate : Pass::kApply);
+  if (pass == Pass::kSums) {
+    return for_items(segment.tall, 1, [&](Kind kind, bool) {
+      if (kind == Kind::kAny) return sums_kernel<First, AnyStored, Changes>;
+      if (kind == Kind::kF32) return changed ? sums_kernel<First, F32, Changes> : sums_kernel<First, F32, Unchanged>;
+      return changed ? sums_kernel<First, B16, Changes> : sums_kernel<First, B16, Unchanged>;
     });
   }
-  pass(segment.low, kApplyBlocksPerItem<Rule>, [&](Kind kind, bool followed) {
+  if (pass == Pass::kUpdate) {
+    if constexpr (Rule::kUpdateSum) {
+      return for_items(segment.low, 1, [&](Kind kind, bool) {
+        if (kind == Kind::kAny) return update_kernel<First, AnyStored, Changes>;
+        if (kind == Kind::kF32)
+          return changed ? update_kernel<First, F32, Changes> : update_kernel<First, F32, Unchanged>;
+        return changed ? update_kernel<First, B16, Changes> : update_kernel<First, B16, Unchanged>;
+      });
+    }
+    return 0;
+  }
+  return for_items(segment.low, kApplyBlocksPerItem<Rule>, [&](Kind kind, bool followed) {
     const bool more = changed || call.zero_grads || call.write_grads || followed;
     if (kind == Kind::kAny) return apply_kernel<Rule, AnyStored, Beside>;
     if (kind == Kind::kF32) return more ? apply_kernel<Rule, F32, Beside> : apply_kernel<Rule, F32, NothingBeside>;
@@ -256,7 +288,13 @@ int for_launches(ReducingArguments* a, const Call& call, const ReducingTable& ta
     }
     return more ? apply_kernel<Rule, B16, Beside> : apply_kernel<Rule, B16, NothingBeside>;
   });
-  return launches;
+}
+
+// Whether a tensor of the segment has a gradient.
+inline bool takes_part(const Call& call, const ReducingTable& table, size_t segment_index) {
+  const ReducingSegment& segment = table.segments[segment_index];
+  const void* const* const grads = call.grads + segment.first_record;
+  return std::any_of(grads, grads + segment.n_records, [](const void* grad) { return grad != nullptr; });
 }
 
 }  // namespace fusedstep::cuda

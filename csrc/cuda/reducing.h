@@ -3,12 +3,19 @@
 // A step is up to three passes: sums of squares, sum of the squares of the update, apply; a launch each for every way
 // of storing that occurs in a group. How a tensor is cut into items, and with it the order of every sum, depends on its
 // own shape and dtypes alone.
+//
+// Of parts of tensors a step is made in four stages, those of cpu/reducing.h: between them somebody puts the sums over
+// whole tensors in the place of those over the parts.
 #pragma once
+
+#include <array>
 
 #include "../reducing_rules.h"
 #include "engine.h"
 
 namespace fusedstep::cuda {
+
+enum class Pass { kSums, kUpdate, kApply };
 
 // How a tensor is cut into items, each the work of one block.
 enum class Cut : int32_t {
@@ -43,6 +50,25 @@ struct Partition {
   int32_t team;                 // kSmall: threads for each matrix
 };
 
+// How many of a tensor's counters each of its matrices has, if it is cut into tiles: one for each block of rows, for
+// each strip and its bands, and one of its own.
+constexpr int64_t counters_of_matrix(const Partition& p) {
+  return p.n_row_blocks + int64_t{p.n_bands + 1} * p.n_strips + 1;
+}
+
+// Of a tensor of which a record is a part: how many rows, columns and elements its sums are of; and where the part's
+// are, among the numbers of their stages.
+struct Part {
+  int64_t rows, columns, numel;
+  int64_t of_rows, of_columns, of_param;  // of the first stage: [batch][rows], [batch][columns], one
+  int64_t of_matrices;                    // of the second: [batch]
+  int64_t of_update;                      // of the third: one
+};
+constexpr int kSumStages = 3;
+struct WholeTensor {
+  int64_t rows, columns, numel;
+};
+
 struct Item {
   int64_t matrix;       // kTiles: its matrix. kSmall: the first one
   int64_t row, column;  // kTiles: the first ones. kFlat: column is the first element
@@ -70,9 +96,11 @@ struct ReducingSegment {
 struct ReducingTraits {
   LineFactors factors;
   int element_state;  // the place of the state that has a number for each element; -1: there is none
+  bool param_sum, row_mean, update_sum;
 };
 template <class Rule>
-constexpr ReducingTraits kReducingTraits = {kLineFactors<Rule>, kStateIndex<Rule, Span::kElement>};
+constexpr ReducingTraits kReducingTraits = {kLineFactors<Rule>, kStateIndex<Rule, Span::kElement>, Rule::kParamSum,
+                                            Rule::kRowMean, Rule::kUpdateSum};
 
 // The part of a plan that does not change from step to step.
 struct ReducingTable {
@@ -81,15 +109,26 @@ struct ReducingTable {
   std::vector<Kind> kinds;
   std::vector<Item> items;
   std::vector<ReducingSegment> segments;
+  std::vector<Part> parts;  // one for each record, if they are parts; else none
   int64_t n_counters = 0;
   int64_t work_bytes = 0;  // of device memory that needs no values, 16-byte aligned
+  // Of parts, the sums of each stage: the sizes of those that each record has, in the order of cpu/reducing.h.
+  std::array<std::vector<std::vector<int64_t>>, kSumStages> sums;
 
-  std::vector<char> bytes() const;  // records, partitions, items, zeroed counters
+  std::vector<char> bytes() const;  // records, partitions, items, parts, zeroed counters
 };
-ReducingTable build_reducing_table(const std::vector<Record>& records, const ReducingTraits& traits);
+// wholes: of each record, if they are parts; else none.
+ReducingTable build_reducing_table(const std::vector<Record>& records, const ReducingTraits& traits,
+                                   const std::vector<WholeTensor>& wholes = {});
 
 // Queues the update; returns the number of launches. `work` is table.work_bytes of device memory. Throws
 // std::runtime_error with CUDA's own words.
 int step(const Call& call, ReducingRuleId rule, const ReducingTable& table, char* work);
+// The same of one pass, as if the ones before had been made.
+int step_pass(const Call& call, ReducingRuleId rule, const ReducingTable& table, char* work, Pass pass);
+// The same of a stage of parts, 0 to 3, whose sums are left in numbers[stage]. Nothing is written in the first one.
+// numbers: device memory for table.sums of each stage, which must live until the last one has been made.
+int step_stage(const Call& call, ReducingRuleId rule, const ReducingTable& table, char* work,
+               const std::array<double*, kSumStages>& numbers, int stage);
 
 }  // namespace fusedstep::cuda

@@ -33,7 +33,9 @@ __device__ __forceinline__ auto& pick(Both& both) {
 // A tensor in one call: where everything is.
 template <class Rule, class T>
 struct ItemContext {
+  using RuleType = Rule;
   using Number = T;
+  static constexpr bool kIsPart = false;
   const Record& record;
   const Partition& p;
   const Item& item;
@@ -200,6 +202,36 @@ __device__ __forceinline__ T finish_line(const Record& record, int64_t line, T m
     store_any(record.states[line_state<Rule, span>(n)], record.state_dtypes[line_state<Rule, span>(n)], line,
               states[n]);
   return states[0];
+}
+
+// What becomes of the sum of a line, of `count` numbers; returns the first of the line's states. What is known of a
+// part instead is in reducing_stages.cuh.
+template <class Rule, class T, class Sum, class Count, class Scalars>
+__device__ __forceinline__ T finish_row(const ItemContext<Rule, T>& context, int64_t line, Sum sum, Count count,
+                                        const Scalars& s) {
+  T* const factors = context.template at<T>(context.p.row_factors) + line * Rule::kFactors;
+  return finish_line<Rule, T, Span::kRow>(context.record, line, static_cast<T>(sum / static_cast<Sum>(count)), factors,
+                                          s);
+}
+template <class Rule, class T, class Sum, class Count, class Scalars>
+__device__ __forceinline__ void finish_column(const ItemContext<Rule, T>& context, int64_t line, Sum sum, Count count,
+                                              const Scalars& s) {
+  T* const factors = context.template at<T>(context.p.column_factors) + line * Rule::kFactors;
+  finish_line<Rule, T, Span::kColumn>(context.record, line, static_cast<T>(sum / static_cast<Sum>(count)), factors, s);
+}
+
+// The same of the sum of the first states of a matrix's rows, and of the squares of the parameter.
+template <class Rule, class T, class Count, class Scalars>
+__device__ __forceinline__ void finish_rows_of(const ItemContext<Rule, T>& context, int64_t matrix, double sum,
+                                               Count count, const Scalars& s) {
+  context.template at<T>(context.p.matrix_factors)[matrix] = Rule::matrix(static_cast<T>(sum / count), s);
+}
+template <class Rule, class T>
+__device__ __forceinline__ void finish_param(const ItemContext<Rule, T>& context, double sum) {
+  context.template at<double>(context.p.totals)[0] = sum;
+  if constexpr (constexpr int kState = kStateIndex<Rule, Span::kTensor>; kState >= 0)
+    store_any(context.record.states[kState], context.record.state_dtypes[kState], 0,
+              static_cast<T>(root_mean(sum, context.record.numel)));
 }
 
 }  // namespace fusedstep::cuda

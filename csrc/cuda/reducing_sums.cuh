@@ -169,14 +169,31 @@ __device__ __noinline__ double sum_tile_any(const ItemContext<Rule, T>& context,
   return of_params;
 }
 
-// Rows of an item, whose parts are all there: their states and factors.
-template <class Rule, class T, class Scalars>
-__device__ __forceinline__ void finish_rows(const ItemContext<Rule, T>& context, const Scalars& s, double* partial) {
+// How many threads take the parts of a row's sum: few, so that many rows are finished at once.
+__device__ __forceinline__ int lanes_of_row(const Partition& p) {
+  int lanes = 8;
+  while (lanes > 1 && lanes / 2 >= p.n_parts) lanes /= 2;
+  return lanes;
+}
+
+// The sum of the first states of the rows of an item, of which this thread has some.
+template <class Rule, class T>
+__device__ __forceinline__ void leave_states(const ItemContext<Rule, T>& context, double states, double* partial) {
+  const Partition& p = context.p;
+  states = block_sum(states, partial);
+  if (threadIdx.x == 0)
+    context.template at<double>(p.state_sums)[context.item.matrix * p.n_row_blocks + context.item.row / p.tall_rows] =
+        states;
+}
+
+// Rows of an item, whose parts are all there: what becomes of their sums.
+template <class Context, class Scalars>
+__device__ __forceinline__ void finish_rows(const Context& context, const Scalars& s, double* partial) {
+  using Rule = typename Context::RuleType;
+  using T = typename Context::Number;
   const Partition& p = context.p;
   const Item& item = context.item;
-  int lanes = 8;  // few, so that many rows are finished at once
-  while (lanes > 1 && lanes / 2 >= p.n_parts) lanes /= 2;
-  const int lane = threadIdx.x % lanes, rows_at_once = kReducingThreads / lanes;
+  const int lanes = lanes_of_row(p), lane = threadIdx.x % lanes, rows_at_once = kReducingThreads / lanes;
   double states = 0.0;
   for (int first = 0; first < item.n_rows; first += rows_at_once) {
     const int row = first + threadIdx.x / lanes;
@@ -188,64 +205,53 @@ __device__ __forceinline__ void finish_rows(const ItemContext<Rule, T>& context,
       for (int part = lane; part < p.n_parts; part += lanes) sum += static_cast<double>(sums[part]);
     }
     sum = sum_lanes(sum, lanes);
-    if (lane == 0 && row < item.n_rows) {
-      T* const factors = context.template at<T>(p.row_factors) + line * Rule::kFactors;
-      states += finish_line<Rule, T, Span::kRow>(context.record, line, static_cast<T>(sum / p.columns), factors, s);
-    }
+    if (lane == 0 && row < item.n_rows) states += finish_row(context, line, sum, p.columns, s);
   }
-  if constexpr (Rule::kRowMean) {
-    states = block_sum(states, partial);
-    if (threadIdx.x == 0)
-      context.template at<double>(p.state_sums)[item.matrix * p.n_row_blocks + item.row / p.tall_rows] = states;
-  }
+  if constexpr (Rule::kRowMean && !Context::kIsPart) leave_states(context, states, partial);
 }
 
 // A matrix whose rows are all there.
-template <class Rule, class T, class Scalars>
-__device__ __forceinline__ void finish_matrix(const ItemContext<Rule, T>& context, const Scalars& s, double* partial) {
+template <class Context, class Scalars>
+__device__ __forceinline__ void finish_matrix(const Context& context, const Scalars& s, double* partial) {
   const Partition& p = context.p;
   const double* const sums = context.template at<double>(p.state_sums) + context.item.matrix * p.n_row_blocks;
   double sum = 0.0;
   for (int block = threadIdx.x; block < p.n_row_blocks; block += kReducingThreads) sum += sums[block];
   sum = block_sum(sum, partial);
-  if (threadIdx.x == 0)
-    context.template at<T>(p.matrix_factors)[context.item.matrix] = Rule::matrix(static_cast<T>(sum / p.rows), s);
+  if (threadIdx.x == 0) finish_rows_of(context, context.item.matrix, sum, p.rows, s);
 }
 
-// Columns of an item from n sums of each, which lie a row of the tensor apart: their states and factors, or, if these
-// are not all, their sum.
-template <class Rule, class T, class S, class Scalars>
-__device__ __forceinline__ void finish_columns(const ItemContext<Rule, T>& context, const S* sums, int n,
-                                               double* unfinished, const Scalars& s) {
+// Columns of an item from n sums of each, which lie a row of the tensor apart: what becomes of them, or, if these are
+// not all, their sum.
+template <class Context, class S, class Scalars>
+__device__ __forceinline__ void finish_columns(const Context& context, const S* sums, int n, double* unfinished,
+                                               const Scalars& s) {
   const Partition& p = context.p;
   const Item& item = context.item;
   for (int column = threadIdx.x; column < item.n_columns; column += kReducingThreads) {
     double sum = 0.0;
 #pragma unroll 8
     for (int i = 0; i < n; ++i) sum += static_cast<double>(sums[i * p.columns + column]);
-    if (unfinished != nullptr) {
+    if (unfinished != nullptr)
       unfinished[column] = sum;
-      continue;
-    }
-    const int64_t line = item.matrix * p.columns + item.column + column;
-    T* const factors = context.template at<T>(p.column_factors) + line * Rule::kFactors;
-    finish_line<Rule, T, Span::kColumn>(context.record, line, static_cast<T>(sum / p.rows), factors, s);
+    else
+      finish_column(context, item.matrix * p.columns + item.column + column, sum, p.rows, s);
   }
 }
 
 // What is left of pass 1 for an item, when its sums are there: whichever block is the last of its rows, of its columns
 // or of its tensor finishes them. `prepare` leaves the scalars, known to all threads.
-template <class Rule, class T, class Prepare>
-__device__ __forceinline__ void finish_item(const ItemContext<Rule, T>& context, double of_params, Shared<Rule>* shared,
+template <class Context, class Rule, class Prepare>
+__device__ __forceinline__ void finish_item(const Context& context, double of_params, Shared<Rule>* shared,
                                             const Prepare& prepare) {
+  using T = typename Context::Number;
   const Partition& p = context.p;
   const Item& item = context.item;
   const bool tiles = p.cut == Cut::kTiles;
   const int row_block = tiles ? static_cast<int>(item.row / p.tall_rows) : 0, band = row_block / kBand;
   const int strip = tiles ? static_cast<int>(item.column / (p.lanes * p.pack)) : 0;
   const int in_band = min(kBand, p.n_row_blocks - band * kBand);
-  uint32_t* const of_matrix =
-      context.counters + 2 + item.matrix * (p.n_row_blocks + int64_t{p.n_bands + 1} * p.n_strips + 1);
+  uint32_t* const of_matrix = context.counters + 2 + item.matrix * counters_of_matrix(p);
   uint32_t* const of_bands = of_matrix + p.n_row_blocks;
   uint32_t* const of_strips = of_bands + int64_t{p.n_bands} * p.n_strips;
 
@@ -288,18 +294,13 @@ __device__ __forceinline__ void finish_item(const ItemContext<Rule, T>& context,
 #pragma unroll 8
       for (int i = threadIdx.x; i < p.n_tall; i += kReducingThreads) sum += context.sums(0)[i];
       sum = block_sum(sum, shared->partial);
-      if (threadIdx.x == 0) {
-        context.template at<double>(p.totals)[0] = sum;
-        if constexpr (constexpr int kState = kStateIndex<Rule, Span::kTensor>; kState >= 0)
-          store_any(context.record.states[kState], context.record.state_dtypes[kState], 0,
-                    static_cast<T>(root_mean(sum, context.record.numel)));
-      }
+      if (threadIdx.x == 0) finish_param(context, sum);
     }
   }
   if constexpr (kRows<Rule>) {
     if (rows) {
       finish_rows(context, s, shared->partial);
-      if constexpr (Rule::kRowMean) {
+      if constexpr (Rule::kRowMean && !Context::kIsPart) {
         if (last_of(of_strips + p.n_strips, p.n_row_blocks, shared->flags + 3))
           finish_matrix(context, s, shared->partial);
       }
@@ -318,45 +319,59 @@ __device__ __forceinline__ void finish_item(const ItemContext<Rule, T>& context,
   }
 }
 
-// Whole small matrices: a team of one thread or a warp takes each.
-template <class Rule, class T, class Scalars>
-__device__ __noinline__ void sum_small(const ItemContext<Rule, T>& context, const GradChange<T>& changes,
-                                       const Scalars& scalars) {
-  const auto s = scalars;
-  const auto change = changes;
+// The lines of whole small matrices: a team of one thread or a warp takes each. of_row(matrix, row, line) returns the
+// first of a row's states, of_matrix gets the sum of these.
+template <class Rule, class T, class OfRow, class OfMatrix, class OfColumn>
+__device__ __forceinline__ void for_small_lines(const ItemContext<Rule, T>& context, OfRow&& of_row,
+                                                OfMatrix&& of_matrix, OfColumn&& of_column) {
   const Partition& p = context.p;
   const int team = p.team, lane = threadIdx.x % team;
   const int rows = static_cast<int>(p.rows), columns = static_cast<int>(p.columns);
-  const auto square_at = [&](int64_t i) {
-    return Rule::square(change(load_any<T>(context.grad, context.record.grad_dtype, i)), s);
-  };
   for (int n = threadIdx.x / team; n < context.item.n_rows; n += kReducingThreads / team) {
-    const int64_t matrix = context.item.matrix + n, begin = matrix * rows * columns;
+    const int64_t matrix = context.item.matrix + n;
     if constexpr (kRows<Rule>) {
       double states = 0.0;
-      for (int row = lane; row < rows; row += team) {
-        T sum{};
-        for (int column = 0; column < columns; ++column) sum += square_at(begin + row * columns + column);
-        const int64_t line = matrix * rows + row;
-        T* const factors = context.template at<T>(p.row_factors) + line * Rule::kFactors;
-        states += finish_line<Rule, T, Span::kRow>(context.record, line, sum / static_cast<T>(columns), factors, s);
-      }
+      for (int row = lane; row < rows; row += team) states += of_row(matrix, row, matrix * rows + row);
       if constexpr (Rule::kRowMean) {
         for (int lanes = team / 2; lanes > 0; lanes /= 2) states += __shfl_xor_sync(0xffffffffu, states, lanes);
-        if (lane == 0)
-          context.template at<T>(p.matrix_factors)[matrix] = Rule::matrix(static_cast<T>(states / rows), s);
+        if (lane == 0) of_matrix(matrix, states);
       }
     }
     if constexpr (kColumns<Rule>) {
-      for (int column = lane; column < columns; column += team) {
-        T sum{};
-        for (int row = 0; row < rows; ++row) sum += square_at(begin + row * columns + column);
-        const int64_t line = matrix * columns + column;
-        T* const factors = context.template at<T>(p.column_factors) + line * Rule::kFactors;
-        finish_line<Rule, T, Span::kColumn>(context.record, line, sum / static_cast<T>(rows), factors, s);
-      }
+      for (int column = lane; column < columns; column += team) of_column(matrix, column, matrix * columns + column);
     }
   }
+}
+
+// Their sums.
+template <class Context, class Scalars>
+__device__ __noinline__ void sum_small(const Context& context, const GradChange<typename Context::Number>& changes,
+                                       const Scalars& scalars) {
+  using Rule = typename Context::RuleType;
+  using T = typename Context::Number;
+  const auto s = scalars;
+  const auto change = changes;
+  const int rows = static_cast<int>(context.p.rows), columns = static_cast<int>(context.p.columns);
+  const auto square_at = [&](int64_t i) {
+    return Rule::square(change(load_any<T>(context.grad, context.record.grad_dtype, i)), s);
+  };
+  for_small_lines(
+      context,
+      [&](int64_t matrix, int row, int64_t line) {
+        const int64_t begin = matrix * rows * columns;
+        T sum{};
+        for (int column = 0; column < columns; ++column) sum += square_at(begin + row * columns + column);
+        return finish_row(context, line, sum, columns, s);
+      },
+      [&](int64_t matrix, double states) {
+        if constexpr (Rule::kRowMean && !Context::kIsPart) finish_rows_of(context, matrix, states, rows, s);
+      },
+      [&](int64_t matrix, int column, int64_t line) {
+        const int64_t begin = matrix * rows * columns;
+        T sum{};
+        for (int row = 0; row < rows; ++row) sum += square_at(begin + row * columns + column);
+        finish_column(context, line, sum, rows, s);
+      });
 }
 
 // Squares of the parameter over an item that is no tile: this thread's part of the sum.

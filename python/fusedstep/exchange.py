@@ -55,6 +55,7 @@ class Pack(NamedTuple):
 
     size: int
     members: list[tuple[ProcessGroup, Tensor | None]]  # each group with the places of its numbers; None: all
+    decides: bool  # whether the last two are among them
 
 
 class Exchange:
@@ -71,6 +72,9 @@ class Exchange:
                 device = layout.local(param).device
             groups |= dict.fromkeys(found)
         self.device: torch.device = device or torch.device("cpu")
+        # Whether the host sees numbers as soon as they are shared. Where it would have to wait for them, all processes
+        # enter every exchange of a step, also of one that is skipped, and so does one that fails.
+        self.host_sees = self.device.type == "cpu"
         self.groups: Over = tuple(groups)  # through which goes what all must know
         self._packs: dict[tuple[Over, ...], Pack] = {}
 
@@ -120,7 +124,7 @@ class Exchange:
             indices = goes.repeat_interleave(torch.tensor([count for _, count in parts], dtype=torch.int64)).nonzero()
             if len(indices):
                 members.append((group, None if len(indices) == size else indices.reshape(-1).to(self.device)))
-        return Pack(size, members)
+        return Pack(size, members, decides)
 
     def tell(self, mine: Any) -> list[tuple[int, Any]]:
         """What each process that shares tensors with this one, or with one of those, tells, with its rank."""

@@ -96,9 +96,10 @@ class Gradients:
         for by_max_abs, kinds in to_come:
             kinds = self._kinds_of_norm() if kinds is None else kinds
             numbers = sharers.numbers(kinds)
-            numbers[STOP] = FAIL
+            if not isinstance(kinds, Pack) or kinds.decides:
+                numbers[STOP] = FAIL
             sharers.share(numbers, by_max_abs, kinds)
-            if sharers.device.type == "cpu":
+            if sharers.host_sees:
                 return sharers.raise_failure(cls, error)
             # There the others do not wait for the device, and go on as in a step that is skipped.
 
@@ -222,17 +223,17 @@ class Gradients:
         # the largest of the negative ones.
         found, times = numbers[ONE:ODD], 1.0 if limits.by_max_abs else numbers[ONE]
         differ = (found != times * mark).any()
-        if numbers.device.type != "cpu":
+        if not sharers.host_sees:
             numbers[STOP] += torch.where(differ, FAIL, 0.0)
             if limits in self.agreed:
                 return  # without waiting for the device
         if not differ:
             self.agreed.add(limits)
             return
-        self.to_come = []
         own = shown(limits)
-        if numbers.device.type != "cpu":  # where the others do not wait either
+        if not sharers.host_sees:  # where the others do not wait either
             raise RuntimeError(f"processes differ in what step() was given: this one has {own}")
+        self.to_come = []
         (first, mine), *others = sharers.tell(own)
         rank, theirs = next((rank, theirs) for rank, theirs in others if theirs != mine)
         raise disagreement(first, ("step()", mine), rank, ("step()", theirs))
@@ -243,12 +244,17 @@ class Gradients:
         """Share numbers; raise RuntimeError if another process cannot make the step."""
         del self.to_come[:1]
         sharers.share(numbers, by_max_abs, kinds)
-        if numbers.device.type == "cpu" and numbers[STOP] >= FAIL:
+        decides = not isinstance(kinds, Pack) or kinds.decides
+        if sharers.host_sees and decides and numbers[STOP] >= FAIL:
             self.to_come = []
             sharers.raise_failure("step()", None)
 
     def enter(self, numbers: Tensor, pack: Pack) -> None:
-        """Share sums that a rule takes, where others of `expect` do; raise RuntimeError as for a norm."""
+        """Share sums that a rule takes, where others of `expect` do.
+
+        Raises:
+            RuntimeError: another process cannot make the step; not from sums after which it is too late to know.
+        """
         self._enter(self.sharers, numbers, False, pack)
 
     def single_norms(self, grads: Sequence[tuple[int, Tensor]], kinds: Sequence[Over]) -> list[Tensor]:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import checks, exchange, layout, planning, shards
 from .backends import lifetime
-from .backends.parts import PARTS, CpuPartsPlan, PartsPlan
+from .backends.parts import PARTS, has_parts
 from .backends.reference_reducing import sum_of_squares
-from .exchange import SKIP, STOP
+from .exchange import FAIL, SKIP, STOP
 from .lines import Lines, Sum, crosses
 from .record import Record
 
@@ -53,6 +53,7 @@ class SharedSums:
         ]
         self.running: list[tuple[Passes, list[int]]] = []  # plans, with the index of the parameter of each record
         self.asked: dict[int, list[Tensor]] = {}  # of each parameter that takes part, its sums in this pass
+        self.flags: dict[tuple[float, ...], Tensor] = {}  # that were sent
 
     def _kinds(self, number: int) -> Iterator[tuple[exchange.Over, int]]:
         for member in self.members:
@@ -68,42 +69,59 @@ class SharedSums:
     ) -> Tensor | None:
         """The first pass, before anything is written; returns the flag by which all processes skip the step or do not.
 
+        Where numbers lie on a GPU, the host waits for them only if it must know: if this process has no gradient of a
+        parameter of which others may have one, or a plan goes through torch's operations.
+
         Raises:
             RuntimeError: another process cannot make the step, or has a gradient where this one never will; or the step
-                is to be captured in a CUDA graph.
+                is to be captured in a CUDA graph. On a GPU processes that do not wait skip the step instead.
         """
         if lifetime.is_capturing(self.sharers.device):
             raise RuntimeError(
                 f"{type(optimizer).__name__}: processes have parts of {self.members[0].what}, for whose sums the host "
-                "waits in each step: a CUDA graph cannot hold it; capture the forward and backward pass without step()"
+                "may have to wait: a CUDA graph cannot hold such a step; capture the forward and backward pass without "
+                "step()"
             )
         self.running, self.asked = [], {}
         places: dict[int, tuple[Any, int, Step]] = {}
         lines = {member.index: member.lines for member in self.members}
+        host_decides = self.sharers.host_sees
         for plan, step in steps:
-            if isinstance(plan, (PartsPlan, CpuPartsPlan)):
+            if has_parts(plan):
                 indices = [record.index for record in plan.records]
                 places |= {index: (plan, i, step) for i, index in enumerate(indices)}
-                self._run(plan, indices, plan.begin(step, {i: lines[index] for i, index in enumerate(indices)}))
+                asked = plan.begin(step, {i: lines[index] for i, index in enumerate(indices)})
+                host_decides = host_decides or (plan.host_decides and len(asked) > 0)
+                self._run(plan, indices, asked)
         numbers = self._packed(0)
         if found_inf is not None:
             numbers[STOP] = torch.where(found_inf.to(numbers.device).reshape(()) != 0, SKIP, 0.0)
         gradients.enter(numbers, self.packs[0])
-        *flags, stop = torch.cat([numbers[: len(self.members)], numbers[STOP:]]).tolist()
-        if stop:
-            self.running, self.asked = [], {}
-            return numbers[STOP].to(torch.float32)
+        count, host_sees = len(self.members), self.sharers.host_sees
+        if not host_sees:
+            flags = numbers[:count]
+            numbers[STOP] += torch.where(((flags % FROZEN != 0) & (flags >= FROZEN)).any(), FAIL, 0.0)
+            found_inf = (numbers[STOP] != 0).to(torch.float32)
+        if host_decides or any(member.index not in self.asked for member in self.members):
+            *seen, stop = torch.cat([numbers[:count], numbers[STOP:]]).tolist()
+            if not (stop and host_sees):
+                self._refuse_frozen(optimizer, seen)
+            if stop:
+                self.running, self.asked = [], {}
+                return numbers[STOP].to(torch.float32)
+            for member, flag in zip(self.members, seen, strict=True):
+                if flag % FROZEN and member.index not in self.asked:
+                    self._run_without_gradient(optimizer, member, *places[member.index])
+        self._take(0, numbers)
+        return found_inf
+
+    def _refuse_frozen(self, optimizer: FusedOptimizer, flags: list[float]) -> None:
         for member, flag in zip(self.members, flags, strict=True):
-            count, frozen = flag % FROZEN, flag >= FROZEN
-            if count and frozen:
+            if flag % FROZEN and flag >= FROZEN:
                 raise RuntimeError(
                     f"{type(optimizer).__name__}: some processes have a gradient of {member.what}, in others it "
                     "does not require one; every process must train the same parameters"
                 )
-            if count and member.index not in self.asked:
-                self._run_without_gradient(optimizer, member, *places[member.index])
-        self._take(0, numbers)
-        return found_inf
 
     def _run(self, plan: Passes, indices: list[int], asked: dict[int, list[Tensor]]) -> None:
         self.running.append((plan, indices))
@@ -122,16 +140,16 @@ class SharedSums:
         self._run(alone, [member.index], alone.begin(step, {0: member.lines}))
 
     @torch.inference_mode()
-    def finish(self) -> None:
-        """The other passes; then everything is written."""
+    def finish(self, gradients: Gradients, found_inf: Tensor | None) -> None:
+        """The other passes; then everything is written, or is left to the plans' own steps."""
         for number in range(1, PASSES):
             self.asked = {}
             running, self.running = self.running, []
             for plan, indices in running:
-                self._run(plan, indices, plan.advance())
+                self._run(plan, indices, plan.advance(found_inf))
             if self.packs[number].members:
                 numbers = self._packed(number)
-                self.sharers.share(numbers, False, self.packs[number])
+                gradients.enter(numbers, self.packs[number])
                 self._take(number, numbers)
         for plan, _ in self.running:
             plan.write()
@@ -156,8 +174,17 @@ class SharedSums:
                 else:
                     pieces.append(torch.zeros(size, dtype=torch.float64, device=device))
         if number == 0:
-            pieces = [torch.tensor(flags, dtype=torch.float64, device=device), *pieces, pieces[0].new_zeros(2)]
+            pieces = [self._sent(flags), *pieces, pieces[0].new_zeros(2)]
         return torch.cat(pieces)
+
+    def _sent(self, flags: list[float]) -> Tensor:
+        """On the device, where they stay: most steps send the same ones, and the way there is waited for."""
+        key = tuple(flags)
+        if key not in self.flags:
+            if len(self.flags) > 8:
+                self.flags.clear()
+            self.flags[key] = torch.tensor(flags, dtype=torch.float64, device=self.sharers.device)
+        return self.flags[key]
 
     def _take(self, number: int, numbers: Tensor) -> None:
         """Put the sums of whole tensors in the place of those of parts."""

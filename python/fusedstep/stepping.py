@@ -217,7 +217,7 @@ class Stepper:
             raise
         # Whatever may fail is behind; from here on things are written.
         if self.sums is not None:
-            self.sums.finish()
+            self.sums.finish(gradients, found_inf)
         for plan, step in steps:
             optimizer.kernel_calls += plan.step(step._replace(found_inf=found_inf))
         optimizer.kernel_calls += self.learning_rates.end_step(found_inf)
@@ -285,7 +285,9 @@ class Stepper:
         if limits is not None:
             exchanges.append((limits.by_max_abs, None))
         if self.sums is not None:
-            exchanges.append((False, self.sums.packs[0]))
+            # Where the host sees in the first one that another process fails, all raise before the others.
+            packs = self.sums.packs[:1] if self.gradients.sharers.host_sees else self.sums.packs
+            exchanges += [(False, pack) for pack in packs if pack.members]
         self.gradients.expect(exchanges)
 
     def hyper_of(self, optimizer: FusedOptimizer, group: dict[str, Any], variant: Any) -> tuple[float | Tensor, ...]:

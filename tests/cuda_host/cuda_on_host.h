@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -41,7 +42,7 @@ inline bool in_reverse = false;
 class Block {
  public:
   explicit Block(unsigned threads) : fibers_(threads) {
-    for (Fiber& fiber : fibers_) fiber.stack = std::make_unique<char[]>(kStack);
+    for (Fiber& fiber : fibers_) fiber.stack.reset(new char[kStack]);  // not zeroed: it is much memory
   }
 
   void run(const std::function<void()>& kernel) {
@@ -177,7 +178,8 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
 inline void launch_on_host(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
   gridDim.x = blocks;
   blockDim.x = threads;
-  Block block(threads);
+  static std::map<unsigned, Block> of_size;  // their stacks are made once
+  Block& block = of_size.try_emplace(threads, threads).first->second;
   for (unsigned i = 0; i < blocks; ++i) {
     blockIdx.x = in_reverse ? blocks - 1 - i : i;
     block.run(kernel);

@@ -26,6 +26,8 @@ PRECISION = "tests/test_precision_options.py"
 CHAIN = "tests/test_precision_chain.py"
 REDUCING = "tests/test_reducing.py tests/test_adafactor.py"
 PARTS = "tests/test_ranks_reducing.py"
+STAGES = "tests/test_reducing_stages.py"
+UNSEEN = "tests/test_ranks_device.py"
 CUDA = "tests/test_cuda_host.py tests/test_engines.py"
 CUDA_STORAGE = "tests/test_engines.py"
 CUDA_REDUCING = "tests/test_reducing_engines.py"
@@ -482,8 +484,8 @@ CUDA_ENGINE = [
     Fault(
         "means of columns are divided by their number",
         "csrc/cuda/reducing_sums.cuh",
-        "static_cast<T>(sum / p.rows), factors, s);",
-        "static_cast<T>(sum / p.columns), factors, s);",
+        "item.column + column, sum, p.rows, s);",
+        "item.column + column, sum, p.columns, s);",
         CUDA_REDUCING,
     ),
 ]
@@ -830,7 +832,7 @@ SHARDED = [
     Fault(
         "sums of parts: where there is no gradient, a gradient elsewhere is not heard of",
         "python/fusedstep/shared_sums.py",
-        "if count and member.index not in self.asked:",
+        "if flag % FROZEN and member.index not in self.asked:",
         "if False:",
         PARTS,
     ),
@@ -882,6 +884,41 @@ SHARDED = [
         "totals[i] += static_cast<double>(block[i]);",
         "totals[i] = static_cast<double>(block[i]);",
         PARTS,
+    ),
+    Fault(
+        "sums of parts, CUDA: the mean of a row is over the part",
+        "csrc/cuda/reducing_stages.cuh",
+        "context.rows()[line], context.part.columns, s);",
+        "context.rows()[line], context.p.columns, s);",
+        STAGES,
+    ),
+    Fault(
+        "sums of parts, CUDA: only the first block of rows has states to sum",
+        "csrc/cuda/reducing_stages.cuh",
+        "if (item.column != 0) return;",
+        "if (item.column != 0 || item.row != 0) return;",
+        STAGES,
+    ),
+    Fault(
+        "sums of parts, CUDA: the scale is that of the part",
+        "csrc/cuda/reducing_stages.cuh",
+        "root_mean(*context.param(), context.part.numel);",
+        "root_mean(*context.param(), context.record.numel);",
+        STAGES,
+    ),
+    Fault(
+        "sums of parts on a GPU: who fails does not enter the later exchanges",
+        "python/fusedstep/stepping.py",
+        "packs = self.sums.packs[:1] if self.gradients.sharers.host_sees else self.sums.packs",
+        "packs = self.sums.packs[:1]",
+        UNSEEN,
+    ),
+    Fault(
+        "sums of parts on a GPU: a gradient of what is frozen elsewhere is made a step with",
+        "python/fusedstep/shared_sums.py",
+        "& (flags >= FROZEN)).any(), FAIL, 0.0)",
+        "& (flags >= FROZEN)).any(), 0.0, 0.0)",
+        UNSEEN,
     ),
 ]
 

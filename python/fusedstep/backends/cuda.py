@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,19 +34,27 @@ class CudaPlan(KernelPlan):
     def launch(self, step: Step) -> int:
         from .. import _C
 
-        device = self.device
-        if self.table is None or not self.table.fits(self.native):
-            self._upload(device)
+        self.upload_if_changed()
+        step = self.on_device(step)
+        return _C.cuda_step(self.native, self.table, self.memory.data_ptr(), self.work.data_ptr(), step)
+
+    def on_device(self, step: Step) -> Step:
+        """The step as kernels take it: with tensors on their device, all of which live long enough."""
         hyper = tuple(
-            value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.is_cuda else value
+            value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and value.is_cuda else value
             for value in step.hyper
         )
-        grad_scale = None if step.grad_scale is None else step.grad_scale.to(device, torch.float32, non_blocking=True)
-        found_inf = None if step.found_inf is None else step.found_inf.to(device, torch.float32, non_blocking=True)
-        coefficient = None if step.coefficient is None else step.coefficient.to(device, non_blocking=True)
-        self.keep((self.memory, self.work), *hyper, grad_scale, found_inf, coefficient)
-        step = step._replace(hyper=hyper, grad_scale=grad_scale, found_inf=found_inf, coefficient=coefficient)
-        return _C.cuda_step(self.native, self.table, self.memory.data_ptr(), self.work.data_ptr(), step)
+        scale, found_inf = (self.flag(flag) for flag in (step.grad_scale, step.found_inf))
+        coefficient = None if step.coefficient is None else step.coefficient.to(self.device, non_blocking=True)
+        self.keep(self.used_memory(), *hyper, scale, found_inf, coefficient)
+        return step._replace(hyper=hyper, grad_scale=scale, found_inf=found_inf, coefficient=coefficient)
+
+    def flag(self, flag: Tensor | None) -> Tensor | None:
+        """A number that a kernel reads."""
+        return None if flag is None else flag.to(self.device, torch.float32, non_blocking=True)
+
+    def used_memory(self) -> Sequence[Tensor]:
+        return self.memory, self.work
 
     def add_to_norm(
         self,
@@ -63,10 +71,7 @@ class CudaPlan(KernelPlan):
         if self.norm_table is None or not self.norm_table.fits(self.native):
             self.norm_table = _C.CudaNormTable(self.native)
             self.norm_memory = self._uploaded(self.norm_table.bytes())
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(device, torch.float32, non_blocking=True)
-        if found_inf is not None:
-            found_inf = found_inf.to(device, torch.float32, non_blocking=True)
+        grad_scale, found_inf = self.flag(grad_scale), self.flag(found_inf)
         self.norm_streams.use(device, (self.norm_memory, norm.numbers, norm.found_inf))
         self.graphs.keep(device, self.norm_memory, norm, grad_scale, found_inf)
         return self.norm_table.launch(
@@ -80,13 +85,17 @@ class CudaPlan(KernelPlan):
             first,
         )
 
-    def _upload(self, device: torch.device) -> None:
+    def upload_if_changed(self) -> None:
+        if self.table is None or not self.table.fits(self.native):
+            table = self.new_table()
+            self.memory = self._uploaded(table.bytes())
+            self.work = torch.empty(table.work_bytes, dtype=torch.uint8, device=self.device)
+            self.table = table
+
+    def new_table(self) -> Any:
         from .. import _C
 
-        table = _C.CudaTable(self.native, _C.cuda_multiprocessors(device.index))
-        self.memory = self._uploaded(table.bytes())
-        self.work = torch.empty(table.work_bytes, dtype=torch.uint8, device=device)
-        self.table = table
+        return _C.CudaTable(self.native, _C.cuda_multiprocessors(self.device.index))
 
     def _uploaded(self, table: bytearray) -> Tensor:
         refuse_capture(self.device, CHANGED)

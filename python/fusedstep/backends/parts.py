@@ -16,6 +16,8 @@ from ..record import Step
 from . import reference_reducing
 from .base import Backend
 from .cpu import CpuBackend, CpuPlan
+from .cuda import CudaBackend, CudaPlan
+from .plan import Plan
 from .reference import ReferenceBackend, ReferencePlan, Stored, Used
 
 
@@ -29,15 +31,26 @@ class Passes(Protocol):
         written, and all can be begun anew.
         """
 
-    def advance(self) -> dict[int, list[Tensor]]:
-        """The same of the next pass."""
+    def advance(self, found_inf: Tensor | None) -> dict[int, list[Tensor]]:
+        """The same of the next pass; states may be written, unless ``found_inf`` says that the step is skipped."""
 
     def write(self) -> None:
-        """After three passes: write the new parameters and states."""
+        """After three passes: write the new parameters and states, or leave that to `Plan.step`."""
+
+
+def wholes_of(lines: Mapping[int, Lines], count: int) -> list[tuple[int, int, int]]:
+    """Rows, columns and elements of the tensors of which a plan's records are parts, as the engines take them."""
+    known = (lines[index] for index in range(count))
+    return [
+        (0, 0, each.tensor.count) if each.is_flat else (each.column.count, each.row.count, each.tensor.count)
+        for each in known
+    ]
 
 
 class PartsPlan(ReferencePlan):
     """With torch's operations, on any device."""
+
+    host_decides = True  # whether the host must know if a step is skipped before it is gone on with
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -62,7 +75,7 @@ class PartsPlan(ReferencePlan):
         self.asked = {index: next(update) for index, update in self.updates.items()}
         return self.asked
 
-    def advance(self) -> dict[int, list[Tensor]]:
+    def advance(self, found_inf: Tensor | None) -> dict[int, list[Tensor]]:
         self.asked = {index: update.send(self.asked[index]) for index, update in self.updates.items()}
         return self.asked
 
@@ -98,6 +111,7 @@ class CpuPartsPlan(CpuPlan):
 
     borrows_grads = False  # the interpreter runs between the passes
     steps_at_once = False
+    host_decides = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -113,16 +127,10 @@ class CpuPartsPlan(CpuPlan):
             return {}
         if self.buffers is None or self.buffers[0] != active:
             self.buffers = (active, *self._made(active, lines))
-        self.stages = _C.CpuParts(self.native, step, self._wholes(lines), torch.get_num_threads())
+        wholes = wholes_of(lines, len(self.records))
+        self.stages = _C.CpuParts(self.native, step, wholes, torch.get_num_threads())
         self.number = -1
-        return self.advance()
-
-    def _wholes(self, lines: Mapping[int, Lines]) -> list[tuple[int, int, int]]:
-        known = (lines[index] for index in range(len(self.records)))
-        return [
-            (0, 0, each.tensor.count) if each.is_flat else (each.column.count, each.row.count, each.tensor.count)
-            for each in known
-        ]
+        return self.advance(None)
 
     def _made(
         self, active: tuple[int, ...], lines: Mapping[int, Lines]
@@ -138,7 +146,7 @@ class CpuPartsPlan(CpuPlan):
             views.append({i: [next(pieces) if len(buffer) else buffer for _ in sizes[i]] for i in active})
         return buffers, views
 
-    def advance(self) -> dict[int, list[Tensor]]:
+    def advance(self, found_inf: Tensor | None) -> dict[int, list[Tensor]]:
         if self.stages is None:
             return {}
         self.number += 1
@@ -159,6 +167,78 @@ class CpuPartsPlan(CpuPlan):
         return 1
 
 
+class CudaPartsPlan(CudaPlan):
+    """The stages of the CUDA engine: a few launches each for all parts. The host waits for none of them."""
+
+    borrows_grads = False
+    host_decides = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.wholes: list[tuple[int, int, int]] = []
+        self.numbers: list[Tensor] = []  # of each stage, the sums of all records
+        self.views: list[list[list[Tensor]]] = []  # and those of each
+        self.number = 0
+        self.begun: Step | None = None  # on the device
+        self.active: list[int] = []  # which take part in it
+        self.calls = 0  # of kernels, for it
+
+    def begin(self, step: Step, lines: Mapping[int, Lines]) -> dict[int, list[Tensor]]:
+        self.begun, self.active = None, self.native.active()
+        if not self.active:
+            return {}
+        self.wholes = wholes_of(lines, len(self.records))
+        self.upload_if_changed()
+        self.begun, self.number, self.calls = self.on_device(step), 0, 0
+        self._run(self.begun)
+        return self._sums()
+
+    def advance(self, found_inf: Tensor | None) -> dict[int, list[Tensor]]:
+        if self.begun is None:
+            return {}
+        self.number += 1
+        self._run(self.begun._replace(found_inf=self.flag(found_inf)))
+        return self._sums()
+
+    def write(self) -> None:
+        self.begun = None
+
+    def launch(self, step: Step) -> int:
+        self.number = 3
+        self._run(self.on_device(step))
+        return self.calls
+
+    def _run(self, step: Step) -> None:
+        from .. import _C
+
+        addresses = [numbers.data_ptr() for numbers in self.numbers]
+        given = self.memory.data_ptr(), self.work.data_ptr(), addresses, self.number
+        self.calls += _C.cuda_stage(self.native, self.table, *given, step)
+
+    def _sums(self) -> dict[int, list[Tensor]]:
+        return {index: self.views[self.number][index] for index in self.active}
+
+    def new_table(self) -> Any:
+        from .. import _C
+
+        table = _C.CudaTable(self.native, _C.cuda_multiprocessors(self.device.index), self.wholes)
+        self.lay_out(table.sums)
+        return table
+
+    def lay_out(self, sums: list[list[list[int]]]) -> None:
+        """Make the memory for the sums of each stage, given the sizes of those of each record."""
+        self.numbers, self.views = [], []
+        for sizes in sums:
+            flat = [size for each in sizes for size in each]
+            numbers = torch.zeros(sum(flat), dtype=torch.float64, device=self.device)
+            pieces = iter(numbers.split(flat) if flat else ())
+            self.numbers.append(numbers)
+            self.views.append([[next(pieces) for _ in each] for each in sizes])
+
+    def used_memory(self) -> list[Tensor]:
+        return [self.memory, self.work, *self.numbers]
+
+
 class PartsBackend(ReferenceBackend):
     def plan(self, *args: Any) -> PartsPlan:
         return PartsPlan(self, *args)
@@ -169,12 +249,26 @@ class CpuPartsBackend(CpuBackend):
         return CpuPartsPlan(self, *args)
 
 
+class CudaPartsBackend(CudaBackend):
+    def plan(self, *args: Any) -> CudaPartsPlan:
+        return CudaPartsPlan(self, *args)
+
+
 # Chosen by no name, but in the place of the backend that is.
-PARTS, CPU_PARTS = PartsBackend(), CpuPartsBackend()
+PARTS, CPU_PARTS, CUDA_PARTS = PartsBackend(), CpuPartsBackend(), CudaPartsBackend()
 
 
 def backend_of_parts(chosen: Backend, param: Tensor) -> Backend:
-    """What takes the place of a backend: its passes where there are some, else torch's operations."""
-    if chosen.name == "cpu" and chosen.memory(param, contiguous=True) is layout.local(param):
-        return CPU_PARTS
-    return PARTS
+    """What takes the place of a backend: its passes where there are some, else torch's operations.
+
+    Triton has none of its own: those of the CUDA engine are taken, if that can run there.
+    """
+    own = {"cpu": CPU_PARTS, "cuda": CUDA_PARTS, "triton": CUDA_PARTS}.get(chosen.name, PARTS)
+    if chosen.name == "triton" and own.reasons(param.device):
+        return PARTS
+    return own if chosen.memory(param, contiguous=True) is layout.local(param) else PARTS
+
+
+def has_parts(plan: Plan) -> bool:
+    """Whether the steps of a plan are made in passes."""
+    return isinstance(plan, (PartsPlan, CpuPartsPlan, CudaPartsPlan))
