@@ -12,6 +12,7 @@ import json
 import sys
 import warnings
 from datetime import timedelta
+from random import Random
 
 import torch
 import torch.distributed as dist
@@ -230,6 +231,37 @@ def options(option):
             for _ in range(3):
                 pair.step()
             pair.assert_same()
+
+
+@scenario(option=OPTIONS)
+def random_layouts(option, seeds=range(12)):
+    """Any shape on any of the meshes, along whatever dimensions, by any kind of rule; all processes draw the same."""
+    random = Random(option)
+    options = dict(OPTIONS[option])
+    dtype = options.pop("dtype", torch.float32)
+    for seed in seeds:
+        where = random.choice(("two", "three", "four", "HSDP"))
+        shape = [random.choice((1, 2, 3, 5, 8, 17, 40)) for _ in range(random.randint(1, 3))]
+        dims = [random.choice((None, *range(len(shape)))) for _ in MESHES[where][0]]
+        placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+        case = random.choice(ELEMENTWISE)
+        if not takes_part(where):
+            continue
+        placed = functools.partial(
+            distribute_tensor, device_mesh=mesh(*MESHES[where][0]), placements=placements, src_data_rank=None
+        )
+        values, *grads = (numbers(*shape, seed=4 * seed + i, dtype=dtype) for i in range(3))
+        alone, part = torch.nn.Parameter(values.clone()), torch.nn.Parameter(placed(values.clone()))
+        make = functools.partial(getattr(fusedstep, case.optimizer), **{**case.options, **options})
+        expected, mine = make([alone]), make([part])
+        for grad in grads:
+            alone.grad, part.grad = grad.clone(), placed(grad.clone())
+            expected.step()
+            mine.step()
+        for key, other in {"parameter": alone.detach(), **expected.state.get(alone, {})}.items():
+            found = part.detach() if key == "parameter" else mine.state[part][key]
+            other = placed(other.clone()) if other.dim() else other
+            assert torch.equal(local(found), local(other)), (key, str(case), shape, placements, where)
 
 
 @scenario(where=MESHES)
