@@ -115,6 +115,23 @@ class Pair:
         self.expected.step()
         self.mine.step()
 
+    def step_by_micro_batches(self, set_to_none=True):
+        """Three steps of two each; one parameter has a gradient in the second alone, another one never."""
+        optimizers = self.expected, self.mine
+        both = [fusedstep.GradientAccumulator(each, mean=True, set_to_none=set_to_none) for each in optimizers]
+        for _ in range(3):
+            for skip in ((0, 2), (2,)):
+                self.give(skip=skip)
+                for accumulator in both:
+                    accumulator(weight=1.0 + len(skip))
+            for accumulator in both:
+                accumulator.assign()
+            for part, whole in zip(self.parts, self.whole, strict=True):
+                assert (part.grad is None) == (whole.grad is None)
+            for optimizer, accumulator in zip(optimizers, both, strict=True):
+                optimizer.step()
+                accumulator.reset()
+
     def each(self):
         """(part, what it must be) of parameters and states."""
         for i, (part, whole) in enumerate(zip(self.parts, self.whole, strict=True)):
@@ -266,29 +283,11 @@ def random_layouts(option, seeds=range(12)):
 
 @scenario(where=MESHES)
 def accumulated_gradients(where):
-    """Of two micro-batches for a step; one parameter has a gradient in the second alone, another one never."""
-    if not takes_part(where):
-        return
-    for dtype in (torch.float32, torch.bfloat16):
-        pair = Pair(fusedstep.AdamW, where, dtype=dtype, lr=0.01, ema_decay=0.5)
-        both = [
-            fusedstep.GradientAccumulator(optimizer, mean=True, set_to_none=dtype == torch.float32)
-            for optimizer in (pair.expected, pair.mine)
-        ]
-        for _ in range(3):
-            for skip in ((0, 2), (2,)):
-                pair.give(skip=skip)
-                for accumulator in both:
-                    accumulator(weight=1.0 + len(skip))
-            for accumulator in both:
-                accumulator.assign()
-            for part, whole in zip(pair.parts, pair.whole, strict=True):
-                assert (part.grad is None) == (whole.grad is None)
-            pair.expected.step()
-            pair.mine.step()
-            for accumulator in both:
-                accumulator.reset()
-        pair.assert_same()
+    if takes_part(where):
+        for dtype in (torch.float32, torch.bfloat16):
+            pair = Pair(fusedstep.AdamW, where, dtype=dtype, lr=0.01, ema_decay=0.5)
+            pair.step_by_micro_batches(set_to_none=dtype == torch.float32)
+            pair.assert_same()
 
 
 @scenario

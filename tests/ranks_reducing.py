@@ -205,18 +205,7 @@ def accumulated_gradients(case):
     for where in ("three", "FSDP and TP"):
         if takes_part(where):
             pair = pair_of(case, where)
-            both = [fusedstep.GradientAccumulator(optimizer, mean=True) for optimizer in (pair.expected, pair.mine)]
-            for _ in range(3):
-                for skip in ((0, 2), (2,)):
-                    pair.give(skip=skip)
-                    for accumulator in both:
-                        accumulator(weight=1.0 + len(skip))
-                for accumulator in both:
-                    accumulator.assign()
-                pair.expected.step()
-                pair.mine.step()
-                for accumulator in both:
-                    accumulator.reset()
+            pair.step_by_micro_batches()
             assert_close(pair)
 
 
