@@ -76,7 +76,7 @@ void Plan::look(const Words& at, size_t first, size_t end, Sight* sights) const 
     sights[k].storage = sights[k].grad == nullptr ? nullptr : static_cast<Impl>(sights[k].grad[at.storage]);
 }
 
-inline bool Plan::looks_like_before(const Words& at, size_t i, const Sight& sight, const void** data) const {
+FUSEDSTEP_FN bool Plan::looks_like_before(const Words& at, size_t i, const Sight& sight, const void** data) const {
   const KindIndex kind = grad_kinds_[i];
   if (kind == kUnknown || sight.storage == nullptr) return false;
   const SeenKind& seen = kinds_[kind];
@@ -89,7 +89,7 @@ inline bool Plan::looks_like_before(const Words& at, size_t i, const Sight& sigh
   return true;
 }
 
-inline bool Plan::param_unchanged(const Words& at, size_t i) const {
+FUSEDSTEP_FN bool Plan::param_unchanged(const Words& at, size_t i) const {
   const Layout& layout = layouts_[i];
   if (layout.watch < 0) return false;
   const MemoryWatch& memory = param_memory_[layout.watch];

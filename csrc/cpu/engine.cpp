@@ -8,6 +8,7 @@
 #include "tiles.h"
 // clang-format on
 
+#include <algorithm>
 #include <array>
 
 namespace fusedstep::cpu {
@@ -141,22 +142,32 @@ void update_fp32(const Record& record, float* grad, int64_t n, const GradChange<
 
 // prepare() costs more than a small tensor's update, and most tensors of a group are at the same step.
 template <class Rule, class T>
-struct Prepared {
-  int64_t step = -1;
+class Prepared {
+ public:
+  explicit Prepared(const Call& call) : change(grad_change<T>(call)), call_(call) {}
+
+  const GradChange<T> change;
+  int64_t step = 0;
   typename Rule::template Scalars<T> scalars{};
 
-  const Prepared& at(const Call& call, const Record& record) {
-    const int64_t next = count_of(*record.step) + 1;
-    if (next != step) scalars = Rule::template prepare<T>(call.hyper, step = next);
+  const Prepared& at(const Record& record) {
+    if (*record.step == counter_) return *this;
+    counter_ = *record.step;
+    step = count_of(counter_) + 1;
+    scalars = Rule::template prepare<T>(call_.hyper, step);
     return *this;
   }
+
+ private:
+  const Call& call_;
+  float counter_ = -1;  // that these are for
 };
 
 template <class Rule, class T>
-void update_range(const Call& call, const Work& work, int64_t begin, int64_t end, const Prepared<Rule, T>& prepared) {
+void update_range(const Work& work, int64_t begin, int64_t end, const Prepared<Rule, T>& prepared) {
   const Record& record = *work.record;
   const auto& scalars = prepared.scalars;
-  const GradChange<T> change = grad_change<T>(call);
+  const GradChange<T>& change = prepared.change;
   const bool uniform =
       is_plain(record) && record.grad_dtype == record.param_dtype && states_are<Rule>(record, record.param_dtype);
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -214,10 +225,29 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
   }
 }
 
+// Asks for the first numbers of a tensor. Small ones lie all over the memory, and a processor looks no further ahead
+// than to the next one.
+template <class Rule>
+FUSEDSTEP_FN void prefetch(const Work& work) {
+  constexpr int64_t kLine = 64, kMost = 4 * kLine;
+  const Record& record = *work.record;
+  const int64_t bytes = std::min(record.numel * int64_t{sizeof(float)}, kMost);
+  const auto ask_for = [bytes](const void* data) FUSEDSTEP_INLINE {
+    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(data) + i, 1);
+  };
+  __builtin_prefetch(record.step, 1);
+  ask_for(record.param);
+  ask_for(work.grad);
+  FUSEDSTEP_UNROLL
+  for (int k = 0; k < kNumNamed<Rule>; ++k)
+    if (has_state<Rule>(k)) ask_for(record.states[k]);
+}
+
 template <class Rule>
 void run_rule(const Call& call, int64_t first, int64_t last) {
-  Prepared<Rule, float> single;
-  Prepared<Rule, double> fp64;
+  Prepared<Rule, float> single(call);
+  Prepared<Rule, double> fp64(call);
+  constexpr int64_t kAhead = 3;
   int64_t low = 0, high = call.work_size;  // the last tensor that begins at or before `first`
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
@@ -225,6 +255,7 @@ void run_rule(const Call& call, int64_t first, int64_t last) {
   }
   for (int64_t i = low; i < call.work_size && call.work[i].begin < last; ++i) {
     const Work& work = call.work[i];
+    if (i + kAhead < call.work_size) prefetch<Rule>(call.work[i + kAhead]);
     const int64_t begin = first > work.begin ? first - work.begin : 0;
     const int64_t end = last - work.begin < work.record->numel ? last - work.begin : work.record->numel;
     if (begin >= end) continue;
@@ -232,10 +263,10 @@ void run_rule(const Call& call, int64_t first, int64_t last) {
     for (int64_t at = begin; at < end; at += at_once) {
       const int64_t to = end - at < at_once ? end : at + at_once;
       if (work.record->param_dtype == Dtype::kF64) {
-        update_range<Rule, double>(call, work, at, to, fp64.at(call, *work.record));
+        update_range<Rule, double>(work, at, to, fp64.at(*work.record));
         if (work.record->has_followers()) follow<double>(*work.record, at, to, call.average_weight);
       } else {
-        update_range<Rule, float>(call, work, at, to, single.at(call, *work.record));
+        update_range<Rule, float>(work, at, to, single.at(*work.record));
         if (work.record->has_followers()) follow<float>(*work.record, at, to, static_cast<float>(call.average_weight));
       }
     }

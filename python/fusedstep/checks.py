@@ -48,6 +48,8 @@ def as_number(label: str, value: Any) -> float | Tensor:
     Raises:
         ValueError, TypeError: it is no number, or one that a float cannot hold.
     """
+    if type(value) is bool or type(value) is int:  # as most options are that are no floats: told apart quickly
+        return as_float(label, value)
     if not isinstance(value, Tensor):
         if not isinstance(value, Real):
             raise TypeError(f"Invalid {label}: {value!r} is a {type(value).__name__}; it must be a number")

@@ -77,14 +77,15 @@ class Stepper:
 
     def plans_fit(self, optimizer: FusedOptimizer, needs_norm: bool) -> bool:
         """Whether the plans of the last step are for the same tensors and options; their memory is not looked at."""
-        plans = self.plans
-        return (
-            plans is not None
-            and (self.norms_checked or not needs_norm)
-            and self.watch.unchanged(optimizer.state, optimizer.param_groups)
-            and all(plan.states == optimizer.states_of(optimizer.param_groups[plan.group]) for plan in plans)
-            and (not optimizer.variant_options or self.seen_options == self.options_of_variants(optimizer))
-        )
+        groups = optimizer.param_groups
+        if self.plans is None or not (self.norms_checked or not needs_norm):
+            return False
+        if not self.watch.unchanged(optimizer.state, groups):
+            return False
+        for plan in self.plans:
+            if plan.states != optimizer.states_of(groups[plan.group]):
+                return False
+        return not optimizer.variant_options or self.seen_options == self.options_of_variants(optimizer)
 
     def plans_that_fit(self, optimizer: FusedOptimizer, needs_norm: bool = False) -> list[Plan] | None:
         """The plans of the last step with this step's gradients, every pointer checked; None: new ones are needed."""

@@ -16,7 +16,7 @@ from ..caller import level_of_the_user
 from .base import Backend
 from .cpu import CpuBackend
 from .cuda import CudaBackend
-from .native import extension_reasons
+from .native import _C, extension_reasons
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
@@ -122,6 +122,4 @@ def watch(state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> Any:
     """Something whose ``unchanged(state, param_groups)`` tells whether an object in the two was replaced."""
     if extension_reasons():
         return _AlwaysChanged()
-    from .. import _C
-
     return _C.ChangeDetector(state, param_groups)

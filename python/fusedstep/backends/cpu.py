@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import KernelBackend
-from .native import extension_reasons
+from .native import _C, extension_reasons
 from .plan import KernelPlan
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ class CpuPlan(KernelPlan):
         return not (self.memory_keys or self.grads_change)
 
     def launch(self, step: Step) -> int:
-        from .. import _C
-
         if step.skipped:
             if step.zero_grads:
                 # Those that the plan has copies of are zeroed with these.
@@ -50,8 +48,6 @@ def gather_and_step(steps: Sequence[tuple[CpuPlan, Step]]) -> int | None:
     Args:
         steps: plans that say ``steps_at_once``, each with its step.
     """
-    from .. import _C
-
     calls = _C.cpu_gather_and_step([(plan.native, step) for plan, step in steps], torch.get_num_threads())
     return None if calls < 0 else calls
 
@@ -72,8 +68,6 @@ class CpuBackend(KernelBackend):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> int:
-        from .. import _C
-
         _C.cpu_norm(
             [plan.native for plan in plans],
             1.0 if grad_scale is None else float(grad_scale),
@@ -86,8 +80,6 @@ class CpuBackend(KernelBackend):
         return 1
 
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
-        from .. import _C
-
         if found_inf is not None and found_inf.item() != 0:
             return 0
         _C.cpu_advance_schedules(schedules.values.data_ptr(), schedules.table.data_ptr(), len(schedules.lrs))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import KernelBackend
 from .lifetime import CHANGED, Streams, refuse_capture
-from .native import extension_reasons
+from .native import _C, extension_reasons
 from .plan import KernelPlan
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ class CudaPlan(KernelPlan):
         self.norm_streams = Streams()
 
     def launch(self, step: Step) -> int:
-        from .. import _C
-
         self.upload_if_changed()
         step = self.on_device(step)
         return _C.cuda_step(self.native, self.table, self.memory.data_ptr(), self.work.data_ptr(), step)
@@ -65,8 +63,6 @@ class CudaPlan(KernelPlan):
         first: bool,
     ) -> int:
         """Add this plan's sums to ``norm``, or replace them if it is the ``first``; with limits, finish it."""
-        from .. import _C
-
         device = self.device
         if self.norm_table is None or not self.norm_table.fits(self.native):
             self.norm_table = _C.CudaNormTable(self.native)
@@ -93,8 +89,6 @@ class CudaPlan(KernelPlan):
             self.table = table
 
     def new_table(self) -> Any:
-        from .. import _C
-
         return _C.CudaTable(self.native, _C.cuda_multiprocessors(self.device.index))
 
     def _uploaded(self, table: bytearray) -> Tensor:
@@ -113,8 +107,6 @@ class CudaBackend(KernelBackend):
         missing = extension_reasons()
         if missing:
             return missing
-        from .. import _C
-
         if not _C.with_cuda:
             return ["fusedstep was built without CUDA; reinstall it with nvcc on PATH (FUSEDSTEP_CUDA=1 insists on it)"]
         count, why = _C.cuda_device_count()
@@ -138,8 +130,6 @@ class CudaBackend(KernelBackend):
         return calls
 
     def advance_schedules(self, schedules: DeviceSchedules, found_inf: Tensor | None) -> int:
-        from .. import _C
-
         values, table = schedules.values, schedules.table
         if found_inf is not None:
             found_inf = found_inf.to(values.device, torch.float32, non_blocking=True)

@@ -1,16 +1,20 @@
-"""Whether the compiled extension is there."""
+"""The compiled extension, and whether it is there."""
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
+
+_C: Any = None  # the module `fusedstep._C`, where it can be imported
 
 
 def _import_extension() -> list[str]:
+    global _C
     try:
-        extension = importlib.import_module("fusedstep._C")
+        _C = importlib.import_module("fusedstep._C")
     except ImportError as error:
         return [f"the compiled extension cannot be imported ({error}); reinstall fusedstep with a C++17 compiler"]
-    extension.look_up_torch()  # here, under the import lock, because it must not run in two threads at once
+    _C.look_up_torch()  # here, under the import lock, because it must not run in two threads at once
     return []
 
 

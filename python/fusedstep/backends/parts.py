@@ -17,6 +17,7 @@ from . import reference_reducing
 from .base import Backend
 from .cpu import CpuBackend, CpuPlan
 from .cuda import CudaBackend, CudaPlan
+from .native import _C
 from .plan import Plan
 from .reference import ReferenceBackend, ReferencePlan, Stored, Used
 
@@ -120,8 +121,6 @@ class CpuPartsPlan(CpuPlan):
         self.number = 0
 
     def begin(self, step: Step, lines: Mapping[int, Lines]) -> dict[int, list[Tensor]]:
-        from .. import _C
-
         active = tuple(self.native.active())
         if not active:
             return {}
@@ -209,8 +208,6 @@ class CudaPartsPlan(CudaPlan):
         return self.calls
 
     def _run(self, step: Step) -> None:
-        from .. import _C
-
         addresses = [numbers.data_ptr() for numbers in self.numbers]
         given = self.memory.data_ptr(), self.work.data_ptr(), addresses, self.number
         self.calls += _C.cuda_stage(self.native, self.table, *given, step)
@@ -219,8 +216,6 @@ class CudaPartsPlan(CudaPlan):
         return {index: self.views[self.number][index] for index in self.active}
 
     def new_table(self) -> Any:
-        from .. import _C
-
         table = _C.CudaTable(self.native, _C.cuda_multiprocessors(self.device.index), self.wholes)
         self.lay_out(table.sums)
         return table

@@ -15,6 +15,7 @@ from .. import checks, layout, shards
 from ..kept.ema import follow
 from ..record import Record, Step, memory_layout
 from .lifetime import Graphs, Streams
+from .native import _C
 
 if TYPE_CHECKING:
     from ..exchange import Over
@@ -73,8 +74,7 @@ class Plan(ABC):
         self, hyper: tuple[float | Tensor, ...], maximize: bool = False, found_inf: Tensor | None = None
     ) -> Step:
         """A step with these, and with what all steps of this plan have in common."""
-        flags = self.zero_grads, self.write_grads, self.average_weight
-        return Step(hyper, maximize, None, found_inf, None, *flags)
+        return Step(hyper, maximize, None, found_inf, None, self.zero_grads, self.write_grads, self.average_weight)
 
     @abstractmethod
     def step(self, step: Step) -> int:
@@ -202,8 +202,6 @@ class KernelPlan(Plan):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        from .. import _C
-
         self.streams = Streams()
         self.native = _C.Plan(self.rule, self.states, self.records)
         self.staged = [
@@ -350,8 +348,6 @@ class SharedGrads:
         if not kernel_plans:  # the reference reads copies
             return False
         if self.overlaps is None:
-            from .. import _C
-
             self.overlaps = _C.Overlaps()
         own = [plan._own_grad(i) for plan in plans for i in plan.copied_grads()]
         extents = [layout.extent(layout.local(grad)) for grad in own if grad.layout == torch.strided]

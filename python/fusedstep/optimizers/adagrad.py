@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -19,6 +20,9 @@ class Hyper(NamedTuple):
     lr_decay: float
     weight_decay: float
     eps: float
+
+
+_values_of = itemgetter(*Hyper._fields)
 
 
 class Scalars(NamedTuple):
@@ -124,7 +128,7 @@ class Adagrad(FusedOptimizer):
         return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
 
     def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
-        return tuple(group[name] for name in Hyper._fields)
+        return _values_of(group)
 
     @staticmethod
     def prepare(h, step):

@@ -126,7 +126,7 @@ class Adam(FusedOptimizer):
     def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
         beta1, beta2 = group["betas"]
         decoupled = group["decoupled_weight_decay"]
-        return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], decoupled, False, 0.0
+        return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], decoupled, 0.0, 0.0
 
     @staticmethod
     def prepare(h, step):

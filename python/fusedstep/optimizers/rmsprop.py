@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, NamedTuple, Unpack
 
 from torch import Tensor
@@ -20,6 +21,9 @@ class Hyper(NamedTuple):
     weight_decay: float
     momentum: float
     momentum_decay: float
+
+
+_values_of = itemgetter(*Hyper._fields)
 
 
 class Scalars(NamedTuple):
@@ -130,7 +134,7 @@ class RMSprop(FusedOptimizer):
         return ("square_avg", "grad_avg") if group["centered"] else ()
 
     def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
-        return tuple(group[name] for name in Hyper._fields)
+        return _values_of(group)
 
     @staticmethod
     def prepare(h, step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, NamedTuple, Unpack
 
 from torch import Tensor
@@ -19,6 +20,9 @@ class Hyper(NamedTuple):
     dampening: float
     weight_decay: float
     nesterov: float
+
+
+_values_of = itemgetter(*Hyper._fields)
 
 
 class Scalars(NamedTuple):
@@ -125,7 +129,7 @@ class SGD(FusedOptimizer):
         return group["momentum"] == 0  # with momentum, rows that were named before go on moving
 
     def hyper(self, group: dict[str, Any], variant: None) -> tuple[float | Tensor, ...]:
-        return tuple(group[name] for name in Hyper._fields)
+        return _values_of(group)
 
     @staticmethod
     def prepare(h, step):
