@@ -105,6 +105,15 @@ FUSEDSTEP_FN void for_packs(int64_t n, Visit&& visit) {
   }
 }
 
+// Calls visit(i, size) for each pack of n numbers, for what is done with each number alone. Fewer copies of what it
+// does than for_packs makes.
+template <class T, class Visit>
+FUSEDSTEP_FN void for_each_pack(int64_t n, Visit&& visit) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) visit(i, Whole{});
+  if (i < n) visit(i, Part{n - i});
+}
+
 template <class T>
 struct Lanes {
   Pack<T> packs[kSplit<T>] = {};

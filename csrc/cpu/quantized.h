@@ -23,16 +23,17 @@ class QuantizedStates {
   QuantizedStates(const Record& record, int64_t begin, const GradChange<float>& change, const Scalars& scalars)
       : record_(record), change_(change), scalars_(scalars), block_(begin / kBlock) {}
 
-  // The next block, whose elements begin at `at` in weight and gradient.
+  // The next blocks, whose elements begin at `at` in weight and gradient, as far as there is a whole one before `end`.
+  // Returns where they end.
   template <class Weight, class Grad>
-  FUSEDSTEP_FN void update(Weight& weight, const Grad& grad, int64_t at) {
-    if constexpr (Weight::kByBlocks) weight.begin_block(at);
-    if (waiting_ < kDelay) {
-      pass<false>(weight, grad, at);
-      ++waiting_;
-    } else {
-      pass<true>(weight, grad, at);
+  FUSEDSTEP_OUT_OF_LINE int64_t update(Weight& weight, const Grad& grad, int64_t at, int64_t end) {
+    for (; at + kBlock <= end; at += kBlock) {
+      if constexpr (Weight::kByBlocks) weight.begin_block(at);
+      const bool quantizes = waiting_ == kDelay;
+      pass(weight, grad, at, quantizes);
+      if (!quantizes) ++waiting_;
     }
+    return at;
   }
   // The last n elements, fewer than a block: in copies that are a whole one.
   void update_part(float* param, float* grad, int64_t n) {
@@ -49,7 +50,7 @@ class QuantizedStates {
     });
     QuantizedStates part(copy, 0, change_, scalars_);
     const PlainWeight<float, kOrder> weight(copy, 0);
-    part.template pass<false, false>(weight, WideStored<float, kOrder>{grads}, 0);
+    part.template pass<false>(weight, WideStored<float, kOrder>{grads}, 0, false);
     visit_states(0, [&](int k, auto numbers) {
       if constexpr (kIsCodes<decltype(numbers)>) {
         float* const fresh = part.fresh_[0].numbers[k];
@@ -139,10 +140,10 @@ class QuantizedStates {
     WordPack of[kStateSlots] = {};
   };
 
-  // Updates the next block; with kQuantizes, encodes the one that has waited longest. Without kCloses, the block stays
-  // the next one.
-  template <bool kQuantizes, bool kCloses = true, class Weight, class Grad>
-  FUSEDSTEP_FN void pass(const Weight& weight, const Grad grad, int64_t at) {
+  // Updates the next block and, if told, encodes the one that has waited longest. Without kCloses, the block stays the
+  // next one.
+  template <bool kCloses = true, class Weight, class Grad>
+  FUSEDSTEP_FN void pass(const Weight& weight, const Grad grad, int64_t at, bool quantizes) {
     Fresh& now = fresh_[block_ % kGenerations];
     const Fresh& old = fresh_[(block_ + 1) % kGenerations];
     Pass pass;
@@ -160,7 +161,7 @@ class QuantizedStates {
     });
     for (int64_t i = 0; i < kBlock; i += kWide) {
       if (!step<false>(weight, grad, at + i, i, pass, most)) most = step_exactly(weight, grad, at + i, i, pass, most);
-      if (!kQuantizes) continue;
+      if (!quantizes) continue;
       visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
         if constexpr (kIsCodes<decltype(type)>)
           quantize<kOrder>(numbers_at<decltype(type)>(pass.states[k]) + (i - kDelay * kBlock),
@@ -178,8 +179,8 @@ class QuantizedStates {
   template <bool kExact, class Weight, class Grad>
   FUSEDSTEP_FN static bool step(const Weight& weight, const Grad& grad, int64_t at, int64_t i, const Pass& pass,
                                 Most& most) {
-    Wide p = weight.template load<kExact>(at);
-    const Wide stored = grad.template load<kExact>(at), g{pass.change(stored.a), pass.change(stored.b)};
+    Wide p = load_wide<kExact>(weight, at);
+    const Wide stored = load_wide<kExact>(grad, at), g{pass.change(stored.a), pass.change(stored.b)};
     FloatPack a[kMaxStates] = {}, b[kMaxStates] = {};
     visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
       const auto numbers = numbers_at<decltype(type)>(pass.states[k]) + i;
@@ -187,14 +188,13 @@ class QuantizedStates {
       if constexpr (kIsCodes<decltype(type)>)
         state = dequantize<kOrder>(numbers, pass.scales[k]);
       else
-        state = WideStored<float, kOrder>{numbers}.template load<kExact>(0);
+        state = load_wide<false>(WideStored<float, kOrder>{numbers}, 0);
       a[k] = state.a;
       b[k] = state.b;
     });
-    update_with<Rule>(p.a, g.a, a, pass.scalars);
-    update_with<Rule>(p.b, g.b, b, pass.scalars);
+    update_both<Rule, kExact>(p, g, a, b, pass.scalars);
     Doubt doubt;
-    const auto narrowed = weight.template narrow<kExact>(at, p, doubt);
+    const auto narrowed = narrow_wide<kExact>(weight, at, p, doubt);
     if (!kExact && __builtin_expect(doubt.any(), 0)) return false;
     if (pass.change.zero || pass.change.write) store_grads(grad, at, g, pass.change);
     weight.store(at, narrowed);
@@ -211,8 +211,7 @@ class QuantizedStates {
     return true;
   }
   template <class Weight, class Grad>
-  FUSEDSTEP_OUT_OF_LINE static Most step_exactly(Weight weight, Grad grad, int64_t at, int64_t i, Pass pass,
-                                                 Most most) {
+  FUSEDSTEP_COLD static Most step_exactly(Weight weight, Grad grad, int64_t at, int64_t i, Pass pass, Most most) {
     step<true>(weight, grad, at, i, pass, most);
     return most;
   }
@@ -240,7 +239,7 @@ class QuantizedStates {
     fresh.inverses[k] = Block(max_abs).inverse;
   }
   // A block without a scale is encoded as zeros. A number may be negative only because somebody has set it.
-  FUSEDSTEP_OUT_OF_LINE uint32_t close_odd(int k, float* numbers) const {
+  FUSEDSTEP_COLD uint32_t close_odd(int k, float* numbers) const {
     if (Rule::kCodes[k] == Code::kNonNegative)
       for (int64_t i = 0; i < kBlock; ++i) numbers[i] = bit_cast<float>(bit_cast<uint32_t>(numbers[i]) & 0x7fffffffu);
     const uint32_t max_abs = largest_magnitude(numbers);
