@@ -93,8 +93,9 @@ FUSEDSTEP_FN bool update_wide(const Weight& weight, const Grad& grad, const Stat
 }
 // In copies of everything: a loop that gave away the addresses of its own would read them again in each turn.
 template <class Rule, class Weight, class Grad, class States>
-FUSEDSTEP_COLD void update_wide_exactly(Weight weight, Grad grad, States states, int64_t i, GradChange<float> change,
-                                        typename Rule::template Scalars<float> scalars) {
+FUSEDSTEP_OUT_OF_LINE void update_wide_exactly(Weight weight, Grad grad, States states, int64_t i,
+                                               GradChange<float> change,
+                                               typename Rule::template Scalars<float> scalars) {
   update_wide<Rule, true>(weight, grad, states, i, change, scalars);
 }
 

@@ -26,12 +26,15 @@ class QuantizedStates {
   // The next blocks, whose elements begin at `at` in weight and gradient, as far as there is a whole one before `end`.
   // Returns where they end.
   template <class Weight, class Grad>
-  FUSEDSTEP_OUT_OF_LINE int64_t update(Weight& weight, const Grad& grad, int64_t at, int64_t end) {
+  FUSEDSTEP_FN int64_t update(Weight& weight, const Grad& grad, int64_t at, int64_t end) {
     for (; at + kBlock <= end; at += kBlock) {
       if constexpr (Weight::kByBlocks) weight.begin_block(at);
-      const bool quantizes = waiting_ == kDelay;
-      pass(weight, grad, at, quantizes);
-      if (!quantizes) ++waiting_;
+      if (waiting_ < kDelay) {
+        pass<false>(weight, grad, at);
+        ++waiting_;
+      } else {
+        pass<true>(weight, grad, at);
+      }
     }
     return at;
   }
@@ -50,7 +53,7 @@ class QuantizedStates {
     });
     QuantizedStates part(copy, 0, change_, scalars_);
     const PlainWeight<float, kOrder> weight(copy, 0);
-    part.template pass<false>(weight, WideStored<float, kOrder>{grads}, 0, false);
+    part.template pass<false, false>(weight, WideStored<float, kOrder>{grads}, 0);
     visit_states(0, [&](int k, auto numbers) {
       if constexpr (kIsCodes<decltype(numbers)>) {
         float* const fresh = part.fresh_[0].numbers[k];
@@ -140,10 +143,10 @@ class QuantizedStates {
     WordPack of[kStateSlots] = {};
   };
 
-  // Updates the next block and, if told, encodes the one that has waited longest. Without kCloses, the block stays the
-  // next one.
-  template <bool kCloses = true, class Weight, class Grad>
-  FUSEDSTEP_FN void pass(const Weight& weight, const Grad grad, int64_t at, bool quantizes) {
+  // Updates the next block; with kQuantizes, encodes the one that has waited longest. Without kCloses, the block stays
+  // the next one.
+  template <bool kQuantizes, bool kCloses = true, class Weight, class Grad>
+  FUSEDSTEP_FN void pass(const Weight& weight, const Grad grad, int64_t at) {
     Fresh& now = fresh_[block_ % kGenerations];
     const Fresh& old = fresh_[(block_ + 1) % kGenerations];
     Pass pass;
@@ -161,7 +164,7 @@ class QuantizedStates {
     });
     for (int64_t i = 0; i < kBlock; i += kWide) {
       if (!step<false>(weight, grad, at + i, i, pass, most)) most = step_exactly(weight, grad, at + i, i, pass, most);
-      if (!quantizes) continue;
+      if (!kQuantizes) continue;
       visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
         if constexpr (kIsCodes<decltype(type)>)
           quantize<kOrder>(numbers_at<decltype(type)>(pass.states[k]) + (i - kDelay * kBlock),
@@ -211,7 +214,8 @@ class QuantizedStates {
     return true;
   }
   template <class Weight, class Grad>
-  FUSEDSTEP_COLD static Most step_exactly(Weight weight, Grad grad, int64_t at, int64_t i, Pass pass, Most most) {
+  FUSEDSTEP_OUT_OF_LINE static Most step_exactly(Weight weight, Grad grad, int64_t at, int64_t i, Pass pass,
+                                                 Most most) {
     step<true>(weight, grad, at, i, pass, most);
     return most;
   }
@@ -239,7 +243,7 @@ class QuantizedStates {
     fresh.inverses[k] = Block(max_abs).inverse;
   }
   // A block without a scale is encoded as zeros. A number may be negative only because somebody has set it.
-  FUSEDSTEP_COLD uint32_t close_odd(int k, float* numbers) const {
+  FUSEDSTEP_OUT_OF_LINE uint32_t close_odd(int k, float* numbers) const {
     if (Rule::kCodes[k] == Code::kNonNegative)
       for (int64_t i = 0; i < kBlock; ++i) numbers[i] = bit_cast<float>(bit_cast<uint32_t>(numbers[i]) & 0x7fffffffu);
     const uint32_t max_abs = largest_magnitude(numbers);

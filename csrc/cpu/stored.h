@@ -7,8 +7,6 @@
 #define FUSEDSTEP_INLINE __attribute__((always_inline))
 
 #define FUSEDSTEP_OUT_OF_LINE __attribute__((noinline))
-// For what hardly ever runs: compiled for size.
-#define FUSEDSTEP_COLD __attribute__((noinline, cold))
 
 // The states of one element must live in registers, not in an array in memory.
 #define FUSEDSTEP_UNROLL _Pragma("GCC unroll 16")

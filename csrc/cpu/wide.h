@@ -202,16 +202,17 @@ struct WideStored<F16, kOrder> {
 
 // The long ways are as many as there are formats, not formats of each rule.
 template <class Numbers>
-FUSEDSTEP_COLD Wide load_exactly(const Numbers& numbers, int64_t i) {
+FUSEDSTEP_OUT_OF_LINE Wide load_exactly(const Numbers& numbers, int64_t i) {
   return numbers.template load<true>(i);
 }
 template <class Numbers>
-FUSEDSTEP_COLD auto narrow_exactly(const Numbers& numbers, int64_t i, const Wide& x) {
+FUSEDSTEP_OUT_OF_LINE auto narrow_exactly(const Numbers& numbers, int64_t i, const Wide& x) {
   Doubt none;
   return numbers.template narrow<true>(i, x, none);
 }
 template <class Rule, class Scalars>
-FUSEDSTEP_COLD void update_out_of_line(Wide& param, const Wide& grad, FloatPack* a, FloatPack* b, const Scalars& s) {
+FUSEDSTEP_OUT_OF_LINE void update_out_of_line(Wide& param, const Wide& grad, FloatPack* a, FloatPack* b,
+                                              const Scalars& s) {
   update_with<Rule>(param.a, grad.a, a, s);
   update_with<Rule>(param.b, grad.b, b, s);
 }
