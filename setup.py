@@ -4,7 +4,7 @@ Needs setuptools, pybind11, ninja and a C++17 compiler; torch is not involved. E
 pyproject.toml. Environment variables:
 
   FUSEDSTEP_CUDA        0 leaves the CUDA engine out, 1 makes a missing nvcc an error; unset: built where nvcc is found
-  FUSEDSTEP_CUDA_ARCHS  for example "90", "80;90", "9.0+PTX"; unset: sm_80, sm_90, sm_100, sm_120, and PTX for later
+  FUSEDSTEP_CUDA_ARCHS  for example "90", "80;90", "9.0+PTX"; unset: sm_80, sm_90, sm_100, sm_120 and PTX of the newest
   FUSEDSTEP_WERROR      1 makes a compiler's warning an error
   CUDA_HOME, CUDACXX    where nvcc is (asked in this order, then PATH)
   CXX                   the C++ compiler (default: g++ or c++)
@@ -118,8 +118,8 @@ def find_nvcc(environ) -> str | None:
 def gencode_flags(archs: str, supported: set[str] | None = None) -> list[str]:
     """nvcc's flags for a list such as "80;90;10.0+PTX"; of the default list only what `supported` has is taken.
 
-    All are made of the same PTX, the oldest one's: that takes most of the time, and sources and machine code do not
-    differ for it.
+    Those before sm_100 are made of the same PTX, the oldest one's: that takes most of the time, and their machine code
+    does not differ for it, as later ones' does.
     """
     found = []
     entries = [entry for entry in re.split(r"[;,\s]+", archs) if entry]
@@ -142,14 +142,14 @@ def gencode_flags(archs: str, supported: set[str] | None = None) -> list[str]:
         found.append((number, bool(match[3])))
     if not found:
         raise SetupError(f"FUSEDSTEP_CUDA_ARCHS={archs!r} names no architecture that this nvcc can compile for")
-    shared = min((number for number, _ in found if number.isdigit()), key=int, default=None)
+    sharing = [number for number, _ in found if number.isdigit() and int(number) < 100]
     flags = []
     for number, with_ptx in found:
-        virtual = shared if number.isdigit() else number
+        virtual = min(sharing, key=int) if number in sharing and not with_ptx else number
         flags.append(f"-gencode=arch=compute_{virtual},code=sm_{number}")
         if with_ptx:
-            flags.append(f"-gencode=arch=compute_{virtual},code=compute_{virtual}")
-    return list(dict.fromkeys(flags))
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 def arch_list(gencodes: list[str]) -> str:

@@ -172,19 +172,16 @@ class TestArchitectures:
     def test_every_spelling_means_the_same(self, setup_py, archs):
         assert setup_py.gencode_flags(archs) == [
             "-gencode=arch=compute_80,code=sm_80",
-            "-gencode=arch=compute_80,code=sm_90",
-            "-gencode=arch=compute_80,code=compute_80",
+            "-gencode=arch=compute_90,code=sm_90",
+            "-gencode=arch=compute_90,code=compute_90",
         ]
 
-    def test_all_are_made_of_the_oldest_ones_ptx(self, setup_py):
-        assert setup_py.gencode_flags("120;90;100") == [
-            f"-gencode=arch=compute_90,code=sm_{arch}" for arch in (120, 90, 100)
-        ]
-        assert setup_py.gencode_flags("100+PTX;90a;90+PTX") == [
-            "-gencode=arch=compute_90,code=sm_100",
-            "-gencode=arch=compute_90,code=compute_90",
+    def test_those_before_sm_100_are_made_of_one_ptx(self, setup_py):
+        assert setup_py.gencode_flags("80;90;100;90a") == [
+            "-gencode=arch=compute_80,code=sm_80",
+            "-gencode=arch=compute_80,code=sm_90",
+            "-gencode=arch=compute_100,code=sm_100",
             "-gencode=arch=compute_90a,code=sm_90a",
-            "-gencode=arch=compute_90,code=sm_90",
         ]
 
     def test_the_extension_is_told_what_it_has_machine_code_for(self, setup_py):
