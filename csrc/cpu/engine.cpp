@@ -110,7 +110,7 @@ int64_t update_as(Format, const Record& record, const void* grad_data, int64_t b
   if (Format::Weight::kByBlocks && begin % kBlock != 0) return begin;
   if constexpr (kIsQuantized<typename Format::State>) {
     QuantizedStates<Rule, Format::State::kBits, Format::kOrder> quantized(record, begin, given_change, scalars);
-    i = quantized.update(weight, grad, i, end);
+    for (; i + kBlock <= end; i += kBlock) quantized.update(weight, grad, i);
     quantized.finish();
   } else {
     using Stored = WideStored<typename Format::State, Format::kOrder>;
@@ -220,7 +220,8 @@ void update_range(const Call& call, const Work& work, int64_t begin, int64_t end
           tiles(false, [&](const Record& tile, float* grad, int64_t n) {
             PlainWeight<float, Order::kInOrder> weight(tile, prepared.step);
             const WideStored<float, Order::kInOrder> grads{grad};
-            const int64_t i = quantized.update(weight, grads, 0, n);
+            int64_t i = 0;
+            for (; i + kBlock <= n; i += kBlock) quantized.update(weight, grads, i);
             if (i < n) quantized.update_part(weight.data + i, grad + i, n - i);
           });
           quantized.finish();

@@ -23,20 +23,16 @@ class QuantizedStates {
   QuantizedStates(const Record& record, int64_t begin, const GradChange<float>& change, const Scalars& scalars)
       : record_(record), change_(change), scalars_(scalars), block_(begin / kBlock) {}
 
-  // The next blocks, whose elements begin at `at` in weight and gradient, as far as there is a whole one before `end`.
-  // Returns where they end.
+  // The next block, whose elements begin at `at` in weight and gradient.
   template <class Weight, class Grad>
-  FUSEDSTEP_FN int64_t update(Weight& weight, const Grad& grad, int64_t at, int64_t end) {
-    for (; at + kBlock <= end; at += kBlock) {
-      if constexpr (Weight::kByBlocks) weight.begin_block(at);
-      if (waiting_ < kDelay) {
-        pass<false>(weight, grad, at);
-        ++waiting_;
-      } else {
-        pass<true>(weight, grad, at);
-      }
+  FUSEDSTEP_FN void update(Weight& weight, const Grad& grad, int64_t at) {
+    if constexpr (Weight::kByBlocks) weight.begin_block(at);
+    if (waiting_ < kDelay) {
+      pass<false>(weight, grad, at);
+      ++waiting_;
+    } else {
+      pass<true>(weight, grad, at);
     }
-    return at;
   }
   // The last n elements, fewer than a block: in copies that are a whole one.
   void update_part(float* param, float* grad, int64_t n) {
