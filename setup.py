@@ -46,6 +46,8 @@ NVCC_FLAGS = [
     *("-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
 ]
+# Mostly pybind11's templates, which take long to compile: called once a step or less, not once a tensor.
+BINDINGS = ("cuda_bindings", "module", "norm_bindings")
 # The path of nvcc is no part of a command, its version is: objects depend on the latter alone.
 NVCC = '"$FUSEDSTEP_NVCC"'
 EXTENSION = f"{sys.implementation.cache_tag}/_C.so"
@@ -114,8 +116,12 @@ def find_nvcc(environ) -> str | None:
 
 
 def gencode_flags(archs: str, supported: set[str] | None = None) -> list[str]:
-    """nvcc's flags for a list such as "80;90;10.0+PTX"; of the default list only what `supported` has is taken."""
-    flags = []
+    """nvcc's flags for a list such as "80;90;10.0+PTX"; of the default list only what `supported` has is taken.
+
+    Those before sm_100 are made of the same PTX, the oldest one's: that takes most of the time, and their machine code
+    does not differ for it, as later ones' does.
+    """
+    found = []
     entries = [entry for entry in re.split(r"[;,\s]+", archs) if entry]
     if archs == DEFAULT_CUDA_ARCHS and supported is not None:
         names = [entry.removesuffix("+PTX") for entry in entries]
@@ -133,12 +139,22 @@ def gencode_flags(archs: str, supported: set[str] | None = None) -> list[str]:
             raise SetupError(
                 f"FUSEDSTEP_CUDA_ARCHS={archs}: this nvcc has no sm_{number}; it has {', '.join(sorted(supported))}"
             )
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[3]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    if not flags:
+        found.append((number, bool(match[3])))
+    if not found:
         raise SetupError(f"FUSEDSTEP_CUDA_ARCHS={archs!r} names no architecture that this nvcc can compile for")
+    sharing = [number for number, _ in found if number.isdigit() and int(number) < 100]
+    flags = []
+    for number, with_ptx in found:
+        virtual = min(sharing, key=int) if number in sharing and not with_ptx else number
+        flags.append(f"-gencode=arch=compute_{virtual},code=sm_{number}")
+        if with_ptx:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def arch_list(gencodes: list[str]) -> str:
+    """The architectures whose machine code these flags ask for, like "80\\,90": nvcc takes commas apart."""
+    return r"\,".join(re.sub(r"\D", "", code) for code in re.findall(r"code=sm_(\w+)", " ".join(gencodes)))
 
 
 def find_cxx(environ) -> list[str]:
@@ -174,7 +190,10 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
     module += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     csrc = ROOT / "csrc"
     tag = sys.implementation.cache_tag
-    units = [(source, f"{tag}/{source.stem}.o", [*compiler, *module]) for source in sorted(csrc.glob("*.cpp"))]
+    units = []
+    for source in sorted(csrc.glob("*.cpp")):
+        effort = ["-O1"] if source.stem in BINDINGS else []
+        units.append((source, f"{tag}/{source.stem}.o", [*compiler, *effort, *module]))
     generic = ("dispatch", "reducing_dispatch", "norm_dispatch")
     units += [(csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.o", compiler) for name in generic]
     # The oldest instruction set comes first: of an inline function that several objects carry, the linker keeps the
@@ -193,6 +212,7 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
         command = [NVCC, "-ccbin", cxx[-1], *NVCC_FLAGS, *(["-Werror", "all-warnings"] if strict else []), *archs]
         version = nvcc_version(nvcc)
         command += [*compression_flags(version), f"-DFUSEDSTEP_NVCC_VERSION={version}"]
+        command += [f"-DFUSEDSTEP_CUDA_ARCHS={arch_list(archs)}"]
         units += [(source, f"cuda.{source.stem}.o", command) for source in sorted((csrc / "cuda").glob("*.cu"))]
     return [
         (

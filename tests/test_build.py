@@ -176,6 +176,20 @@ class TestArchitectures:
             "-gencode=arch=compute_90,code=compute_90",
         ]
 
+    def test_those_before_sm_100_are_made_of_one_ptx(self, setup_py):
+        assert setup_py.gencode_flags("80;90;100;90a") == [
+            "-gencode=arch=compute_80,code=sm_80",
+            "-gencode=arch=compute_80,code=sm_90",
+            "-gencode=arch=compute_100,code=sm_100",
+            "-gencode=arch=compute_90a,code=sm_90a",
+        ]
+
+    def test_the_extension_is_told_what_it_has_machine_code_for(self, setup_py):
+        assert setup_py.arch_list(setup_py.gencode_flags("80;9.0+PTX")) == r"80\,90"
+        if _C.with_cuda:
+            archs = os.environ.get("FUSEDSTEP_CUDA_ARCHS") or setup_py.DEFAULT_CUDA_ARCHS
+            assert setup_py.arch_list(setup_py.gencode_flags(archs)) == r"\,".join(map(str, _C.cuda_archs))
+
     def test_three_digits_and_architecture_specific_ones_are_understood(self, setup_py):
         supported = {"sm_90", "sm_100"}
         assert setup_py.gencode_flags("10.0", supported) == ["-gencode=arch=compute_100,code=sm_100"]

@@ -51,13 +51,14 @@ void update_loop(const Param& param, const Grad& grad, const State* states, int6
 }
 
 // With every operand stored as S.
-template <class Rule, class T, class S>
-void update_uniform(const Record& record, const void* grad, int64_t begin, int64_t end, const GradChange<T>& change,
-                    const typename Rule::template Scalars<T>& scalars) {
-  Stored<T, S> states[kMaxStates];
+template <class Rule, class S>
+void update_uniform(const Record& record, const void* grad, int64_t begin, int64_t end, const GradChange<float>& change,
+                    const typename Rule::template Scalars<float>& scalars) {
+  using Numbers = Stored<float, S>;
+  Numbers states[kMaxStates];
   for (int k = 0; k < kNumNamed<Rule>; ++k) states[k].data = static_cast<S*>(record.states[k]);
-  update_loop<Rule, T>(Stored<T, S>{static_cast<S*>(record.param)},
-                       Stored<T, S>{const_cast<S*>(static_cast<const S*>(grad))}, states, begin, end, change, scalars);
+  update_loop<Rule, float>(Numbers{static_cast<S*>(record.param)}, Numbers{const_cast<S*>(static_cast<const S*>(grad))},
+                           states, begin, end, change, scalars);
 }
 
 // Updates two packs, unless the short way to their stored formats is wrong for them.
@@ -65,25 +66,24 @@ template <class Rule, bool kExact, class Weight, class Grad, class States>
 FUSEDSTEP_FN bool update_wide(const Weight& weight, const Grad& grad, const States& states, int64_t i,
                               const GradChange<float>& change, const typename Rule::template Scalars<float>& s) {
   using State = typename States::value_type;
-  Wide p = weight.template load<kExact>(i);
-  const Wide stored = grad.template load<kExact>(i), g{change(stored.a), change(stored.b)};
+  Wide p = load_wide<kExact>(weight, i);
+  const Wide stored = load_wide<kExact>(grad, i), g{change(stored.a), change(stored.b)};
   FloatPack a[kMaxStates] = {}, b[kMaxStates] = {};
   FUSEDSTEP_UNROLL
   for (int k = 0; k < kNumNamed<Rule>; ++k) {
     if (!has_state<Rule>(k)) continue;
-    const Wide state = states[static_cast<size_t>(k)].template load<kExact>(i);
+    const Wide state = load_wide<kExact>(states[static_cast<size_t>(k)], i);
     a[k] = state.a;
     b[k] = state.b;
   }
-  update_with<Rule>(p.a, g.a, a, s);
-  update_with<Rule>(p.b, g.b, b, s);
+  update_both<Rule, kExact>(p, g, a, b, s);
   Doubt doubt;
-  const auto narrowed = weight.template narrow<kExact>(i, p, doubt);
+  const auto narrowed = narrow_wide<kExact>(weight, i, p, doubt);
   typename State::Narrowed narrowed_states[kMaxStates];
   FUSEDSTEP_UNROLL
   for (int k = 0; k < kNumNamed<Rule>; ++k)
     if (has_state<Rule>(k))
-      narrowed_states[k] = states[static_cast<size_t>(k)].template narrow<kExact>(i, {a[k], b[k]}, doubt);
+      narrowed_states[k] = narrow_wide<kExact>(states[static_cast<size_t>(k)], i, {a[k], b[k]}, doubt);
   if (!kExact && __builtin_expect(doubt.any(), 0)) return false;
   if (change.zero || change.write) store_grads(grad, i, g, change);
   weight.store(i, narrowed);
@@ -130,14 +130,43 @@ int64_t update_as(Format, const Record& record, const void* grad_data, int64_t b
   return i;
 }
 
-// With param and grad in fp32, the states stored as S.
-template <class Rule, class S>
-void update_fp32(const Record& record, float* grad, int64_t n, const GradChange<float>& change,
-                 const typename Rule::template Scalars<float>& scalars) {
-  Stored<float, S> states[kMaxStates];
-  for (int k = 0; k < kNumNamed<Rule>; ++k) states[k].data = static_cast<S*>(record.states[k]);
-  update_loop<Rule, float>(Stored<float, float>{static_cast<float*>(record.param)}, Stored<float, float>{grad}, states,
-                           0, n, change, scalars);
+// fp64 numbers stored as something else: n of them from element `at` on, in a buffer, and back.
+FUSEDSTEP_OUT_OF_LINE double* widened(const AnyStored<double>& numbers, int64_t at, int64_t n, double* buffer) {
+  if (numbers.dtype == Dtype::kF64) return static_cast<double*>(numbers.data) + at;
+  numbers.visit([&](auto stored) {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = load<double>(stored.data[at + i]);
+  });
+  return buffer;
+}
+FUSEDSTEP_OUT_OF_LINE void narrow_again(const AnyStored<double>& numbers, int64_t at, int64_t n, const double* buffer) {
+  if (numbers.dtype == Dtype::kF64) return;
+  numbers.visit([&](auto stored) {
+    using S = std::remove_pointer_t<decltype(stored.data)>;
+    for (int64_t i = 0; i < n; ++i) stored.data[at + i] = narrow<S>(buffer[i]);
+  });
+}
+
+// With a parameter in fp64; whatever else is not is widened for a few elements at a time.
+template <class Rule>
+void update_fp64(const Record& record, const void* grad, int64_t begin, int64_t end, const GradChange<double>& change,
+                 const typename Rule::template Scalars<double>& scalars) {
+  constexpr int64_t kAtOnce = 128;
+  double buffers[kNumNamed<Rule> + 1][kAtOnce];
+  const AnyStored<double> grads{const_cast<void*>(grad), record.grad_dtype};
+  const auto state = [&](int k) { return AnyStored<double>{record.states[k], record.state_dtypes[k]}; };
+  const bool in_place = grads.dtype == Dtype::kF64 && states_are<Rule>(record, Dtype::kF64);
+  for (int64_t at = begin, n; at < end; at += n) {
+    n = in_place || end - at < kAtOnce ? end - at : kAtOnce;
+    Stored<double, double> states[kMaxStates];
+    for (int k = 0; k < kNumNamed<Rule>; ++k)
+      if (has_state<Rule>(k)) states[k].data = widened(state(k), at, n, buffers[k]);
+    const Stored<double, double> param{static_cast<double*>(record.param) + at};
+    const Stored<double, double> wide_grad{widened(grads, at, n, buffers[kNumNamed<Rule>])};
+    update_loop<Rule, double>(param, wide_grad, states, 0, n, change, scalars);
+    for (int k = 0; k < kNumNamed<Rule>; ++k)
+      if (has_state<Rule>(k)) narrow_again(state(k), at, n, states[k].data);
+    if (change.zero || change.write) narrow_again(grads, at, n, wide_grad.data);
+  }
 }
 
 // prepare() costs more than a small tensor's update, and most tensors of a group are at the same step.
@@ -168,33 +197,24 @@ void update_range(const Work& work, int64_t begin, int64_t end, const Prepared<R
   const Record& record = *work.record;
   const auto& scalars = prepared.scalars;
   const GradChange<T>& change = prepared.change;
-  const bool uniform =
-      is_plain(record) && record.grad_dtype == record.param_dtype && states_are<Rule>(record, record.param_dtype);
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    update_fp64<Rule>(record, work.grad, begin, end, change, scalars);
+  } else {
+    const bool uniform =
+        is_plain(record) && record.grad_dtype == record.param_dtype && states_are<Rule>(record, record.param_dtype);
     if (!uniform || record.param_dtype == Dtype::kBF16) {
       visit_format<Rule>(record, [&](auto format) {
         begin = update_as<Rule>(format, record, work.grad, begin, end, prepared.step, change, scalars);
       });
       if (begin == end) return;
     }
-  }
-  if (uniform) {
-    if constexpr (sizeof(T) == sizeof(double))
-      return update_uniform<Rule, T, double>(record, work.grad, begin, end, change, scalars);
-    else if (record.param_dtype == Dtype::kF32)
-      return update_uniform<Rule, T, float>(record, work.grad, begin, end, change, scalars);
-    else if (record.param_dtype == Dtype::kBF16)
-      return update_uniform<Rule, T, BF16>(record, work.grad, begin, end, change, scalars);
-    else
-      return update_uniform<Rule, T, F16>(record, work.grad, begin, end, change, scalars);
-  }
-  if constexpr (sizeof(T) == sizeof(double)) {
-    AnyStored<T> states[kMaxStates];
-    for (int k = 0; k < kNumNamed<Rule>; ++k) states[k] = {record.states[k], record.state_dtypes[k]};
-    update_loop<Rule, T>(AnyStored<T>{record.param, record.param_dtype},
-                         AnyStored<T>{const_cast<void*>(work.grad), record.grad_dtype}, states, begin, end, change,
-                         scalars);
-  } else {
+    if (uniform) {
+      if (record.param_dtype == Dtype::kF32)
+        return update_uniform<Rule, float>(record, work.grad, begin, end, change, scalars);
+      if (record.param_dtype == Dtype::kBF16)
+        return update_uniform<Rule, BF16>(record, work.grad, begin, end, change, scalars);
+      if constexpr (kConvertsF16) return update_uniform<Rule, F16>(record, work.grad, begin, end, change, scalars);
+    }
     const bool writes_grad = change.zero || change.write;
     const auto tiles = [&](bool widens_states, const auto& update) {
       using Update = std::remove_reference_t<decltype(update)>;
@@ -220,7 +240,7 @@ void update_range(const Work& work, int64_t begin, int64_t end, const Prepared<R
       }
     }
     tiles(!states_are<Rule>(record, Dtype::kF32), [&](const Record& tile, float* grad, int64_t n) {
-      update_fp32<Rule, float>(tile, grad, n, change, scalars);
+      update_uniform<Rule, float>(tile, grad, 0, n, change, scalars);
     });
   }
 }

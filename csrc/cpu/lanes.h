@@ -105,6 +105,23 @@ FUSEDSTEP_FN void for_packs(int64_t n, Visit&& visit) {
   }
 }
 
+// Calls visit(i, size) for each pack of n numbers, for what is done with each number alone. Fewer copies of what it
+// does than for_packs makes.
+template <class T, class Visit>
+FUSEDSTEP_FN void for_each_pack(int64_t n, Visit&& visit) {
+  constexpr int64_t kAtOnce = kSplit<T> > 1 ? 2 * kLanes<T> : kLanes<T>;
+  int64_t i = 0;
+  for (; i + kAtOnce <= n; i += kAtOnce) {
+    FUSEDSTEP_UNROLL
+    for (int64_t j = 0; j < kAtOnce; j += kLanes<T>) visit(i + j, Whole{});
+  }
+  if (kAtOnce > kLanes<T> && i + kLanes<T> <= n) {
+    visit(i, Whole{});
+    i += kLanes<T>;
+  }
+  if (i < n) visit(i, Part{n - i});
+}
+
 template <class T>
 struct Lanes {
   Pack<T> packs[kSplit<T>] = {};

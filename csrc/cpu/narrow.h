@@ -292,11 +292,8 @@ void update_narrow(const Context<Rule, float>& context, const Block<Rule, float>
     const int64_t left = block.tile.rows - row, rows = left < at_once ? left : at_once;
     spread_factors(factors, row, rows, columns, of_elements[0], kAtOnce,
                    std::make_integer_sequence<int, kLanes<float> / Shape::kRows>{});
-    update_elements<Rule, float>(context, param, grad, state, block.at + row * columns, rows * columns,
-                                 [&](int64_t i, auto size, FloatPack* own) FUSEDSTEP_INLINE {
-                                   for (int k = 0; k < Rule::kFactors; ++k)
-                                     own[k] = load_at(plain(of_elements[k]), i, size);
-                                 });
+    update_run<Rule, float>(context, param, grad, state, block.at + row * columns, rows * columns, of_elements[0],
+                            kAtOnce);
   }
 }
 

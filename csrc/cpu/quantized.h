@@ -178,8 +178,8 @@ class QuantizedStates {
   template <bool kExact, class Weight, class Grad>
   FUSEDSTEP_FN static bool step(const Weight& weight, const Grad& grad, int64_t at, int64_t i, const Pass& pass,
                                 Most& most) {
-    Wide p = weight.template load<kExact>(at);
-    const Wide stored = grad.template load<kExact>(at), g{pass.change(stored.a), pass.change(stored.b)};
+    Wide p = load_wide<kExact>(weight, at);
+    const Wide stored = load_wide<kExact>(grad, at), g{pass.change(stored.a), pass.change(stored.b)};
     FloatPack a[kMaxStates] = {}, b[kMaxStates] = {};
     visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
       const auto numbers = numbers_at<decltype(type)>(pass.states[k]) + i;
@@ -187,14 +187,13 @@ class QuantizedStates {
       if constexpr (kIsCodes<decltype(type)>)
         state = dequantize<kOrder>(numbers, pass.scales[k]);
       else
-        state = WideStored<float, kOrder>{numbers}.template load<kExact>(0);
+        state = load_wide<false>(WideStored<float, kOrder>{numbers}, 0);
       a[k] = state.a;
       b[k] = state.b;
     });
-    update_with<Rule>(p.a, g.a, a, pass.scalars);
-    update_with<Rule>(p.b, g.b, b, pass.scalars);
+    update_both<Rule, kExact>(p, g, a, b, pass.scalars);
     Doubt doubt;
-    const auto narrowed = weight.template narrow<kExact>(at, p, doubt);
+    const auto narrowed = narrow_wide<kExact>(weight, at, p, doubt);
     if (!kExact && __builtin_expect(doubt.any(), 0)) return false;
     if (pass.change.zero || pass.change.write) store_grads(grad, at, g, pass.change);
     weight.store(at, narrowed);

@@ -286,16 +286,13 @@ void take_runs(const Context<Rule, T>& context, const Tile& tile, int64_t index,
       finish_lines<Rule, T>(context, line_state_indices<Rule, Span::kFlat>(), at, n, b.squares.numbers, kUpdates,
                             b.first_states.numbers, b.factors[0].numbers, kRun);
     }
-    const auto factors = [&](int64_t i, auto part, Pack<T>* own) FUSEDSTEP_INLINE {
-      for (int k = 0; k < Rule::kFactors; ++k) own[k] = load_at(plain(b.factors[k].numbers), i, part);
-    };
     if constexpr (kUpdates) {
-      update_elements<Rule, T>(context, param, grad, state, at, n, factors);
+      update_run<Rule, T>(context, param, grad, state, at, n, b.factors[0].numbers, kRun);
     } else if constexpr (Rule::kUpdateSum) {
       Lanes<T> lanes;
       for_packs<T>(n, [&](int64_t i, int w, auto part) FUSEDSTEP_INLINE {
         Pack<T> own[Rule::kFactors];
-        factors(i, part, own);
+        for (int k = 0; k < Rule::kFactors; ++k) own[k] = load_at(plain(b.factors[k].numbers), i, part);
         const Pack<T> g = change(load_at(grad, at + i, part));
         const Pack<T> direction = kept<T>(Rule::direction(g, own, s), part);
         lanes.packs[w] += direction * direction;

@@ -82,7 +82,7 @@ FUSEDSTEP_FN void update_elements(const Context<Rule, T>& context, const Param& 
   const Param params = param;  // stores may change whatever is not a variable of this function
   const Grad grads = grad;
   const State states = state;
-  for_packs<T>(n, [&](int64_t i, int, auto size) FUSEDSTEP_INLINE {
+  for_each_pack<T>(n, [&](int64_t i, auto size) FUSEDSTEP_INLINE {
     Pack<T> p = load_at(params, at + i, size), x{}, own[Rule::kFactors];
     const Pack<T> g = change(load_at(grads, at + i, size));
     if (stores_grad) store_at(grads, at + i, change.zero ? Pack<T>{} : g * change.sign, size);
@@ -96,6 +96,17 @@ FUSEDSTEP_FN void update_elements(const Context<Rule, T>& context, const Param& 
     follow<T>(context.record(), at, at + n, static_cast<T>(context.cache_batch.call->average_weight));
 }
 
+// The same with factors in memory: the k-th ones begin at factors + k * stride.
+template <class Rule, class T, class Param, class Grad, class State>
+FUSEDSTEP_OUT_OF_LINE void update_run(const Context<Rule, T>& context, const Param& param, const Grad& grad,
+                                      const State& state, int64_t at, int64_t n, const T* factors, int64_t stride) {
+  update_elements<Rule, T>(context, param, grad, state, at, n,
+                           [&](int64_t i, auto size, Pack<T>* own) FUSEDSTEP_INLINE {
+                             for (int k = 0; k < Rule::kFactors; ++k)
+                               own[k] = load_at(plain(const_cast<T*>(factors) + k * stride), i, size);
+                           });
+}
+
 // New states and factors of n lines, from the mean of each; the states begin at `at` in their tensors. Whether they are
 // stored is told by `store`; the first of them is left in `first_states` too.
 template <class Rule, class T>
@@ -104,7 +115,7 @@ void finish_lines(const Context<Rule, T>& context, const int* state_indices, int
   const auto s = context.scalars;
   AnyStored<T> states[kLineStates<Rule>];
   for (int k = 0; k < kLineStates<Rule>; ++k) states[k] = context.state(state_indices[k]);
-  for_packs<T>(n, [&](int64_t i, int, auto size) FUSEDSTEP_INLINE {
+  for_each_pack<T>(n, [&](int64_t i, auto size) FUSEDSTEP_INLINE {
     Pack<T> pack[kLineStates<Rule>], own[Rule::kFactors];
     for (int k = 0; k < kLineStates<Rule>; ++k) pack[k] = load_at(states[k], at + i, size);
     Rule::line(load_at(Stored<T, T>{const_cast<T*>(means)}, i, size), pack, own, s);

@@ -200,6 +200,43 @@ struct WideStored<F16, kOrder> {
   FUSEDSTEP_FN void store(int64_t i, const Narrowed& x) const { __builtin_memcpy(data + i, &x, sizeof(x)); }
 };
 
+// The long ways are as many as there are formats, not formats of each rule.
+template <class Numbers>
+FUSEDSTEP_OUT_OF_LINE Wide load_exactly(const Numbers& numbers, int64_t i) {
+  return numbers.template load<true>(i);
+}
+template <class Numbers>
+FUSEDSTEP_OUT_OF_LINE auto narrow_exactly(const Numbers& numbers, int64_t i, const Wide& x) {
+  Doubt none;
+  return numbers.template narrow<true>(i, x, none);
+}
+template <class Rule, class Scalars>
+FUSEDSTEP_OUT_OF_LINE void update_out_of_line(Wide& param, const Wide& grad, FloatPack* a, FloatPack* b,
+                                              const Scalars& s) {
+  update_with<Rule>(param.a, grad.a, a, s);
+  update_with<Rule>(param.b, grad.b, b, s);
+}
+
+template <bool kExact, class Numbers>
+FUSEDSTEP_FN Wide load_wide(const Numbers& numbers, int64_t i) {
+  if constexpr (kExact) return load_exactly(numbers, i);
+  return numbers.template load<false>(i);
+}
+template <bool kExact, class Numbers>
+FUSEDSTEP_FN auto narrow_wide(const Numbers& numbers, int64_t i, const Wide& x, Doubt& doubt) {
+  if constexpr (kExact)
+    return narrow_exactly(numbers, i, x);
+  else
+    return numbers.template narrow<false>(i, x, doubt);
+}
+// Rule::update on two packs; a and b: of its states.
+template <class Rule, bool kExact, class Scalars>
+FUSEDSTEP_FN void update_both(Wide& param, const Wide& grad, FloatPack* a, FloatPack* b, const Scalars& s) {
+  if constexpr (kExact) return update_out_of_line<Rule>(param, grad, a, b, s);
+  update_with<Rule>(param.a, grad.a, a, s);
+  update_with<Rule>(param.b, grad.b, b, s);
+}
+
 // Gradients as `change` says they become; `changed`: what it made of the stored ones.
 template <class Grad>
 FUSEDSTEP_FN void store_grads(const Grad& grad, int64_t i, const Wide& changed, const GradChange<float>& change) {

@@ -62,9 +62,7 @@ std::string why_not(int device) {
 }
 
 std::vector<int> compiled_archs() {
-  std::vector<int> archs{__CUDA_ARCH_LIST__};  // nvcc's, in tenths
-  for (int& arch : archs) arch /= 10;
-  return archs;
+  return {FUSEDSTEP_CUDA_ARCHS};
 }
 
 int multiprocessors(int device) {
