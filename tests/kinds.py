@@ -108,6 +108,11 @@ def few(every: dict, *names):
     return every if ALL else {name: every[name] for name in names}
 
 
+def one_of_each(rows, what):
+    """Of rows of a table the first for each ``what(*row)``, such as each message of a table of errors."""
+    return list(rows) if ALL else list({what(*row): row for row in reversed(rows)}.values())[::-1]
+
+
 def each(**values):
     """Parametrises by several lists so that each value of each list occurs, beside others every time."""
     names = list(values)

@@ -5,7 +5,6 @@ order of exchanges, and what each process does with the flags, is what a GPU has
 """
 
 import functools
-import sys
 
 import ranks
 import torch
@@ -172,7 +171,7 @@ def parts_of_which_torchs_operations_make_the_step_are_skipped_too():
 
 def main():
     parts.CPU_PARTS, gradients.Exchange = HostPartsBackend(), Unseen
-    ranks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], SCENARIOS)
+    ranks.main(SCENARIOS)
 
 
 if __name__ == "__main__":

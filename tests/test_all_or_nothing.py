@@ -11,6 +11,7 @@ import fusedstep
 from fusedstep.verification import same_bits
 
 pytestmark = [
+    pytest.mark.plans,
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled", "ignore:fusedstep updates"),
 ]
 

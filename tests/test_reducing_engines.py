@@ -236,7 +236,7 @@ def test_averages_and_copies_follow_the_parameters(case, dtype, engine):
     both.check()
 
 
-@by_case
+@pytest.mark.parametrize("case", REDUCING if ALL else RULES, ids=str)
 def test_a_step_is_a_few_launches(case, engine):
     if engine.name == "cpu" or DRY:
         pytest.skip("the CPU engine launches nothing")
