@@ -10,6 +10,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from host_plan import HostPartsBackend
+from kinds import OF_EACH_REDUCING
 from ranks import SEVERAL, Pair, assert_untouched, local, raised, snapshot, takes_part
 from ranks_reducing import (
     ADAFACTOR,
@@ -28,7 +29,6 @@ from torch.overrides import TorchFunctionMode
 import fusedstep
 from fusedstep import exchange, gradients
 from fusedstep.backends import parts
-from fusedstep.cases import REDUCING
 
 SCENARIOS = {}
 scenario = functools.partial(ranks.scenario, among=SCENARIOS)
@@ -59,7 +59,7 @@ for same in (an_overflow_on_one_process_skips_on_all, a_flag_of_one_process_skip
     scenario(same)
 
 
-@scenario(case=[REDUCING[3], REDUCING[4], REDUCING[6], REDUCING[7]])
+@scenario(case=OF_EACH_REDUCING)
 def rules(case):
     """One parameter has no gradient at first."""
     for where, dtype in (("three", torch.float64), (SEVERAL, torch.float32)):

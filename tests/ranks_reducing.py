@@ -16,7 +16,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from kinds import ALL
+from kinds import ALL, OF_EACH_REDUCING
 from ranks import (
     CLOSE,
     COPIES,
@@ -49,7 +49,6 @@ scenario = functools.partial(ranks.scenario, among=SCENARIOS)
 # Matrices, a batch of them, kernels, vectors; parts that are uneven or empty; single rows and columns.
 SHAPES = ((8, 6), (7, 5), (3,), (2, 33), (64, 96), (3, 5, 4), (9, 4, 3, 3), (1, 7), (6, 1), (11,))
 EXACT = {"rtol": 0, "atol": 0}
-RULES = REDUCING[3], REDUCING[4], REDUCING[6], REDUCING[7]  # those of Amos for rows, and for columns
 ADAFACTOR = {"lr": 0.05, "relative_step": False, "beta1": 0.5, "weight_decay": 0.1}
 
 
@@ -100,7 +99,7 @@ def rules(case):
     """One of each rule on every mesh, the others on some; one parameter has no gradient at first, another one never."""
     several = SEVERAL * 2
     places = [(several, torch.float32), ("columns", torch.float64)]
-    if ALL or case in RULES:
+    if ALL or case in OF_EACH_REDUCING:
         places = product((*MESHES, several), (torch.float32, torch.float64))
     for where, dtype in places:
         if where is several or takes_part(where):
