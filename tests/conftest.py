@@ -73,9 +73,11 @@ def kernel(request):
 
 
 def once_on_the_reference(items):
-    """The items without those that show a function's statement on the reference once more.
+    """The items without those that show the same on the reference once more.
 
-    All that surrounds a rule is one text for the engines and the reference, and is shown with all values on an engine.
+    All that surrounds a plan is one text for the engines and the reference, and is shown with all values on an engine:
+    on the reference a module shows it once. A plan of the reference is another one than that of an engine: a module
+    marked ``plans``, which is about what a plan itself does, shows each function's statement on it once.
     What the reference does by itself is the subject of tests that list backends themselves: all of those stay.
     """
     kept, seen = [], set()
@@ -83,10 +85,10 @@ def once_on_the_reference(items):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         listed = " ".join(str(mark.args[0]) for mark in item.iter_markers("parametrize"))
         if any(value == "reference" and name not in listed for name, value in params.items() if isinstance(value, str)):
-            function = item.path, item.originalname
-            if function in seen:
+            shown = item.path, item.get_closest_marker("plans") and item.originalname
+            if shown in seen:
                 continue
-            seen.add(function)
+            seen.add(shown)
         kept.append(item)
     return kept[::-1]
 

@@ -57,7 +57,8 @@ CLASSES = [
 ]
 # Every compiled rule, with the class that has its functions in Python.
 RULES = {name: next(f for cls in CLASSES if (f := cls.rule_named(name)).rule == name) for name in _C.rules()}
-ELEMENTWISE = list(CASES) if ALL else [case for kind, case in KINDS.items() if kind != "reducing"]
+# What surrounds a rule does with two states what it does with three.
+ELEMENTWISE = list(CASES) if ALL else [case for kind, case in KINDS.items() if kind not in ("reducing", "two states")]
 # Of each class the case with the most options; where any rule will do, one of each kind.
 LAST = list({case.optimizer: case for case in (*REDUCING, *CASES)}.values())
 OF_EACH_KIND = LAST if ALL else list({kind_of(case): case for case in LAST}.values())
@@ -70,6 +71,8 @@ def states_of(case: Case) -> tuple[str, ...]:
 
 # Of each class a case with each set of states that its options can ask for.
 OF_EACH_STATE = list(CASES) if ALL else list({(case.optimizer, states_of(case)): case for case in CASES}.values())
+# One of each rule that reduces, of Amos for rows and for columns.
+OF_EACH_REDUCING = [REDUCING[3], REDUCING[4], REDUCING[6], REDUCING[7]]
 # Those that differ in what an engine does; the others differ in what is kept, and how.
 IN_ENGINES = [KINDS[kind] for kind in ("no state", "no step", "two states", "three states")]
 BY_KIND = list(CASES) if ALL else IN_ENGINES
@@ -106,6 +109,11 @@ by_kind_of_state = pytest.mark.parametrize("case", ELEMENTWISE, ids=str)
 def few(every: dict, *names):
     """Of values with names those that stand for all, which differ in nothing that the test is about."""
     return every if ALL else {name: every[name] for name in names}
+
+
+def one_of_each(rows, what):
+    """Of rows of a table the first for each ``what(*row)``, such as each message of a table of errors."""
+    return list(rows) if ALL else list({what(*row): row for row in reversed(rows)}.values())[::-1]
 
 
 def each(**values):

@@ -5,12 +5,12 @@ order of exchanges, and what each process does with the flags, is what a GPU has
 """
 
 import functools
-import sys
 
 import ranks
 import torch
 import torch.distributed as dist
 from host_plan import HostPartsBackend
+from kinds import OF_EACH_REDUCING
 from ranks import SEVERAL, Pair, assert_untouched, local, raised, snapshot, takes_part
 from ranks_reducing import (
     ADAFACTOR,
@@ -29,7 +29,6 @@ from torch.overrides import TorchFunctionMode
 import fusedstep
 from fusedstep import exchange, gradients
 from fusedstep.backends import parts
-from fusedstep.cases import REDUCING
 
 SCENARIOS = {}
 scenario = functools.partial(ranks.scenario, among=SCENARIOS)
@@ -60,7 +59,7 @@ for same in (an_overflow_on_one_process_skips_on_all, a_flag_of_one_process_skip
     scenario(same)
 
 
-@scenario(case=[REDUCING[3], REDUCING[4], REDUCING[6], REDUCING[7]])
+@scenario(case=OF_EACH_REDUCING)
 def rules(case):
     """One parameter has no gradient at first."""
     for where, dtype in (("three", torch.float64), (SEVERAL, torch.float32)):
@@ -172,7 +171,7 @@ def parts_of_which_torchs_operations_make_the_step_are_skipped_too():
 
 def main():
     parts.CPU_PARTS, gradients.Exchange = HostPartsBackend(), Unseen
-    ranks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], SCENARIOS)
+    ranks.main(SCENARIOS)
 
 
 if __name__ == "__main__":

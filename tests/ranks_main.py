@@ -1,8 +1,7 @@
-"""One process of those that test_ranks.py starts: ``python ranks_main.py RANK SIZE FOLDER`` runs all scenarios."""
-
-import sys
+"""Runs the scenarios of test_ranks.py: ``python ranks_main.py FOLDER``."""
 
 import ranks
-import ranks_wrapped  # noqa: F401 - whose scenarios it adds to the others
+import ranks_elementwise  # noqa: F401 - whose scenarios it runs
+import ranks_wrapped  # noqa: F401 - and those of torch's wrappers
 
-ranks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+ranks.main()

@@ -16,6 +16,7 @@ from kinds import (  # noqa: F401 - for the test modules
     each,
     examples,
     few,
+    one_of_each,
     parametrize_cases,
 )
 from parents import parent

@@ -121,9 +121,8 @@ def test_every_layout(backend, dtype, other_layout, set_to_none):
     assert_equal([p.grad for p in params], total(rounds))
 
 
-@pytest.mark.parametrize("isa", _C.cpu_isas())
-@by_dtype
-def test_every_instruction_set_and_number_of_threads_has_the_same_bits(isa, dtype):
+@each(dtype=FLOATS, isa=_C.cpu_isas())
+def test_every_instruction_set_and_number_of_threads_has_the_same_bits(dtype, isa):
     params = parameters([(n,) for n in (*range(36), 70_001, 200_003)], dtype)
     before, threads = _C.cpu_isa(), torch.get_num_threads()
     rounds = []

@@ -11,6 +11,7 @@ import fusedstep
 from fusedstep.verification import same_bits
 
 pytestmark = [
+    pytest.mark.plans,
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled", "ignore:fusedstep updates"),
 ]
 
@@ -110,14 +111,9 @@ def test_every_form_of_a_gradient(engine, left):
     assert_every_form_steps_alike(MOMENTUM, engine, left)
 
 
-@by_what_is_left
-def test_every_form_of_a_narrow_gradient(backend, left):
-    assert_every_form_steps_alike(MOMENTUM, backend, left, torch.bfloat16)
-
-
-@each(case=OF_EACH_KIND, left=LEFT)
-def test_every_form_of_a_gradient_with_every_kind_of_rule(backend, case, left):
-    assert_every_form_steps_alike(without_own_clipping(case), backend, left)
+@each(case=OF_EACH_KIND, left=LEFT, dtype=[torch.bfloat16, torch.float32])
+def test_every_form_of_a_gradient_with_every_kind_of_rule(backend, case, left, dtype):
+    assert_every_form_steps_alike(without_own_clipping(case), backend, left, dtype)
 
 
 # Inference tensors, which torch writes in inference mode alone.

@@ -34,6 +34,8 @@ from support import (
 import fusedstep
 from fusedstep import backends
 
+pytestmark = pytest.mark.plans
+
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
 torch_clip = torch.nn.utils.clip_grad_norm_
 

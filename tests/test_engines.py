@@ -14,7 +14,7 @@ from contract import beside_the_reference, engine_named, normal
 from host_plan import ElementwiseHostPlan, run_on_the_host
 from kinds import ALL, CHOOSING, choosing_grads
 from on_gpu import DRY
-from support import ADAMW, IN_ENGINES, WITH_STATES, by_case, by_kind, cases_of, each, precision_modes
+from support import ADAMW, BY_KIND, IN_ENGINES, WITH_STATES, by_kind, cases_of, each, precision_modes
 
 import fusedstep
 from fusedstep.cases import CASES, REDUCING, gradient, layouts
@@ -38,6 +38,7 @@ EDGES = [
     -65519.0,
     6e-8,
 ]
+PAIRS = torch.tensor(list(itertools.product(EDGES, EDGES)))
 MODES = precision_modes("own", "fp32", "bf16", "8bit", "4bit")
 by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 ENGINES = [
@@ -45,8 +46,17 @@ ENGINES = [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.cuda_engine]),
     pytest.param("triton", marks=[pytest.mark.gpu, pytest.mark.triton_engine]),
 ]
-# By the mark of the module the engines of a case come one after the other, and share the reference's steps.
-pytestmark = pytest.mark.parametrize("engine", ENGINES, indirect=True)
+# Above the other marks of a test: the engines of a case come one after the other, and share the reference's steps.
+by_engine = pytest.mark.parametrize("engine", ENGINES, indirect=True)
+
+
+def cases_on_engines():
+    """Every case on each engine; the general way, which is another way to the same text of a rule, by kind."""
+    for case in CASES:
+        for engine in ENGINES:
+            name, marks = (engine, ()) if isinstance(engine, str) else (*engine.values, engine.marks)
+            if case in BY_KIND or "general" not in name:
+                yield pytest.param(case, name, marks=marks, id=f"{case}-{name}")
 
 
 @pytest.fixture
@@ -60,9 +70,10 @@ SIZES = [*range(34), 255, 256, 257, 1023, 1024, 1025, 2047, 2049, 5000, 70_001]
 FEW_SIZES = [0, 1, 15, 17, 20, 16_385]  # a program of the interpreter takes 16384 elements
 
 
-@by_case
+@pytest.mark.parametrize(("case", "engine"), [*cases_on_engines()], indirect=["engine"])
 def test_every_size_dtype_and_layout_has_the_references_bits(case, engine):
-    """All in one group, at different steps, with gradients of other layouts."""
+    """All in one group, at different steps, with gradients of other layouts; and tensors of extreme numbers: zeros of
+    both signs, subnormals, infinities, NaN, largest and smallest, in parameters and gradients."""
     generator = torch.Generator().manual_seed(5)
     values = normal((SIZES if engine.quick else FEW_SIZES) * 4, generator)
     values = [v.to(FLOATS[i * 4 // len(values)]) for i, v in enumerate(values)]
@@ -75,6 +86,10 @@ def test_every_size_dtype_and_layout_has_the_references_bits(case, engine):
         ]
         for number in range(2)
     ]
+    left, right = PAIRS.unbind(1)
+    values += [left.to(dtype) for dtype in FLOATS]
+    for given, extreme in zip(grads, (right, right.flip(0)), strict=True):
+        given += [extreme.to(dtype) for dtype in FLOATS]
     optimizer = beside_the_reference("sizes", case, engine, values, grads)
     if "cuda" in engine.name and not DRY:
         assert optimizer.kernel_calls in (3, 4)  # fp32, bf16, and fp16 with fp64 or by itself
@@ -82,6 +97,7 @@ def test_every_size_dtype_and_layout_has_the_references_bits(case, engine):
         assert optimizer.kernel_calls == (1 if engine.quick else len(FLOATS))
 
 
+@by_engine
 @pytest.mark.parametrize("case", CHOOSING, ids=str)
 def test_elements_for_which_a_rule_chooses_another_number_have_the_references_bits(case, engine):
     generator = torch.Generator().manual_seed(12)
@@ -93,6 +109,7 @@ def test_elements_for_which_a_rule_chooses_another_number_have_the_references_bi
     beside_the_reference("choosing", case, engine, values, grads)
 
 
+@by_engine
 @pytest.mark.parametrize("case", WITH_STATES, ids=str)
 def test_every_mixture_of_dtypes_has_the_references_bits(case, engine):
     """The dtypes of parameter, gradient (which changes from step to step) and states."""
@@ -108,13 +125,7 @@ def test_every_mixture_of_dtypes_has_the_references_bits(case, engine):
     beside_the_reference("mixtures", case, engine, values, grads, state_dtypes=states)
 
 
-@by_case
-def test_extreme_numbers_have_the_references_bits(case, engine):
-    """Zeros of both signs, subnormals, infinities, NaN, largest and smallest: in gradients and parameters."""
-    left, right = torch.tensor(list(itertools.product(EDGES, EDGES))).unbind(1)
-    beside_the_reference("extreme", case, engine, [left], [[right], [right.flip(0)], [left]])
-
-
+@by_engine
 @by_kind
 def test_gradients_come_and_go_scaled_and_steps_are_skipped(case, engine):
     """And a tensor is the learning rate, which is read in every step."""
@@ -132,6 +143,7 @@ def test_gradients_come_and_go_scaled_and_steps_are_skipped(case, engine):
     beside_the_reference("skips", case, engine, normal(sizes, generator), grads, before=before)
 
 
+@by_engine
 @pytest.mark.parametrize("case", [ADAMW, CASES[-1], REDUCING[1]], ids=str)
 def test_the_kernel_itself_skips_and_counts_nothing(case, engine):
     """On CPU tensors an optimizer looks at the flag; a plan does not, if it is told not to wait."""
@@ -156,6 +168,7 @@ def test_the_kernel_itself_skips_and_counts_nothing(case, engine):
     assert not torch.equal(param.detach(), before[0])
 
 
+@by_engine
 @each(case=IN_ENGINES, kept=[{"write_grads": True}, {}, {"zero_grads": True}])
 def test_clipped_gradients_and_what_is_left_of_them_have_the_references_bits(case, engine, kept):
     """By the largest gradient, which is the same number on every backend; sums are not. One step is skipped."""
@@ -170,6 +183,7 @@ def test_clipped_gradients_and_what_is_left_of_them_have_the_references_bits(cas
     assert optimizer.grad_norm.isfinite()
 
 
+@by_engine
 @each(case=IN_ENGINES, copy=[torch.bfloat16, torch.float16])
 def test_averages_and_copies_have_the_references_bits(case, engine, copy):
     generator = torch.Generator().manual_seed(9)
@@ -207,9 +221,33 @@ def cases_in(mode, engine):
     return [few[list(MODES.values()).index(mode) % len(few)]]
 
 
+def extremes(steps):
+    """Numbers, and gradients for some steps: in whole vectors and blocks as in the rest of them."""
+    pairs = PAIRS.clone()
+    pairs[pairs.isnan()] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounding carries over
+    numbers, grads = pairs.unbind(1)
+    ordinary = torch.randn(1000, generator=torch.Generator().manual_seed(13))
+    numbers = torch.cat((ordinary, numbers, ordinary, numbers)).repeat(2)
+    grads = torch.cat((ordinary.roll(9), grads, ordinary.roll(3), grads)).repeat(2)
+    grads[300] = math.inf  # alone in its block
+    assert numbers.numel() >= MIN_QUANTIZED  # states of smaller ones are not in 8 bits
+    assert numbers.numel() % 256
+    every = [*(grads.roll(100 * number) for number in range(3)), grads * 1e-30, ordinary.repeat(6)[: numbers.numel()]]
+    return numbers, every[-steps:]
+
+
+@by_engine
 @by_mode
 def test_every_format_has_the_references_bits(mode, engine):
+    """Tensors of extreme numbers too, and weights of theirs that somebody has set to zero or NaN."""
     dtypes = stored_as(mode)
+    numbers, extreme = extremes(5 if engine.quick else 3)
+
+    def before(optimizer, number):
+        for param in optimizer.param_groups[0]["params"][-len(dtypes) :] if number else ():
+            with torch.no_grad():
+                param[number:900:7] = (0.0, -0.0, math.nan)[number % 3]
+
     for case in cases_in(mode, engine):
         generator = torch.Generator().manual_seed(5)
         sizes = [n for n in (BLOCKS if engine.quick else FEW_BLOCKS) for _ in dtypes]
@@ -217,38 +255,15 @@ def test_every_format_has_the_references_bits(mode, engine):
         grads = [normal(sizes, generator, dtypes), normal(sizes, generator)]
         for number, given in enumerate(grads):
             given[5 * number] = None
-        beside_the_reference("formats", case, engine, values, grads, **mode)
+        grads += [[None] * len(values) for _ in extreme[2:]]
+        values += [numbers.to(dtype) for dtype in dtypes]
+        for given, each_has in zip(grads, extreme, strict=True):
+            given += [each_has.to(dtype) for dtype in dtypes]
+        grads[-1][-len(dtypes) :] = [extreme[-1]] * len(dtypes)  # fp32
+        beside_the_reference("formats", case, engine, values, grads, before=before, **mode)
 
 
-@by_mode
-def test_extreme_numbers_have_the_references_bits_in_every_format(mode, engine):
-    """In whole vectors and blocks as in the rest of them; and weights that somebody has set to zero or NaN."""
-    pairs = torch.tensor(list(itertools.product(EDGES, EDGES)))
-    pairs[pairs.isnan()] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounding carries over
-    numbers, grads = pairs.unbind(1)
-    generator = torch.Generator().manual_seed(13)
-    ordinary = torch.randn(1000, generator=generator)
-    numbers = torch.cat((ordinary, numbers, ordinary, numbers)).repeat(2)
-    grads = torch.cat((ordinary.roll(9), grads, ordinary.roll(3), grads)).repeat(2)
-    grads[300] = math.inf  # alone in its block
-    assert numbers.numel() >= MIN_QUANTIZED  # states of smaller ones are not in 8 bits
-    assert numbers.numel() % 256
-    dtypes = stored_as(mode)
-
-    def before(optimizer, number):
-        for param in optimizer.param_groups[0]["params"] if number else ():
-            with torch.no_grad():
-                param[number:900:7] = (0.0, -0.0, math.nan)[number % 3]
-
-    for case in (ADAMW, CASES[3], CASES[1]) if engine.quick else (ADAMW,):
-        given = [[grads.roll(100 * number).to(dtype) for dtype in dtypes] for number in range(3)]
-        given += [[grads * 1e-30] * len(dtypes), [ordinary.repeat(6)[: numbers.numel()]] * len(dtypes)]
-        values = [numbers.to(dtype) for dtype in dtypes]
-        beside_the_reference(
-            "extreme formats", case, engine, values, given[2 * (not engine.quick) :], before=before, **mode
-        )
-
-
+@by_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_zeros_that_were_written_beside_remainders_have_the_references_bits(dtype, engine):
     """With gradients for which there is no kernel of whole vectors, and with those for which there is one."""

@@ -1,7 +1,9 @@
 """Four processes and their parts of tensors, on meshes of two, three and four of them: one start for all of it."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,28 +16,26 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 import ranks  # noqa: E402
-import ranks_wrapped  # noqa: E402, F401 - whose scenarios it adds to the others
+import ranks_elementwise  # noqa: E402, F401 - whose scenarios are run
+import ranks_wrapped  # noqa: E402, F401 - and those of torch's wrappers
 
 
 def results_of(script, folder):
-    """What each scenario of a script ended with, in as many processes as it asks for."""
-    command = [sys.executable, "-W", "error::UserWarning:fusedstep", script]
+    """What each scenario of a script ended with."""
+    command = [sys.executable, "-W", "error::UserWarning:fusedstep", script, folder]
     # Each process has little to compute, and all of them share the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with open(folder / "log", "w") as log:
-        started = [
-            subprocess.Popen([*command, str(rank), str(ranks.SIZE), folder], stdout=log, stderr=log, env=environment)
-            for rank in range(ranks.SIZE)
-        ]
+        first = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
-            codes = [process.wait(timeout=400) for process in started]
+            code = first.wait(timeout=400)
         finally:
-            for process in started:
-                process.kill()
-                process.wait()
-    if not all(code == 0 for code in codes):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)  # its forks too
+            first.wait()
+    if code:
         print((folder / "log").read_text())
-    assert (folder / "results.json").exists(), codes
+    assert (folder / "results.json").exists(), code
     return json.loads((folder / "results.json").read_text())
 
 

@@ -4,7 +4,7 @@ import multiprocessing
 
 import pytest
 import torch
-from kinds import each
+from kinds import ALL, OF_EACH_REDUCING, each
 
 import fusedstep
 from fusedstep import _C
@@ -13,6 +13,7 @@ from fusedstep.record import Record
 from fusedstep.verification import REDUCING_ULP_PER_STEP, same_bits, ulp_distance, verify
 
 by_case = pytest.mark.parametrize("case", REDUCING, ids=str)
+OF_EACH_RULE = REDUCING if ALL else OF_EACH_REDUCING
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Around the widest pack, the length of a run, the rows of a block, the columns of a block; and much in one dimension.
 SHAPES = (
@@ -92,7 +93,7 @@ def test_float32_stays_within_the_stated_distance_of_float64(case):
         assert distance <= REDUCING_ULP_PER_STEP * steps, tuple(param.shape)
 
 
-@each(case=REDUCING, dtype=[torch.bfloat16, torch.float16])
+@each(case=OF_EACH_RULE, dtype=[torch.bfloat16, torch.float16])
 def test_a_low_precision_step_is_the_float32_step_rounded(case, dtype):
     generator = torch.Generator().manual_seed(4)
     for shape in SHAPES:
@@ -105,7 +106,7 @@ def test_a_low_precision_step_is_the_float32_step_rounded(case, dtype):
         assert same_bits(low.detach(), wide.detach().to(dtype))
 
 
-@each(case=REDUCING, param_dtype=FLOATS, grad_dtype=FLOATS)
+@each(case=OF_EACH_RULE, param_dtype=FLOATS, grad_dtype=FLOATS)
 def test_gradients_of_any_dtype_count_with_their_values(case, param_dtype, grad_dtype):
     generator = torch.Generator().manual_seed(4)
     params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(param_dtype)) for s in ((7,), (5, 3), (40, 33))]
@@ -122,7 +123,7 @@ def test_gradients_of_any_dtype_count_with_their_values(case, param_dtype, grad_
         assert same_bits(a.detach(), b.detach())
 
 
-@each(case=REDUCING, other_layout=[False, True])
+@each(case=OF_EACH_RULE, other_layout=[False, True])
 def test_every_layout_gives_the_numbers_of_contiguous_memory(case, other_layout):
     starts = layouts(torch.float32, "cpu", torch.Generator().manual_seed(0))
     params = {name: torch.nn.Parameter(value) for name, value in starts.items()}

@@ -18,7 +18,7 @@ from host_plan import (
     run_reducing_on_the_host,
     run_stages_on_the_host,
 )
-from kinds import ALL, each
+from kinds import ALL, OF_EACH_REDUCING, each
 from on_gpu import DRY
 
 import fusedstep
@@ -34,7 +34,6 @@ ENGINES = [
 pytestmark = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 by_case = pytest.mark.parametrize("case", REDUCING, ids=str)
 MOMENTUM, TORCH = REDUCING[3], REDUCING[4]
-RULES = [MOMENTUM, TORCH, REDUCING[6], REDUCING[7]]  # those of Amos for rows, and for columns
 by_kind = pytest.mark.parametrize("case", [MOMENTUM, TORCH], ids=str)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -74,7 +73,7 @@ def test_every_shape_has_the_references_numbers(case, engine):
     """Where threads or programs are simulated, the large ones with a case of each rule alone."""
     if engine.device == "cuda":
         shapes = [*SHAPES, *LARGE_SHAPES]
-    elif engine.name == "cpu" or (engine.quick and (ALL or case in RULES)):
+    elif engine.name == "cpu" or (engine.quick and (ALL or case in OF_EACH_REDUCING)):
         shapes = SHAPES
     else:
         shapes = shapes_for(engine)
@@ -236,7 +235,7 @@ def test_averages_and_copies_follow_the_parameters(case, dtype, engine):
     both.check()
 
 
-@by_case
+@pytest.mark.parametrize("case", REDUCING if ALL else OF_EACH_REDUCING, ids=str)
 def test_a_step_is_a_few_launches(case, engine):
     if engine.name == "cpu" or DRY:
         pytest.skip("the CPU engine launches nothing")

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from kinds import ALL, each
+from kinds import ALL, each, one_of_each
 from torch.optim import lr_scheduler
 
 import fusedstep
@@ -258,7 +258,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "match"), BAD, ids=[match for _, _, match in BAD])
+# Each argument's each message.
+FEW_BAD = one_of_each(BAD, lambda call, error, match: (error, match.split(":")[0]))
+
+
+@pytest.mark.parametrize(("call", "error", "match"), FEW_BAD, ids=[match for _, _, match in FEW_BAD])
 def test_bad_arguments(call, error, match):
     with pytest.raises(error, match=match):
         call()

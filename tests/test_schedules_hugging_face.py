@@ -102,12 +102,15 @@ def walk(scheduler, count):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=ident)
 def test_every_number_is_that_of_transformers(variant):
-    """Twice as far as the last step; several groups with learning rates of their own."""
+    """Twice as far as the last step, of schedulers and of the same curves from pieces."""
     for warmup, total in STEPS:
         check_numbers(variant, warmup, total)
+    for warmup, total in (*STEPS, (10, 3)):
+        check_curve(variant, warmup, total)
 
 
 def check_numbers(variant, warmup, total):
+    """Several groups with learning rates of their own."""
     name, options = variant
     results = []
     for module, name_type in ((schedules, schedules.SchedulerType), (theirs, theirs.SchedulerType)):
@@ -120,6 +123,21 @@ def check_numbers(variant, warmup, total):
         except (ZeroDivisionError, ValueError) as error:  # a schedule without steps for its decay
             results.append((type(error), str(error)))
     assert results[0] == results[1]
+
+
+def check_curve(variant, warmup, total):
+    """Judged beside the largest number; the original's cosine sees pi times many turns, rounded."""
+    name, options = variant
+    try:
+        expected = walk(theirs.get_scheduler(name, optimizer(), warmup, total, options), 2 * total + 5)
+    except ZeroDivisionError:
+        with pytest.raises(ValueError, match="must not be num_warmup_steps"):
+            schedules.get_schedule(name, LR, warmup, total, options)
+        return
+    schedule = schedules.get_schedule(theirs.SchedulerType(name), LR, warmup, total, options)
+    for t, (lr,) in enumerate(expected):
+        assert schedule(t) == pytest.approx(lr, rel=1e-14, abs=1e-14 * LR), t
+    assert eval(repr(schedule), {"Schedule": schedules.Schedule}) == schedule == pickle.loads(pickle.dumps(schedule))
 
 
 def test_signatures_are_those_of_transformers():
@@ -218,27 +236,6 @@ def test_clamp_by_name():
 
 
 # The same curves from pieces.
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=ident)
-def test_curves_are_those_of_the_schedulers(variant):
-    """Judged beside the largest number; the original's cosine sees pi times many turns, rounded."""
-    for warmup, total in (*STEPS, (10, 3)):
-        check_curve(variant, warmup, total)
-
-
-def check_curve(variant, warmup, total):
-    name, options = variant
-    try:
-        expected = walk(theirs.get_scheduler(name, optimizer(), warmup, total, options), 2 * total + 5)
-    except ZeroDivisionError:
-        with pytest.raises(ValueError, match="must not be num_warmup_steps"):
-            schedules.get_schedule(name, LR, warmup, total, options)
-        return
-    schedule = schedules.get_schedule(theirs.SchedulerType(name), LR, warmup, total, options)
-    for t, (lr,) in enumerate(expected):
-        assert schedule(t) == pytest.approx(lr, rel=1e-14, abs=1e-14 * LR), t
-    assert eval(repr(schedule), {"Schedule": schedules.Schedule}) == schedule == pickle.loads(pickle.dumps(schedule))
 
 
 @each(clamped=dict(zip("abcd", CLAMPED, strict=True)), warmup=[0, 3, 10, 15])

@@ -12,6 +12,7 @@ from fusedstep.cases import CASES
 from fusedstep.verification import same_bits
 
 pytestmark = [
+    pytest.mark.plans,
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
 ]
 

@@ -20,7 +20,10 @@ TAKES_ALL = [
     ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
 ]
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+pytestmark = [
+    pytest.mark.plans,
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
+]
 by_backend = pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 
 

@@ -36,6 +36,8 @@ from support import (
 
 from fusedstep.cases import CASES
 
+pytestmark = pytest.mark.plans
+
 # Gradients that come and go.
 
 

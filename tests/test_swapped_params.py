@@ -11,6 +11,8 @@ from support import ADAMW, MOMENTUM, ours, parameters_of
 import fusedstep
 from fusedstep.verification import same_bits
 
+pytestmark = pytest.mark.plans
+
 KEPT = {
     "plain": {},
     "averaged": {"ema_decay": 0.5, "weights_copy": torch.bfloat16, "zero_grads": True},

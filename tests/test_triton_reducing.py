@@ -5,14 +5,13 @@ import importlib.util
 import pytest
 import torch
 from contract import Beside, Engine, normal
-from kinds import ALL, each
+from kinds import ALL, OF_EACH_REDUCING, each
 
 from fusedstep.backends import BACKENDS
 from fusedstep.cases import REDUCING
 from fusedstep.verification import verify
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-RULES = [REDUCING[3], REDUCING[4], REDUCING[6], REDUCING[7]]  # those of Amos for rows, and for columns
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +21,7 @@ def _interpreted():
         pytest.skip("; ".join(reasons))
 
 
-@each(case=RULES, dtype=[torch.float32, torch.bfloat16])
+@each(case=OF_EACH_REDUCING, dtype=[torch.float32, torch.bfloat16])
 def test_the_tiles_of_a_gpu_have_the_references_numbers(monkeypatch, case, dtype):
     monkeypatch.setattr("fusedstep.triton_kernels.reducing.is_interpreted", lambda: False)
     generator = torch.Generator().manual_seed(4)
