@@ -74,7 +74,7 @@ class QuantizedStates {
 
   struct Fresh {
     alignas(64) float numbers[kStateSlots][kBlock];
-    float inverses[kStateSlots];
+    float inverses[kStateSlots] = {};
   };
 
   // Where a state's numbers lie: codes, or fp32 numbers where codes cannot hold them.
