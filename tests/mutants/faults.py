@@ -193,8 +193,8 @@ CPU = [
     Fault(
         "all tensors take the scalars of the first one's step",
         "csrc/cpu/engine.cpp",
-        "if (next != step) scalars",
-        "if (step < 0) scalars",
+        "if (*record.step == counter_) return *this;",
+        "if (step > 0) return *this;",
         BITS,
     ),
     Fault(
