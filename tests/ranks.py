@@ -210,6 +210,16 @@ def assert_untouched(pair, before):
         assert all(torch.equal(now[key], then[key]) for key in now)
 
 
+def assert_a_flag_of_one_process_skips(pair):
+    pair.step()
+    before = snapshot(pair)
+    pair.give()
+    pair.mine.found_inf = torch.tensor(float(dist.get_rank() == 1))
+    pair.mine.step()
+    del pair.mine.found_inf
+    assert_untouched(pair, before)
+
+
 class Model(torch.nn.Module):
     def __init__(self, params):
         super().__init__()
