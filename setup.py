@@ -185,15 +185,16 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
     strict = switch(environ, "FUSEDSTEP_WERROR") == "1"
     compiler = [*cxx, *CXX_FLAGS, *(["-Werror"] if strict else [])]
     defines = [f"-DFUSEDSTEP_X86={int(is_x86())}"]
-    # No engine is told whether the other one is there: their objects fit builds with and without.
-    module = [f"-DFUSEDSTEP_WITH_CUDA={int(nvcc is not None)}"]
-    module += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    module = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     csrc = ROOT / "csrc"
     tag = sys.implementation.cache_tag
     units = []
     for source in sorted(csrc.glob("*.cpp")):
-        effort = ["-O1"] if source.stem in BINDINGS else []
-        units.append((source, f"{tag}/{source.stem}.o", [*compiler, *effort, *module]))
+        options = ["-O1"] if source.stem in BINDINGS else []
+        # No other unit is told whether CUDA is there: their objects fit builds with and without.
+        if source.stem == "cuda_bindings":
+            options.append(f"-DFUSEDSTEP_WITH_CUDA={int(nvcc is not None)}")
+        units.append((source, f"{tag}/{source.stem}.o", [*compiler, *options, *module]))
     generic = ("dispatch", "reducing_dispatch", "norm_dispatch")
     units += [(csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.o", compiler) for name in generic]
     # The oldest instruction set comes first: of an inline function that several objects carry, the linker keeps the

@@ -69,7 +69,7 @@ def compiled(source: Path, arch: int) -> Path:
     flags = [flag for flag in setup.NVCC_FLAGS if flag != "-Xcompiler" and not flag.startswith("-fPIC")]
     part = target.with_suffix(f".{os.getpid()}")
     try:
-        _run([nvcc, *flags, "-DFUSEDSTEP_WITH_CUDA=1", f"-arch=sm_{arch}", "-cubin", "-o", str(part), str(source)])
+        _run([nvcc, *flags, f"-arch=sm_{arch}", "-cubin", "-o", str(part), str(source)])
     except ToolError as error:
         raise RuntimeError(f"a source does not compile, which is no lack of tools: {error}") from None
     part.replace(target)

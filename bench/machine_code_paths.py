@@ -8,6 +8,7 @@ prepares scalars, tails, gradient scale and clipping. No program is run here, an
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ CALLED = 1000  # instructions that a call counts for where paths are compared: w
 _OPCODE = re.compile(r"(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*)")
 
 
+@functools.cache
 def opcode_of(instruction: str) -> tuple[str, str]:
     match = _OPCODE.match(instruction)
     return (match[1], match[2]) if match else (instruction, "")

@@ -269,10 +269,12 @@ void bind_cuda(py::module_& m) {
     return py::make_tuple(count, why);
   });
   m.attr("cuda_archs") = cuda::compiled_archs();
+  m.attr("with_cuda") = true;
 }
 #else
 void bind_cuda(py::module_& m) {
   m.def("cuda_formats", &cuda_formats);
+  m.attr("with_cuda") = false;
 }
 #endif
 

@@ -321,5 +321,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("find_words", &found_words, "where torch keeps what a plan looks at in every step; -1: it is not known");
   m.def("has_exchange_api", &has_exchange_api);
   bind_cuda(m);
-  m.attr("with_cuda") = static_cast<bool>(FUSEDSTEP_WITH_CUDA);
 }

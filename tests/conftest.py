@@ -1,5 +1,6 @@
 """Every test starts from the same seed, and uninitialised memory is full of NaN; what runs on a GPU."""
 
+import gc
 import json
 import os
 
@@ -28,6 +29,14 @@ def _one_thread():
     What several threads do is the subject of tests that ask for them.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _what_is_imported_stays():
+    """The cycle collector need not look through all modules and test items again and again."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

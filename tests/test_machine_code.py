@@ -1,11 +1,13 @@
 """What nvcc has made of the kernels in the built extension, held against the budgets of bench/machine_code.py."""
 
+import dataclasses
 import importlib.util
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from compiling import remembered
 
 from fusedstep import _C
 
@@ -34,6 +36,14 @@ def rows(machine_code):
     return importlib.import_module("machine_code_budgets").ROWS
 
 
+def measured(machine_code, name, files, measure):
+    """The kernels that ``measure()`` finds in these files."""
+    programs = (machine_code.cubins.tool(tool) for tool in ("cuobjdump", "nvdisasm"))
+    inputs = [*files, *sorted((ROOT / "bench").glob("machine_code*.py")), *programs, shutil.which("c++filt")]
+    found = remembered(name, inputs, lambda: [dataclasses.asdict(kernel) for kernel in measure()])
+    return [machine_code.Kernel(**kernel) for kernel in found]
+
+
 @pytest.fixture(scope="module")
 def labs(machine_code):
     if not ARCHS:
@@ -41,14 +51,17 @@ def labs(machine_code):
     if not shutil.which("c++filt"):
         pytest.skip("c++filt (binutils) is not installed")
     try:
-        return machine_code.measure([machine_code.LAB], ARCHS)
+        sources = [machine_code.LAB]
+        cubins = [machine_code.cubins.compiled(*sources, arch) for arch in ARCHS]
+        return measured(machine_code, "machine_code_lab", cubins, lambda: machine_code.measure(sources, ARCHS))
     except machine_code.cubins.ToolError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
 def kernels(machine_code, labs):
-    return machine_code.measure_built(Path(_C.__file__), ARCHS)
+    built = Path(_C.__file__)
+    return measured(machine_code, "machine_code", [built], lambda: machine_code.measure_built(built, ARCHS))
 
 
 def test_every_budget_is_kept(machine_code, rows, kernels, labs):

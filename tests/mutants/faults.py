@@ -405,13 +405,6 @@ CUDA_ENGINE = [
         CUDA_STORAGE,
     ),
     Fault(
-        "4 bits: what is behind the last number is written, in tiles",
-        "csrc/cuda/states.cuh",
-        "      if (i >= n) some.words[i * Q::kBits / 32] &=",
-        "      if (i > kN) some.words[i * Q::kBits / 32] &=",
-        CUDA_STORAGE,
-    ),
-    Fault(
         "8 bits: a block with a NaN keeps its codes, in tiles",
         "csrc/cuda/states.cuh",
         "codes.words[i / kPerWord] = block.keep != 0 ? word_of(c) : 0u;",
