@@ -40,7 +40,7 @@ struct CodeArray : Array<uint8_t, Codes<Q>::size(kN)> {
   __device__ __forceinline__ void load_some(Codes<Q> codes, int n) {
     Bytes::load_some(codes.bytes, static_cast<int>(Codes<Q>::size(n)));
   }
-  // What is left of the last byte becomes zero, also with a rule that makes other states of zeros, as AdaBelief does.
+  // What is left of the last byte becomes zero, also with a rule that makes other states of zeros.
   __device__ __forceinline__ void store_some(Codes<Q> codes, int n) const {
     if constexpr (Q::kBits == 8) return Bytes::store_some(codes.bytes, n);
     CodeArray some = *this;
