@@ -9,19 +9,23 @@ namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
 
 // Each byte as a word, in order.
+template <bool kSigned>
 FUSEDSTEP_FN WordPack load_bytes_as_words(const uint8_t* from) {
 #if defined(__AVX512F__)
-  return (WordPack)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (WordPack)(kSigned ? _mm512_maskz_cvtepi8_epi32(0xffff, bytes) : _mm512_maskz_cvtepu8_epi32(0xffff, bytes));
 #elif defined(__AVX2__)
-  return (WordPack)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return (WordPack)(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 #elif defined(__SSE4_1__)
   int32_t four;
   __builtin_memcpy(&four, from, sizeof(four));
-  return (WordPack)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four));
+  const __m128i bytes = _mm_cvtsi32_si128(four);
+  return (WordPack)(kSigned ? _mm_cvtepi8_epi32(bytes) : _mm_cvtepu8_epi32(bytes));
 #else
-  WordPack words;
-  for (int i = 0; i < kLanes<float>; ++i) words[i] = from[i];
-  return words;
+  IntPack words;
+  for (int i = 0; i < kLanes<float>; ++i) words[i] = kSigned ? static_cast<int8_t>(from[i]) : from[i];
+  return (WordPack)words;
 #endif
 }
 
@@ -141,7 +145,7 @@ constexpr int kCodeShift = Q::kBits == 4 && Q::kSigned ? 12 : 0;
 template <class Q>
 FUSEDSTEP_FN WordPack load_codes(Codes<Q> from) {
   if constexpr (Q::kBits == 8) return load_bytes_as_halves<Q::kSigned>(from.bytes);
-  const WordPack pairs = load_bytes_as_words(from.bytes);
+  const WordPack pairs = load_bytes_as_words<false>(from.bytes);
   return Q::kSigned ? (pairs << 12 | pairs << 24) & 0xf000f000u : (pairs | pairs << 12) & 0x000f000fu;
 }
 // From the lowest bits of numbers of 16 bits.
@@ -153,10 +157,23 @@ FUSEDSTEP_FN void store_codes(Codes<Q> to, WordPack halves) {
     store_lowest_bytes(to.bytes, (halves & 0xfu) | (halves >> 12 & 0xf0u));
 }
 
+// 2^kShift of CodeNumbers, and of codes, times the codes, of which those without a sign are taken plus 1.
+template <Order kOrder, class Q>
+FUSEDSTEP_FN Wide code_numbers(Codes<Q> from) {
+  if constexpr (kOrder == Order::kInOrder && Q::kBits == 8) {
+    const auto numbers = [](const uint8_t* bytes) FUSEDSTEP_INLINE {
+      const WordPack codes = load_bytes_as_words<Q::kSigned>(bytes) + (Q::kSigned ? 0u : 1u);
+      return __builtin_convertvector((IntPack)codes, FloatPack);
+    };
+    return {numbers(from.bytes), numbers(from.bytes + kLanes<float>)};
+  } else {
+    return CodeNumbers<kOrder>::of(load_codes(from) + (Q::kSigned ? 0u : 0x00010001u));
+  }
+}
+
 template <Order kOrder, class Q>
 FUSEDSTEP_FN Wide dequantize(Codes<Q> from, float scale) {
-  using Numbers = CodeNumbers<kOrder>;
-  constexpr int kShift = Numbers::kShift + kCodeShift<Q>;
+  constexpr int kShift = CodeNumbers<kOrder>::kShift + kCodeShift<Q>;
   const auto dequantized = [scale](FloatPack code) FUSEDSTEP_INLINE {
     if constexpr (Q::kSigned) {
       constexpr float kStep = 1.0f / Q::kSteps / (1u << kShift);
@@ -168,7 +185,7 @@ FUSEDSTEP_FN Wide dequantize(Codes<Q> from, float scale) {
       return (FloatPack)(((WordPack)code - (Q::kStepBias + bits_of_power(kShift))) << 2) * scale;
     }
   };
-  const Wide codes = Numbers::of(load_codes(from) + (Q::kSigned ? 0u : 0x00010001u));
+  const Wide codes = code_numbers<kOrder>(from);
   return {dequantized(codes.a), dequantized(codes.b)};
 }
 
@@ -185,7 +202,21 @@ FUSEDSTEP_FN void quantize(Codes<Q> to, const Wide& x, float inverse) {
       return (WordPack)((FloatPack)((relative >> 2) + Q::kStepBias) + 0x1p23f);
     }
   };
-  const WordPack codes = to_halves<kOrder, 0>(quantized(x.a), quantized(x.b));
+  const WordPack a = quantized(x.a), b = quantized(x.b);
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+  if constexpr (kOrder == Order::kInOrder && Q::kBits == 8) {
+    // The halves of 128 bits change places once, at the end.
+    constexpr uint32_t mask = Q::kSigned ? 0xffu : 0xffffu;
+    WordPack halves = (WordPack)_mm256_packus_epi32((__m256i)(a & mask), (__m256i)(b & mask));
+    if (!Q::kSigned) halves = subtract_to_zero(halves, WordPack{} + 0x00010001u);
+    const __m256i bytes = _mm256_packus_epi16((__m256i)halves, (__m256i)halves);
+    const __m256i places = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to.bytes),
+                     _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(bytes, places)));
+    return;
+  }
+#endif
+  const WordPack codes = to_halves<kOrder, 0>(a, b);
   store_codes(to, Q::kSigned ? codes : subtract_to_zero(codes, WordPack{} + 0x00010001u));
 }
 
