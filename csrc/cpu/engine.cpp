@@ -63,7 +63,7 @@ void update_uniform(const Record& record, const void* grad, int64_t begin, int64
 
 // Updates two packs, unless the short way to their stored formats is wrong for them.
 template <class Rule, bool kExact, class Weight, class Grad, class States>
-FUSEDSTEP_FN bool update_wide(const Weight& weight, const Grad& grad, const States& states, int64_t i,
+FUSEDSTEP_FN bool update_wide(const Weight& weight, const Grad& grad, const States& states, int64_t i, float* params,
                               const GradChange<float>& change, const typename Rule::template Scalars<float>& s) {
   using State = typename States::value_type;
   Wide p = load_wide<kExact>(weight, i);
@@ -78,7 +78,12 @@ FUSEDSTEP_FN bool update_wide(const Weight& weight, const Grad& grad, const Stat
   }
   update_both<Rule, kExact>(p, g, a, b, s);
   Doubt doubt;
-  const auto narrowed = narrow_wide<kExact>(weight, i, p, doubt);
+  const auto narrowed = [&]() FUSEDSTEP_INLINE {
+    if constexpr (Weight::kNarrowsLong)
+      return p;
+    else
+      return narrow_wide<kExact>(weight, i, p, doubt);
+  }();
   typename State::Narrowed narrowed_states[kMaxStates];
   FUSEDSTEP_UNROLL
   for (int k = 0; k < kNumNamed<Rule>; ++k)
@@ -86,7 +91,10 @@ FUSEDSTEP_FN bool update_wide(const Weight& weight, const Grad& grad, const Stat
       narrowed_states[k] = narrow_wide<kExact>(states[static_cast<size_t>(k)], i, {a[k], b[k]}, doubt);
   if (!kExact && __builtin_expect(doubt.any(), 0)) return false;
   if (change.zero || change.write) store_grads(grad, i, g, change);
-  weight.store(i, narrowed);
+  if constexpr (Weight::kNarrowsLong)
+    put_wide(params, narrowed);
+  else
+    weight.store(i, narrowed);
   FUSEDSTEP_UNROLL
   for (int k = 0; k < kNumNamed<Rule>; ++k)
     if (has_state<Rule>(k)) states[static_cast<size_t>(k)].store(i, narrowed_states[k]);
@@ -94,10 +102,10 @@ FUSEDSTEP_FN bool update_wide(const Weight& weight, const Grad& grad, const Stat
 }
 // In copies of everything: a loop that gave away the addresses of its own would read them again in each turn.
 template <class Rule, class Weight, class Grad, class States>
-FUSEDSTEP_OUT_OF_LINE void update_wide_exactly(Weight weight, Grad grad, States states, int64_t i,
+FUSEDSTEP_OUT_OF_LINE void update_wide_exactly(Weight weight, Grad grad, States states, int64_t i, float* params,
                                                GradChange<float> change,
                                                typename Rule::template Scalars<float> scalars) {
-  update_wide<Rule, true>(weight, grad, states, i, change, scalars);
+  update_wide<Rule, true>(weight, grad, states, i, params, change, scalars);
 }
 
 // Updates elements from `begin` on and returns where it has stopped: less than two packs, or than a block, are left, or
@@ -112,7 +120,6 @@ int64_t update_as(Format, const Record& record, const void* grad_data, int64_t b
   if constexpr (kIsQuantized<typename Format::State>) {
     QuantizedStates<Rule, Format::State::kBits, Format::kOrder> quantized(record, begin, given_change, scalars);
     for (; i + kBlock <= end; i += kBlock) quantized.update(weight, grad, i);
-    quantized.finish();
   } else {
     using Stored = WideStored<typename Format::State, Format::kOrder>;
     const auto s = scalars;
@@ -120,11 +127,17 @@ int64_t update_as(Format, const Record& record, const void* grad_data, int64_t b
     std::array<Stored, kMaxStates> states;
     for (int k = 0; k < kNumNamed<Rule>; ++k)
       states[static_cast<size_t>(k)].data = static_cast<decltype(Stored::data)>(record.states[k]);
-    for (; i + kWide <= end; i += kWide) {
-      if constexpr (Format::Weight::kByBlocks)
-        if (i % kBlock == 0) weight.begin_block(i);
-      if (!update_wide<Rule, false>(weight, grad, states, i, change, s))
-        update_wide_exactly<Rule>(weight, grad, states, i, change, s);
+    constexpr bool kInBlocks = Format::Weight::kByBlocks || Format::Weight::kNarrowsLong;
+    alignas(64) float params[Format::Weight::kNarrowsLong ? kBlock : kWide];
+    while (i + kWide <= end) {
+      const int64_t at = i, to = kInBlocks ? std::min(end, at + kBlock) : end;
+      if constexpr (Format::Weight::kByBlocks) weight.begin_block(at);
+      for (; i + kWide <= to; i += kWide) {
+        float* const wide = Format::Weight::kNarrowsLong ? params + (i - at) : params;
+        if (!update_wide<Rule, false>(weight, grad, states, i, wide, change, s))
+          update_wide_exactly<Rule>(weight, grad, states, i, wide, change, s);
+      }
+      if constexpr (Format::Weight::kNarrowsLong) narrow_block(weight, at, i - at, params);
     }
   }
   return i;
@@ -235,7 +248,6 @@ void update_range(const Work& work, int64_t begin, int64_t end, const Prepared<R
             for (; i + kBlock <= n; i += kBlock) quantized.update(weight, grads, i);
             if (i < n) quantized.update_part(weight.data + i, grad + i, n - i);
           });
-          quantized.finish();
         });
       }
     }

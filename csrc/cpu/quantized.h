@@ -1,5 +1,6 @@
-// Quantized states: a block of them is decoded and updated in one pass; encoding needs the block's largest magnitude
-// first, and so is done in the pass of a later block, whose divisions and square roots hide it.
+// Quantized states, a block at a time in loops one after the other: decode, update, narrow the weights, encode. In one
+// loop, whatever waits for a division or a square root would fill the processor's queues, and keep the rest from
+// running.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
 
-// The states of one rule in codes of kBits bits, and the blocks of fp32 numbers on their way into them. kOrder: of
+// The states of one rule in codes of kBits bits, and a block of fp32 numbers on their way into them. kOrder: of
 // whatever is loaded and stored with them.
 template <class Rule, int kBits, Order kOrder>
 class QuantizedStates {
@@ -27,12 +28,15 @@ class QuantizedStates {
   template <class Weight, class Grad>
   FUSEDSTEP_FN void update(Weight& weight, const Grad& grad, int64_t at) {
     if constexpr (Weight::kByBlocks) weight.begin_block(at);
-    if (waiting_ < kDelay) {
-      pass<false>(weight, grad, at);
-      ++waiting_;
-    } else {
-      pass<true>(weight, grad, at);
-    }
+    dequantize_block();
+    Most most = updated_block(weight, grad, at);  // a const one g++ 12 would keep in memory
+    visit_states(block_, [&](int k, auto numbers) FUSEDSTEP_INLINE {
+      if constexpr (kIsCodes<decltype(numbers)>) close(k, largest_of(most.of[k]));
+    });
+    change_grads(grad, at);
+    if constexpr (Weight::kNarrowDoubts) narrow_block(weight, at, kBlock, params_);
+    quantize_block();
+    ++block_;
   }
   // The last n elements, fewer than a block: in copies that are a whole one.
   void update_part(float* param, float* grad, int64_t n) {
@@ -49,33 +53,25 @@ class QuantizedStates {
     });
     QuantizedStates part(copy, 0, change_, scalars_);
     const PlainWeight<float, kOrder> weight(copy, 0);
-    part.template pass<false, false>(weight, WideStored<float, kOrder>{grads}, 0);
+    const WideStored<float, kOrder> wide_grads{grads};
+    part.dequantize_block();
+    part.template update_block<false>(weight, wide_grads, 0);
+    part.change_grads(wide_grads, 0);
     visit_states(0, [&](int k, auto numbers) {
       if constexpr (kIsCodes<decltype(numbers)>) {
-        float* const fresh = part.fresh_[0].numbers[k];
+        float* const fresh = part.fresh_[k];
         std::fill(fresh + n, fresh + kBlock, 0.0f);  // what is behind the last number does not count
         part.close(k, largest_magnitude(fresh));
       }
     });
-    part.quantize_block(0);
+    part.quantize_block();
     visit_states(block_, [&](int k, auto to) { std::memcpy(address_of(to), states[k], bytes_of(to, n)); });
     std::memcpy(param, params, bytes);
     if (change_.zero || change_.write) std::memcpy(grad, grads, bytes);
   }
-  // Encodes what waits for it.
-  void finish() {
-    for (; waiting_ > 0; --waiting_) quantize_block(block_ - waiting_);
-  }
 
  private:
   static constexpr int kStateSlots = kNumNamed<Rule> > 0 ? kNumNamed<Rule> : 1;
-  // Blocks between update and encoding: with one, the first packs of a block would wait for the last of the one before.
-  static constexpr int kDelay = 2, kGenerations = kDelay + 1;
-
-  struct Fresh {
-    alignas(64) float numbers[kStateSlots][kBlock];
-    float inverses[kStateSlots] = {};
-  };
 
   // Where a state's numbers lie: codes, or fp32 numbers where codes cannot hold them.
   template <class Numbers>
@@ -124,103 +120,83 @@ class QuantizedStates {
     visit_states(record_, b, visit);
   }
 
-  // What a pass over a block needs, in variables that stores into tensors do not change.
-  struct Pass {
-    void* states[kStateSlots];  // the block's numbers
-    float* fresh[kStateSlots];
-    float scales[kStateSlots];
-    const float* old[kStateSlots];  // numbers that are to be encoded
-    float inverses[kStateSlots];
-    Scalars scalars;
-    GradChange<float> change;
-  };
+  FUSEDSTEP_FN void dequantize_block() {
+    visit_states(block_, [&](int k, auto numbers) FUSEDSTEP_INLINE {
+      if constexpr (kIsCodes<decltype(numbers)>) {
+        const float scale = record_.precision.scales[k][block_];
+        for (int64_t i = 0; i < kBlock; i += kWide) put_wide(fresh_[k] + i, dequantize<kOrder>(numbers + i, scale));
+      }
+    });
+  }
 
   struct Most {
     WordPack of[kStateSlots] = {};
   };
-
-  // Updates the next block; with kQuantizes, encodes the one that has waited longest. Without kCloses, the block stays
-  // the next one.
-  template <bool kQuantizes, bool kCloses = true, class Weight, class Grad>
-  FUSEDSTEP_FN void pass(const Weight& weight, const Grad grad, int64_t at) {
-    Fresh& now = fresh_[block_ % kGenerations];
-    const Fresh& old = fresh_[(block_ + 1) % kGenerations];
-    Pass pass;
-    pass.scalars = scalars_;
-    pass.change = change_;
-    Most most;
-    visit_states(block_, [&](int k, auto numbers) FUSEDSTEP_INLINE {
-      pass.states[k] = address_of(numbers);
-      if constexpr (kIsCodes<decltype(numbers)>) {
-        pass.scales[k] = record_.precision.scales[k][block_];
-        pass.fresh[k] = now.numbers[k];
-        pass.old[k] = old.numbers[k];
-        pass.inverses[k] = old.inverses[k];
-      }
-    });
-    for (int64_t i = 0; i < kBlock; i += kWide) {
-      if (!step<false>(weight, grad, at + i, i, pass, most)) most = step_exactly(weight, grad, at + i, i, pass, most);
-      if (!kQuantizes) continue;
-      visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
-        if constexpr (kIsCodes<decltype(type)>)
-          quantize<kOrder>(numbers_at<decltype(type)>(pass.states[k]) + (i - kDelay * kBlock),
-                           load_fresh(pass.old[k] + i), pass.inverses[k]);
-      });
-    }
-    if (!kCloses) return;
-    visit_states(block_, [&](int k, auto numbers) FUSEDSTEP_INLINE {
-      if constexpr (kIsCodes<decltype(numbers)>) close(k, largest_of(most.of[k]));
-    });
-    ++block_;
-  }
-
-  // Updates two packs, unless the short way is wrong for them.
-  template <bool kExact, class Weight, class Grad>
-  FUSEDSTEP_FN static bool step(const Weight& weight, const Grad& grad, int64_t at, int64_t i, const Pass& pass,
-                                Most& most) {
-    Wide p = load_wide<kExact>(weight, at);
-    const Wide stored = load_wide<kExact>(grad, at), g{pass.change(stored.a), pass.change(stored.b)};
-    FloatPack a[kMaxStates] = {}, b[kMaxStates] = {};
-    visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
-      const auto numbers = numbers_at<decltype(type)>(pass.states[k]) + i;
-      Wide state;
-      if constexpr (kIsCodes<decltype(type)>)
-        state = dequantize<kOrder>(numbers, pass.scales[k]);
-      else
-        state = load_wide<false>(WideStored<float, kOrder>{numbers}, 0);
-      a[k] = state.a;
-      b[k] = state.b;
-    });
-    update_both<Rule, kExact>(p, g, a, b, pass.scalars);
-    Doubt doubt;
-    const auto narrowed = narrow_wide<kExact>(weight, at, p, doubt);
-    if (!kExact && __builtin_expect(doubt.any(), 0)) return false;
-    if (pass.change.zero || pass.change.write) store_grads(grad, at, g, pass.change);
-    weight.store(at, narrowed);
-    visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
-      if constexpr (kIsCodes<decltype(type)>) {
-        constexpr uint32_t mask = decltype(quantizer_of(type))::kSigned ? 0x7fffffffu : 0xffffffffu;
-        most.of[k] = larger(most.of[k], larger((WordPack)a[k] & mask, (WordPack)b[k] & mask));
-        store_pack<float, float>(pass.fresh[k] + i, a[k]);
-        store_pack<float, float>(pass.fresh[k] + i + kLanes<float>, b[k]);
-      } else {
-        WideStored<float, kOrder>{static_cast<float*>(pass.states[k])}.store(i, {a[k], b[k]});
-      }
-    });
-    return true;
+  template <class Weight, class Grad>
+  FUSEDSTEP_FN Most updated_block(const Weight& weight, const Grad& grad, int64_t at) {
+    if constexpr (Weight::kLoadDoubts)
+      if (__builtin_expect(weight.doubts_load(at, kBlock), 0)) return update_block_exactly(weight, grad, at);
+    return update_block<false>(weight, grad, at);
   }
   template <class Weight, class Grad>
-  FUSEDSTEP_OUT_OF_LINE static Most step_exactly(Weight weight, Grad grad, int64_t at, int64_t i, Pass pass,
-                                                 Most most) {
-    step<true>(weight, grad, at, i, pass, most);
+  FUSEDSTEP_OUT_OF_LINE Most update_block_exactly(Weight weight, Grad grad, int64_t at) {
+    return update_block<true>(weight, grad, at);
+  }
+  // Updates fresh_, and states without codes where they lie; weights there too, or in params_ those that narrow_block
+  // has yet to narrow.
+  template <bool kExact, class Weight, class Grad>
+  FUSEDSTEP_FN Most update_block(const Weight& weight, const Grad grad, int64_t at) {
+    // In variables that stores into tensors do not change.
+    const Scalars s = scalars_;
+    const GradChange<float> change = change_;
+    float* numbers[kStateSlots];
+    visit_states(block_, [&](int k, auto stored) FUSEDSTEP_INLINE {
+      if constexpr (kIsCodes<decltype(stored)>)
+        numbers[k] = fresh_[k];
+      else
+        numbers[k] = stored;
+    });
+    Most most;
+    for (int64_t i = 0; i < kBlock; i += kWide) {
+      Wide p = load_wide<kExact>(weight, at + i);
+      const Wide stored = load_wide<false>(grad, at + i), g{change(stored.a), change(stored.b)};
+      FloatPack a[kMaxStates] = {}, b[kMaxStates] = {};
+      visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
+        Wide state;
+        if constexpr (kIsCodes<decltype(type)>)
+          state = get_wide(numbers[k] + i);
+        else
+          state = load_wide<false>(WideStored<float, kOrder>{numbers[k]}, i);
+        a[k] = state.a;
+        b[k] = state.b;
+      });
+      update_both<Rule, kExact>(p, g, a, b, s);
+      visit_states(Record{}, 0, [&](int k, auto type) FUSEDSTEP_INLINE {
+        if constexpr (kIsCodes<decltype(type)>) {
+          constexpr uint32_t mask = decltype(quantizer_of(type))::kSigned ? 0x7fffffffu : 0xffffffffu;
+          most.of[k] = larger(most.of[k], larger((WordPack)a[k] & mask, (WordPack)b[k] & mask));
+          put_wide(numbers[k] + i, {a[k], b[k]});
+        } else {
+          WideStored<float, kOrder>{numbers[k]}.store(i, {a[k], b[k]});
+        }
+      });
+      if constexpr (Weight::kNarrowDoubts) {
+        put_wide(params_ + i, p);
+      } else {
+        Doubt none;
+        weight.store(at + i, narrow_wide<false>(weight, at + i, p, none));
+      }
+    }
     return most;
   }
 
-  // In one load each, which load_pack's are not.
-  FUSEDSTEP_FN static Wide load_fresh(const float* numbers) {
-    Wide wide;
-    __builtin_memcpy(&wide, numbers, sizeof(wide));
-    return wide;
+  template <class Grad>
+  FUSEDSTEP_OUT_OF_LINE void change_grads(const Grad& grad, int64_t at) const {
+    if (!change_.zero && !change_.write) return;
+    for (int64_t i = at; i < at + kBlock; i += kWide) {
+      const Wide stored = load_wide<false>(grad, i);
+      store_grads(grad, i, {change_(stored.a), change_(stored.b)}, change_);
+    }
   }
 
   FUSEDSTEP_FN static uint32_t largest_magnitude(const float* numbers) {
@@ -230,13 +206,11 @@ class QuantizedStates {
     return largest_of(most);
   }
 
-  // largest: the bits of the block's largest number, taken as if numbers without a sign had none.
+  // max_abs: the bits of the block's largest number, taken as if numbers without a sign had none.
   FUSEDSTEP_FN void close(int k, uint32_t max_abs) {
-    Fresh& fresh = fresh_[block_ % kGenerations];
-    if (__builtin_expect(max_abs - 0x00800000u >= 0x7f800000u - 0x00800000u, 0))
-      max_abs = close_odd(k, fresh.numbers[k]);
+    if (__builtin_expect(max_abs - 0x00800000u >= 0x7f800000u - 0x00800000u, 0)) max_abs = close_odd(k, fresh_[k]);
     record_.precision.scales[k][block_] = Block::scale(max_abs);
-    fresh.inverses[k] = Block(max_abs).inverse;
+    inverses_[k] = Block(max_abs).inverse;
   }
   // A block without a scale is encoded as zeros. A number may be negative only because somebody has set it.
   FUSEDSTEP_OUT_OF_LINE uint32_t close_odd(int k, float* numbers) const {
@@ -247,12 +221,11 @@ class QuantizedStates {
     return max_abs;
   }
 
-  void quantize_block(int64_t b) const {
-    const Fresh& old = fresh_[b % kGenerations];
-    visit_states(b, [&](int k, auto numbers) FUSEDSTEP_INLINE {
+  FUSEDSTEP_FN void quantize_block() const {
+    visit_states(block_, [&](int k, auto numbers) FUSEDSTEP_INLINE {
       if constexpr (kIsCodes<decltype(numbers)>) {
-        for (int64_t i = 0; i < kBlock; i += kWide)
-          quantize<kOrder>(numbers + i, load_fresh(old.numbers[k] + i), old.inverses[k]);
+        const float inverse = inverses_[k];
+        for (int64_t i = 0; i < kBlock; i += kWide) quantize<kOrder>(numbers + i, get_wide(fresh_[k] + i), inverse);
       }
     });
   }
@@ -260,9 +233,10 @@ class QuantizedStates {
   const Record& record_;
   const GradChange<float> change_;
   const Scalars& scalars_;
-  int64_t block_;    // the next one to update
-  int waiting_ = 0;  // blocks to encode
-  Fresh fresh_[kGenerations];
+  int64_t block_;  // the next one to update
+  alignas(64) float fresh_[kStateSlots][kBlock];
+  alignas(64) float params_[kBlock];
+  float inverses_[kStateSlots] = {};
 };
 
 }  // namespace FUSEDSTEP_ISA

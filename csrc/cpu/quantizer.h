@@ -67,16 +67,16 @@ FUSEDSTEP_FN WordPack load_bytes_as_halves(const uint8_t* from) {
 }
 
 // The lower byte of each 16-bit number, in order.
-FUSEDSTEP_FN void store_lower_bytes(void* to, WordPack halves) {
+template <bool kSigned>
+FUSEDSTEP_FN void store_as_bytes(void* to, WordPack halves) {
 #if defined(__AVX512BW__)
   _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi16_epi8((__m512i)halves));
 #elif defined(__AVX2__)
-  const __m256i bytes = _mm256_and_si256((__m256i)halves, _mm256_set1_epi16(0xff));
-  _mm_storeu_si128(static_cast<__m128i*>(to),
-                   _mm_packus_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+  const __m128i a = _mm256_castsi256_si128((__m256i)halves), b = _mm256_extracti128_si256((__m256i)halves, 1);
+  _mm_storeu_si128(static_cast<__m128i*>(to), kSigned ? _mm_packs_epi16(a, b) : _mm_packus_epi16(a, b));
 #elif defined(__SSE4_1__)
-  const __m128i bytes = _mm_and_si128((__m128i)halves, _mm_set1_epi16(0xff));
-  _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packus_epi16(bytes, bytes));
+  const __m128i all = (__m128i)halves;
+  _mm_storel_epi64(static_cast<__m128i*>(to), kSigned ? _mm_packs_epi16(all, all) : _mm_packus_epi16(all, all));
 #else
   typedef uint16_t Halves __attribute__((vector_size(kPackBytes)));
   const Halves from = (Halves)halves;
@@ -152,7 +152,7 @@ FUSEDSTEP_FN WordPack load_codes(Codes<Q> from) {
 template <class Q>
 FUSEDSTEP_FN void store_codes(Codes<Q> to, WordPack halves) {
   if constexpr (Q::kBits == 8)
-    store_lower_bytes(to.bytes, halves);
+    store_as_bytes<Q::kSigned>(to.bytes, halves);
   else
     store_lowest_bytes(to.bytes, (halves & 0xfu) | (halves >> 12 & 0xf0u));
 }
@@ -177,10 +177,9 @@ FUSEDSTEP_FN Wide dequantize(Codes<Q> from, float scale) {
   const auto dequantized = [scale](FloatPack code) FUSEDSTEP_INLINE {
     if constexpr (Q::kSigned) {
       constexpr float kStep = 1.0f / Q::kSteps / (1u << kShift);
-      const WordPack root = (WordPack)(code * kStep);
+      const WordPack root = (WordPack)(code * kStep), doubled = root + (root & 0x7fffffffu);
       // Zero stays zero: the lower halves of both sides of the subtraction are not touched by it.
-      const WordPack magnitude = subtract_to_zero(root << 1, WordPack{} + 2 * Q::kRootBias);
-      return (FloatPack)(magnitude | (root & 0x80000000u)) * scale;
+      return (FloatPack)subtract_to_zero(doubled, WordPack{} + 2 * Q::kRootBias) * scale;
     } else {
       return (FloatPack)(((WordPack)code - (Q::kStepBias + bits_of_power(kShift))) << 2) * scale;
     }

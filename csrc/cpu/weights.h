@@ -1,5 +1,7 @@
 // Weights that are more than numbers in their dtype (codecs.h: WeightFormat), read and written two packs at a time like
-// WideStored. A loop calls begin_block before it stores to elements of the block of 256 that begins there.
+// WideStored. A loop calls begin_block, if kByBlocks, before it stores to elements of the block of 256 that begins
+// there. kLoadDoubts, kNarrowDoubts: whether the short form may be wrong. kNarrowsLong: in so many instructions that a
+// loop of its own, whose numbers wait for no division, is quicker.
 #pragma once
 
 #include <utility>
@@ -42,27 +44,42 @@ class RandomBlock {
     const uint64_t first = static_cast<uint64_t>(block) * kCounters;  // a multiple of 32: its lower word does not wrap
     LongPack lanes;
     for (int i = 0; i < kLanes64; ++i) lanes[i] = static_cast<uint64_t>(i);
-    for (int n = 0; n < kPacks; ++n) {
-      LongPack c0 = lanes + (first + static_cast<uint64_t>(n * kLanes64)), c1 = LongPack{} + (first >> 32);
-      LongPack c2 = LongPack{} + index, c3 = LongPack{} + step;
+    for (int n = 0; n < kPacks; n += kAtOnce) {
+      LongPack c0[kAtOnce], c1[kAtOnce], c2[kAtOnce], c3[kAtOnce];
+      FUSEDSTEP_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        c0[i] = lanes + (first + static_cast<uint64_t>((n + i) * kLanes64));
+        c1[i] = LongPack{} + (first >> 32);
+        c2[i] = LongPack{} + index;
+        c3[i] = LongPack{} + step;
+      }
       uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+      FUSEDSTEP_UNROLL
       for (int round = 0; round < kPhiloxRounds; ++round) {
-        const LongPack p0 = product(c0, kPhiloxMultipliers[0]), p1 = product(c2, kPhiloxMultipliers[1]);
-        c0 = (p1 >> 32) ^ c1 ^ k0;
-        c2 = (p0 >> 32) ^ c3 ^ k1;
-        c1 = p1;
-        c3 = p0;
+        FUSEDSTEP_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const LongPack p0 = product(c0[i], kPhiloxMultipliers[0]), p1 = product(c2[i], kPhiloxMultipliers[1]);
+          c0[i] = (p1 >> 32) ^ c1[i] ^ k0;
+          c2[i] = (p0 >> 32) ^ c3[i] ^ k1;
+          c1[i] = p1;
+          c3[i] = p0;
+        }
         k0 += kPhiloxKeySteps[0];
         k1 += kPhiloxKeySteps[1];
       }
-      const LongPack low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
-      const LongPack words[2] = {interleaved<0>(low, high, AllLanes{}),
-                                 interleaved<kLanes64 / 2>(low, high, AllLanes{})};
-      static_assert(kPacks * sizeof(words) == sizeof(bits), "a counter has 16 bits for each of its elements");
-      __builtin_memcpy(reinterpret_cast<char*>(bits) + static_cast<size_t>(n) * sizeof(words), words, sizeof(words));
+      FUSEDSTEP_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const LongPack low = (c0[i] & 0xffffffffu) | (c1[i] << 32), high = (c2[i] & 0xffffffffu) | (c3[i] << 32);
+        const LongPack words[2] = {interleaved<0>(low, high, AllLanes{}),
+                                   interleaved<kLanes64 / 2>(low, high, AllLanes{})};
+        static_assert(kPacks * sizeof(words) == sizeof(bits), "a counter has 16 bits for each of its elements");
+        __builtin_memcpy(reinterpret_cast<char*>(bits) + static_cast<size_t>(n + i) * sizeof(words), words,
+                         sizeof(words));
+      }
     }
   }
 
+  static constexpr int kAtOnce = 4;  // a round waits for the one before, but not for other counters
   static constexpr int kCounters = kBlock / kPhiloxElements;
   static constexpr int kLanes64 = kPackBytes / 8, kPacks = kCounters / kLanes64;
   typedef uint64_t LongPack __attribute__((vector_size(kPackBytes)));
@@ -90,12 +107,14 @@ class RandomBlock {
 
 template <class S, Order kOrder>
 struct PlainWeight : WideStored<S, kOrder> {
+  static constexpr bool kLoadDoubts = false, kNarrowDoubts = std::is_same_v<S, BF16>, kNarrowsLong = false;
   static constexpr bool kByBlocks = false;
   PlainWeight(const Record& record, int64_t) : WideStored<S, kOrder>{static_cast<S*>(record.param)} {}
 };
 
 template <class S, Order kOrder>
 struct MasterWeight {
+  static constexpr bool kLoadDoubts = false, kNarrowDoubts = std::is_same_v<S, BF16>, kNarrowsLong = false;
   static constexpr bool kByBlocks = false;
   WideStored<S, kOrder> rounded;
   WideStored<float, kOrder> master;
@@ -123,6 +142,7 @@ struct MasterWeight {
 
 template <Order kOrder>
 struct SplitWeight {
+  static constexpr bool kLoadDoubts = true, kNarrowDoubts = true, kNarrowsLong = false;
   static constexpr bool kByBlocks = false;
   BF16* upper;
   int16_t* lower;
@@ -130,7 +150,17 @@ struct SplitWeight {
   SplitWeight(const Record& record, int64_t)
       : upper(static_cast<BF16*>(record.param)), lower(static_cast<int16_t*>(record.precision.aux)) {}
 
-  // The short form gives NaN for a zero with a negative rest, which the caller doubts.
+  // Whether n numbers from i on, a multiple of kWide, have a zero with a negative rest, of which the short form makes
+  // a NaN.
+  FUSEDSTEP_FN bool doubts_load(int64_t i, int64_t n) const {
+    typedef uint16_t Halves __attribute__((vector_size(kPackBytes)));
+    WordPack found{};
+    for (const int64_t end = i + n; i < end; i += kWide) {
+      const Halves high = (Halves)load_words(upper + i), low = (Halves)load_words(lower + i);
+      found |= (WordPack)((Halves)(high + high == 0) & low);
+    }
+    return any_bit(found & 0x80008000u);
+  }
   template <bool kExact>
   FUSEDSTEP_FN Wide load(int64_t i) const {
     const WideWords high = load_upper_halves<kOrder>(upper + i), low = load_upper_halves<kOrder>(lower + i);
@@ -157,6 +187,7 @@ struct SplitWeight {
 // What rounding has lost is kept in the same format, and added before the next update.
 template <class S, Order kOrder>
 struct KahanWeight {
+  static constexpr bool kLoadDoubts = false, kNarrowDoubts = true, kNarrowsLong = true;
   static constexpr bool kByBlocks = false;
   WideStored<S, kOrder> rounded, compensation;
 
@@ -195,6 +226,7 @@ struct KahanWeight {
 template <class S, Order kOrder>
 struct StochasticWeight : WideStored<S, kOrder> {
   static constexpr bool kByBlocks = true;
+  static constexpr bool kLoadDoubts = false, kNarrowDoubts = std::is_same_v<S, BF16>, kNarrowsLong = false;
   const Precision& precision;
   const uint32_t step;
   RandomBlock random;
@@ -225,6 +257,21 @@ struct StochasticWeight : WideStored<S, kOrder> {
   }
   FUSEDSTEP_FN void store(int64_t i, WordPack halves) const { store_words(this->data + i, halves); }
 };
+
+// n numbers of a weight, from element `at` on, from pairs of packs that put_wide has stored.
+template <class Weight>
+FUSEDSTEP_OUT_OF_LINE void narrow_block_exactly(const Weight& weight, int64_t at, int64_t n, const float* wide) {
+  Doubt none;
+  for (int64_t i = 0; i < n; i += kWide)
+    weight.store(at + i, weight.template narrow<true>(at + i, get_wide(wide + i), none));
+}
+template <class Weight>
+FUSEDSTEP_FN void narrow_block(const Weight& weight, int64_t at, int64_t n, const float* wide) {
+  Doubt doubt;
+  for (int64_t i = 0; i < n; i += kWide)
+    weight.store(at + i, weight.template narrow<false>(at + i, get_wide(wide + i), doubt));
+  if (__builtin_expect(doubt.any(), 0)) narrow_block_exactly(weight, at, n, wide);
+}
 
 }  // namespace FUSEDSTEP_ISA
 }  // namespace fusedstep::cpu

@@ -22,6 +22,18 @@ struct WideWords {
 };
 constexpr int64_t kWide = 2 * kLanes<float>;
 
+// On their way through memory, each pack in one access.
+FUSEDSTEP_FN void put_wide(float* to, const Wide& x) {
+  store_pack<float, float>(to, x.a);
+  store_pack<float, float>(to + kLanes<float>, x.b);
+}
+FUSEDSTEP_FN Wide get_wide(const float* from) {
+  FloatPack a, b;
+  __builtin_memcpy(&a, from, sizeof(a));
+  __builtin_memcpy(&b, from + kLanes<float>, sizeof(b));
+  return {a, b};
+}
+
 typedef int32_t IntPack __attribute__((vector_size(kPackBytes)));
 
 FUSEDSTEP_FN WordPack load_words(const void* from) {
@@ -82,6 +94,20 @@ FUSEDSTEP_FN WideWords load_upper_halves(const void* from) {
   }
 }
 
+FUSEDSTEP_FN bool any_bit(WordPack words) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)words, (__m512i)words) != 0;
+#elif defined(__AVX__)
+  return !_mm256_testz_si256((__m256i)words, (__m256i)words);
+#elif defined(__SSE4_1__)
+  return !_mm_testz_si128((__m128i)words, (__m128i)words);
+#else
+  uint32_t all = 0;
+  for (int i = 0; i < kLanes<float>; ++i) all |= words[i];
+  return all != 0;
+#endif
+}
+
 // Whether anything has come up for which the short way to a stored format is wrong.
 class Doubt {
  public:
@@ -99,14 +125,8 @@ class Doubt {
   FUSEDSTEP_FN bool any() const {
 #if defined(__AVX512F__)
     return found_ != 0;
-#elif defined(__AVX__)
-    return !_mm256_testz_si256((__m256i)found_, (__m256i)found_);
-#elif defined(__SSE4_1__)
-    return !_mm_testz_si128((__m128i)found_, (__m128i)found_);
 #else
-    uint32_t all = 0;
-    for (int i = 0; i < kLanes<float>; ++i) all |= found_[i];
-    return all != 0;
+    return any_bit(found_);
 #endif
   }
 

@@ -247,10 +247,24 @@ CPU = [
         STORAGE,
     ),
     Fault(
-        "8 bits: the blocks that wait at the end are not encoded",
+        "8 bits: gradients beside less than a block are not zeroed",
         "csrc/cpu/quantized.h",
-        "for (; waiting_ > 0; --waiting_) quantize_block(block_ - waiting_);",
-        "waiting_ = 0;",
+        "    part.change_grads(wide_grads, 0);\n",
+        "",
+        CHAIN,
+    ),
+    Fault(
+        "8 bits: a split zero with a negative rest becomes NaN",
+        "csrc/cpu/quantized.h",
+        "if (__builtin_expect(weight.doubts_load(at, kBlock), 0))",
+        "if (false)",
+        STORAGE,
+    ),
+    Fault(
+        "a block of weights: a NaN is rounded like a number",
+        "csrc/cpu/weights.h",
+        "  if (__builtin_expect(doubt.any(), 0)) narrow_block_exactly(weight, at, n, wide);\n",
+        "",
         STORAGE,
     ),
     Fault(
