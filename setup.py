@@ -40,14 +40,16 @@ DEFAULT_CUDA_ARCHS = "80;90;100;120+PTX"
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    *("-Wall", "-Wextra"),
+    *("-Wall", "-Wextra", "-Wno-psabi"),  # inside of an object, how GCC before 4.6 passed vectors does not matter
 ]
+# Loops over packs, written out and many: more than -O2 would make them larger, and no faster.
+PACK_FLAGS = ["-O2", "-funswitch-loops"]
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
 ]
-# Mostly pybind11's templates, which take long to compile: called once a step or less, not once a tensor.
-BINDINGS = ("cuda_bindings", "module", "norm_bindings")
+# Mostly pybind11's templates: called once a step or less, not once a tensor.
+SELDOM_CALLED = ("bindings_unit", "cuda_bindings")
 # The path of nvcc is no part of a command, its version is: objects depend on the latter alone.
 NVCC = '"$FUSEDSTEP_NVCC"'
 EXTENSION = f"{sys.implementation.cache_tag}/_C.so"
@@ -178,6 +180,13 @@ def find_cxx(environ) -> list[str]:
     return cxx
 
 
+def translation_units(folder: Path) -> list[Path]:
+    """The sources of a folder, without those that another one of them includes."""
+    sources = sorted(folder.glob("*.cpp"))
+    included = {name for source in sources for name in re.findall(r'#include "(\w+\.cpp)"', source.read_text())}
+    return [source for source in sources if source.name not in included]
+
+
 def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path, str, list[str]]]:
     """(source, object, command) of every translation unit, in the order in which they are linked."""
     import pybind11
@@ -189,8 +198,8 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
     csrc = ROOT / "csrc"
     tag = sys.implementation.cache_tag
     units = []
-    for source in sorted(csrc.glob("*.cpp")):
-        options = ["-O1"] if source.stem in BINDINGS else []
+    for source in translation_units(csrc):
+        options = ["-O1"] if source.stem in SELDOM_CALLED else []
         # No other unit is told whether CUDA is there: their objects fit builds with and without.
         if source.stem == "cuda_bindings":
             options.append(f"-DFUSEDSTEP_WITH_CUDA={int(nvcc is not None)}")
@@ -200,11 +209,11 @@ def compile_steps(cxx: list[str], nvcc: str | None, environ) -> list[tuple[Path,
     # The oldest instruction set comes first: of an inline function that several objects carry, the linker keeps the
     # first copy, and that one must run everywhere.
     tuning = from_memory(cxx)
+    packs = [*tuning, *PACK_FLAGS]
     for isa, flags in (X86_ISAS if is_x86() else {"base": []}).items():
-        command = [*compiler, *flags, *tuning, f"-DFUSEDSTEP_ISA={isa}"]
         units += [
-            (csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.{isa}.o", command)
-            for name in ("engine", "tiles", "reducing", "norm")
+            (csrc / "cpu" / f"{name}.cpp", f"cpu.{name}.{isa}.o", [*compiler, *flags, *how, f"-DFUSEDSTEP_ISA={isa}"])
+            for name, how in {"engine": packs, "tiles": tuning, "reducing": packs, "norm": tuning}.items()
         ]
     if nvcc:
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)

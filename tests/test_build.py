@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -242,7 +243,11 @@ class TestCompiler:
 
     def test_every_source_is_compiled_without_contraction(self, setup_py):
         steps = setup_py.compile_steps(["g++"], None, {})
-        assert {source for source, _, _ in steps} == {*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")}
+        units = {source for source, _, _ in steps}
+        included = [ROOT / "csrc" / name for unit in units for name in re.findall(r'"(\w+\.cpp)"', unit.read_text())]
+        assert units | set(included) == {*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")}
+        assert units.isdisjoint(included)
+        assert len(set(included)) == len(included)
         assert all("-ffp-contract=off" in command for _, _, command in steps)
         assert len({name for _, name, _ in steps}) == len(steps)
 

@@ -1,0 +1,3 @@
+// Compiled as one, as host_unit.cpp is.
+#include "module.cpp"
+#include "norm_bindings.cpp"
