@@ -171,7 +171,7 @@ FUSEDSTEP_FN FloatPack widen_f16(HalfWordPack halves) {
 #elif defined(__F16C__)
   return (FloatPack)_mm256_cvtph_ps((__m128i)halves);
 #else
-  FloatPack wide;
+  FloatPack wide{};
   for (int i = 0; i < kLanes<float>; ++i) wide[i] = widen(F16{halves[i]});
   return wide;
 #endif
@@ -183,7 +183,7 @@ FUSEDSTEP_FN HalfWordPack round_to_f16(FloatPack pack) {
 #elif defined(__F16C__)
   return (HalfWordPack)_mm256_cvtps_ph((__m256)pack, kNearestEven);
 #else
-  HalfWordPack halves;
+  HalfWordPack halves{};
   for (int i = 0; i < kLanes<float>; ++i) halves[i] = narrow<F16>(pack[i]).bits;
   return halves;
 #endif
