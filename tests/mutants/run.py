@@ -57,7 +57,6 @@ def build_extension(tree: Path) -> str:
     spec.loader.exec_module(setup)
     native = ["-march=x86-64-v3"] if setup.is_x86() else []
     setup.is_x86 = lambda machine=None: False  # one instruction set, by the compiler's flags
-    setup.PACK_FLAGS = []
     setup.CXX_FLAGS = [*(flag for flag in setup.CXX_FLAGS if flag != "-O3"), "-O1", *native]
     cxx = setup.find_cxx(os.environ)
     manifest = setup.BUILD / sys.implementation.cache_tag / "build.ninja"
