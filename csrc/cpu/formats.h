@@ -54,8 +54,6 @@ FUSEDSTEP_FN void visit_format(const Record& record, const Visit& visit) {
   switch (record.param_dtype) {
     case Dtype::kF32:
       if constexpr (kHasStates) {
-        if (bits == 8) return visit(Format<PlainWeight<float, kInOrder>, float, Quantized<8>, kInOrder>{});
-        if (bits == 4) return visit(Format<PlainWeight<float, kInOrder>, float, Quantized<4>, kInOrder>{});
         if (in_bf16) return visit(Format<PlainWeight<float, kInOrder>, float, BF16, kInOrder>{});
       }
       return;
