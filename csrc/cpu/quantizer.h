@@ -171,21 +171,51 @@ FUSEDSTEP_FN Wide code_numbers(Codes<Q> from) {
   }
 }
 
+// Numbers of codes, those 2^kShift times as large.
+template <class Q, int kShift>
+FUSEDSTEP_FN FloatPack dequantized(FloatPack code, float scale) {
+  if constexpr (Q::kSigned) {
+    constexpr float kStep = 1.0f / Q::kSteps / (1u << kShift);
+    const WordPack root = (WordPack)(code * kStep), doubled = root + (root & 0x7fffffffu);
+    // Zero stays zero: the lower halves of both sides of the subtraction are not touched by it.
+    return (FloatPack)subtract_to_zero(doubled, WordPack{} + 2 * Q::kRootBias) * scale;
+  } else {
+    return (FloatPack)(((WordPack)code - (Q::kStepBias + bits_of_power(kShift))) << 2) * scale;
+  }
+}
+
+#if defined(__AVX512F__)
+// Codes of 4 bits are few enough to be looked up, by the lowest 4 bits of each word.
+template <Order kOrder, class Q>
+FUSEDSTEP_FN Wide looked_up(Codes<Q> from, float scale) {
+  IntPack codes;
+  for (int i = 0; i < kLanes<float>; ++i) codes[i] = Q::kSigned ? (i ^ 8) - 8 : i + 1;
+  const __m512 numbers = (__m512)dequantized<Q, 0>(__builtin_convertvector(codes, FloatPack), scale);
+  const auto of = [numbers](__m512i words)
+                      FUSEDSTEP_INLINE { return (FloatPack)_mm512_maskz_permutexvar_ps(0xffff, words, numbers); };
+  if constexpr (kOrder == Order::kEvenOdd) {
+    const WordPack pairs = load_bytes_as_words<false>(from.bytes);
+    return {of((__m512i)pairs), of((__m512i)(pairs >> 4))};
+  } else {
+    typedef uint64_t LongPack __attribute__((vector_size(kPackBytes)));
+    const auto spread = [](const uint8_t* bytes) FUSEDSTEP_INLINE {
+      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+      const LongPack pairs = (LongPack)_mm512_maskz_cvtepu8_epi64(0xff, eight);
+      return (__m512i)(pairs | pairs << 28);
+    };
+    return {of(spread(from.bytes)), of(spread(from.bytes + kLanes<float> / 2))};
+  }
+}
+#endif
+
 template <Order kOrder, class Q>
 FUSEDSTEP_FN Wide dequantize(Codes<Q> from, float scale) {
+#if defined(__AVX512F__)
+  if constexpr (Q::kBits == 4) return looked_up<kOrder>(from, scale);
+#endif
   constexpr int kShift = CodeNumbers<kOrder>::kShift + kCodeShift<Q>;
-  const auto dequantized = [scale](FloatPack code) FUSEDSTEP_INLINE {
-    if constexpr (Q::kSigned) {
-      constexpr float kStep = 1.0f / Q::kSteps / (1u << kShift);
-      const WordPack root = (WordPack)(code * kStep), doubled = root + (root & 0x7fffffffu);
-      // Zero stays zero: the lower halves of both sides of the subtraction are not touched by it.
-      return (FloatPack)subtract_to_zero(doubled, WordPack{} + 2 * Q::kRootBias) * scale;
-    } else {
-      return (FloatPack)(((WordPack)code - (Q::kStepBias + bits_of_power(kShift))) << 2) * scale;
-    }
-  };
   const Wide codes = code_numbers<kOrder>(from);
-  return {dequantized(codes.a), dequantized(codes.b)};
+  return {dequantized<Q, kShift>(codes.a, scale), dequantized<Q, kShift>(codes.b, scale)};
 }
 
 template <Order kOrder, class Q>
