@@ -4,7 +4,6 @@ Each process compares its parts with what one makes of the whole tensors, which 
 The scenarios are in ranks_elementwise.py, ranks_wrapped.py, ranks_reducing.py and ranks_device.py.
 """
 
-import contextlib
 import functools
 import json
 import multiprocessing
@@ -12,6 +11,7 @@ import sys
 import traceback
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import fusedstep
 
 SIZE = 4
-FOLDER = sys.argv[-1]  # for results and checkpoints
+FOLDER = Path(sys.argv[-1])  # for results and checkpoints
 SCENARIOS = {}
 SHAPES = ((8, 6), (7, 5), (3,), (2, 33), (16, 256))
 ROWS, COLUMNS, COPIES = [Shard(0)], [Shard(1)], [Replicate()]
@@ -274,30 +274,50 @@ def main(scenarios=SCENARIOS):
         process.start()
     for process in processes:
         process.join()
-    sys.exit(any(process.exitcode for process in processes))
+    codes = [process.exitcode for process in processes]
+    (FOLDER / "results.json").write_text(json.dumps(results_of_all(scenarios, codes)))
+    sys.exit(any(codes))
+
+
+def results_of_all(scenarios, codes):
+    """The errors of all processes in each scenario that one has run: "" for none."""
+    told = [json.loads(of_rank(rank).read_text()) if of_rank(rank).exists() else {} for rank in range(SIZE)]
+    results = {}
+    for name in scenarios:
+        if any(name in each for each in told):
+            errors = [each.get(name, f"process {rank} ended with {codes[rank]}") for rank, each in enumerate(told)]
+            results[name] = "\n".join(filter(None, errors))
+    return results
+
+
+def of_rank(rank):
+    return FOLDER / f"results.{rank}.json"
 
 
 def run_all(scenarios, rank):
-    store = dist.FileStore(f"{FOLDER}/store", SIZE)
-    dist.init_process_group("gloo", rank=rank, world_size=SIZE, store=store, timeout=timedelta(seconds=30))
+    store = dist.FileStore(str(FOLDER / "store"), SIZE)
+    dist.init_process_group("gloo", rank=rank, world_size=SIZE, store=store, timeout=timedelta(seconds=120))
     for shape, _ in MESHES.values():
         mesh(*shape)
     results = {}
     for name, run in scenarios.items():
-        mine = None
+        results[name] = error_of(run, rank)
+        of_rank(rank).write_text(json.dumps(results))
+        failed = [None] * SIZE
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                run()
-        except BaseException as error:
-            mine = f"process {rank}: {error!r}\n{traceback.format_exc()}"
-        texts = [None] * SIZE
-        with contextlib.suppress(RuntimeError):  # another process has left the scenario with an error
-            dist.all_gather_object(texts, mine)
-        results[name] = "\n".join(text for text in (*texts, mine) if text is not None)
-        if rank == 0:
-            with open(f"{FOLDER}/results.json", "w") as file:
-                json.dump(results, file)
-        if results[name]:
+            dist.all_gather_object(failed, bool(results[name]))
+        except RuntimeError:  # another process has left the scenario with an error
+            break
+        if any(failed):
             break  # who left a collective early is in none of the next ones with the others
     dist.destroy_process_group()
+
+
+def error_of(run, rank):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            run()
+    except BaseException as error:
+        return f"process {rank}: {error!r}\n{traceback.format_exc()}"
+    return ""

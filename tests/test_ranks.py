@@ -35,7 +35,6 @@ def results_of(script, folder):
             first.wait()
     if code:
         print((folder / "log").read_text())
-    assert (folder / "results.json").exists(), code
     return json.loads((folder / "results.json").read_text())
 
 
