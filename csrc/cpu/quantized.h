@@ -13,6 +13,11 @@
 namespace fusedstep::cpu {
 inline namespace FUSEDSTEP_ISA {
 
+template <class Scalars, class = void>
+constexpr bool kAddsDecay = false;
+template <class Scalars>
+constexpr bool kAddsDecay<Scalars, std::void_t<decltype(Scalars::weight_decay)>> = true;
+
 // The states of one rule in codes of kBits bits, and a block of fp32 numbers on their way into them. kOrder: of
 // whatever is loaded and stored with them.
 template <class Rule, int kBits, Order kOrder>
@@ -120,6 +125,12 @@ class QuantizedStates {
     visit_states(record_, b, visit);
   }
 
+  // Whether weight decay, as far as it is added to the gradient, does anything.
+  FUSEDSTEP_FN static bool adds_decay(const Scalars& s) {
+    if constexpr (kAddsDecay<Scalars>) return s.weight_decay != 0;
+    return false;
+  }
+
   FUSEDSTEP_FN void dequantize_block() {
     visit_states(block_, [&](int k, auto numbers) FUSEDSTEP_INLINE {
       if constexpr (kIsCodes<decltype(numbers)>) {
@@ -145,10 +156,21 @@ class QuantizedStates {
   // Updates fresh_, and states without codes where they lie; weights there too, or in params_ those that narrow_block
   // has yet to narrow.
   template <bool kExact, class Weight, class Grad>
-  FUSEDSTEP_FN Most update_block(const Weight& weight, const Grad grad, int64_t at) {
-    // In variables that stores into tensors do not change.
-    const Scalars s = scalars_;
-    const GradChange<float> change = change_;
+  FUSEDSTEP_FN Most update_block(const Weight& weight, const Grad& grad, int64_t at) {
+    // In most steps the gradient is taken as it is. A loop that knows it is up to a tenth quicker than one that asks.
+    if constexpr (!kExact) {
+      if (!change_.any && !adds_decay(scalars_)) {
+        Scalars s = scalars_;
+        if constexpr (kAddsDecay<Scalars>) s.weight_decay = 0;
+        return update_numbers<false>(weight, grad, at, s, GradChange<float>{});
+      }
+    }
+    return update_numbers<kExact>(weight, grad, at, scalars_, change_);
+  }
+  // s, change: in variables that stores into tensors do not change.
+  template <bool kExact, class Weight, class Grad>
+  FUSEDSTEP_FN Most update_numbers(const Weight& weight, const Grad grad, int64_t at, const Scalars s,
+                                   const GradChange<float> change) {
     float* numbers[kStateSlots];
     visit_states(block_, [&](int k, auto stored) FUSEDSTEP_INLINE {
       if constexpr (kIsCodes<decltype(stored)>)

@@ -40,38 +40,52 @@ class RandomBlock {
     }
   }
 
+  // In the first two rounds half of the words are the same for all counters. The last one leaves each word where it is
+  // stored.
   FUSEDSTEP_FN void fill_block(uint64_t seed, uint32_t index, uint32_t step, int64_t block) {
     const uint64_t first = static_cast<uint64_t>(block) * kCounters;  // a multiple of 32: its lower word does not wrap
-    LongPack lanes;
-    for (int i = 0; i < kLanes64; ++i) lanes[i] = static_cast<uint64_t>(i);
+    const auto key = [seed](int half, int round) FUSEDSTEP_INLINE {
+      return static_cast<uint32_t>(seed >> 32 * half) + static_cast<uint32_t>(round) * kPhiloxKeySteps[half];
+    };
+    const uint64_t first_product = (first & 0xffffffffu) * kPhiloxMultipliers[0];
+    const uint64_t index_product = uint64_t{index} * kPhiloxMultipliers[1];
+    const uint32_t c0_of_all =
+        static_cast<uint32_t>(index_product >> 32) ^ static_cast<uint32_t>(first >> 32) ^ key(0, 0);
+    const uint64_t second_product = uint64_t{c0_of_all} * kPhiloxMultipliers[0];
+    const LongPack change_c2 = every(step ^ key(1, 0)), change_c0 = every(index_product ^ key(0, 1)),
+                   change_c2_again = every((second_product >> 32) ^ key(1, 1)),
+                   change_c2_last = every(second_product ^ key(1, 2));
+    LongPack products;
+    for (int i = 0; i < kLanes64; ++i) products[i] = first_product + uint64_t{place_of(i)} * kPhiloxMultipliers[0];
     for (int n = 0; n < kPacks; n += kAtOnce) {
       LongPack c0[kAtOnce], c1[kAtOnce], c2[kAtOnce], c3[kAtOnce];
       FUSEDSTEP_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
-        c0[i] = lanes + (first + static_cast<uint64_t>((n + i) * kLanes64));
-        c1[i] = LongPack{} + (first >> 32);
-        c2[i] = LongPack{} + index;
-        c3[i] = LongPack{} + step;
+        c3[i] = products + uint64_t{static_cast<uint32_t>((n + i) * kLanes64)} * kPhiloxMultipliers[0];
+        c2[i] = (c3[i] >> 32) ^ change_c2;
+        c1[i] = product(c2[i], kPhiloxMultipliers[1]);
+        c0[i] = (c1[i] >> 32) ^ change_c0;
+        c2[i] = c3[i] ^ change_c2_again;
       }
-      uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
       FUSEDSTEP_UNROLL
-      for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int round = 2; round < kPhiloxRounds - 1; ++round) {
+        const uint64_t k0 = key(0, round), k1 = key(1, round);
         FUSEDSTEP_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
           const LongPack p0 = product(c0[i], kPhiloxMultipliers[0]), p1 = product(c2[i], kPhiloxMultipliers[1]);
           c0[i] = (p1 >> 32) ^ c1[i] ^ k0;
-          c2[i] = (p0 >> 32) ^ c3[i] ^ k1;
+          c2[i] = round == 2 ? (p0 >> 32) ^ change_c2_last : (p0 >> 32) ^ c3[i] ^ k1;
           c1[i] = p1;
           c3[i] = p0;
         }
-        k0 += kPhiloxKeySteps[0];
-        k1 += kPhiloxKeySteps[1];
       }
+      const uint64_t k0 = key(0, kPhiloxRounds - 1), k1 = key(1, kPhiloxRounds - 1);
       FUSEDSTEP_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
-        const LongPack low = (c0[i] & 0xffffffffu) | (c1[i] << 32), high = (c2[i] & 0xffffffffu) | (c3[i] << 32);
-        const LongPack words[2] = {interleaved<0>(low, high, AllLanes{}),
-                                   interleaved<kLanes64 / 2>(low, high, AllLanes{})};
+        const LongPack p0 = product(c0[i], kPhiloxMultipliers[0]), p1 = product(c2[i], kPhiloxMultipliers[1]);
+        const LongPack low = swapped(p1, AllHalves{}) ^ ((c1[i] & 0xffffffffu) ^ k0);
+        const LongPack high = swapped(p0, AllHalves{}) ^ ((c3[i] & 0xffffffffu) ^ k1);
+        const LongPack words[2] = {alternating<0>(low, high, AllLanes{}), alternating<1>(low, high, AllLanes{})};
         static_assert(kPacks * sizeof(words) == sizeof(bits), "a counter has 16 bits for each of its elements");
         __builtin_memcpy(reinterpret_cast<char*>(bits) + static_cast<size_t>(n + i) * sizeof(words), words,
                          sizeof(words));
@@ -84,11 +98,23 @@ class RandomBlock {
   static constexpr int kLanes64 = kPackBytes / 8, kPacks = kCounters / kLanes64;
   typedef uint64_t LongPack __attribute__((vector_size(kPackBytes)));
   using AllLanes = std::make_index_sequence<kLanes64>;
+  using AllHalves = std::make_index_sequence<2 * kLanes64>;
 
-  // From the same lane on, one number of each in turn.
+  // Which counter of a pack a lane has: `alternating` then puts them in order.
+  static constexpr uint32_t place_of(int lane) {
+    return static_cast<uint32_t>(lane % 2 * (kLanes64 / 2) + lane / 2);
+  }
+  FUSEDSTEP_FN static LongPack every(uint64_t word) { return LongPack{} + word; }
+
+  // Of each two lanes the first (kFrom 0) or the second, one number of each pack in turn.
   template <size_t kFrom, size_t... i>
-  FUSEDSTEP_FN static LongPack interleaved(LongPack a, LongPack b, std::index_sequence<i...>) {
-    return __builtin_shufflevector(a, b, (kFrom + i / 2 + i % 2 * kLanes64)...);
+  FUSEDSTEP_FN static LongPack alternating(LongPack a, LongPack b, std::index_sequence<i...>) {
+    return __builtin_shufflevector(a, b, (kFrom + i / 2 * 2 + i % 2 * kLanes64)...);
+  }
+  // The halves of each lane change places.
+  template <size_t... i>
+  FUSEDSTEP_FN static LongPack swapped(LongPack x, std::index_sequence<i...>) {
+    return (LongPack)__builtin_shufflevector((WordPack)x, (WordPack)x, (i ^ 1)...);
   }
 
   // Multiplies the lower halves.
