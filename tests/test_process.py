@@ -95,6 +95,28 @@ def test_the_number_of_threads_may_change_between_steps(case, threads):
     assert same(got, results)
 
 
+FEWER = """
+import torch, fusedstep
+torch.set_num_threads(4)
+params = [torch.nn.Parameter(torch.ones(n)) for n in (300_000, 5, 100_000)]
+optimizer = fusedstep.SGD(params, lr=1.0, max_grad_norm=1e9, backend="cpu")
+for param in params:
+    param.grad = torch.ones_like(param)
+optimizer.step()
+print(sum(param.count_nonzero().item() for param in params), optimizer.grad_norm.item() ** 2)
+"""
+
+
+def test_where_fewer_threads_come_than_were_asked_for_all_is_done():
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    result = subprocess.run(
+        [sys.executable, "-c", FEWER], capture_output=True, text=True, timeout=SECONDS, check=True, env=environment
+    )
+    left, square = map(float, result.stdout.split())
+    assert left == 0
+    assert square == pytest.approx(400_005)
+
+
 # How a thread treats numbers so small that torch.set_flush_denormal makes them 0; it sets the caller's mode alone.
 
 SIZE = 200_000  # several threads' worth

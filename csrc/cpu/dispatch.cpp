@@ -188,7 +188,8 @@ bool can_split_at(const Call& call, int64_t i) {
 namespace {
 
 // A thread whose core another program uses begins milliseconds late, and the call waits for it. If that took longer
-// than one thread would have needed for everything, the next short calls are made on one, twice as many each time.
+// than one thread would have needed for what the others do, the next short calls are made on one, twice as many each
+// time.
 constexpr int64_t kShort = 1 << 22;  // elements: one thread needs a few milliseconds
 constexpr int kFewestAlone = 16, kMostAlone = 1024;
 std::atomic<int> alone{0}, alone_next{kFewestAlone};
@@ -196,13 +197,25 @@ std::atomic<int> alone{0}, alone_next{kFewestAlone};
 using Clock = std::chrono::steady_clock;
 
 void learn_from(int team, Clock::duration working, Clock::duration waiting) {
-  if (waiting > std::max<Clock::duration>(team * working, std::chrono::microseconds(500))) {
+  if (waiting > std::max<Clock::duration>((team - 1) * working, std::chrono::microseconds(500))) {
     alone = alone_next.load();
     alone_next = std::min(2 * alone, kMostAlone);
   } else {
     alone_next = kFewestAlone;
   }
 }
+
+}  // namespace
+
+namespace {
+
+constexpr int64_t kPiece = 1 << 17;  // elements: some tens of microseconds
+
+// What is left of a thread's share.
+struct alignas(64) Rest {
+  std::atomic<int64_t> next;
+  int64_t last;
+};
 
 }  // namespace
 
@@ -213,28 +226,37 @@ void parallel_for(int threads, int64_t numel, const Share& share) {
     --alone;
     team = 1;
   }
+  if (team == 1) return share(0, numel);
+  std::vector<Rest> rests(static_cast<size_t>(team));
+  for (int i = 0; i < team; ++i) {
+    const auto cut = [&](int k) { return k == team ? numel : numel / team * k / kSplitMultiple * kSplitMultiple; };
+    rests[static_cast<size_t>(i)].next = cut(i);
+    rests[static_cast<size_t>(i)].last = cut(i + 1);
+  }
   const Clock::time_point called = Clock::now();
   Clock::duration working{};
-  parallel(team, [&](int index, int size, const auto&) {
+  parallel(team, [&](int index, int, const auto&) {
     const Clock::time_point begun = Clock::now();
-    share(index, size);
+    for (int i = 0; i < team; ++i) {
+      Rest& rest = rests[static_cast<size_t>((index + i) % team)];
+      for (int64_t at; (at = rest.next.fetch_add(kPiece, std::memory_order_relaxed)) < rest.last;)
+        share(at, std::min(at + kPiece, rest.last));
+    }
     if (index == 0) working = Clock::now() - begun;
   });
-  if (learns && team > 1) learn_from(team, working, Clock::now() - called - working);
+  if (learns) learn_from(team, working, Clock::now() - called - working);
 }
 
 void step(const Call& call, int threads) {
   const RunFunction run = current().run;
-  parallel_for(threads, call.numel, [&](int index, int size) {
-    const auto by_blocks = [](const Precision& p) {
-      return p.state_bits != 0 || p.weight_format == WeightFormat::kStochastic;
-    };
+  parallel_for(threads, call.numel, [&](int64_t first, int64_t last) {
     const auto boundary = [&](int64_t i) {
-      return i == size ? call.numel
-                       : block_start(call, call.numel / size * i / kSplitMultiple * kSplitMultiple, by_blocks);
+      return block_start(call, i, [](const Precision& p) {
+        return p.state_bits != 0 || p.weight_format == WeightFormat::kStochastic;
+      });
     };
-    const int64_t first = boundary(index), last = boundary(index + 1);
-    if (first < last) run(call, first, last);
+    const int64_t begin = boundary(first), end = boundary(last);
+    if (begin < end) run(call, begin, end);
   });
   for (int64_t i = 0; i < call.work_size; ++i) {
     float* step = call.work[i].record->step;

@@ -29,16 +29,15 @@ struct Pieces {
     }
   }
 
-  // Calls visit(i) for each piece, on a team of threads that have about as many elements each.
+  // Calls visit(i) for each piece.
   template <class Visit>
   void for_all(int threads, const Visit& visit) const {
-    parallel_for(threads, numel, [&](int index, int size) {
-      const auto first_of = [&](int i) {
-        const auto before = [](const Piece& piece, int64_t element) { return piece.before < element; };
-        const int64_t element = i == size ? numel : numel / size * i;
+    parallel_for(threads, numel, [&](int64_t first, int64_t last) {
+      const auto first_from = [&](int64_t element) {
+        const auto before = [](const Piece& piece, int64_t at) { return piece.before < at; };
         return std::lower_bound(list.begin(), list.end(), element, before) - list.begin();
       };
-      for (auto i = first_of(index), last = first_of(index + 1); i < last; ++i) visit(static_cast<size_t>(i));
+      for (auto i = first_from(first), end = first_from(last); i < end; ++i) visit(static_cast<size_t>(i));
     });
   }
 };
