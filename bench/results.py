@@ -50,12 +50,16 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system gives it; where a virtual machine hides which one, with family and model."""
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()
+        text = ""
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", text, re.MULTILINE))
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if re.search(r"\d", name.partition("@")[0]) or "model" not in fields:
+        return name
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})"
 
 
 def versions() -> dict[str, str | None]:
@@ -112,7 +116,7 @@ def file_name(results: dict[str, Any]) -> str:
     """Like ``cpu-amd-epyc-all-2026-01-31.json``: device, model, optimizers, day (UTC)."""
     device, settings = results["device"], results["settings"]
     model = device.get("gpu", device["cpu"]).lower()
-    model = re.sub(r"\(r\)|\(tm\)|@.*|\b\d+-core\b|\bprocessor\b|\bcpu\b", " ", model)
+    model = re.sub(r"\(r\)|\(tm\)|@\s*\S+|\b\d+-core\b|\bprocessor\b|\bcpu\b", " ", model)
     optimizers = "all" if settings["all_optimizers"] else "-".join(settings["optimizers"])
     if settings["precision"]:
         optimizers = "precision"

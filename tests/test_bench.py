@@ -260,6 +260,27 @@ def test_a_results_file_tells_what_was_run_where_and_with_what(run):
     assert str(path.parent) not in path.read_text()
 
 
+@pytest.mark.parametrize(
+    "name, expected, file",
+    [
+        ("AMD EPYC", "AMD EPYC (family 25, model 1)", "cpu-amd-epyc-family-25-model-1-sgd-2026-01-31.json"),
+        ("AMD EPYC 7763 64-Core Processor", "AMD EPYC 7763 64-Core Processor", "cpu-amd-epyc-7763-sgd-2026-01-31.json"),
+        (
+            "Intel(R) Xeon(R) Processor @ 2.60GHz",
+            "Intel(R) Xeon(R) Processor @ 2.60GHz (family 25, model 1)",
+            "cpu-intel-xeon-family-25-model-1-sgd-2026-01-31.json",
+        ),
+    ],
+)
+def test_processors_whose_name_a_virtual_machine_hides_are_told_apart(name, expected, file, monkeypatch):
+    text = f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: {name}\nstepping\t: 1\n" * 2
+    monkeypatch.setattr(results.Path, "read_text", lambda path: text)
+    assert results.cpu_model() == expected
+    settings = {"all_optimizers": False, "optimizers": ["SGD"], "precision": False, "quick": False}
+    found = {"device": {"type": "cpu", "cpu": expected}, "settings": settings, "created": "2026-01-31T00:00:00"}
+    assert results.file_name(found) == file
+
+
 def test_the_plot_is_written_beside_the_results(run, tmp_path):
     _, found, path = run
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
