@@ -33,6 +33,7 @@ class QuantizedStates {
   template <class Weight, class Grad>
   FUSEDSTEP_FN void update(Weight& weight, const Grad& grad, int64_t at) {
     if constexpr (Weight::kByBlocks) weight.begin_block(at);
+    prefetch_after(weight, at);
     dequantize_block();
     Most most = updated_block(weight, grad, at);  // a const one g++ 12 would keep in memory
     visit_states(block_, [&](int k, auto numbers) FUSEDSTEP_INLINE {
@@ -40,6 +41,7 @@ class QuantizedStates {
     });
     change_grads(grad, at);
     if constexpr (Weight::kNarrowDoubts) narrow_block(weight, at, kBlock, params_);
+    prefetch_after(grad, at);
     quantize_block();
     ++block_;
   }
@@ -123,6 +125,15 @@ class QuantizedStates {
   template <class Visit>
   FUSEDSTEP_FN void visit_states(int64_t b, const Visit& visit) const {
     visit_states(record_, b, visit);
+  }
+
+  // Asks for numbers of the block after the next one. Those in 16 bits are read in a part of the time alone, in which the
+  // processor's own prefetching does not come far enough; fp32 ones are twice as many lines, and it does.
+  template <class Numbers>
+  FUSEDSTEP_FN void prefetch_after(const Numbers& numbers, int64_t at) const {
+    constexpr int64_t kAhead = 2 * kBlock;
+    if constexpr (!std::is_base_of_v<WideStored<float, kOrder>, Numbers>)
+      if (at + kAhead + kBlock <= record_.numel) numbers.prefetch(at + kAhead, kBlock);
   }
 
   // Whether weight decay, as far as it is added to the gradient, does anything.

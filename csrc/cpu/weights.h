@@ -204,6 +204,10 @@ struct SplitWeight {
     const WordPack a = (WordPack)x.a, b = (WordPack)x.b;
     return {to_halves<kOrder, 16>(a + 0x8000u, b + 0x8000u), to_halves<kOrder, 0>(a, b)};
   }
+  FUSEDSTEP_FN void prefetch(int64_t i, int64_t n) const {
+    prefetch_numbers(upper + i, n);
+    prefetch_numbers(lower + i, n);
+  }
   FUSEDSTEP_FN void store(int64_t i, const WideWords& words) const {
     store_words(upper + i, words.a);
     store_words(lower + i, words.b);

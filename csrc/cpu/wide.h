@@ -43,6 +43,14 @@ FUSEDSTEP_FN void store_words(void* to, WordPack words) {
   __builtin_memcpy(to, &words, sizeof(words));
 }
 
+// Asks for the cache lines of n numbers.
+template <class S>
+FUSEDSTEP_FN void prefetch_numbers(const S* from, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  FUSEDSTEP_UNROLL
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(from + i, 1);
+}
+
 // The lower half of each word from one, the upper from the other.
 FUSEDSTEP_FN WordPack merge(WordPack lower, WordPack upper) {
 #if defined(__AVX512BW__)
@@ -196,6 +204,7 @@ struct WideStored<BF16, kOrder> {
     static_assert(kOrder == Order::kEvenOdd, "only there is it short");
     return {(FloatPack)(halves << 16), (FloatPack)(halves & 0xffff0000u)};
   }
+  FUSEDSTEP_FN void prefetch(int64_t i, int64_t n) const { prefetch_numbers(data + i, n); }
   FUSEDSTEP_FN void store(int64_t i, WordPack halves) const { store_words(data + i, halves); }
 };
 
@@ -217,6 +226,7 @@ struct WideStored<F16, kOrder> {
     return {round_to_f16(x.a), round_to_f16(x.b)};
   }
   FUSEDSTEP_FN static Wide widen(const Narrowed& x) { return {widen_f16(x.a), widen_f16(x.b)}; }
+  FUSEDSTEP_FN void prefetch(int64_t i, int64_t n) const { prefetch_numbers(data + i, n); }
   FUSEDSTEP_FN void store(int64_t i, const Narrowed& x) const { __builtin_memcpy(data + i, &x, sizeof(x)); }
 };
 
