@@ -209,7 +209,9 @@ void learn_from(int team, Clock::duration working, Clock::duration waiting) {
 
 namespace {
 
-constexpr int64_t kPiece = 1 << 17;  // elements: some tens of microseconds
+// Elements: some tens of microseconds. Of shares of less than a few pieces none is given away: they stay in the caches of
+// their threads' cores.
+constexpr int64_t kPiece = 1 << 17, kFewestToShare = 4 * kPiece;
 
 // What is left of a thread's share.
 struct alignas(64) Rest {
@@ -233,15 +235,19 @@ void parallel_for(int threads, int64_t numel, const Share& share) {
     rests[static_cast<size_t>(i)].next = cut(i);
     rests[static_cast<size_t>(i)].last = cut(i + 1);
   }
+  const bool shares = numel / team >= kFewestToShare;
+  const int64_t piece = shares ? kPiece : numel;
+  const auto take_from = [&](int i) {
+    Rest& rest = rests[static_cast<size_t>(i % team)];
+    for (int64_t at; (at = rest.next.fetch_add(piece, std::memory_order_relaxed)) < rest.last;)
+      share(at, std::min(at + piece, rest.last));
+  };
   const Clock::time_point called = Clock::now();
   Clock::duration working{};
-  parallel(team, [&](int index, int, const auto&) {
+  parallel(team, [&](int index, int size, const auto&) {
     const Clock::time_point begun = Clock::now();
-    for (int i = 0; i < team; ++i) {
-      Rest& rest = rests[static_cast<size_t>((index + i) % team)];
-      for (int64_t at; (at = rest.next.fetch_add(kPiece, std::memory_order_relaxed)) < rest.last;)
-        share(at, std::min(at + kPiece, rest.last));
-    }
+    for (int i = index; i < team; i += size) take_from(i);  // size: less than team where fewer threads have come
+    for (int i = 1; shares && i < team; ++i) take_from(index + i);
     if (index == 0) working = Clock::now() - begun;
   });
   if (learns) learn_from(team, working, Clock::now() - called - working);

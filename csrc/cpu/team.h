@@ -27,8 +27,9 @@ using Body = std::function<void(int index, int size, const std::function<void()>
 void parallel(int threads, const Body& body);
 
 // Calls share(first, last) for ranges of elements that together are [0, numel), on as many threads as so many are worth.
-// Each begins with a range of its own, whose memory it has used before; one that is done takes from the others, whose
-// cores another program may be using too. Where a call is short, it runs on one thread while the others' cores are busy.
+// Each begins with a range of its own, whose memory it has used before; one that is done with a long one takes from the
+// others, whose cores another program may be using too. Where a call is short, it runs on one thread while the others'
+// cores are busy.
 using Share = std::function<void(int64_t first, int64_t last)>;
 void parallel_for(int threads, int64_t numel, const Share& share);
 
