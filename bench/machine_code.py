@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--archs", default=",".join(map(str, ARCHS)), help="default: %(default)s")
     parser.add_argument("--all", action="store_true", help="kernels without a budget too")
     parser.add_argument("--lab", action="store_true", help="the budgets themselves")
-    parser.add_argument("--json", type=Path, help="also write every line to this file")
+    parser.add_argument("--json", type=Path, help="also write every line to this file, after one with versions")
     arguments = parser.parse_args(argv)
     archs = [int(arch) for arch in arguments.archs.split(",")]
     sources = [source.resolve() for source in arguments.sources] or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -208,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines, wrong = report(kernels, labs, arguments.all)
     _print(lines)
     if arguments.json:
-        arguments.json.write_text(json.dumps(lines, indent=1) + "\n")
+        header = {"commit": cubins.commit(), "nvcc": cubins.nvcc_version()}
+        arguments.json.write_text("".join(json.dumps(line) + "\n" for line in (header, *lines)))
     print(f"{wrong} of {sum('row' in line for line in lines)} kernels with a budget are at fault")
     return int(wrong > 0)
 

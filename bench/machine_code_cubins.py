@@ -55,6 +55,25 @@ def _run(command: Sequence[str], **options) -> str:
     return result.stdout
 
 
+@functools.cache
+def nvcc() -> str:
+    """The path of nvcc."""
+    found = _setup().find_nvcc({**os.environ, "FUSEDSTEP_CUDA": ""})
+    if found is None:
+        raise ToolError("nvcc is neither in CUDA_HOME/bin, nor named by CUDACXX, nor on PATH; install the CUDA toolkit")
+    return found
+
+
+def nvcc_version() -> str:
+    """Like "13.0.88"."""
+    return _setup().nvcc_version(nvcc())
+
+
+def commit() -> str:
+    """Of the source tree."""
+    return _run(["git", "-C", str(ROOT), "rev-parse", "HEAD"]).strip()
+
+
 def compiled(source: Path, arch: int) -> Path:
     """The cubin of a source, compiled by nvcc unless the one that is there is newer than every source."""
     setup = _setup()
@@ -62,14 +81,12 @@ def compiled(source: Path, arch: int) -> Path:
     inputs = [source, *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), ROOT / "setup.py"]
     if target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
         return target
-    nvcc = setup.find_nvcc({**os.environ, "FUSEDSTEP_CUDA": ""})
-    if nvcc is None:
-        raise ToolError("nvcc is neither in CUDA_HOME/bin, nor named by CUDACXX, nor on PATH; install the CUDA toolkit")
+    program = nvcc()
     FOLDER.mkdir(parents=True, exist_ok=True)
     flags = [flag for flag in setup.NVCC_FLAGS if flag != "-Xcompiler" and not flag.startswith("-fPIC")]
     part = target.with_suffix(f".{os.getpid()}")
     try:
-        _run([nvcc, *flags, f"-arch=sm_{arch}", "-cubin", "-o", str(part), str(source)])
+        _run([program, *flags, f"-arch=sm_{arch}", "-cubin", "-o", str(part), str(source)])
     except ToolError as error:
         raise RuntimeError(f"a source does not compile, which is no lack of tools: {error}") from None
     part.replace(target)

@@ -20,10 +20,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import gpu_report, offload, plot, report
+from . import gpu_report, machine_code_report, offload, plot, report
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLES = {"report": report.text, "gpu_report": gpu_report.text, "offload": offload.text}
+TABLES = {
+    "report": report.text,
+    "gpu_report": gpu_report.text,
+    "machine_code_report": machine_code_report.text,
+    "offload": offload.text,
+}
 COMMAND = r"<!-- python -m fusedstep\.bench\.{} (?P<arguments>[^\n]*) -->\n"
 TABLE = re.compile(COMMAND.format(r"(?P<program>(?!plot\b)\w+)") + r"(?P<body>.*?)(?:<!-- (?P<end>\w+)|\Z)", re.DOTALL)
 PLOT = re.compile(COMMAND.format("plot"))

@@ -261,7 +261,7 @@ def test_a_results_file_tells_what_was_run_where_and_with_what(run):
 
 
 @pytest.mark.parametrize(
-    "name, expected, file",
+    ("name", "expected", "file"),
     [
         ("AMD EPYC", "AMD EPYC (family 25, model 1)", "cpu-amd-epyc-family-25-model-1-sgd-2026-01-31.json"),
         ("AMD EPYC 7763 64-Core Processor", "AMD EPYC 7763 64-Core Processor", "cpu-amd-epyc-7763-sgd-2026-01-31.json"),

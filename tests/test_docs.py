@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fusedstep.bench import gpu_report, pages, plot
+from fusedstep.bench import gpu_report, machine_code_report, pages, plot
 
 import fusedstep
 
@@ -268,6 +268,19 @@ def test_what_is_no_table_of_one_card_is_refused(tmp_path, capsys):
     assert "different cards: H100, H200" in capsys.readouterr().err
     assert gpu_report.main([str(one), "--case", "C"]) == 2
     assert "no case 'C'; it has A" in capsys.readouterr().err
+
+
+def test_machine_code_stands_beside_what_was_predicted_and_measured(tmp_path, capsys):
+    kernel = {"row": "bf16", "arch": 90, "an_element": 43.8, "budget": 54.2, "registers": 64, "budget_registers": 41}
+    kernel |= {"in_flight": 65536, "budget_in_flight": 81920}
+    made = tmp_path / "made.jsonl"
+    made.write_text("\n".join(map(json.dumps, [{"commit": "c" * 40, "nvcc": "13.0.88"}, kernel])))
+    gpu = gpu_file(tmp_path / "a.jsonl", **{"AdamW 10^9 bf16": {"fusedstep cuda": 3.3}})
+    lines = machine_code_report.markdown(made, gpu).splitlines()
+    assert lines[2] == "| bf16 | 43.8 (54.2) | 64 (41) | 64 (80) | 99% | 50% |"
+    assert "nvcc 13.0.88, commit ccccccc; measured at commit aaaaaaa on an H200." in lines[-1]
+    assert machine_code_report.main([str(gpu), str(gpu)]) == 2
+    assert f"{gpu} is not a file that `bench/machine_code.py --json` wrote" in capsys.readouterr().err
 
 
 # Names.
