@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .report import number, table_head
+from .report import number, print_text, table_head
 
 COLUMNS = {
     "fusedstep cuda": "CUDA",
@@ -103,12 +103,7 @@ def text(argv: list[str]) -> str:
 
 def main(argv: list[str]) -> int:
     """Print the table; returns an exit code."""
-    try:
-        print(text(argv))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return print_text(text, argv)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 from . import gpu_report
 from .machine_code_budgets import ROWS
-from .report import table_head
+from .report import print_text, table_head
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -85,12 +85,7 @@ def text(argv: list[str]) -> str:
 
 def main(argv: list[str]) -> int:
     """Print the table; returns an exit code."""
-    try:
-        print(text(argv))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return print_text(text, argv)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -197,14 +198,19 @@ def text(argv: list[str]) -> str:
     return markdown(results.load(args.file), args.optimizers, args.brief)
 
 
-def main(argv: list[str]) -> int:
-    """Print the tables of a results file; returns an exit code."""
+def print_text(text: Callable[[list[str]], str], argv: list[str]) -> int:
+    """Print what ``text`` makes of the arguments, or its ``ValueError`` in one line; returns an exit code."""
     try:
         print(text(argv))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def main(argv: list[str]) -> int:
+    """Print the tables of a results file; returns an exit code."""
+    return print_text(text, argv)
 
 
 if __name__ == "__main__":
